@@ -1,0 +1,45 @@
+"""fastppo: a vectorised, high-throughput PPO trainer in PyTorch."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastppo.config import Config as Config
+    from fastppo.errors import CheckpointError as CheckpointError
+    from fastppo.errors import ConfigError as ConfigError
+    from fastppo.errors import EnvError as EnvError
+    from fastppo.errors import FastPPOError as FastPPOError
+    from fastppo.evaluate import Evaluation as Evaluation
+    from fastppo.evaluate import SavedPolicy as SavedPolicy
+    from fastppo.evaluate import evaluate as evaluate
+    from fastppo.evaluate import load_policy as load_policy
+    from fastppo.metrics import Stats as Stats
+    from fastppo.trainer import Result as Result
+    from fastppo.trainer import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+# Imported on first use: torch takes seconds, and `fastppo --help` and worker processes have no use for it
+_HOMES = {
+    "Config": "config",
+    "FastPPOError": "errors",
+    "ConfigError": "errors",
+    "EnvError": "errors",
+    "CheckpointError": "errors",
+    "Trainer": "trainer",
+    "Result": "trainer",
+    "Stats": "metrics",
+    "load_policy": "evaluate",
+    "evaluate": "evaluate",
+    "SavedPolicy": "evaluate",
+    "Evaluation": "evaluate",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"fastppo.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'fastppo' has no attribute {name!r}")

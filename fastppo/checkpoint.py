@@ -1,0 +1,84 @@
+"""The saved model: safetensors and JSON, so that loading one never runs code.
+
+RUN/model.safetensors   network and normalisers
+RUN/model.json          what rebuilds the policy around them
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastppo.errors import CheckpointError
+from fastppo.policies.build import PolicySpec
+from fastppo.run_dir import write_json
+
+FORMAT = 1
+
+
+def save_model(run_dir: Path, spec: PolicySpec, parts: dict[str, nn.Module], about: dict[str, Any]) -> None:
+    """Save the state of each part under its name; the last save stays whole if this one doesn't finish."""
+    tensors = {
+        f"{name}.{key}": value.detach().cpu().clone()
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
+    temporary = run_dir / ".model.safetensors.tmp"
+    save_file(tensors, temporary)
+    temporary.replace(run_dir / "model.safetensors")
+    write_json(run_dir / "model.json", {"format": FORMAT, "policy": spec.to_dict(), **about})
+
+
+def read_spec(run_dir: Path) -> PolicySpec:
+    """What rebuilds the policy saved in `run_dir`.
+
+    Raises:
+        CheckpointError: there is none, or it can't be read.
+    """
+    path = run_dir / "model.json"
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise CheckpointError(f"{path} has format {values['format']}; this version reads format {FORMAT}.")
+        return PolicySpec.from_dict(values["policy"])
+    except OSError as error:
+        raise CheckpointError(f"{run_dir} holds no saved model ({path.name}: {error.strerror}).") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
+
+
+def load_model(run_dir: Path, parts: dict[str, nn.Module]) -> None:
+    """Copy the saved state of each part into it; a saved part that isn't asked for is left out.
+
+    Raises:
+        CheckpointError: nothing to read, or what is there doesn't fit, with the differing names.
+    """
+    path = run_dir / "model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}).") from None
+    for name, part in parts.items():
+        saved = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        own = part.state_dict()
+        differing = [f"{key} only in the {where}" for key, where in _one_sided(saved, own)]
+        differing += [
+            f"{key} {tuple(saved[key].shape)} against {tuple(own[key].shape)}"
+            for key in saved.keys() & own.keys()
+            if saved[key].shape != own[key].shape
+        ]
+        if differing:
+            raise CheckpointError(f"{path} doesn't fit this {name}: {'; '.join(sorted(differing)[:4])}.")
+        with torch.no_grad():
+            for key, value in saved.items():
+                own[key].copy_(value)
+
+
+def _one_sided(saved: dict[str, Tensor], own: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, "file") for key in saved.keys() - own.keys()] + [(key, "run") for key in own.keys() - saved.keys()]

@@ -1,0 +1,494 @@
+"""Every setting of a run: one flat frozen dataclass whose fields are the flags, with all checks and derived sizes.
+
+A field that is None is "not given": `resolve` fills it from the kind of environment (CleanRL's `ppo.py` for vectors and
+discrete actions, `ppo_atari.py` for images, `ppo_continuous_action.py` for Box actions) or from a preset. Resolving a
+resolved config changes nothing, so what is stored in a run folder is exactly what ran. The object stops at the trainer:
+everything below takes plain values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+
+from fastppo.errors import ConfigError
+
+Kind = Literal["discrete", "image", "continuous"]
+
+
+def _hint(text: str) -> str:
+    return "(default: from the environment)" if text == "None" else f"(default: {text})"
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"env_kwargs={text!r} is not JSON ({error}); write it as '{{\"gravity\": 9.81}}'.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"env_kwargs={text!r} must be a JSON object; write it as '{{\"gravity\": 9.81}}'.")
+    return value
+
+
+def _arg(*aliases: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - tyro's own marker object
+    return tyro.conf.arg(aliases=aliases or None, metavar=metavar, help_behavior_hint=_hint)
+
+
+_Kwargs = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda args: _json_object(args[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+_Count = Annotated[int | None, _arg(metavar="INT")]
+_Switch = Annotated[bool | None, _arg(metavar="[True|False]")]
+_Coefficient = Annotated[float | str | None, _arg(metavar="NUMBER|SCHEDULE")]
+
+SCHEDULED = (
+    "learning_rate",
+    "clip_coef",
+    "value_clip_coef",
+    "vf_coef",
+    "ent_coef",
+    "max_grad_norm",
+    "target_kl",
+    "gamma",
+    "gae_lambda",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of one run. A field left at None is filled from the environment or the preset by `resolve`.
+
+    Coefficients take a number or a schedule over the planned iterations: `linear:2.5e-4:0`, `cosine:2.5e-4:1e-5`.
+    """
+
+    env_id: str = "CartPole-v1"
+    """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""
+    env_kwargs: _Kwargs = dataclasses.field(default_factory=dict)
+    """Keyword arguments of the environment, as a JSON object."""
+    seed: int = 1
+    """Seed of the environments, the initial weights, the action noise and the shuffling."""
+    total_timesteps: _Count = None
+    """Environment steps to train for, over all environments (rounded down to whole iterations)."""
+    preset: Literal["cleanrl", "tuned"] = "cleanrl"
+    """`cleanrl`: CleanRL's defaults for this kind of environment; `tuned`: our measured setting, where there is one."""
+    target_return: Annotated[
+        float | Literal["threshold"] | None,
+        tyro.conf.arg(metavar="NUMBER|threshold", help_behavior_hint="(default: none)"),
+    ] = None
+    """Stop when the mean of the last 100 episodes reaches this; `threshold`: the env's own, where it has one."""
+
+    n_envs: Annotated[int | None, _arg("--num-envs", metavar="INT")] = None
+    """Environments stepped together (N)."""
+    vectorization: Literal["sync", "async", "native"] = "sync"
+    """`sync`: one process; `async`: a process per environment; `native`: the environment's own vector version."""
+    n_steps: Annotated[int | None, _arg("--num-steps", metavar="INT")] = None
+    """Steps per environment and rollout (T); one iteration is n_envs x n_steps steps."""
+    gamma: _Coefficient = None
+    """Discount factor."""
+    gae_lambda: _Coefficient = None
+    """Lambda of generalised advantage estimation."""
+
+    n_minibatches: Annotated[int | None, _arg("--num-minibatches", metavar="INT")] = None
+    """Minibatches per epoch; must divide n_envs x n_steps."""
+    update_epochs: _Count = None
+    """Passes over each rollout, shuffled afresh each time."""
+    learning_rate: _Coefficient = None
+    """Adam's step size."""
+    anneal_lr: _Switch = None
+    """Short form of `--learning-rate linear:X:0`."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon."""
+    clip_coef: _Coefficient = None
+    """Clip range of the probability ratio."""
+    anneal_clip: _Switch = None
+    """Short form of `--clip-coef linear:X:0`."""
+    value_clip: Annotated[Literal["off", "max", "clipped_only"] | None, _arg()] = None
+    """Value loss: plain; the larger of plain and clipped; or the clipped one alone (stable-baselines3's)."""
+    value_clip_coef: Annotated[
+        float | str | None, tyro.conf.arg(metavar="NUMBER|SCHEDULE", help_behavior_hint="(default: clip_coef)")
+    ] = None
+    """Clip range of the value loss, in units of the return; negative switches it off."""
+    vf_coef: _Coefficient = None
+    """Weight of the value loss, which is 0.5 x mean squared error."""
+    ent_coef: _Coefficient = None
+    """Weight of the entropy bonus."""
+    max_grad_norm: _Coefficient = None
+    """Gradients are scaled down to this global L2 norm."""
+    normalize_advantages: Literal["minibatch", "batch", "off"] = "minibatch"
+    """Advantages to mean 0 and standard deviation 1: within each minibatch, once per rollout, or not."""
+    target_kl: Annotated[
+        float | str | None, tyro.conf.arg(metavar="NUMBER|SCHEDULE", help_behavior_hint="(default: no limit)")
+    ] = None
+    """End an update early when its KL (k3) passes this times kl_stop_factor."""
+    kl_stop: Literal["epoch", "minibatch"] = "epoch"
+    """Judge the KL by each epoch's mean after it, or by each minibatch before its step is taken."""
+    kl_stop_factor: float = 1.0
+    """Factor on target_kl; stable-baselines3 uses 1.5."""
+
+    network: Literal["auto", "mlp", "cnn"] = "auto"
+    """`cnn`: the Nature CNN, for uint8 images of 36x36 and more; `mlp`: for the rest."""
+    hidden_sizes: tuple[int, ...] = (64, 64)
+    """Widths of the MLP's hidden layers."""
+    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
+    """Activation of the MLP."""
+    shared_trunk: bool = False
+    """One MLP trunk for policy and value instead of two (the CNN's is always shared)."""
+
+    normalize_obs: _Switch = None
+    """Scale vector observations to mean 0 and variance 1 by running moments."""
+    normalize_rewards: _Switch = None
+    """Divide rewards by the running standard deviation of the discounted return."""
+    obs_clip: float = 10.0
+    """Clip range of normalised observations."""
+    reward_clip: float = 10.0
+    """Clip range of normalised rewards."""
+    sign_rewards: _Switch = None
+    """Train on the sign of rewards (Atari's reward clipping); logged returns stay raw."""
+
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:K`."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: torch's own choice)")] = (
+        None
+    )
+    """CPU threads of torch; part of what makes a run repeatable to the bit."""
+    compile: Literal["on", "off"] = "off"
+    """torch.compile for the advantage kernel; costs some seconds at the start."""
+    name: str = "ppo"
+    """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
+    """Write the run exactly here instead; the folder must be new or empty."""
+    init_from: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
+    """Start from the policy (and normalisers) of this run folder."""
+
+    def __post_init__(self) -> None:
+        """Check every field by itself, and the batch where its parts are known."""
+        _check_types(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of one rollout, n_envs x n_steps."""
+        return _known(self.n_envs) * _known(self.n_steps)
+
+    @property
+    def minibatch_size(self) -> int:
+        """Rows of one minibatch."""
+        return self.batch_size // _known(self.n_minibatches)
+
+    @property
+    def n_iterations(self) -> int:
+        """Planned iterations: total_timesteps // batch_size, at least one."""
+        return max(1, _known(self.total_timesteps) // self.batch_size)
+
+    def schedule(self, name: str) -> float | str:
+        """The coefficient `name` as a number or a schedule, with the short forms `anneal_lr`, `anneal_clip` applied."""
+        value: float | str | None = getattr(self, name)
+        if value is None and name == "value_clip_coef":
+            return self.schedule("clip_coef")
+        if value is None and name == "target_kl":
+            return math.inf
+        short = {"learning_rate": self.anneal_lr, "clip_coef": self.anneal_clip}.get(name)
+        if short and not isinstance(value, str):
+            return f"linear:{value!r}:0"
+        assert value is not None, f"{name} of a config that isn't resolved"
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able values, from which `from_dict` makes an equal config."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+            for key, value in values.items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
+        """A config from plain values, as TOML and JSON hold them.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one), or anything the constructor refuses.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        given: dict[str, Any] = {}
+        for key, value in values.items():
+            name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+                hint = f"did you mean {near[0]}?" if near else "see `fastppo train --help` for the settings."
+                raise ConfigError(f"{source}: unknown setting {key!r}; {hint}")
+            if name in given:
+                raise ConfigError(f"{source}: {name} is given twice, once by another of its names; keep one.")
+            given[name] = value
+        if "hidden_sizes" in given and isinstance(given["hidden_sizes"], list):
+            given["hidden_sizes"] = tuple(given["hidden_sizes"])
+        for name in ("run_dir", "init_from"):
+            if isinstance(given.get(name), str):
+                given[name] = Path(given[name])
+        return cls(**given)
+
+
+ALIASES = {"num_envs": "n_envs", "num_steps": "n_steps", "num_minibatches": "n_minibatches"}
+
+_CLEANRL_PPO: dict[str, Any] = {
+    "total_timesteps": 500_000,
+    "n_envs": 4,
+    "n_steps": 128,
+    "gamma": 0.99,
+    "gae_lambda": 0.95,
+    "n_minibatches": 4,
+    "update_epochs": 4,
+    "learning_rate": 2.5e-4,
+    "clip_coef": 0.2,
+    "value_clip": "max",
+    "vf_coef": 0.5,
+    "ent_coef": 0.01,
+    "max_grad_norm": 0.5,
+    "normalize_obs": False,
+    "normalize_rewards": False,
+    "sign_rewards": False,
+}
+CLEANRL: dict[Kind, dict[str, Any]] = {
+    "discrete": _CLEANRL_PPO,
+    "image": _CLEANRL_PPO | {"total_timesteps": 10_000_000, "n_envs": 8, "clip_coef": 0.1},
+    "continuous": _CLEANRL_PPO
+    | {
+        "total_timesteps": 1_000_000,
+        "n_envs": 1,
+        "n_steps": 2048,
+        "n_minibatches": 32,
+        "update_epochs": 10,
+        "learning_rate": 3e-4,
+        "ent_coef": 0.0,
+        "normalize_obs": True,
+        "normalize_rewards": True,
+    },
+}
+
+# Found and measured by benchmarks/presets.py; figures in benchmarks/README.md.
+TUNED: dict[str, dict[str, Any]] = {}
+
+
+def resolve(config: Config, kind: Kind, *, atari: bool = False, reward_threshold: float | None = None) -> Config:
+    """Fill every field that was not given.
+
+    Args:
+        config: what the user gave.
+        kind: of the environment: "image" by its observations, else "continuous" or "discrete" by its actions.
+        atari: the environment is an ALE game, whose rewards are trained on by their sign.
+        reward_threshold: the environment's own, for `target_return="threshold"`.
+
+    Returns:
+        A config without open fields, except those whose None means "none" (target_kl, target_return, ...).
+
+    Raises:
+        ConfigError: the batch doesn't divide, or settings contradict each other.
+    """
+    defaults = dict(CLEANRL[kind])
+    defaults["sign_rewards"] = atari
+    if config.preset == "tuned":
+        defaults |= TUNED.get(config.env_id, {})
+    # a schedule spelled out leaves nothing for the short form to do
+    defaults.setdefault("anneal_lr", True)
+    defaults.setdefault("anneal_clip", False)
+    if isinstance(config.learning_rate, str):
+        defaults["anneal_lr"] = False
+    if isinstance(config.clip_coef, str):
+        defaults["anneal_clip"] = False
+    if config.normalize_rewards:
+        defaults["sign_rewards"] = False
+    changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.target_return == "threshold":
+        changes["target_return"] = reward_threshold
+    return dataclasses.replace(config, **changes)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: can't be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML ({error}).") from None
+
+
+def parse_schedule(text: str, name: str = "schedule") -> tuple[str, float, float]:
+    """`linear:A:B`, `cosine:A:B` or `constant:A` as (shape, start, end).
+
+    Raises:
+        ConfigError: any other text.
+    """
+    shape, *numbers = text.split(":")
+    try:
+        values = [float(number) for number in numbers]
+    except ValueError:
+        values = []
+    if shape == "constant" and len(values) == 1:
+        return shape, values[0], values[0]
+    if shape in ("linear", "cosine") and len(values) == 2:
+        return shape, values[0], values[1]
+    raise ConfigError(
+        f"{name}={text!r} is neither a number nor a schedule; "
+        "use 2.5e-4, constant:2.5e-4, linear:2.5e-4:0 or cosine:2.5e-4:0."
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _known(value: _T | None) -> _T:
+    assert value is not None, "asked of a config that isn't resolved"
+    return value
+
+
+def _accepts(value: object, hint: object) -> bool:
+    """Whether a plain value fits one of the annotations that Config uses."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _accepts(value, args[0])
+    if origin in (types.UnionType, typing.Union):
+        return any(_accepts(value, arg) for arg in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_accepts(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.cast("type", hint))
+
+
+def _describe(hint: object) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _describe(args[0])
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(_describe(arg) for arg in args if arg is not type(None))
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return "a list of int"
+    if origin is dict:
+        return "a table of keyword arguments"
+    return "a path" if hint is Path else "text" if hint is str else str(getattr(hint, "__name__", hint))
+
+
+def _check_types(config: Config) -> None:
+    hints = typing.get_type_hints(Config, include_extras=True)
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        if not _accepts(value, hint):
+            near = ""
+            if isinstance(value, str):
+                choices = [str(arg) for arg in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
+                match = difflib.get_close_matches(value, choices, n=1)
+                near = f"; did you mean {match[0]}?" if match else ""
+            raise ConfigError(f"{name}={value!r} must be {_describe(hint)}{near or '.'}")
+
+
+# name: (lowest, highest); an open end is a value that is itself not allowed
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "total_timesteps": (1, math.inf),
+    "n_envs": (1, math.inf),
+    "n_steps": (1, math.inf),
+    "n_minibatches": (1, math.inf),
+    "update_epochs": (1, math.inf),
+    "threads": (1, 1024),
+    "learning_rate": (0, math.inf),
+    "gamma": (0, 1),
+    "gae_lambda": (0, 1),
+    "clip_coef": (0, math.inf),
+    "value_clip_coef": (-math.inf, math.inf),
+    "vf_coef": (0, math.inf),
+    "ent_coef": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "target_kl": (0, math.inf),
+    "kl_stop_factor": (0, math.inf),
+    "adam_eps": (0, math.inf),
+    "obs_clip": (0, math.inf),
+    "reward_clip": (0, math.inf),
+    "target_return": (-math.inf, math.inf),
+}
+_POSITIVE = ("max_grad_norm", "target_kl", "kl_stop_factor", "adam_eps", "obs_clip", "reward_clip")
+
+
+def _check_number(name: str, given: object, number: float) -> None:
+    low, high = _RANGES[name]
+    if math.isnan(number) or math.isinf(number):
+        raise ConfigError(f"{name}={given!r} must be a finite number.")
+    if name in _POSITIVE and number <= 0:
+        raise ConfigError(f"{name}={given!r} must be greater than 0.")
+    if number < low:
+        raise ConfigError(f"{name}={given!r} must be at least {low:g}; nearest valid value: {low:g}.")
+    if number > high:
+        raise ConfigError(f"{name}={given!r} must be at most {high:g}; nearest valid value: {high:g}.")
+
+
+def _check_ranges(config: Config) -> None:
+    for name in _RANGES:
+        value = getattr(config, name)
+        if value is None or value == "threshold":
+            continue
+        for number in parse_schedule(value, name)[1:] if isinstance(value, str) else (value,):
+            _check_number(name, value, number)
+    for size in config.hidden_sizes:
+        if size < 1:
+            raise ConfigError(f"hidden_sizes={list(config.hidden_sizes)} must be widths of at least 1.")
+    if not config.hidden_sizes:
+        raise ConfigError("hidden_sizes=[] must name at least one layer, such as 64 64.")
+    if config.name != Path(config.name).name or config.name.startswith(".") or "\0" in config.name or not config.name:
+        raise ConfigError(f"name={config.name!r} must be a plain folder name, without '/', '..' or a leading dot.")
+    device = config.device.split(":")
+    if (
+        device[0] not in ("auto", "cpu", "cuda")
+        or len(device) > 2
+        or (len(device) == 2 and not (device[0] == "cuda" and device[1].isdecimal()))
+    ):
+        raise ConfigError(f"device={config.device!r} must be auto, cpu, cuda or cuda:K.")
+
+
+def _check_combinations(config: Config) -> None:
+    if config.anneal_lr and isinstance(config.learning_rate, str):
+        raise ConfigError(f"anneal_lr and learning_rate={config.learning_rate!r} both give a schedule; keep one.")
+    if config.anneal_clip and isinstance(config.clip_coef, str):
+        raise ConfigError(f"anneal_clip and clip_coef={config.clip_coef!r} both give a schedule; keep one.")
+    if config.sign_rewards and config.normalize_rewards:
+        raise ConfigError("sign_rewards and normalize_rewards both rescale the rewards; switch one off.")
+    if None in (config.n_envs, config.n_steps, config.n_minibatches):
+        return
+    batch, parts = config.batch_size, _known(config.n_minibatches)
+    if batch % parts:
+        below = max(d for d in range(1, min(parts, batch) + 1) if batch % d == 0)
+        above = next((d for d in range(parts, batch + 1) if batch % d == 0), None)
+        near = f"{below}, {above}" if above else f"{below}"
+        raise ConfigError(
+            f"n_minibatches={parts} does not divide the batch of {batch} "
+            f"(n_envs={config.n_envs} x n_steps={config.n_steps}); nearest that do: {near}."
+        )

@@ -1,0 +1,1 @@
+"""Environments as tensors: one protocol, and what turns Gymnasium's vector environments into it."""

@@ -1,0 +1,138 @@
+"""Any Gymnasium vector environment as a VecEnv, in each of the three autoreset modes.
+
+same-step: a finished episode's successor starts in the same step; true last observations arrive in `final_obs`.
+next-step: the step after an end only resets; that row is marked as filler, and its observation is the last one.
+disabled:  driven from here with `reset_mask`, and so the same as same-step to whoever looks on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import Tensor
+
+from fastppo.envs.api import Step
+from fastppo.errors import EnvError
+from fastppo.spaces import ActionSpec, ObsSpec
+
+_Array = np.ndarray[Any, Any]
+
+
+class HostEnv:
+    """A Gymnasium vector environment behind the VecEnv protocol."""
+
+    def __init__(self, venv: VectorEnv[Any, Any, Any]) -> None:
+        """Take over `venv`.
+
+        Raises:
+            EnvError: an unsupported space, or no declared autoreset mode.
+        """
+        self.venv = venv
+        self.n_envs = venv.num_envs
+        self.obs_spec = ObsSpec.from_space(venv.single_observation_space)
+        self.action_spec = ActionSpec.from_space(venv.single_action_space)
+        declared = venv.metadata.get("autoreset_mode")
+        if declared is None:
+            raise EnvError(
+                f"{type(venv.unwrapped).__name__} does not declare its autoreset mode; "
+                "set metadata['autoreset_mode'] to a gymnasium.vector.AutoresetMode."
+            )
+        self.mode = AutoresetMode(declared)
+        self.fillers = self.mode == AutoresetMode.NEXT_STEP
+        self.notes: Sequence[str] = []
+        if self.obs_spec.kind == "vector" and self.obs_spec.source_dtype != "float32":
+            self._note(f"observations are {self.obs_spec.source_dtype}; stored as float32, cast once.")
+        self._ended = np.zeros(self.n_envs, bool)
+        self._final = np.zeros((self.n_envs, *self.obs_spec.shape), self.obs_spec.source_dtype)
+        self._checked = False
+
+    def reset(self, seed: np.random.SeedSequence) -> Tensor:
+        """Start every environment with a seed of its own drawn from `seed`, where the vectoriser takes several."""
+        self._ended[:] = False
+        # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
+        rng = np.random.default_rng(seed)
+        seeds = rng.choice(2**31 - 1, self.n_envs, replace=False)
+        for form in (seeds.tolist(), seeds.astype(np.int64)):
+            try:
+                obs, _ = self.venv.reset(seed=form)  # type: ignore[arg-type]
+                break
+            except (TypeError, ValueError, gym.error.Error):
+                continue
+        else:
+            obs, _ = self.venv.reset(seed=int(seeds[0]))
+            self._note("this vector environment takes one seed: one random stream serves all environments.")
+        expected = (self.n_envs, *self.obs_spec.shape)
+        if np.shape(obs) != expected:
+            raise EnvError(f"reset returned observations of shape {np.shape(obs)}; its space says {expected}.")
+        return torch.from_numpy(obs)
+
+    def step(self, actions: Tensor) -> Step:
+        """Act once in every environment.
+
+        Raises:
+            EnvError: shapes or types other than promised, or no last observations where there must be.
+        """
+        obs, rewards, terminated, truncated, infos = self.venv.step(self.action_spec.to_env(actions))
+        if not self._checked:
+            self._check(obs, rewards, terminated, truncated)
+        valid = cut = None
+        if self.fillers:
+            valid = torch.from_numpy(~self._ended)
+            self._ended = terminated | truncated
+        elif truncated.any():
+            cut = np.flatnonzero(truncated & ~terminated)
+            self._keep_final(cut, obs, infos)
+        if self.mode == AutoresetMode.DISABLED and (done := terminated | truncated).any():
+            # the vector environment may clear its own flags in place
+            terminated, truncated = terminated.copy(), truncated.copy()
+            obs, _ = self.venv.reset(options={"reset_mask": done})
+        return Step(
+            obs=torch.from_numpy(obs),
+            rewards=torch.from_numpy(rewards),
+            terminated=torch.from_numpy(terminated),
+            truncated=torch.from_numpy(truncated),
+            valid=valid,
+            cut=() if cut is None else cut.tolist(),
+            final_obs=None if cut is None else torch.from_numpy(self._final),
+        )
+
+    def close(self) -> None:
+        """Close the vector environment."""
+        self.venv.close()
+
+    def _note(self, text: str) -> None:
+        self.notes = [*self.notes, text]
+
+    def _keep_final(self, cut: _Array, obs: _Array, infos: dict[str, Any]) -> None:
+        if self.mode == AutoresetMode.DISABLED:
+            self._final[cut] = obs[cut]
+            return
+        final = infos.get("final_obs")
+        for i in cut:
+            if final is None or final[i] is None:
+                raise EnvError(
+                    f"environment {i} was truncated, but infos['final_obs'] does not hold its last observation; "
+                    "same-step autoreset must supply it."
+                )
+            if np.shares_memory(final[i], obs):
+                raise EnvError(
+                    f"infos['final_obs'][{i}] lies in the memory of the next observation and is overwritten by it; "
+                    "have the vector environment copy it."
+                )
+            self._final[i] = final[i]
+
+    def _check(self, obs: _Array, rewards: _Array, terminated: _Array, truncated: _Array) -> None:
+        rows = {"observations": (obs, self.obs_spec.shape), "rewards": (rewards, ())}
+        rows |= {"terminated": (terminated, ()), "truncated": (truncated, ())}
+        for name, (array, shape) in rows.items():
+            if np.shape(array) != (self.n_envs, *shape):
+                raise EnvError(f"step returned {name} of shape {np.shape(array)}, not {(self.n_envs, *shape)}.")
+        for name in ("terminated", "truncated"):
+            if rows[name][0].dtype != np.bool_:
+                raise EnvError(f"step returned {name} as {rows[name][0].dtype}; it must be bool.")
+        self._checked = True

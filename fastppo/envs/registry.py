@@ -1,0 +1,133 @@
+"""From settings to a VecEnv: first a look at one environment, then N of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import sys
+from collections.abc import Callable
+from typing import Any, Literal
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from fastppo.envs import single
+from fastppo.envs.host import HostEnv
+from fastppo.envs.single import EnvFactory
+from fastppo.errors import ConfigError
+from fastppo.spaces import ActionSpec, ObsSpec
+
+Maker = Callable[[], Any]  # -> gymnasium Env, or a VectorEnv that is used as it is
+
+
+@dataclasses.dataclass
+class Probe:
+    """What one look at an environment tells, before N of them are made.
+
+    Attributes:
+        obs_spec: of one observation.
+        action_spec: of one action.
+        atari: whether it is an ALE game.
+        reward_threshold: the registered one, where there is one.
+        factory: makes one environment; None where the user's maker returned a vector environment.
+        vector: that vector environment.
+    """
+
+    obs_spec: ObsSpec
+    action_spec: ActionSpec
+    atari: bool
+    reward_threshold: float | None
+    factory: EnvFactory | None
+    vector: VectorEnv[Any, Any, Any] | None
+
+    @property
+    def kind(self) -> Literal["discrete", "image", "continuous"]:
+        """Which of CleanRL's scripts fits."""
+        if self.obs_spec.kind == "image":
+            return "image"
+        return "continuous" if self.action_spec.kind == "box" else "discrete"
+
+
+def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None) -> Probe:
+    """Make one environment, look, and close it.
+
+    Raises:
+        ConfigError: it can't be made.
+        EnvError: its spaces aren't supported.
+    """
+    atari = False
+    if make_env is None:
+        spec = single.find_spec(env_id)
+        atari = single.is_atari(spec)
+        if atari and "frameskip" in env_kwargs:
+            raise ConfigError("env_kwargs: frameskip is set by the Atari preprocessing (4); leave it out.")
+    factory = EnvFactory(env_id, env_kwargs, make=make_env)
+    env: Any = single.build(factory)
+    if isinstance(env, VectorEnv):
+        obs_spec = ObsSpec.from_space(env.single_observation_space)
+        return Probe(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env)
+    if not isinstance(env, gym.Env):
+        raise ConfigError(f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv.")
+    try:
+        obs_spec, action_spec = ObsSpec.from_space(env.observation_space), ActionSpec.from_space(env.action_space)
+        threshold = env.spec.reward_threshold if env.spec else None
+        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env))
+    finally:
+        env.close()
+    return Probe(obs_spec, action_spec, atari, threshold, factory, None)
+
+
+def make_vec_env(found: Probe, n_envs: int, vectorization: Literal["sync", "async", "native"]) -> HostEnv:
+    """N environments of the kind that was probed.
+
+    Raises:
+        ConfigError: there is no native vector version, or a given vector environment has another N.
+        EnvError: it doesn't keep its promises.
+    """
+    if found.vector is not None:
+        if found.vector.num_envs != n_envs:
+            raise ConfigError(
+                f"n_envs={n_envs}, but make_env returned a vector environment of {found.vector.num_envs}."
+            )
+        return HostEnv(found.vector)
+    assert found.factory is not None
+    if vectorization == "native":
+        return HostEnv(_native(found.factory, n_envs, found.atari))
+    factories = [found.factory] * n_envs
+    if vectorization == "sync":
+        return HostEnv(SyncVectorEnv(factories, copy=False, autoreset_mode=AutoresetMode.SAME_STEP))
+    return HostEnv(
+        AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
+    )
+
+
+def _start_method() -> str:
+    """Never plain fork: torch has threads, and a forked lock stays locked."""
+    if sys.platform == "win32":
+        return "spawn"
+    multiprocessing.set_forkserver_preload(["fastppo.envs.single"])
+    return "forkserver"
+
+
+def _native(factory: EnvFactory, n_envs: int, atari: bool) -> VectorEnv[Any, Any, Any]:
+    spec = None if factory.make else single.find_spec(factory.env_id)
+    if spec is None or spec.vector_entry_point is None:
+        raise ConfigError(
+            f"vectorization=native: {factory.env_id} has no vector version of its own; use sync or async."
+        )
+    kwargs = dict(factory.env_kwargs)
+    if atari:
+        kwargs |= {
+            "noop_max": single.ATARI_NOOP_MAX,
+            "frameskip": single.ATARI_FRAME_SKIP,
+            "img_height": single.ATARI_SIZE,
+            "img_width": single.ATARI_SIZE,
+            "stack_num": single.ATARI_STACK,
+            "use_fire_reset": False,
+            "reward_clipping": False,
+            "autoreset_mode": AutoresetMode.SAME_STEP,
+        }
+    try:
+        return gym.make_vec(factory.env_id, n_envs, vectorization_mode="vector_entry_point", **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"vectorization=native: {factory.env_id} refuses {factory.env_kwargs}: {error}") from None

@@ -1,0 +1,17 @@
+"""What can go wrong, as types: the command line prints each of these as one line, without a traceback."""
+
+
+class FastPPOError(Exception):
+    """The base of every error that is meant for the user; its text says what, why and what to do."""
+
+
+class ConfigError(FastPPOError, ValueError):
+    """A setting, or a combination of settings, that can't be used."""
+
+
+class EnvError(FastPPOError):
+    """An environment that can't be made, or that breaks what its spaces and its autoreset mode promise."""
+
+
+class CheckpointError(FastPPOError):
+    """A run folder or a saved model that can't be read, or can't be used here."""

@@ -1,0 +1,184 @@
+"""A saved policy, without its trainer: act with it, and play whole episodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastppo.checkpoint import load_model, read_spec
+from fastppo.config import Config
+from fastppo.envs.registry import Maker, make_vec_env, probe
+from fastppo.errors import CheckpointError, ConfigError
+from fastppo.metrics import EpisodeStats
+from fastppo.policies.api import Policy
+from fastppo.policies.build import PolicySpec
+from fastppo.runtime.device import choose_device, generator, seed_stream
+
+
+class SavedPolicy:
+    """A policy from a run folder, normaliser included.
+
+    Attributes:
+        spec: what it reads and what it makes.
+        policy: encoder, network, distribution.
+    """
+
+    def __init__(self, spec: PolicySpec, policy: Policy, device: torch.device, seed: int = 0) -> None:
+        """Act on `device`; `seed` is for sampled actions."""
+        self.spec = spec
+        self.policy = policy
+        self.device = device
+        self._generator = generator(seed, "eval", device)
+
+    def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray[Any, Any]:  # noqa: ANN401 - array-like
+        """The environment's action for one observation, or actions for a batch of them.
+
+        Args:
+            obs: as the environment gives it, [*obs] or [B, *obs]; raw, the policy normalises by itself.
+            deterministic: the most probable action; else sampled.
+
+        Returns:
+            Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action].
+
+        Raises:
+            ValueError: another shape.
+        """
+        array, shape = np.asarray(obs), self.spec.obs.shape
+        single = array.shape == shape
+        if not single and array.shape[1:] != shape:
+            raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
+        rows = torch.as_tensor(array[None] if single else array).to(self.device, self.spec.obs.dtype)
+        if deterministic:
+            actions = self.policy.mode(rows)
+        else:
+            noise = torch.empty((len(rows), self.policy.distribution.noise_size), device=self.device)
+            self.policy.distribution.fill_noise(noise, self._generator)
+            actions = self.policy.act(rows, noise).actions
+        out = self.spec.action.to_env(actions)
+        return out[0] if single else out
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Whole episodes of a saved policy.
+
+    Attributes:
+        returns: undiscounted, raw.
+        lengths: in steps.
+    """
+
+    returns: list[float]
+    lengths: list[int]
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the returns over episodes."""
+        return float(np.std(self.returns))
+
+
+def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = "cpu", seed: int = 0) -> SavedPolicy:
+    """The policy saved in the folder `run`; `policy` is your own network, if the run trained one.
+
+    Raises:
+        CheckpointError: no model there, or one that doesn't fit.
+        ConfigError: the run's network was your own and isn't given.
+    """
+    run_dir, on = Path(run), choose_device(device)
+    spec = read_spec(run_dir)
+    built = spec.build(policy).to(on)
+    load_model(run_dir, {"policy": built})
+    return SavedPolicy(spec, built, on, seed)
+
+
+def evaluate(
+    run: Path | str,
+    episodes: int = 20,
+    *,
+    deterministic: bool = True,
+    seed: int = 0,
+    make_env: Maker | None = None,
+    policy: nn.Module | None = None,
+    allow_import: bool = False,
+) -> Evaluation:
+    """Play `episodes` whole episodes of the environment that `run` was trained on.
+
+    Each of several environments plays its share from its first episode on, so that short episodes are not preferred.
+
+    Args:
+        run: the run folder.
+        episodes: how many.
+        deterministic: the most probable actions; else sampled ones.
+        seed: of the environments and of sampling.
+        make_env: makes one environment, where the run's came from Python.
+        policy: your own network, where the run trained one.
+        allow_import: the run's env id names a module that may be imported.
+
+    Raises:
+        ConfigError, EnvError, CheckpointError: see their texts.
+    """
+    if episodes < 1:
+        raise ConfigError(f"episodes={episodes} must be at least 1.")
+    run_dir = Path(run)
+    saved = load_policy(run_dir, policy, seed=seed)
+    config = _read_config(run_dir)
+    if ":" in config.env_id and make_env is None and not allow_import:
+        raise ConfigError(f"{run_dir} was trained on {config.env_id}, which imports code; repeat with --allow-import.")
+    found = probe(config.env_id, config.env_kwargs, make_env)
+    if (found.obs_spec, found.action_spec) != (saved.spec.obs, saved.spec.action):
+        raise ConfigError(f"{config.env_id} has other spaces than the policy in {run_dir}; give its make_env.")
+    n = found.vector.num_envs if found.vector else min(episodes, 8)
+    env = make_vec_env(found, n, "sync")
+    share = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+    stats = [EpisodeStats(1) for _ in range(n)]
+    returns: list[list[float]] = [[] for _ in range(n)]
+    lengths: list[list[int]] = [[] for _ in range(n)]
+    try:
+        obs = env.reset(seed_stream(seed, "envs"))
+        while any(len(mine) < k for mine, k in zip(returns, share, strict=True)):
+            raw = obs.to(saved.device, saved.spec.obs.dtype)
+            noise = torch.zeros((n, saved.policy.distribution.noise_size), device=saved.device)
+            if deterministic:
+                actions = saved.policy.mode(raw)
+            else:
+                saved.policy.distribution.fill_noise(noise, saved._generator)
+                actions = saved.policy.act(raw, noise).actions
+            step = env.step(actions)
+            done = (step.terminated | step.truncated).numpy(force=True)
+            rewards, valid = step.rewards.numpy(force=True), step.valid
+            for i in range(n):
+                filler = np.array([[valid is None or bool(valid[i])]])
+                ended = stats[i].add(rewards[i].reshape(1, 1), done[i].reshape(1, 1), filler)
+                returns[i] += ended.returns.tolist()
+                lengths[i] += ended.lengths.tolist()
+            obs = step.obs
+    finally:
+        env.close()
+    pairs = [
+        (r, k)
+        for mine, theirs, q in zip(returns, lengths, share, strict=True)
+        for r, k in list(zip(mine, theirs, strict=True))[:q]
+    ]
+    return Evaluation([r for r, _ in pairs], [k for _, k in pairs])
+
+
+def _read_config(run_dir: Path) -> Config:
+    path = run_dir / "config.json"
+    try:
+        return Config.from_dict(json.loads(path.read_text()), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}).") from None
+    except (ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"{path} is not JSON ({error}).") from None

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: the mathematics of PPO, importing torch alone."""

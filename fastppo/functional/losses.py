@@ -1,0 +1,163 @@
+"""PPO's losses, as quantities to minimise. Rows where `valid` is False (next-step autoreset's filler) count nowhere."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastppo.functional.diagnostics import approx_kl_k1, approx_kl_k3, clip_fraction, masked_mean
+
+ValueClip = Literal["off", "max", "clipped_only"]
+
+
+class Batch(NamedTuple):
+    """Rows of a rollout, B of them, that an update learns from.
+
+    Attributes:
+        obs: [B, *obs] raw, as stored.
+        actions: [B, *action] as the distribution made them.
+        logprobs: [B] under the policy that acted, in nats.
+        params: [B, P] parameters of the distribution that acted.
+        values: [B] the critic's estimates during the rollout.
+        advantages: [B].
+        returns: [B] the critic's targets.
+        valid: [B] bool, or None where every row is a real transition.
+    """
+
+    obs: Tensor
+    actions: Tensor
+    logprobs: Tensor
+    params: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    valid: Tensor | None
+
+
+class Coefficients(NamedTuple):
+    """The scheduled scalars, each a 0-d tensor on the training device, so that annealing recompiles nothing."""
+
+    learning_rate: Tensor
+    clip_coef: Tensor
+    value_clip_coef: Tensor
+    vf_coef: Tensor
+    ent_coef: Tensor
+    max_grad_norm: Tensor
+    gamma: Tensor
+    gae_lambda: Tensor
+
+
+DIAGNOSTICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "exact_kl", "clipfrac")
+
+
+def clipped_policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: Tensor, valid: Tensor | None = None) -> Tensor:
+    """PPO's clipped surrogate.
+
+        L = -mean(min(r A, clamp(r, 1 - c, 1 + c) A)),   r = exp(logratio)
+
+    Args:
+        logratio: [B] log pi_new(a|s) - log pi_old(a|s), in nats.
+        advantages: [B] in reward units, or unit-free once normalised.
+        clip_coef: [] c >= 0.
+        valid: [B] bool or None.
+
+    Source: Schulman et al. 2017, eq. 7 (arXiv:1707.06347), with the sign turned.
+    """
+    ratio = logratio.exp()
+    clipped = torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef)
+    return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), valid)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    value_clip: ValueClip,
+    value_clip_coef: Tensor,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Half the mean squared error of the critic, optionally with its step away from the old values clipped.
+
+        off:           0.5 mean((v - R)^2)
+        clipped_only:  0.5 mean((v_old + clamp(v - v_old, -c, c) - R)^2)
+        max:           0.5 mean(max of the two squares)
+
+    Args:
+        values: [B] v.
+        old_values: [B] v_old, from the rollout.
+        returns: [B] R, in units of the (scaled) return.
+        value_clip: which of the three.
+        value_clip_coef: [] c, in units of the return; negative means no clipping, as PPO2's cliprange_vf.
+        valid: [B] bool or None.
+
+    The factor of one half is CleanRL's: stable-baselines3's vf_coef of 0.5 is 1.0 here.
+    """
+    plain = (values - returns).square()
+    if value_clip == "off":
+        return 0.5 * masked_mean(plain, valid)
+    limit = torch.where(value_clip_coef < 0, torch.inf, value_clip_coef)
+    clipped = (old_values + torch.clamp(values - old_values, -limit, limit) - returns).square()
+    return 0.5 * masked_mean(torch.maximum(plain, clipped) if value_clip == "max" else clipped, valid)
+
+
+def normalize_advantages(advantages: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Advantages to mean 0 and unbiased standard deviation 1 (plus 1e-8); unchanged where fewer than two rows count."""
+    if valid is None:
+        if advantages.numel() < 2:
+            return advantages
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    n = valid.sum()
+    centred = advantages - masked_mean(advantages, valid)
+    std = (torch.where(valid, centred.square(), 0.0).sum() / (n - 1).clamp(min=1)).sqrt()
+    return torch.where(n < 2, advantages, centred / (std + 1e-8))
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    entropy: Tensor,
+    values: Tensor,
+    exact_kl: Tensor,
+    batch: Batch,
+    coefs: Coefficients,
+    value_clip: ValueClip,
+) -> tuple[Tensor, Tensor]:
+    """PPO's whole loss for one minibatch.
+
+        L = L_clip + vf_coef L_value - ent_coef mean(entropy)
+
+    Args:
+        logprobs: [B] of batch.actions under the current policy.
+        entropy: [B] of the current policy.
+        values: [B] of the current critic.
+        exact_kl: [B] KL(old || new) of the two distributions; only reported.
+        batch: the rows, with advantages already normalised if they should be.
+        coefs: scheduled scalars.
+        value_clip: see `value_loss`.
+
+    Returns:
+        the loss [], and the values of DIAGNOSTICS [7], detached. Entropy is reported positive.
+
+    Source: Schulman et al. 2017, eq. 9 (arXiv:1707.06347), with the sign turned.
+    """
+    valid = batch.valid
+    logratio = logprobs - batch.logprobs
+    policy = clipped_policy_loss(logratio, batch.advantages, coefs.clip_coef, valid)
+    critic = value_loss(values, batch.values, batch.returns, value_clip, coefs.value_clip_coef, valid)
+    mean_entropy = masked_mean(entropy, valid)
+    loss = policy + coefs.vf_coef * critic - coefs.ent_coef * mean_entropy
+    with torch.no_grad():
+        x = logratio.detach()
+        diagnostics = torch.stack(
+            (
+                policy.detach(),
+                critic.detach(),
+                mean_entropy.detach(),
+                approx_kl_k1(x, valid),
+                approx_kl_k3(x, valid),
+                masked_mean(exact_kl.detach(), valid),
+                clip_fraction(x, coefs.clip_coef, valid),
+            )
+        )
+    return loss, diagnostics

@@ -1,0 +1,1 @@
+"""Networks, and what lies around them: encoding of observations, normalisers, flat parameters."""

@@ -1,0 +1,133 @@
+"""The policy: observations encoded, one network, one distribution.
+
+A network is any nn.Module with
+
+    forward(x) -> (params [B, P], value [B])
+
+where P is the distribution's `n_params` and x is what `Encoder` makes of raw observations: float32 [B, *shape] for
+vectors (normalised if that is on), float32 in [0, 1], [B, C, H, W], for images, one-hot float32 [B, sum(nvec)] for
+discrete observations. It must be deterministic (no dropout) and treat its rows apart (no batch normalisation).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastppo.errors import ConfigError
+from fastppo.functional.distributions import Distribution
+from fastppo.policies.normalizers import ObsNormalizer
+from fastppo.spaces import ObsSpec
+
+
+class Action(NamedTuple):
+    """One step of N environments, as the policy decided it."""
+
+    actions: Tensor  # [N, *action]
+    logprobs: Tensor  # [N] nats
+    params: Tensor  # [N, P] of the distribution
+    values: Tensor  # [N]
+
+
+class Evaluation(NamedTuple):
+    """What the current policy says of stored actions."""
+
+    logprobs: Tensor  # [B] nats
+    entropy: Tensor  # [B] nats
+    values: Tensor  # [B]
+    exact_kl: Tensor  # [B] nats, KL(old || new)
+
+
+class Encoder(nn.Module):
+    """Raw observations, as stored, to what a network reads."""
+
+    def __init__(self, spec: ObsSpec, normalizer: ObsNormalizer | None = None) -> None:
+        """For observations of `spec`, vectors being passed through `normalizer` where there is one."""
+        super().__init__()
+        self.spec = spec
+        self.normalizer = normalizer
+
+    def forward(self, obs: Tensor) -> Tensor:
+        """Encode obs [B, *spec.shape]."""
+        if self.spec.kind == "image":
+            if self.spec.channels_last:
+                obs = obs.movedim(-1, 1)
+            return obs.reshape(-1, *self.spec.image_size).float() / 255
+        if self.spec.kind == "discrete":
+            flat = obs.reshape(len(obs), -1)
+            indices = zip(flat.unbind(1), self.spec.nvec, self.spec.start, strict=True)
+            return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
+        if self.normalizer is None:
+            return obs
+        normalized: Tensor = self.normalizer(obs)
+        return normalized
+
+
+class Policy(nn.Module):
+    """Encoder, network and distribution: acts, judges stored actions, estimates values."""
+
+    def __init__(self, encoder: Encoder, network: nn.Module, distribution: Distribution) -> None:
+        """Join the parts and try the network on two rows.
+
+        Raises:
+            ConfigError: the network's outputs are not (params [B, P], value [B]), or differ between equal calls.
+        """
+        super().__init__()
+        self.encoder = encoder
+        self.network = network
+        self.distribution = distribution
+        self._check()
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Distribution parameters [B, P] and values [B] for raw obs [B, *obs]."""
+        params, values = self.network(self.encoder(obs))
+        return params, values
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, noise: Tensor) -> Action:
+        """Sample an action for each row of obs with pre-drawn noise [N, noise_size]."""
+        params, values = self(obs)
+        actions = self.distribution.sample(params, noise)
+        return Action(actions, self.distribution.log_prob(params, actions), params, values)
+
+    @torch.no_grad()
+    def mode(self, obs: Tensor) -> Tensor:
+        """The most probable action for each row of obs."""
+        return self.distribution.mode(self(obs)[0])
+
+    @torch.no_grad()
+    def value(self, obs: Tensor) -> Tensor:
+        """V of each row of obs, [B]."""
+        values: Tensor = self(obs)[1]
+        return values
+
+    def evaluate(self, obs: Tensor, actions: Tensor, old_params: Tensor) -> Evaluation:
+        """Judge stored actions [B, *action] made with `old_params` [B, P]; gradients flow except into exact_kl."""
+        params, values = self(obs)
+        dist = self.distribution
+        exact_kl = dist.kl(old_params, params.detach())
+        return Evaluation(dist.log_prob(params, actions), dist.entropy(params), values, exact_kl)
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        spec, expected = self.encoder.spec, self.distribution.n_params
+        starts = torch.tensor(spec.start or 0).reshape(spec.shape) if spec.kind == "discrete" else 0
+        device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
+        obs = (torch.zeros((2, *spec.shape), dtype=spec.dtype) + starts).to(device, spec.dtype)
+        name = type(self.network).__name__
+        try:
+            params, values = self(obs)
+            again, _ = self(obs)
+        except Exception as error:
+            x = tuple(self.encoder(obs).shape)
+            raise ConfigError(f"network {name} fails on observations of shape {x}: {error}") from error
+        if params.shape != (2, expected) or values.shape != (2,):
+            raise ConfigError(
+                f"network {name} returned shapes {tuple(params.shape)} and {tuple(values.shape)} for 2 observations; "
+                f"it must return distribution parameters (2, {expected}) and values (2,)."
+            )
+        if not torch.equal(params, again):
+            raise ConfigError(f"network {name} answers the same observations differently; remove dropout or noise.")

@@ -1,0 +1,93 @@
+"""A policy from plain data, so that one saved in a run folder can be built again without its environment."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from torch import nn
+
+from fastppo.errors import ConfigError
+from fastppo.functional.distributions import Gaussian
+from fastppo.policies.api import Encoder, Policy
+from fastppo.policies.cnn import MIN_SIZE, NatureCNN
+from fastppo.policies.mlp import MLP
+from fastppo.policies.normalizers import ObsNormalizer
+from fastppo.spaces import ActionSpec, ObsSpec
+
+
+def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
+    """The Nature CNN for images that are large enough for it, an MLP for the rest."""
+    return "cnn" if obs.kind == "image" and min(obs.image_size[1:]) >= MIN_SIZE else "mlp"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySpec:
+    """Everything that determines a policy but its weights.
+
+    Attributes:
+        obs: observations it reads.
+        action: actions it makes.
+        network: "mlp" or "cnn"; or "custom", for a module of the user's own.
+        hidden_sizes: of the MLP.
+        activation: of the MLP.
+        shared_trunk: of the MLP.
+        normalize_obs: whether observations pass through running moments.
+        obs_clip: clip range after that.
+    """
+
+    obs: ObsSpec
+    action: ActionSpec
+    network: Literal["mlp", "cnn", "custom"]
+    hidden_sizes: tuple[int, ...]
+    activation: str
+    shared_trunk: bool
+    normalize_obs: bool
+    obs_clip: float
+
+    def build(self, custom: nn.Module | None = None) -> Policy:
+        """The policy, with fresh weights from torch's global random state.
+
+        Raises:
+            ConfigError: the parts don't fit, or a custom network is needed and not given.
+        """
+        normalizer = None
+        if self.normalize_obs:
+            if self.obs.kind != "vector":
+                raise ConfigError(
+                    f"normalize_obs is for vector observations; these are {self.obs.kind}: switch it off."
+                )
+            normalizer = ObsNormalizer(self.obs.shape, self.obs_clip)
+        distribution = self.action.distribution
+        gaussian = isinstance(distribution, Gaussian)
+        network: nn.Module
+        if self.network == "custom":
+            if custom is None:
+                raise ConfigError("this policy's network is a module of your own: pass it as policy=...")
+            network = custom
+        elif self.network == "cnn":
+            if self.obs.kind != "image":
+                raise ConfigError("network=cnn is for uint8 images; for this environment use network=mlp.")
+            network = NatureCNN(self.obs.image_size, distribution.n_params, gaussian=gaussian)
+        else:
+            network = MLP(
+                self.obs.features,
+                distribution.n_params,
+                gaussian=gaussian,
+                hidden_sizes=self.hidden_sizes,
+                activation=self.activation,
+                shared_trunk=self.shared_trunk,
+            )
+        return Policy(Encoder(self.obs, normalizer), network, distribution)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PolicySpec:
+        """The inverse of `to_dict`."""
+        plain = dict(values, hidden_sizes=tuple(values["hidden_sizes"]))
+        return cls(
+            **plain | {"obs": ObsSpec.from_dict(values["obs"]), "action": ActionSpec.from_dict(values["action"])}
+        )

@@ -1,0 +1,48 @@
+"""The convolutional network of Mnih et al. 2015 (Nature) for images, as CleanRL's ppo_atari.py has it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastppo.errors import ConfigError
+from fastppo.policies.mlp import ActionHead, orthogonal
+
+MIN_SIZE = 36
+
+
+class NatureCNN(nn.Module):
+    """Three convolutions and 512 features, shared by policy and value."""
+
+    def __init__(self, image_size: tuple[int, int, int], n_params: int, *, gaussian: bool) -> None:
+        """For images of (C, H, W), with `n_params` outputs.
+
+        Raises:
+            ConfigError: the image is smaller than 36 x 36.
+        """
+        super().__init__()
+        channels, height, width = image_size
+        if min(height, width) < MIN_SIZE:
+            raise ConfigError(
+                f"network=cnn needs images of at least {MIN_SIZE}x{MIN_SIZE}, got {height}x{width}; "
+                "use network=mlp, or enlarge them with gymnasium.wrappers.ResizeObservation."
+            )
+        self.trunk = nn.Sequential(
+            orthogonal(nn.Conv2d(channels, 32, 8, stride=4)),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            orthogonal(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        with torch.no_grad():
+            flat = self.trunk(torch.zeros(1, channels, height, width)).shape[1]
+        self.trunk.extend([orthogonal(nn.Linear(flat, 512)), nn.ReLU()])
+        self.actor = ActionHead(512, n_params, gaussian)
+        self.critic = orthogonal(nn.Linear(512, 1), 1.0)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Distribution parameters [B, n_params] and values [B] for x [B, C, H, W] in [0, 1]."""
+        features = self.trunk(x)
+        return self.actor(features), self.critic(features).squeeze(-1)

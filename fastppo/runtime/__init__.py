@@ -1,0 +1,1 @@
+"""How code runs, never what it computes."""

@@ -1,0 +1,103 @@
+"""Where wall time goes: phases, and steps per second with warm-up told apart."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PHASES = ("env", "act", "store", "advantages", "update", "log")
+WINDOW = 10
+
+
+class _Phase:
+    """A reusable timer; a plain class as a generator-based one costs several times more, and it runs every step."""
+
+    __slots__ = ("_begin", "total")
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._begin = 0.0
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.total += time.perf_counter() - self._begin
+
+
+class Clock:
+    """Times of a run. An iteration runs from tick to tick: its rollout, its update, and the logging of the one before.
+
+    All four figures count real environment steps over wall seconds, rollout and update and logging together:
+    cumulative (since `start`), window (last 10 iterations), steady (without the first iteration, in which warm-up and
+    compilation lie) and total (since this object was made, so that setting up counts too).
+    """
+
+    def __init__(self) -> None:
+        """Begin with setting up."""
+        self._phases = {name: _Phase() for name in PHASES}
+        self._made = time.perf_counter()
+        self._begun = self._made
+        self._paused = 0.0
+        # (seconds, steps) at the ends of the last iterations
+        self._ticks: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=WINDOW + 1)
+        self._first = (0.0, 0)
+
+    def start(self) -> None:
+        """Setting up is over."""
+        self._begun = time.perf_counter()
+
+    def phase(self, name: str) -> _Phase:
+        """A context manager that adds to the phase `name`."""
+        return self._phases[name]
+
+    def tick(self, steps: int) -> None:
+        """An iteration's update is done; `steps` real environment steps so far."""
+        self._ticks.append((time.perf_counter() - self._begun - self._paused, steps))
+        if self._first[1] == 0:
+            self._first = self._ticks[-1]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: the caller's own code between iterations."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - begin
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds from `start` to the last tick, pauses left out."""
+        return self._ticks[-1][0]
+
+    @property
+    def sps_cumulative(self) -> float:
+        """Steps per second since `start`."""
+        return _rate((0.0, 0), self._ticks[-1])
+
+    @property
+    def sps_window(self) -> float:
+        """Steps per second over the last iterations."""
+        return _rate(self._ticks[0], self._ticks[-1])
+
+    @property
+    def sps_steady(self) -> float:
+        """Steps per second without the first iteration; with it, as long as there is no other."""
+        last = self._ticks[-1]
+        return _rate(self._first if last != self._first else (0.0, 0), last)
+
+    @property
+    def sps_total(self) -> float:
+        """Steps per second, setting up included."""
+        return _rate((self._made - self._begun, 0), self._ticks[-1])
+
+    def phase_seconds(self) -> dict[str, float]:
+        """Seconds in each phase so far."""
+        return {name: phase.total for name, phase in self._phases.items()}
+
+
+def _rate(a: tuple[float, int], b: tuple[float, int]) -> float:
+    return (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else 0.0

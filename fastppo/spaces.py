@@ -1,0 +1,190 @@
+"""What a Gymnasium space becomes as tensors: one description for observations, one for actions.
+
+Floor 0, because environments and policies (which don't know each other) both need it. Both descriptions are plain data,
+saved as JSON beside a model, so that a policy can be used without its environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from fastppo.errors import EnvError
+from fastppo.functional.distributions import Bernoulli, Categorical, Distribution, Gaussian, MultiCategorical
+
+ObsKind = Literal["vector", "image", "discrete"]
+ActionKind = Literal["discrete", "multidiscrete", "multibinary", "box"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObsSpec:
+    """Observations as they are stored.
+
+    Attributes:
+        kind: "vector" (float32, any Box that is no image, flattened for the network), "image" (uint8 [C, H, W],
+            [H, W, C] or [H, W]) or "discrete" (int64 indices, one-hot for the network).
+        shape: of one stored observation.
+        source_dtype: NumPy's name of the space's own dtype; float64 and integers are cast to float32 when stored.
+        nvec: number of values of each index, for "discrete".
+        start: first value of each index, for "discrete".
+    """
+
+    kind: ObsKind
+    shape: tuple[int, ...]
+    source_dtype: str
+    nvec: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of stored observations."""
+        return {"vector": torch.float32, "image": torch.uint8, "discrete": torch.int64}[self.kind]
+
+    @property
+    def features(self) -> int:
+        """Length of an observation flattened (one-hot where discrete) for an MLP."""
+        return sum(self.nvec) if self.kind == "discrete" else math.prod(self.shape)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, wherever its channels lie."""
+        if len(self.shape) == 2:
+            return (1, *self.shape)
+        return (self.shape[2], *self.shape[:2]) if self.channels_last else self.shape  # type: ignore[return-value]
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether an image is [H, W, C]: the smaller of the outer dimensions is taken for the channels."""
+        return len(self.shape) == 3 and self.shape[2] < self.shape[0]
+
+    @classmethod
+    def from_space(cls, space: spaces.Space[Any]) -> ObsSpec:
+        """Describe `space`.
+
+        Raises:
+            EnvError: the space is neither Box, Discrete, MultiDiscrete nor MultiBinary.
+        """
+        if isinstance(space, spaces.Box):
+            if space.dtype == np.uint8 and len(space.shape) in (2, 3):
+                return cls("image", space.shape, "uint8")
+            return cls("vector", space.shape, str(space.dtype))
+        if isinstance(space, spaces.Discrete):
+            return cls("discrete", (), str(space.dtype), (int(space.n),), (int(space.start),))
+        if isinstance(space, spaces.MultiDiscrete):
+            nvec, start = space.nvec.reshape(-1).tolist(), np.asarray(space.start).reshape(-1).tolist()
+            return cls("discrete", space.shape, str(space.dtype), tuple(nvec), tuple(start))
+        if isinstance(space, spaces.MultiBinary):
+            return cls("vector", space.shape, str(space.dtype))
+        raise EnvError(
+            f"observation space {type(space).__name__} is not supported (Box, Discrete, MultiDiscrete and MultiBinary "
+            "are); wrap the environment in gymnasium.wrappers.FlattenObservation."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ObsSpec:
+        """The inverse of `to_dict`."""
+        return cls(**_tuples(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionSpec:
+    """Actions: as the policy's distribution makes them (flat, from 0) and as the environment takes them.
+
+    Attributes:
+        kind: which space.
+        shape: of one action of the environment.
+        dtype: NumPy's name of the environment's dtype.
+        nvec: number of choices of each component ("discrete", "multidiscrete").
+        start: first value of each component ("discrete", "multidiscrete").
+        low: lower bounds, flat ("box"); None where infinite.
+        high: upper bounds, flat ("box"); None where infinite.
+    """
+
+    kind: ActionKind
+    shape: tuple[int, ...]
+    dtype: str
+    nvec: tuple[int, ...] = ()
+    start: tuple[int, ...] = ()
+    low: tuple[float | None, ...] = ()
+    high: tuple[float | None, ...] = ()
+
+    @classmethod
+    def from_space(cls, space: spaces.Space[Any]) -> ActionSpec:
+        """Describe `space`.
+
+        Raises:
+            EnvError: the space is neither Discrete, MultiDiscrete, MultiBinary nor Box.
+        """
+        if isinstance(space, spaces.Discrete):
+            return cls("discrete", (), str(space.dtype), (int(space.n),), (int(space.start),))
+        if isinstance(space, spaces.MultiDiscrete):
+            nvec, start = space.nvec.reshape(-1).tolist(), np.asarray(space.start).reshape(-1).tolist()
+            return cls("multidiscrete", space.shape, str(space.dtype), tuple(nvec), tuple(start))
+        if isinstance(space, spaces.MultiBinary):
+            return cls("multibinary", space.shape, str(space.dtype))
+        if isinstance(space, spaces.Box):
+            if not np.issubdtype(space.dtype, np.floating):
+                raise EnvError(
+                    f"action space Box of {space.dtype} is not supported: a Gaussian acts in floats; "
+                    "make it Box of float32, or MultiDiscrete."
+                )
+            return cls("box", space.shape, str(space.dtype), low=_bounds(space.low), high=_bounds(space.high))
+        raise EnvError(
+            f"action space {type(space).__name__} is not supported; Discrete, MultiDiscrete, MultiBinary and Box are: "
+            "flatten it with a gymnasium.ActionWrapper."
+        )
+
+    @property
+    def distribution(self) -> Distribution:
+        """The distribution over this space's actions."""
+        if self.kind == "discrete":
+            return Categorical(self.nvec[0])
+        if self.kind == "multidiscrete":
+            return MultiCategorical(self.nvec)
+        size = math.prod(self.shape)
+        return Bernoulli(size) if self.kind == "multibinary" else Gaussian(size)
+
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Lower and upper bound of each component of a Box action, [D] float32 each."""
+        low = [-math.inf if x is None else x for x in self.low]
+        high = [math.inf if x is None else x for x in self.high]
+        return torch.tensor(low, device=device), torch.tensor(high, device=device)
+
+    def to_env(self, actions: Tensor) -> np.ndarray[Any, Any]:
+        """Actions [N, ...] of the distribution as the environment's, [N, *shape]: shifted by start or clipped."""
+        array = actions.numpy(force=True)
+        if self.kind == "box":
+            low = [-np.inf if x is None else x for x in self.low]
+            array = np.clip(array, low, [np.inf if x is None else x for x in self.high])
+        elif any(self.start):
+            array = array + (self.start[0] if self.kind == "discrete" else np.asarray(self.start))
+        return array.reshape(len(array), *self.shape).astype(self.dtype, copy=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON-able values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
+        """The inverse of `to_dict`."""
+        return cls(**_tuples(values))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _bounds(values: np.ndarray[Any, Any]) -> tuple[float | None, ...]:
+    flat: Sequence[float] = np.asarray(values, np.float64).reshape(-1).tolist()
+    return tuple(value if math.isfinite(value) else None for value in flat)

@@ -1,0 +1,287 @@
+"""The trainer: builds the parts, owns them, runs the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastppo.checkpoint import load_model, save_model
+from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
+from fastppo.envs.api import VecEnv
+from fastppo.envs.registry import Maker, Probe, make_vec_env, probe
+from fastppo.errors import ConfigError
+from fastppo.functional.gae import eager_gae, gae_doubling
+from fastppo.functional.losses import Coefficients
+from fastppo.functional.schedules import scheduled
+from fastppo.metrics import Metrics, Stats
+from fastppo.policies.build import PolicySpec, default_network
+from fastppo.policies.flat import FlatParameters
+from fastppo.policies.normalizers import RewardNormalizer
+from fastppo.rollout import Rollout, collect
+from fastppo.run_dir import create_run_dir, surroundings, write_json
+from fastppo.runtime.accelerate import accelerate
+from fastppo.runtime.clock import Clock
+from fastppo.runtime.device import choose_device, generator, seed_stream
+from fastppo.runtime.signals import on_interrupt
+from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from fastppo.update import PPOUpdate
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        mean_return: of the last 100 episodes, raw; NaN if none ended.
+        mean_length: of the same episodes.
+        episodes: ended in all.
+        global_step: real environment steps.
+        iterations: run.
+        ended: "finished", "target" (target_return was reached) or "interrupted".
+        sps_steady: steps per second without the first iteration.
+        sps_total: steps per second, setting up included.
+        seconds: of training.
+        phases: seconds in each phase.
+        run_dir: where it lies.
+    """
+
+    mean_return: float
+    mean_length: float
+    episodes: int
+    global_step: int
+    iterations: int
+    ended: Literal["finished", "target", "interrupted"]
+    sps_steady: float
+    sps_total: float
+    seconds: float
+    phases: dict[str, float]
+    run_dir: Path
+
+
+class Trainer:
+    """PPO on one environment: `Trainer(config).run()`, or `for stats in trainer.iterations()`.
+
+    Attributes:
+        config: with every field resolved.
+        policy: encoder, network, distribution.
+        rollout: storage, its tensors the same from first to last.
+        run_dir: where everything is written.
+        metrics: episode statistics and the step counter.
+        result: how it ended; None until then.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        make_env: Maker | None = None,
+        policy: nn.Module | None = None,
+        console: Console | None = None,
+    ) -> None:
+        """Make environments (and reset them), policy, storage and run folder.
+
+        Args:
+            config: settings; open fields are filled from the environment.
+            make_env: makes one gymnasium Env (vectorised here), or returns a VectorEnv; instead of config.env_id.
+            policy: your own network, x -> (params [B, P], value [B]); see fastppo.policies.api.
+            console: where progress goes; None for silence.
+
+        Raises:
+            ConfigError, EnvError, CheckpointError: see their texts.
+        """
+        self.clock = Clock()
+        self.device = choose_device(config.device)
+        found = probe(config.env_id, config.env_kwargs, make_env)
+        self.config = c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
+        torch.set_num_threads(c.threads or torch.get_num_threads())
+        self.env: VecEnv = make_vec_env(found, _int(c.n_envs), c.vectorization)
+        try:
+            self._build(c, policy)
+            self._open_run(c, console)
+        except BaseException:
+            self.env.close()
+            raise
+
+    def _build(self, c: Config, network: nn.Module | None) -> None:
+        self.spec = PolicySpec(
+            obs=self.env.obs_spec,
+            action=self.env.action_spec,
+            network="custom" if network is not None else "cnn" if c.network == "cnn" else "mlp",
+            hidden_sizes=c.hidden_sizes,
+            activation=c.activation,
+            shared_trunk=c.shared_trunk,
+            normalize_obs=bool(c.normalize_obs),
+            obs_clip=c.obs_clip,
+        )
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
+            torch.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
+            self.policy = self.spec.build(network).to(self.device)
+        self.rewards = RewardNormalizer(self.env.n_envs, c.reward_clip).to(self.device) if c.normalize_rewards else None
+        self.parts: dict[str, nn.Module] = {"policy": self.policy}
+        if self.rewards is not None:
+            self.parts["rewards"] = self.rewards
+        if c.init_from is not None:
+            load_model(c.init_from, self.parts)
+        self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
+        self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
+        self.update = PPOUpdate(
+            policy=self.policy,
+            parameters=FlatParameters(self.policy.network),
+            generator=generator(c.seed, "shuffle", self.device),
+            update_epochs=_int(c.update_epochs),
+            n_minibatches=_int(c.n_minibatches),
+            adam_eps=c.adam_eps,
+            value_clip=c.value_clip or "off",
+            normalize=c.normalize_advantages,
+            kl_stop=c.kl_stop,
+        )
+        n_steps, n_envs = self.rollout.rewards.shape
+        self.gae = accelerate(gae_doubling, "compile") if c.compile == "on" else eager_gae(n_steps, n_envs)
+        self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
+        self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
+        self._kl_limit = math.inf
+        self._noise = generator(c.seed, "noise", self.device)
+        self.metrics = Metrics(self.rollout, self.clock, self.env.action_spec, n_iterations=c.n_iterations)
+        self.iteration = 0
+        self.stop_requested = False
+        self.result: Result | None = None
+
+    def _open_run(self, c: Config, console: Console | None) -> None:
+        self.run_dir = create_run_dir(c.run_dir, c.env_id, c.name, c.seed)
+        write_json(self.run_dir / "config.json", c.to_dict())
+        write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": list(self.env.notes)})
+        self.sinks: list[Sink] = [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
+        self._console = console
+        if console is not None:
+            for note in self.env.notes:
+                console.print(f"note: {note}", highlight=False)
+            rest = _int(c.total_timesteps) - c.n_iterations * c.batch_size
+            if rest:
+                console.print(
+                    f"note: {c.total_timesteps:,} steps are {c.n_iterations:,} iterations of {c.batch_size:,}: "
+                    f"{c.n_iterations * c.batch_size:,} steps will be run.",
+                    highlight=False,
+                )
+
+    def run(self) -> Result:
+        """Train to the end of the plan, the target, or the first Ctrl-C, and save the model."""
+        with on_interrupt(self.request_stop):
+            for _ in self.iterations():
+                pass
+        assert self.result is not None
+        return self.result
+
+    def request_stop(self) -> None:
+        """End after the current iteration."""
+        self.stop_requested = True
+
+    def iterations(self) -> Iterator[Stats]:
+        """Train, giving the figures of each iteration; leaving the loop early saves and closes as its end does."""
+        c, r = self.config, self.rollout
+        if self._console is not None:
+            self.sinks.append(ConsoleSink(self._console, c.n_iterations * c.batch_size))
+        try:
+            self.clock.start()
+            while self.iteration < c.n_iterations and not self.stop_requested:
+                self._anneal(self.iteration / c.n_iterations)
+                collect(self.env, self.policy, r, self._noise, self.clock)
+                with self.clock.phase("advantages"):
+                    self._set_targets()
+                with self.clock.phase("update"):
+                    done = self.update(r.batch(), self.coefs, self._kl_limit)
+                    self._update_obs_moments()
+                    figures = self.metrics.read(done.diagnostics)
+                self.iteration += 1
+                with self.clock.phase("log"):
+                    stats = self.metrics.stats(self.iteration, figures, done, self.coefs)
+                    for sink in self.sinks:
+                        sink.write(stats)
+                with self.clock.paused():
+                    yield stats
+                if self.metrics.episodes.reached(_target(c)):
+                    break
+        finally:
+            self._finish()
+
+    def _anneal(self, progress: float) -> None:
+        values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
+        for name, tensor in self.coefs._asdict().items():
+            tensor.fill_(values[name])
+        self._kl_limit = values["target_kl"] * self.config.kl_stop_factor
+
+    def _set_targets(self) -> None:
+        r, rewards = self.rollout, self.rollout.rewards
+        if self.rewards is not None:
+            self.rewards.update_from_rollout(rewards, r.done, r.valid, self.coefs.gamma)
+            rewards = self.rewards(rewards)
+        elif self.config.sign_rewards:
+            rewards = rewards.sign()
+        advantages, returns = self.gae(
+            rewards, r.values, r.next_values, r.terminated, r.done, self.coefs.gamma, self.coefs.gae_lambda
+        )
+        r.advantages.copy_(advantages)
+        r.returns.copy_(returns)
+
+    def _update_obs_moments(self) -> None:
+        if (normalizer := self.policy.encoder.normalizer) is not None:
+            batch = self.rollout.batch()
+            normalizer.update(batch.obs, batch.valid)
+
+    def _finish(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        self.env.close()
+        c, clock = self.config, self.clock
+        target = self.metrics.episodes.reached(_target(c))
+        self.result = Result(
+            mean_return=self.metrics.episodes.mean_return,
+            mean_length=self.metrics.episodes.mean_length,
+            episodes=self.metrics.episodes.count,
+            global_step=self.metrics.global_step,
+            iterations=self.iteration,
+            ended="target" if target else "finished" if self.iteration == c.n_iterations else "interrupted",
+            sps_steady=clock.sps_steady,
+            sps_total=clock.sps_total,
+            seconds=clock.seconds,
+            phases=clock.phase_seconds(),
+            run_dir=self.run_dir,
+        )
+        save_model(self.run_dir, self.spec, self.parts, {"global_step": self.metrics.global_step})
+        values = dataclasses.asdict(self.result) | {"run_dir": str(self.run_dir)}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        write_json(self.run_dir / "result.json", finite)
+
+
+def _resolve_all(config: Config, found: Probe, device: torch.device, *, custom_policy: bool) -> Config:
+    """The config with every choice made: from the spaces, and from this machine."""
+    if found.vector is not None and config.n_envs is None:
+        config = dataclasses.replace(config, n_envs=found.vector.num_envs)
+    resolved = resolve(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
+    changes: dict[str, Any] = {"device": str(device), "threads": config.threads or torch.get_num_threads()}
+    if config.network == "auto":
+        changes["network"] = default_network(found.obs_spec)
+    if custom_policy and config.network != "auto":
+        raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
+    if found.obs_spec.kind != "vector" and config.normalize_obs is None:
+        changes["normalize_obs"] = False
+    return dataclasses.replace(resolved, **changes)
+
+
+def _schedule(c: Config, name: str) -> tuple[str, float, float]:
+    value = c.schedule(name)
+    return parse_schedule(value, name) if isinstance(value, str) else ("constant", value, value)
+
+
+def _target(c: Config) -> float | None:
+    return c.target_return if isinstance(c.target_return, (int, float)) else None
+
+
+def _int(value: int | None) -> int:
+    assert value is not None, "the config is resolved"
+    return value
