@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastppo.functional.gae import eager_gae, gae_doubling, gae_loop, linear_scan
+from fastppo.runtime.accelerate import accelerate
+from tests.reference.gae import advantage_by_definition, advantages_by_definition
+
+KERNELS = [gae_loop, gae_doubling]
+# (share terminated, share truncated)
+PATTERNS = {"none": (0, 0), "terminated": (0.1, 0), "truncated": (0, 0.1), "both": (0.2, 0.2), "every row": (0.5, 1)}
+
+
+def make_case(t, n, pattern, gamma=0.99, gae_lambda=0.95, seed=0):
+    rng = np.random.default_rng(seed)
+    p_term, p_trunc = PATTERNS[pattern]
+    terminated, truncated = rng.random((t, n)) < p_term, rng.random((t, n)) < p_trunc
+    return {
+        "rewards": rng.normal(size=(t, n)).astype(np.float32),
+        "values": rng.normal(size=(t, n)).astype(np.float32),
+        "next_values": rng.normal(size=(t, n)).astype(np.float32),
+        "terminated": terminated,
+        "done": terminated | truncated,
+        "gamma": gamma,
+        "gae_lambda": gae_lambda,
+    }
+
+
+def as_tensors(case, dtype=torch.float32):
+    arrays = ("rewards", "values", "next_values", "terminated", "done")
+    tensors = [torch.as_tensor(case[k]) for k in arrays]
+    tensors = [x if x.dtype == torch.bool else x.to(dtype) for x in tensors]
+    return [*tensors, torch.tensor(case["gamma"], dtype=dtype), torch.tensor(case["gae_lambda"], dtype=dtype)]
+
+
+def plain(case):
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in case.items()}
+
+
+@pytest.mark.parametrize("t", [1, 2, 37, 128, 1000])
+@pytest.mark.parametrize("n", [1, 2, 37, 128, 1000])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_equals_the_definition(kernel, t, n):
+    for pattern in PATTERNS:
+        case = make_case(t, n, pattern)
+        advantages, returns = kernel(*as_tensors(case))
+        # the plain-float table takes seconds for wide cases: then a spread of environments stands for all
+        columns = range(n) if t * n <= 5000 else np.linspace(0, n - 1, 3, dtype=int)
+        narrow = {k: v[:, list(columns)] if isinstance(v, np.ndarray) else v for k, v in case.items()}
+        expected = torch.tensor(advantages_by_definition(plain(narrow)), dtype=torch.float64)
+        torch.testing.assert_close(advantages[:, list(columns)].double(), expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(returns, advantages + torch.as_tensor(case["values"]))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_equals_the_definition_for_any_pattern_of_endings(kernel, data):
+    t, n = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 4))
+    numbers = st.floats(-1e3, 1e3, width=32)
+
+    def table(values):
+        return np.array(data.draw(st.lists(values, min_size=t * n, max_size=t * n))).reshape(t, n)
+
+    case = {"rewards": table(numbers), "values": table(numbers), "next_values": table(numbers)}
+    case["terminated"] = table(st.booleans()).astype(bool)
+    case["done"] = case["terminated"] | table(st.booleans()).astype(bool)
+    case |= {"gamma": data.draw(st.floats(0, 1)), "gae_lambda": data.draw(st.floats(0, 1))}
+    advantages, _ = kernel(*as_tensors(case, torch.float64))
+    expected = [[advantage_by_definition(plain(case), j, i) for j in range(n)] for i in range(t)]
+    torch.testing.assert_close(advantages, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 37), (37, 2), (128, 8)])
+def test_compiled_equals_the_definition_and_a_new_gamma_recompiles_nothing(shape):
+    compiled = accelerate(gae_doubling, "compile")
+    counters = torch._dynamo.utils.counters
+    for gamma, gae_lambda in [(0.99, 0.95), (0.5, 0.0), (1.0, 1.0)]:
+        case = make_case(*shape, "both", gamma, gae_lambda)
+        expected = torch.tensor(advantages_by_definition(plain(case)), dtype=torch.float64)
+        advantages, _ = compiled(*as_tensors(case))
+        torch.testing.assert_close(advantages.double(), expected, atol=2e-5, rtol=1e-5)
+        if gamma == 0.99:
+            graphs = counters["stats"]["unique_graphs"]
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_compiled_takes_more_shapes_than_torch_keeps_for_one_function():
+    for t in range(2, 13):
+        case = make_case(t, 3, "both")
+        advantages, _ = accelerate(gae_doubling, "compile")(*as_tensors(case))
+        torch.testing.assert_close(advantages, gae_loop(*as_tensors(case))[0], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lambda_0_is_the_td_error(kernel):
+    rewards, values, next_values, terminated, done, gamma, _ = as_tensors(make_case(37, 5, "both"))
+    advantages, _ = kernel(rewards, values, next_values, terminated, done, gamma, torch.tensor(0.0))
+    torch.testing.assert_close(advantages, rewards + gamma * next_values * ~terminated - values)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_lambda_1_is_the_discounted_return_less_the_value(kernel):
+    # next_values consistent with values inside an episode, so that the sum of TD errors telescopes
+    rewards, values, _, _, _, gamma, _ = as_tensors(make_case(37, 5, "none"))
+    last = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
+    never = torch.zeros(37, 5, dtype=torch.bool)
+    advantages, _ = kernel(rewards, values, torch.cat((values[1:], last)), never, never, gamma, torch.tensor(1.0))
+    returns = torch.stack([
+        sum(0.99**k * rewards[t + k] for k in range(37 - t)) + 0.99 ** (37 - t) * last[0] for t in range(37)
+    ])
+    torch.testing.assert_close(advantages, returns - values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_time_limit_keeps_the_future_and_a_real_end_does_not(kernel):
+    one = torch.ones(1, 1)
+    yes, no = one.bool(), ~one.bool()
+    scalars = torch.tensor(0.5), torch.tensor(0.9)
+    assert kernel(one, one, 10 * one, no, yes, *scalars)[0].item() == 1 + 0.5 * 10 - 1
+    assert kernel(one, one, 10 * one, yes, yes, *scalars)[0].item() == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_whatever_a_terminal_rows_next_value_is_it_counts_for_nothing(kernel):
+    x = torch.ones(2, 1)
+    terminated = torch.tensor([[True], [False]])
+    next_values = torch.tensor([[torch.nan], [1.0]])
+    advantages, returns = kernel(x, x, next_values, terminated, terminated, torch.tensor(0.9), torch.tensor(0.9))
+    assert advantages.isfinite().all()
+    assert returns.isfinite().all()
+
+
+def test_a_scan_of_ones_counts_the_rows_that_are_left():
+    x = torch.ones(13, 2)
+    assert linear_scan(x, x)[:, 0].tolist() == list(range(13, 0, -1))
+
+
+def test_small_rollouts_take_doubling_and_large_ones_the_loop():
+    assert eager_gae(128, 8) is gae_doubling
+    assert eager_gae(128, 4096) is gae_loop

@@ -1,0 +1,76 @@
+"""Each file imports from lower floors or its own folder, nothing else."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "fastppo"
+FLOORS = {
+    "errors.py": 0,
+    "config.py": 0,
+    "spaces.py": 0,
+    "functional": 0,
+    "envs": 1,
+    "policies": 1,
+    "runtime": 1,
+    "rollout.py": 2,
+    "update.py": 2,
+    "metrics.py": 2,
+    "sinks.py": 2,
+    "run_dir.py": 2,
+    "checkpoint.py": 2,
+    "trainer.py": 3,
+    "evaluate.py": 4,
+    "cli.py": 4,
+    "__init__.py": 4,
+    "__main__.py": 4,
+}
+# Within floors 0 and 2 single files stand beside each other; what may lean on what is said here
+BESIDE = {("config.py", "errors.py"), ("spaces.py", "errors.py"), ("spaces.py", "functional"), ("metrics.py", "rollout.py")}
+BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
+BESIDE |= {("__init__.py", "evaluate.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluate.py")}
+FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
+
+
+def imports(path):
+    """(module, under TYPE_CHECKING or not) of everything a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def room(parts):
+    """The folder or single file that a module lies in."""
+    return parts[0] if (ROOT / parts[0]).is_dir() else f"{parts[0]}.py"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_obey_the_floors(path):
+    here = path.parts[0]
+    assert here in FLOORS, f"{here} has no floor"
+    for module in imports(path):
+        if not module.startswith("fastppo."):
+            continue
+        there = room(module.split(".")[1:])
+        allowed = FLOORS[there] < FLOORS[here] or there == here or (here, there) in BESIDE
+        assert allowed, f"{path} (floor {FLOORS[here]}) imports {module} (floor {FLOORS[there]})"
+
+
+def test_functional_imports_torch_alone():
+    for path in FILES:
+        if path.parts[0] == "functional":
+            outside = {m.split(".")[0] for m in imports(path)} - {"torch", "fastppo", "__future__", "math", "typing"}
+            assert outside <= {"collections", "dataclasses"}, path
+
+
+def test_the_config_object_stops_at_the_trainer():
+    for path in FILES:
+        if FLOORS[path.parts[0]] < 3:
+            assert "fastppo.config" not in set(imports(path)), path
+
+
+def test_there_is_no_drawer_for_odds_and_ends():
+    assert not {"utils.py", "helpers.py", "common"} & {part for path in FILES for part in path.parts}
