@@ -56,7 +56,8 @@ class EnvFactory:
             env = gym.wrappers.AtariPreprocessing(
                 env, noop_max=ATARI_NOOP_MAX, frame_skip=ATARI_FRAME_SKIP, screen_size=ATARI_SIZE
             )
-            env = gym.wrappers.FrameStackObservation(env, ATARI_STACK)
+            # black before the first frame, as ALE's own vector environment stacks
+            env = gym.wrappers.FrameStackObservation(env, ATARI_STACK, padding_type="zero")
         else:
             env = gym.make(self.env_id, **self.env_kwargs)
         return CopyObservation(env) if self.copy_obs else env

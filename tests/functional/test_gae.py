@@ -88,7 +88,7 @@ def test_compiled_equals_the_definition_and_a_new_gamma_recompiles_nothing(shape
 
 
 def test_compiled_takes_more_shapes_than_torch_keeps_for_one_function():
-    for t in range(2, 13):
+    for t in range(2, 11):
         case = make_case(t, 3, "both")
         advantages, _ = accelerate(gae_doubling, "compile")(*as_tensors(case))
         torch.testing.assert_close(advantages, gae_loop(*as_tensors(case))[0], atol=2e-6, rtol=1e-5)

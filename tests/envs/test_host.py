@@ -1,0 +1,214 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from fastppo.envs import single
+from fastppo.envs.host import HostEnv
+from fastppo.envs.registry import make_vec_env, probe
+from fastppo.errors import ConfigError, EnvError
+from tests.worlds import Counter, Spaces
+
+SEED = np.random.SeedSequence(7)
+
+
+def host(mode, ends=((3, True),), n=2, vectoriser=SyncVectorEnv):
+    return HostEnv(vectoriser([lambda: Counter(ends)] * n, autoreset_mode=mode))
+
+
+def act(n=2):
+    return torch.zeros(n, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_a_new_episode_begins_in_the_same_step_and_the_last_observation_is_kept(mode):
+    env = host(mode)
+    env.reset(SEED)
+    for _ in range(2):
+        step = env.step(act())
+        assert (step.cut, step.final_obs, step.valid) == ((), None, None)
+    step = env.step(act())
+    assert step.obs.tolist() == [[0, 1], [0, 1]]
+    assert step.truncated.all()
+    assert not step.terminated.any()
+    assert list(step.cut) == [0, 1]
+    assert step.final_obs.tolist() == [[3, 0], [3, 0]]
+    assert env.step(act()).obs.tolist() == [[1, 1], [1, 1]]
+
+
+def test_next_step_mode_marks_the_step_that_only_resets():
+    env = host(AutoresetMode.NEXT_STEP)
+    env.reset(SEED)
+    steps = [env.step(act()) for _ in range(5)]
+    assert [bool(s.valid[0]) for s in steps] == [True, True, True, False, True]
+    assert [s.obs[0].tolist() for s in steps] == [[1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]
+    assert all(not list(s.cut) for s in steps)
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_only_episodes_that_were_cut_keep_their_last_observation(mode):
+    envs = [lambda: Counter(((2, True),)), lambda: Counter(((2, False),)), lambda: Counter(((9, True),))]
+    env = HostEnv(SyncVectorEnv(envs, autoreset_mode=mode))
+    env.reset(SEED)
+    env.step(act(3))
+    step = env.step(act(3))
+    assert list(step.cut) == [0]
+    assert step.terminated.tolist() == [False, True, False]
+    assert step.obs.tolist() == [[0, 1], [0, 1], [2, 0]]
+
+
+def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
+    found = probe("CartPole-v1", {})
+    rng = np.random.default_rng(0)
+    actions = torch.as_tensor(rng.integers(0, 2, (300, 3)))
+    seen = []
+    for vectorization in ("sync", "async"):
+        env = make_vec_env(found, 3, vectorization)
+        rows = [env.reset(SEED).clone()]
+        for row in actions:
+            step = env.step(row)
+            rows += [step.obs.clone(), step.rewards.clone(), step.terminated.clone(), step.truncated.clone()]
+        env.close()
+        seen.append(rows)
+    assert any(row.dtype == torch.bool and row.any() for row in seen[0])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+def test_every_environment_has_a_seed_of_its_own():
+    env = make_vec_env(probe("CartPole-v1", {}), 8, "sync")
+    first = env.reset(SEED).clone()
+    assert len({tuple(row) for row in first.tolist()}) == 8
+    # neighbouring seeds must not share lanes, as seed + i would have them do
+    second = env.reset(np.random.SeedSequence(8)).clone()
+    assert not {tuple(row) for row in first.tolist()} & {tuple(row) for row in second.tolist()}
+    assert torch.equal(env.reset(np.random.SeedSequence(7)), first)
+    env.close()
+
+
+def test_gymnasiums_vector_cartpole_says_that_it_has_one_random_stream():
+    env = make_vec_env(probe("CartPole-v1", {}), 4, "native")
+    env.reset(SEED)
+    assert env.fillers
+    assert any("one random stream" in note for note in env.notes)
+    env.close()
+
+
+def test_a_native_version_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="Pendulum-v1 has no vector version of its own; use sync or async"):
+        make_vec_env(probe("Pendulum-v1", {}), 2, "native")
+
+
+def test_an_undeclared_autoreset_mode_is_refused():
+    venv = SyncVectorEnv([Counter])
+    del venv.metadata["autoreset_mode"]
+    with pytest.raises(EnvError, match="does not declare its autoreset mode"):
+        HostEnv(venv)
+
+
+def test_missing_or_overwritten_last_observations_are_refused():
+    class Forgetful(SyncVectorEnv):
+        def step(self, actions):
+            *rest, infos = super().step(actions)
+            infos.pop("final_obs", None)
+            return *rest, infos
+
+    class Overwriting(SyncVectorEnv):
+        def step(self, actions):
+            obs, *rest, infos = super().step(actions)
+            if "final_obs" in infos:
+                infos["final_obs"] = obs
+            return obs, *rest, infos
+
+    for vectoriser, message in ((Forgetful, "does not hold its last"), (Overwriting, "overwritten")):
+        env = host(AutoresetMode.SAME_STEP, ((1, True),), vectoriser=vectoriser)
+        env.reset(SEED)
+        with pytest.raises(EnvError, match=message):
+            env.step(act())
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong", "message"),
+    [
+        (1, lambda x: x[:, None], r"rewards of shape \(2, 1\), not \(2,\)"),
+        (1, lambda x: x[:1], r"rewards of shape \(1,\), not \(2,\)"),
+        (2, lambda x: x.astype(np.float32), "terminated as float32; it must be bool"),
+        (0, lambda x: x[:, :1], r"observations of shape \(2, 1\)"),
+    ],
+)
+def test_shapes_and_types_other_than_promised_are_refused(column, wrong, message):
+    class Broken(SyncVectorEnv):
+        def step(self, actions):
+            out = list(super().step(actions))
+            out[column] = wrong(out[column])
+            return tuple(out)
+
+    env = host(AutoresetMode.SAME_STEP, vectoriser=Broken)
+    env.reset(SEED)
+    with pytest.raises(EnvError, match=message):
+        env.step(act())
+
+
+def test_an_environment_that_reuses_its_buffer_is_found_and_its_last_observation_saved():
+    space, actions = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
+    finals = []
+    for reuse in (False, True):
+        found = probe("custom", {}, lambda reuse=reuse: Spaces(space, actions, reuse))
+        assert found.factory.copy_obs is reuse
+        env = make_vec_env(found, 2, "sync")
+        env.reset(SEED)
+        steps = [env.step(act()) for _ in range(6)]
+        finals.append(steps[-1].final_obs.clone())
+    assert torch.equal(*finals)
+
+
+def test_float64_observations_are_named():
+    found = probe("custom", {}, lambda: Spaces(spaces.Box(-1, 1, (3,), np.float64), spaces.Discrete(2)))
+    assert make_vec_env(found, 2, "sync").notes == ["observations are float64; stored as float32, cast once."]
+
+
+def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
+    """The same game, pixel for pixel, once the random no-ops and sticky actions are off."""
+    monkeypatch.setattr(single, "ATARI_NOOP_MAX", 0)
+    found = probe("ALE/Breakout-v5", {"repeat_action_probability": 0.0})
+    envs = [make_vec_env(found, 2, vectorization) for vectorization in ("sync", "native")]
+    assert len({(env.obs_spec, env.action_spec.nvec, env.fillers) for env in envs}) == 1
+    assert envs[0].obs_spec.shape == (4, 84, 84)
+    frames = [env.reset(SEED).clone() for env in envs]
+    assert torch.equal(*frames)
+    rng = np.random.default_rng(0)
+    ended = 0
+    for _ in range(400):
+        actions = torch.as_tensor(rng.integers(0, 4, 2))
+        ours, theirs = (env.step(actions) for env in envs)
+        assert torch.equal(ours.obs, theirs.obs)
+        assert ours.rewards.tolist() == theirs.rewards.tolist()
+        assert torch.equal(ours.terminated, theirs.terminated)
+        ended += int(ours.terminated.sum())
+    assert ended
+    for env in envs:
+        env.close()
+
+
+def test_discrete_actions_count_from_their_start():
+    space = spaces.Discrete(3, start=5)
+    env = make_vec_env(probe("custom", {}, lambda: Spaces(spaces.Discrete(4), space)), 2, "sync")
+    env.reset(SEED)
+    assert env.step(torch.tensor([0, 2])).rewards.tolist() == [5, 7]
+
+
+def test_make_env_may_return_a_vector_environment():
+    found = probe("custom", {}, lambda: gym.make_vec("CartPole-v1", 3, vectorization_mode="sync"))
+    assert make_vec_env(found, 3, "sync").n_envs == 3
+    with pytest.raises(ConfigError, match="n_envs=4, but make_env returned a vector environment of 3"):
+        make_vec_env(found, 4, "sync")
+    with pytest.raises(ConfigError, match="make_env returned int"):
+        probe("custom", {}, lambda: 3)
+
+
+def test_async_workers_are_not_forked_from_a_process_with_threads():
+    env = make_vec_env(probe("CartPole-v1", {}), 2, "async")
+    assert isinstance(env.venv, AsyncVectorEnv)
+    assert env.venv.context == "forkserver"
+    env.close()

@@ -1,0 +1,29 @@
+"""PPO's minibatch update written out with autograd and torch.optim, for two-network categorical policies.
+
+Nothing of fastppo is used: not its losses, not its Adam, not its flat parameters.
+"""
+
+import torch
+
+
+def reference_update(module, batches, *, lr, clip, value_clip, vf_coef, ent_coef, max_grad_norm, normalize, eps=1e-5):
+    """Step `module`, x -> (logits, values), through `batches` of (obs, actions, logprobs, values, advantages, returns)."""
+    optimizer = torch.optim.Adam(module.parameters(), lr=lr, eps=eps)
+    for obs, actions, old_logprobs, old_values, advantages, returns in batches:
+        if normalize:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        logits, values = module(obs)
+        dist = torch.distributions.Categorical(logits=logits)
+        ratio = torch.exp(dist.log_prob(actions) - old_logprobs)
+        surrogate = torch.min(ratio * advantages, torch.clamp(ratio, 1 - clip, 1 + clip) * advantages)
+        squares = (values - returns) ** 2
+        clipped = (old_values + torch.clamp(values - old_values, -clip, clip) - returns) ** 2
+        if value_clip == "max":
+            squares = torch.max(squares, clipped)
+        elif value_clip == "clipped_only":
+            squares = clipped
+        loss = -surrogate.mean() + vf_coef * 0.5 * squares.mean() - ent_coef * dist.entropy().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+        optimizer.step()

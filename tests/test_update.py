@@ -1,0 +1,231 @@
+"""One update against two others, and the KL early stop."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fastppo.functional.distributions import Categorical
+from fastppo.functional.losses import Batch, Coefficients
+from fastppo.policies.api import Encoder, Policy
+from fastppo.policies.flat import FlatParameters
+from fastppo.policies.mlp import MLP
+from fastppo.spaces import ObsSpec
+from fastppo.update import FIGURES, PPOUpdate
+from tests.reference.ppo import reference_update
+
+B, D, A = 256, 4, 3
+SETTINGS = {"lr": 1e-3, "clip": 0.2, "vf_coef": 0.7, "ent_coef": 0.01, "max_grad_norm": 0.5}
+
+
+def coefficients(**changes):
+    values = {
+        "learning_rate": 1e-3,
+        "clip_coef": 0.2,
+        "value_clip_coef": 0.2,
+        "vf_coef": 0.7,
+        "ent_coef": 0.01,
+        "max_grad_norm": 0.5,
+        "gamma": 0.99,
+        "gae_lambda": 0.95,
+    }
+    return Coefficients(*(torch.tensor(float(v)) for v in (values | changes).values()))
+
+
+def make_policy(seed=0):
+    torch.manual_seed(seed)
+    net = MLP(D, A, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+    return Policy(Encoder(ObsSpec("vector", (D,), "float32")), net, Categorical(A))
+
+
+def make_batch(policy, seed=1, rows=B, valid=None):
+    g = torch.Generator().manual_seed(seed)
+    obs = torch.randn(rows, D, generator=g)
+    noise = torch.empty(rows, A)
+    policy.distribution.fill_noise(noise, g)
+    action = policy.act(obs, noise)
+    # old log-probabilities a little off, so that ratios differ from 1 and some rows are clipped
+    logprobs = action.logprobs + 0.15 * torch.randn(rows, generator=g)
+    advantages, returns = torch.randn(rows, generator=g), 2 * torch.randn(rows, generator=g)
+    return Batch(obs, action.actions, logprobs, action.params, action.values, advantages, returns, valid)
+
+
+def make_update(policy, **changes):
+    settings = {"update_epochs": 2, "n_minibatches": 4, "adam_eps": 1e-5, "value_clip": "max"}
+    settings |= {"normalize": "minibatch", "kl_stop": "epoch"} | changes
+    return PPOUpdate(policy, FlatParameters(policy.network), torch.Generator().manual_seed(5), **settings)
+
+
+def minibatches(batch, epochs, parts):
+    """The same permutations that an update with generator seed 5 draws."""
+    g = torch.Generator().manual_seed(5)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(batch.obs), generator=g).view(parts, -1):
+            b = batch
+            yield [x[rows] for x in (b.obs, b.actions, b.logprobs, b.values, b.advantages, b.returns)]
+
+
+@pytest.mark.parametrize("value_clip", ["off", "max", "clipped_only"])
+@pytest.mark.parametrize("normalize", ["minibatch", "off"])
+def test_parameters_after_an_update_equal_plain_autograd_and_torchs_adam(value_clip, normalize):
+    policy = make_policy()
+    twin = copy.deepcopy(policy.network)
+    before = torch.nn.utils.parameters_to_vector(twin.parameters()).detach().clone()
+    batch = make_batch(policy)
+    stats = make_update(policy, value_clip=value_clip, normalize=normalize)(batch, coefficients(), math.inf)
+    split = minibatches(batch, 2, 4)
+    reference_update(twin, split, value_clip=value_clip, normalize=normalize == "minibatch", **SETTINGS)
+    ours = torch.nn.utils.parameters_to_vector(policy.network.parameters())
+    theirs = torch.nn.utils.parameters_to_vector(twin.parameters())
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (theirs - before).abs().max() > 1e-3, "an update that moves nothing proves nothing"
+    assert stats.minibatches == 8
+    assert 0.05 < stats.diagnostics[FIGURES.index("clipfrac")] < 0.5
+
+
+def test_parameters_after_an_update_equal_stable_baselines3s():
+    sb3 = pytest.importorskip("stable_baselines3")
+    from stable_baselines3.common.logger import configure
+
+    epochs, minibatch = 3, 64
+    model = sb3.PPO(
+        "MlpPolicy", "CartPole-v1", n_steps=B, batch_size=minibatch, n_epochs=epochs, learning_rate=1e-3,
+        clip_range=0.2, clip_range_vf=0.3, ent_coef=0.01, vf_coef=0.35, max_grad_norm=0.5, seed=0, device="cpu",
+    )  # fmt: skip
+    model.set_logger(configure(None, []))
+    torch.manual_seed(0)
+    net = MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+    policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), net, Categorical(2))
+    theirs = model.policy
+    pairs = [
+        (theirs.mlp_extractor.policy_net[0], net.actor_trunk[1]),
+        (theirs.mlp_extractor.policy_net[2], net.actor_trunk[3]),
+        (theirs.mlp_extractor.value_net[0], net.critic_trunk[1]),
+        (theirs.mlp_extractor.value_net[2], net.critic_trunk[3]),
+        (theirs.action_net, net.actor.linear),
+        (theirs.value_net, net.critic),
+    ]
+    for a, b in pairs:
+        a.load_state_dict(b.state_dict())
+
+    # a rollout that both learn from
+    g = torch.Generator().manual_seed(3)
+    obs, noise = torch.randn(B, 4, generator=g), torch.empty(B, 2)
+    policy.distribution.fill_noise(noise, g)
+    action = policy.act(obs, noise)
+    logprobs = action.logprobs + 0.1 * torch.randn(B, generator=g)
+    advantages, returns = torch.randn(B, generator=g), torch.randn(B, generator=g)
+    batch = Batch(obs, action.actions, logprobs, action.params, action.values, advantages, returns, None)
+    buffer = model.rollout_buffer
+    buffer.reset()
+    columns = {"observations": obs, "actions": action.actions, "log_probs": logprobs, "values": action.values}
+    for name, column in (columns | {"advantages": advantages, "returns": returns}).items():
+        array = getattr(buffer, name)
+        array[:] = column.numpy().reshape(array.shape)
+    buffer.full, buffer.pos = True, B
+
+    # its permutations come from numpy's global generator: hand both the same ones
+    orders = [np.random.default_rng(i).permutation(B) for i in range(epochs)]
+    queue = iter(orders)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, "permutation", lambda n: next(queue))
+        model.train()
+    update = make_update(policy, update_epochs=epochs, n_minibatches=B // minibatch, value_clip="clipped_only")
+    queue = iter(orders)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, **_: torch.as_tensor(next(queue)))
+        # vf_coef: ours halves the squared error, theirs doesn't
+        update(batch, coefficients(vf_coef=0.7, value_clip_coef=0.3), math.inf)
+    for a, b in pairs:
+        torch.testing.assert_close(a.weight, b.weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a.bias, b.bias, atol=1e-5, rtol=0)
+
+
+def test_batch_normalisation_of_advantages_is_done_once():
+    policy = make_policy()
+    twin = copy.deepcopy(policy.network)
+    batch = make_batch(policy)
+    make_update(policy, normalize="batch")(batch, coefficients(), math.inf)
+    a = batch.advantages
+    scaled = batch._replace(advantages=(a - a.mean()) / (a.std() + 1e-8))
+    split = minibatches(scaled, 2, 4)
+    reference_update(twin, split, value_clip="max", normalize=False, **SETTINGS)
+    ours = torch.nn.utils.parameters_to_vector(policy.network.parameters())
+    torch.testing.assert_close(ours, torch.nn.utils.parameters_to_vector(twin.parameters()), atol=1e-5, rtol=0)
+
+
+def test_filler_rows_do_not_touch_the_update():
+    g = torch.Generator().manual_seed(0)
+    valid = torch.rand(B, generator=g) < 0.7
+    results = []
+    for spoil in (0.0, 1e3):
+        policy = make_policy()
+        batch = make_batch(policy, valid=valid)
+        noise = torch.where(valid, 0.0, spoil)
+        batch = batch._replace(advantages=batch.advantages + noise, returns=batch.returns - noise)
+        stats = make_update(policy)(batch, coefficients(), math.inf)
+        results.append((torch.nn.utils.parameters_to_vector(policy.network.parameters()), stats.diagnostics))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_each_epoch_has_a_permutation_of_its_own():
+    policy = make_policy()
+    update = make_update(policy, update_epochs=3, n_minibatches=1)
+    seen = []
+    inner = update.gradient
+    update.gradient = lambda batch, rows, coefs: seen.append(rows.tolist()) or inner(batch, rows, coefs)
+    update(make_batch(policy), coefficients(), math.inf)
+    assert len({tuple(rows) for rows in seen}) == 3
+    assert all(sorted(rows) == list(range(B)) for rows in seen)
+
+
+@pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
+def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divide_by_what_ran(kl_stop):
+    policy = make_policy()
+    batch = make_batch(policy)
+    batch = batch._replace(logprobs=policy.evaluate(batch.obs, batch.actions, batch.params).logprobs.detach())
+    update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
+    steps, norms = [], []
+    inner, step = update.gradient, update.step
+    update.gradient = lambda *a: (out := inner(*a), norms.append(out[1][-1].item()))[0]
+    update.step = lambda *a: (steps.append(1), step(*a))[1]
+    stats = update(batch, coefficients(learning_rate=0.1), kl_limit=0.02)
+    assert stats.epochs <= 2
+    assert stats.stop_kl > 0.02
+    assert stats.minibatches == len(steps) < 40
+    taken = norms[: len(steps)]
+    assert stats.diagnostics[FIGURES.index("grad_norm")].item() == pytest.approx(sum(taken) / len(taken), rel=1e-5)
+    if kl_stop == "minibatch":
+        assert len(norms) == len(steps) + 1, "the minibatch that went too far is judged before its step"
+    else:
+        assert stats.minibatches == 4 * stats.epochs, "an epoch is judged whole"
+
+
+@pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
+def test_a_nan_kl_stops_too(kl_stop):
+    policy = make_policy()
+    batch = make_batch(policy)
+    batch = batch._replace(logprobs=torch.full_like(batch.logprobs, torch.nan))
+    before = copy.deepcopy(policy.network.state_dict())
+    stats = make_update(policy, update_epochs=5, kl_stop=kl_stop)(batch, coefficients(), 0.02)
+    assert stats.epochs == 1
+    assert math.isnan(stats.stop_kl)
+    if kl_stop == "minibatch":
+        assert stats.minibatches == 0
+        assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
+
+
+def test_a_generous_limit_stops_nothing():
+    policy = make_policy()
+    stats = make_update(policy, update_epochs=3)(make_batch(policy), coefficients(learning_rate=1e-4), 10.0)
+    assert (stats.epochs, stats.minibatches, stats.stop_kl) == (3, 12, None)
+
+
+def test_every_coefficient_at_0_leaves_the_parameters_where_they_are():
+    policy = make_policy()
+    before = copy.deepcopy(policy.network.state_dict())
+    make_update(policy)(make_batch(policy), coefficients(learning_rate=0.0, clip_coef=0.0), math.inf)
+    assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())

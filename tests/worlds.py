@@ -1,0 +1,110 @@
+"""Small environments with known answers, and settings for short runs."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from fastppo import Config
+
+SHORT = {"n_envs": 2, "n_steps": 8, "n_minibatches": 2, "update_epochs": 2, "total_timesteps": 48}
+
+
+def short(tmp_path, **changes):
+    """A config of a run that takes a moment, in a folder of its own."""
+    return Config(**(SHORT | {"run_dir": tmp_path / "run"} | changes))
+
+
+class Counter(gym.Env):
+    """Observation = steps since the reset, and which episode it is; ends by time limit or really, as told by `ends`.
+
+    ends[k] is (length, truncated) of the k-th episode; the last one repeats. Reward = 1 + step / 10, so that a row in
+    the wrong place shows.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, ends=((5, False),)):
+        self.ends, self.episode = ends, -1
+
+    def _obs(self):
+        return np.array([self.steps, self.episode], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.steps = self.episode + 1, 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.steps += 1
+        length, truncated = self.ends[min(self.episode, len(self.ends) - 1)]
+        over = self.steps >= length
+        return self._obs(), 1 + self.steps / 10, over and not truncated, over and truncated, {}
+
+
+class Bandit(gym.Env):
+    """One step; the reward is the share of action components that match a secret."""
+
+    observation_space = spaces.Box(0, 1, (1,), np.float32)
+
+    def __init__(self, action_space, secret):
+        self.action_space, self.secret = action_space, np.asarray(secret)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is outside {self.action_space}"
+        reward = float(np.mean(np.asarray(action) == self.secret))
+        return np.ones(1, np.float32), reward, True, False, {}
+
+
+class BrightSide(gym.Env):
+    """An image, one half of it bright; name the half (left 0, right 1). One step."""
+
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+    action_space = spaces.Discrete(2)
+
+    def _obs(self):
+        self.side = int(self.np_random.integers(2))
+        image = np.zeros((36, 36, 1), np.uint8)
+        image[:, 18 * self.side : 18 * self.side + 18] = 255
+        return image
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._obs(), {}
+
+    def step(self, action):
+        reward = float(action == self.side)
+        return self._obs(), reward, True, False, {}
+
+
+class Spaces(gym.Env):
+    """Random observations of any space; checks that every action lies in its space; ends after 6 steps."""
+
+    def __init__(self, observation_space, action_space, reuse=False):
+        self.observation_space, self.action_space, self.reuse = observation_space, action_space, reuse
+        self.buffer = None
+
+    def _obs(self):
+        self.observation_space.seed(int(self.np_random.integers(2**31)))
+        obs = self.observation_space.sample()
+        if not self.reuse:
+            return obs
+        self.buffer = obs if self.buffer is None else self.buffer
+        np.copyto(self.buffer, obs)
+        return self.buffer
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), f"{action!r} is outside {self.action_space}"
+        self.steps += 1
+        return self._obs(), float(np.sum(action)), False, self.steps == 6, {}
