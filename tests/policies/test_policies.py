@@ -1,0 +1,209 @@
+import pytest
+import torch
+from gymnasium import spaces
+from torch import nn
+
+from fastppo.errors import ConfigError
+from fastppo.functional.distributions import Categorical
+from fastppo.policies.api import Encoder, Policy
+from fastppo.policies.build import PolicySpec, default_network
+from fastppo.policies.flat import FlatParameters
+from fastppo.policies.normalizers import ObsNormalizer, RewardNormalizer
+from fastppo.spaces import ActionSpec, ObsSpec
+
+VECTOR = ObsSpec.from_space(spaces.Box(-1, 1, (3,)))
+
+
+def spec(obs=None, action=None, **changes):
+    obs = ObsSpec.from_space(obs or spaces.Box(-1, 1, (3,)))
+    action = ActionSpec.from_space(action or spaces.Discrete(2))
+    values = {"network": default_network(obs), "hidden_sizes": (64, 64), "activation": "tanh", "shared_trunk": False}
+    return PolicySpec(obs, action, **(values | {"normalize_obs": False, "obs_clip": 10.0} | changes))
+
+
+def gains(layer):
+    """Singular values of a weight, all equal to the gain where it is orthogonal."""
+    return torch.linalg.svdvals(layer.weight.detach().flatten(1))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_mlp_is_initialised_as_cleanrls(shared):
+    net = spec(shared_trunk=shared).build().network
+    trunks = [net.critic_trunk] if shared else [net.critic_trunk, net.actor_trunk]
+    for trunk in trunks:
+        for layer in (m for m in trunk if isinstance(m, nn.Linear)):
+            torch.testing.assert_close(gains(layer), torch.full_like(gains(layer), 2**0.5))
+            assert not layer.bias.any()
+    torch.testing.assert_close(gains(net.actor.linear), torch.full((2,), 0.01))
+    torch.testing.assert_close(gains(net.critic), torch.ones(1))
+    assert (net.actor_trunk is None) is shared
+
+
+def test_the_nature_cnn_has_cleanrls_layers_for_either_order_of_channels():
+    for shape in ((4, 84, 84), (84, 84, 4)):
+        policy = spec(spaces.Box(0, 255, shape, "uint8"), spaces.Discrete(6)).build()
+        assert sum(p.numel() for p in policy.network.parameters()) == 1_687_719
+        params, values = policy(torch.randint(0, 256, (5, *shape), dtype=torch.uint8))
+        assert params.shape == (5, 6)
+        assert values.shape == (5,)
+
+
+def test_images_are_scaled_on_their_way_into_the_network_only():
+    encoder = Encoder(ObsSpec.from_space(spaces.Box(0, 255, (36, 40, 3), "uint8")))
+    obs = torch.randint(0, 256, (2, 36, 40, 3), dtype=torch.uint8)
+    out = encoder(obs)
+    assert out.shape == (2, 3, 36, 40)
+    torch.testing.assert_close(out[1, 2, 5, 7], obs[1, 5, 7, 2] / 255)
+
+
+def test_discrete_observations_become_one_hot():
+    encoder = Encoder(ObsSpec.from_space(spaces.Discrete(4, start=10)))
+    assert encoder(torch.tensor([10, 13])).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+    encoder = Encoder(ObsSpec.from_space(spaces.MultiDiscrete([2, 3])))
+    assert encoder(torch.tensor([[1, 2]])).tolist() == [[0, 1, 0, 0, 1]]
+
+
+def test_small_images_take_the_mlp_and_the_cnn_says_why_not():
+    assert default_network(ObsSpec.from_space(spaces.Box(0, 255, (20, 20, 1), "uint8"))) == "mlp"
+    with pytest.raises(ConfigError, match="at least 36x36, got 20x20; use network=mlp"):
+        spec(spaces.Box(0, 255, (20, 20, 1), "uint8"), network="cnn").build()
+    with pytest.raises(ConfigError, match="network=cnn is for uint8 images"):
+        spec(network="cnn").build()
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "gelu", "silu"])
+def test_any_width_depth_and_activation(activation):
+    policy = spec(hidden_sizes=(8, 16, 4), activation=activation).build()
+    assert policy(torch.randn(7, 3))[0].shape == (7, 2)
+
+
+def test_a_gaussian_starts_with_unit_deviation_that_does_not_depend_on_the_state():
+    policy = spec(action=spaces.Box(-1, 1, (2,))).build()
+    params, _ = policy(torch.randn(9, 3))
+    assert not params[:, 2:].any()
+    assert policy.network.actor.log_std.requires_grad
+
+
+def test_a_spec_survives_json():
+    import json
+
+    one = spec(spaces.MultiDiscrete([2, 3]), spaces.Box(-1, float("inf"), (2,)), hidden_sizes=(5,))
+    assert PolicySpec.from_dict(json.loads(json.dumps(one.to_dict(), allow_nan=False))) == one
+
+
+class TwoHeads(nn.Module):
+    def __init__(self, params=2, values=(), dropout=0.0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 8), nn.Dropout(dropout))
+        self.head = nn.Linear(8, params)
+        self.values = values
+
+    def forward(self, x):
+        x = self.body(x)
+        return self.head(x), x.sum(-1).reshape(len(x), *self.values)
+
+
+def test_a_network_of_ones_own_is_checked_before_anything_starts():
+    Policy(Encoder(VECTOR), TwoHeads(), Categorical(2))
+    with pytest.raises(ConfigError, match=r"must return distribution parameters \(2, 5\) and values \(2,\)"):
+        Policy(Encoder(VECTOR), TwoHeads(), Categorical(5))
+    with pytest.raises(ConfigError, match=r"returned shapes \(2, 2\) and \(2, 1\)"):
+        Policy(Encoder(VECTOR), TwoHeads(values=(1,)), Categorical(2))
+    with pytest.raises(ConfigError, match="differently; remove dropout"):
+        Policy(Encoder(VECTOR), TwoHeads(dropout=0.5), Categorical(2))
+    with pytest.raises(ConfigError, match=r"Linear fails on observations of shape \(2, 3\)"):
+        Policy(Encoder(VECTOR), nn.Linear(4, 2), Categorical(2))
+
+
+def test_flat_parameters_are_the_modules_own_aligned_and_gradients_agree():
+    net = TwoHeads()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    flat = FlatParameters(net)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert all(p.data_ptr() % 64 == 0 for p in flat.parameters)
+    x = torch.randn(5, 3)
+    loss = net(x)[0].square().mean() + net(x)[1].mean()
+    expected = torch.autograd.grad(loss, flat.parameters, retain_graph=True)
+    for view, gradient in zip(flat.views(flat.gradient(loss)), expected, strict=True):
+        assert torch.equal(view, gradient)
+    flat.vector.fill_(2.0)
+    assert all((p == 2).all() for p in net.parameters())
+    net.load_state_dict(before)
+    assert torch.equal(flat.views(flat.vector)[0], before["body.0.weight"])
+
+
+def test_frozen_parameters_stay_and_unusable_ones_are_refused():
+    net = TwoHeads()
+    net.body.requires_grad_(False)
+    assert len(FlatParameters(net).parameters) == 2
+    with pytest.raises(ConfigError, match="no trainable parameters"):
+        FlatParameters(nn.Tanh())
+    with pytest.raises(ConfigError, match="must be float32"):
+        FlatParameters(TwoHeads().double())
+
+
+def test_normalised_observations_have_mean_0_and_deviation_1_within_the_clip():
+    normalizer = ObsNormalizer((2,), clip=3.0)
+    rows = torch.tensor([5.0, -1e3]) + torch.tensor([2.0, 40.0]) * torch.randn(50_000, 2)
+    assert torch.equal(normalizer(torch.tensor([[2.5, -9.0]])), torch.tensor([[2.5, -3.0]])), "the identity at first"
+    for block in rows.split(10_000):
+        normalizer.update(block)
+    out = normalizer(rows)
+    assert out.dtype == torch.float32
+    assert out.mean(0).abs().max() < 0.01
+    assert (out.std(0) - 1).abs().max() < 0.02
+    assert out.abs().max() == 3.0
+
+
+def test_a_large_offset_costs_the_normaliser_no_digits():
+    normalizer = ObsNormalizer((1,), clip=10.0)
+    rows = 4096.0 + torch.arange(1000.0).reshape(-1, 1) / 1024
+    normalizer.update(rows)
+    x = rows.double()
+    torch.testing.assert_close(normalizer(rows).double(), (x - x.mean()) / x.std(correction=0), atol=1e-5, rtol=1e-5)
+
+
+def running_returns(rewards, done, valid, gamma):
+    """Discounted returns so far, environment by environment, one step after the other; valid rows only."""
+    out = []
+    for column in range(len(rewards[0])):
+        g = 0.0
+        for t in range(len(rewards)):
+            g = rewards[t][column] + gamma * g
+            if valid is None or valid[t][column]:
+                out.append(g)
+            if done[t][column]:
+                g = 0.0
+    return torch.tensor(out, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("with_fillers", [False, True])
+def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts(with_fillers):
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.randn(60, 3, generator=g)
+    done = torch.rand(60, 3, generator=g) < 0.1
+    valid = None
+    if with_fillers:
+        valid = torch.ones(60, 3, dtype=torch.bool)
+        valid[1:] = ~done[:-1]
+        done &= valid
+        valid[1:] = ~done[:-1]
+        rewards = torch.where(valid, rewards, 0.0)
+    normalizer = RewardNormalizer(3, clip=10.0)
+    for rows in torch.arange(60).split(20):
+        v = None if valid is None else valid[rows]
+        normalizer.update_from_rollout(rewards[rows], done[rows], v, torch.tensor(0.9))
+    plain_valid = None if valid is None else valid.tolist()
+    expected = running_returns(rewards.double().tolist(), done.tolist(), plain_valid, 0.9)
+    # gamma is a float32 scalar, as all coefficients are
+    torch.testing.assert_close(normalizer.var, expected.var(correction=0), rtol=1e-5, atol=0)
+    assert normalizer.count == len(expected)
+    torch.testing.assert_close(normalizer(rewards[:2]), rewards[:2] / expected.std(correction=0).float(), rtol=1e-5, atol=0)
+
+
+def test_rewards_that_never_vary_stay_finite():
+    normalizer = RewardNormalizer(1, clip=10.0)
+    zero = torch.zeros(5, 1)
+    normalizer.update_from_rollout(zero, zero.bool(), None, torch.tensor(0.99))
+    assert normalizer(zero).tolist() == [[0]] * 5
+    assert normalizer(zero + 1).max() <= 10

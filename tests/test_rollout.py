@@ -1,0 +1,127 @@
+"""Rows land where they belong: storage, final values, filler rows, time limits."""
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import nn
+
+from fastppo import Trainer
+from fastppo.envs.host import HostEnv
+from fastppo.functional.gae import gae_loop
+from fastppo.policies.build import PolicySpec
+from fastppo.rollout import Rollout, collect
+from fastppo.runtime.clock import Clock
+from tests.worlds import Counter, short
+
+CPU = torch.device("cpu")
+
+
+class Identifiable(nn.Module):
+    """V(s) = 10 * step + 100 * episode, so that a value in the wrong row shows; both actions alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(len(x))
+        return torch.zeros(len(x), 2) + self.weight, 10 * x[:, 0] + 100 * x[:, 1] + self.weight
+
+
+def roll(mode, ends, n_steps, n=1, rollouts=1):
+    """(storage after each of several rollouts, the network)."""
+    env = HostEnv(SyncVectorEnv([lambda: Counter(ends)] * n, autoreset_mode=mode))
+    spec = PolicySpec(env.obs_spec, env.action_spec, "custom", (), "", False, False, 10.0)
+    network = Identifiable()
+    policy = spec.build(network)
+    rollout = Rollout.allocate(n_steps, env, policy, CPU)
+    rollout.obs[-1].copy_(env.reset(np.random.SeedSequence(0)))
+    network.calls.clear()
+    out = []
+    for _ in range(rollouts):
+        collect(env, policy, rollout, torch.Generator().manual_seed(0), Clock())
+        out.append({name: x.clone() for name, x in rollout.tensors().items()})
+    return out, network
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
+def test_rows_hold_what_happened_and_next_values_are_those_of_true_successors(mode):
+    (r, second), _ = roll(mode, ((3, True), (2, False), (9, True)), 7, rollouts=2)
+    # episode 0: three steps, cut; episode 1: two steps, a real end; episode 2 goes on
+    assert r["obs"][:, 0].tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [0, 2], [1, 2], [2, 2]]
+    assert r["values"][:, 0].tolist() == [0, 10, 20, 100, 110, 200, 210]
+    torch.testing.assert_close(r["rewards"][:, 0], torch.tensor([1.1, 1.2, 1.3, 1.1, 1.2, 1.1, 1.2]))
+    assert r["truncated"][:, 0].tolist() == [False, False, True, False, False, False, False]
+    assert r["terminated"][:, 0].tolist() == [False, False, False, False, True, False, False]
+    # row 2 was cut: V of its last observation (3, 0), not of the next episode's first
+    assert r["next_values"][:, 0].tolist() == [10, 20, 30, 110, 200, 210, 220]
+    assert second["obs"][0, 0].tolist() == [2, 2], "the next rollout goes on where this one ended"
+    assert second["values"][0, 0] == 220
+
+
+def test_rows_of_next_step_mode():
+    (r,), _ = roll(AutoresetMode.NEXT_STEP, ((3, True), (2, False), (9, True)), 9)
+    assert r["obs"][:, 0].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [0, 1], [1, 1], [2, 1], [0, 2], [1, 2], [2, 2]]
+    assert r["valid"][:, 0].tolist() == [True, True, True, False, True, True, False, True, True]
+    assert r["next_values"][2, 0] == 30, "the filler row's observation is the last one of the episode"
+
+
+@pytest.mark.parametrize(
+    "ends", [((3, True), (2, False), (4, True), (1, True), (1, False)), ((5, False),), ((1, True),), ((2, True), (30, True))]
+)
+def test_without_its_filler_rows_a_next_step_env_equals_its_same_step_twin_row_for_row(ends):
+    steps = 40
+    (same,), _ = roll(AutoresetMode.SAME_STEP, ends, steps, n=2)
+    (next_,), _ = roll(AutoresetMode.NEXT_STEP, ends, 2 * steps, n=2)
+    gamma, gae_lambda = torch.tensor(0.9), torch.tensor(0.8)
+    for r in (same, next_):
+        r["advantages"], r["returns"] = gae_loop(
+            r["rewards"], r["values"], r["next_values"], r["terminated"], r["done"], gamma, gae_lambda
+        )
+    for n in range(2):
+        keep = next_["valid"][:, n]
+        # the last episodes are left out: the two rollouts end at different points of them
+        last = int(same["done"][:, n].nonzero().max()) + 1
+        for name in ("obs", "values", "rewards", "terminated", "truncated", "next_values", "advantages", "returns"):
+            a, b = same[name][:steps, n][:last], next_[name][: 2 * steps, n][keep][:last]
+            if name == "next_values":  # of a real end: anything, it counts for nothing
+                real = same["terminated"][:last, n]
+                a, b = a[~real], b[~real]
+            assert torch.equal(a, b), name
+
+
+def test_last_observations_are_valued_by_calls_of_one_shape_also_when_there_are_many():
+    (r,), network = roll(AutoresetMode.SAME_STEP, ((1, True),), 50, n=2)
+    # each of 100 rows is cut: its successor is (1, episode), worth 10 + 100 * episode
+    assert r["next_values"].tolist() == [[10 + 100 * t] * 2 for t in range(50)]
+    assert set(network.calls) == {2, 32}
+    assert network.calls.count(32) == 4
+
+
+def test_both_endings_at_once_count_as_a_real_one():
+    class Both(Counter):
+        def step(self, action):
+            obs, reward, _, _, info = super().step(action)
+            return obs, reward, self.steps == 2, self.steps == 2, info
+
+    env = HostEnv(SyncVectorEnv([Both], autoreset_mode=AutoresetMode.SAME_STEP))
+    env.reset(np.random.SeedSequence(0))
+    env.step(torch.zeros(1, dtype=torch.int64))
+    step = env.step(torch.zeros(1, dtype=torch.int64))
+    assert step.terminated.all()
+    assert step.truncated.all()
+    assert not list(step.cut)
+
+
+def test_the_storage_never_moves(tmp_path):
+    trainer = Trainer(short(tmp_path, env_id="Pendulum-v1", total_timesteps=80))
+    storage = trainer.rollout.tensors() | {"parameters": trainer.update.parameters.vector}
+    places = {name: x.data_ptr() for name, x in storage.items()}
+    seen = []
+    for _ in trainer.iterations():
+        now = trainer.rollout.tensors() | {"parameters": trainer.update.parameters.vector}
+        assert {name: x.data_ptr() for name, x in now.items()} == places
+        seen.append(now["rewards"].sum().item())
+    assert len(set(seen)) == 5
