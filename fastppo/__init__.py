@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from fastppo.errors import ConfigError as ConfigError
     from fastppo.errors import EnvError as EnvError
     from fastppo.errors import FastPPOError as FastPPOError
-    from fastppo.evaluate import Evaluation as Evaluation
-    from fastppo.evaluate import SavedPolicy as SavedPolicy
-    from fastppo.evaluate import evaluate as evaluate
-    from fastppo.evaluate import load_policy as load_policy
+    from fastppo.evaluation import Evaluation as Evaluation
+    from fastppo.evaluation import SavedPolicy as SavedPolicy
+    from fastppo.evaluation import evaluate as evaluate
+    from fastppo.evaluation import load_policy as load_policy
     from fastppo.metrics import Stats as Stats
     from fastppo.trainer import Result as Result
     from fastppo.trainer import Trainer as Trainer
@@ -31,10 +31,10 @@ _HOMES = {
     "Trainer": "trainer",
     "Result": "trainer",
     "Stats": "metrics",
-    "load_policy": "evaluate",
-    "evaluate": "evaluate",
-    "SavedPolicy": "evaluate",
-    "Evaluation": "evaluate",
+    "load_policy": "evaluation",
+    "evaluate": "evaluation",
+    "SavedPolicy": "evaluation",
+    "Evaluation": "evaluation",
 }
 __all__ = list(_HOMES)
 

@@ -139,7 +139,7 @@ def _eval(command: Eval) -> int:
         raise ConfigError(f"episodes={command.episodes} must be at least 1.")
     from rich.console import Console
 
-    from fastppo.evaluate import evaluate
+    from fastppo.evaluation import evaluate
 
     played = evaluate(
         command.run,

@@ -283,7 +283,34 @@ CLEANRL: dict[Kind, dict[str, Any]] = {
 }
 
 # Found and measured by benchmarks/presets.py; figures in benchmarks/README.md.
-TUNED: dict[str, dict[str, Any]] = {}
+TUNED: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {
+        "total_timesteps": 100_000,
+        "n_envs": 8,
+        "n_steps": 32,
+        "n_minibatches": 4,
+        "update_epochs": 5,
+        "gamma": 0.98,
+        "gae_lambda": 0.8,
+        "learning_rate": 2e-3,
+        "anneal_clip": True,
+        "value_clip": "off",
+        "vf_coef": 1.0,
+        "ent_coef": 0.0,
+    },
+    "Pendulum-v1": {
+        "total_timesteps": 100_000,
+        "n_envs": 8,
+        "n_steps": 256,
+        "n_minibatches": 16,
+        "gamma": 0.9,
+        "learning_rate": 1e-3,
+        "anneal_lr": False,
+        "value_clip": "off",
+        "vf_coef": 1.0,
+        "normalize_obs": False,
+    },
+}
 
 
 def resolve(config: Config, kind: Kind, *, atari: bool = False, reward_threshold: float | None = None) -> Config:

@@ -183,6 +183,8 @@ class Trainer:
 
     def iterations(self) -> Iterator[Stats]:
         """Train, giving the figures of each iteration; leaving the loop early saves and closes as its end does."""
+        if self.result is not None:
+            raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
         c, r = self.config, self.rollout
         if self._console is not None:
             self.sinks.append(ConsoleSink(self._console, c.n_iterations * c.batch_size))

@@ -21,7 +21,7 @@ FLOORS = {
     "run_dir.py": 2,
     "checkpoint.py": 2,
     "trainer.py": 3,
-    "evaluate.py": 4,
+    "evaluation.py": 4,
     "cli.py": 4,
     "__init__.py": 4,
     "__main__.py": 4,
@@ -29,7 +29,7 @@ FLOORS = {
 # Within floors 0 and 2 single files stand beside each other; what may lean on what is said here
 BESIDE = {("config.py", "errors.py"), ("spaces.py", "errors.py"), ("spaces.py", "functional"), ("metrics.py", "rollout.py")}
 BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
-BESIDE |= {("__init__.py", "evaluate.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluate.py")}
+BESIDE |= {("__init__.py", "evaluation.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluation.py")}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

@@ -1,0 +1,1 @@
+"""What is timed, how, against whom: see README.md beside this file."""

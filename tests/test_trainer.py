@@ -1,0 +1,356 @@
+"""Whole runs: what they write, that they repeat, how they end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from fastppo import Config, Trainer, evaluate, load_policy
+from fastppo.errors import CheckpointError, ConfigError
+from fastppo.functional.losses import DIAGNOSTICS
+from tests.worlds import Counter, Spaces, short
+
+TIMES = ("time/", "charts/SPS", "charts/sps", "seconds")
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def test_a_run_writes_its_folder(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", total_timesteps=400)
+    trainer = Trainer(config)
+    result = trainer.run()
+    run = tmp_path / "run"
+    stored = json.loads((run / "config.json").read_text())
+    assert Config.from_dict(stored) == trainer.config
+    about = json.loads((run / "run.json").read_text())
+    assert {"torch", "gymnasium", "numpy", "python", "fastppo"} <= about["versions"].keys()
+    assert about["device"] == "cpu"
+    ended = json.loads((run / "result.json").read_text())
+    assert ended["global_step"] == result.global_step == 400
+    rows = rows_of(run)
+    assert [row["global_step"] for row in rows] == list(range(16, 401, 16))
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"losses/{name}" for name in DIAGNOSTICS} <= tags
+    assert {"charts/SPS", "charts/sps_window", "charts/sps_steady", "charts/learning_rate", "charts/clip_coef"} <= tags
+    assert {"charts/episodic_return", "charts/episodic_length", "losses/explained_variance"} <= tags
+    assert {"losses/grad_norm", "losses/epochs_run"} <= tags
+    assert {"time/rollout", "time/env", "time/act", "time/advantages", "time/update"} <= tags
+    assert "config/text_summary" in events.Tags()["tensors"] or "config" in events.Tags()["tensors"]
+    points = events.Scalars("losses/value_loss")
+    assert [p.step for p in points] == [row["global_step"] for row in rows]
+    assert [p.value for p in points] == pytest.approx([row["losses/value_loss"] for row in rows])
+    rates = [p.value for p in events.Scalars("charts/learning_rate")]
+    assert rates == pytest.approx([2.5e-4 * (1 - i / 25) for i in range(25)])
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "async", "native"])
+def test_the_same_seed_gives_the_same_bits_and_sync_equals_async(tmp_path, vectorization):
+    seen = []
+    for name, how in (("a", vectorization), ("b", "sync" if vectorization == "async" else vectorization)):
+        changes = {"vectorization": how, "run_dir": tmp_path / name, "total_timesteps": 256, "normalize_obs": True}
+        Trainer(short(tmp_path, **changes)).run()
+        seen.append((load_file(tmp_path / name / "model.safetensors"), timeless(rows_of(tmp_path / name))))
+    (weights, rows), (others, other_rows) = seen
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[k], others[k]) for k in weights)
+    assert rows == other_rows
+
+
+def test_another_seed_gives_other_numbers(tmp_path):
+    runs = [tmp_path / str(seed) for seed in (1, 2)]
+    for seed, run in enumerate(runs, 1):
+        Trainer(short(tmp_path, seed=seed, run_dir=run)).run()
+    a, b = (load_file(run / "model.safetensors") for run in runs)
+    assert not torch.equal(a["policy.network.critic.weight"], b["policy.network.critic.weight"])
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    np.random.seed(5)  # noqa: NPY002 - the global state is what is looked at
+    expected = torch.rand(1, generator=torch.Generator().manual_seed(5))
+    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    Trainer(short(tmp_path)).run()
+    assert torch.equal(torch.rand(1), expected)
+    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(tmp_path):
+    config = short(tmp_path, env_id="Pendulum-v1", n_steps=64, total_timesteps=640, update_epochs=1, n_minibatches=1)
+    trainer = Trainer(config)
+    inner, worst = trainer.update.gradient, []
+
+    def watch(batch, rows, coefs):
+        with torch.no_grad():
+            logprobs = trainer.policy.evaluate(batch.obs, batch.actions, batch.params).logprobs
+        worst.append((logprobs - batch.logprobs).abs().max().item())
+        return inner(batch, rows, coefs)
+
+    trainer.update.gradient = watch
+    for _ in trainer.iterations():
+        pass
+    assert len(worst) == 5
+    assert max(worst) < 2e-6
+    assert trainer.policy.encoder.normalizer.count == 640
+
+
+def test_iterations_give_figures_and_may_be_left_early(tmp_path):
+    trainer = Trainer(short(tmp_path))
+    for stats in trainer.iterations():
+        assert stats.scalars["losses/epochs_run"] == 2
+        assert stats.n_iterations == 3
+        if stats.iteration == 2:
+            break
+    assert (trainer.result.ended, trainer.result.iterations) == ("interrupted", 2)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    with pytest.raises(RuntimeError, match="has run already"):
+        trainer.run()
+
+
+def test_what_the_caller_does_between_iterations_is_not_counted(tmp_path):
+    trainer = Trainer(short(tmp_path))
+    for _ in trainer.iterations():
+        time.sleep(0.3)
+    assert trainer.result.seconds < 0.3
+
+
+def test_episode_figures_are_raw_and_exact_over_rollout_boundaries(tmp_path):
+    # episodes of 5 steps, each worth 1.1 + ... + 1.5 = 6.5, in rollouts of 8
+    trainer = Trainer(short(tmp_path, sign_rewards=True), make_env=Counter)
+    result = trainer.run()
+    assert result.mean_return == pytest.approx(6.5, abs=1e-6)
+    assert (result.mean_length, result.episodes) == (5, 2 * (24 // 5))
+
+
+def test_filler_rows_count_neither_as_steps_nor_in_episodes(tmp_path):
+    def make():
+        return SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+    trainer = Trainer(short(tmp_path, n_envs=None), make_env=make)
+    assert trainer.config.n_envs == 2
+    result = trainer.run()
+    # 24 rows of each environment: 5 steps, then one that only resets
+    assert result.global_step == 2 * 20
+    assert result.mean_return == pytest.approx(6.5, abs=1e-6)
+    assert result.mean_length == 5
+
+
+def test_the_target_ends_a_run_only_with_100_episodes_behind_it(tmp_path):
+    config = short(tmp_path, total_timesteps=16 * 200, target_return=6.4)
+    trainer = Trainer(config, make_env=Counter)
+    result = trainer.run()
+    assert result.ended == "target"
+    assert 100 <= result.episodes <= 110
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["ended"] == "target"
+
+
+def test_a_time_limit_is_worth_the_future_and_a_real_end_is_not(tmp_path):
+    """One state that pays 1 a step for ever, cut every 5 steps: V = 1 / (1 - 0.9) = 10. Where the cut is taken for an
+    end, the mean over the 5 ages of the episode is sum over k of (1 - 0.9^k) / (1 - 0.9) / 5 = 2.63."""
+
+    class Endless(gym.Env):
+        observation_space = spaces.Box(-1, 1, (1,), np.float32)
+        action_space = spaces.Discrete(2)
+        really = False
+
+        def reset(self, *, seed=None, options=None):
+            self.steps = 0
+            return np.ones(1, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            over = self.steps == 5
+            return np.ones(1, np.float32), 1.0, over and self.really, over and not self.really, {}
+
+    values = {}
+    for really in (False, True):
+        Endless.really = really
+        changes = {"n_envs": 4, "n_steps": 32, "total_timesteps": 128 * 80, "gamma": 0.9, "gae_lambda": 0.95}
+        changes |= {"learning_rate": 1e-2, "value_clip": "off", "update_epochs": 8, "run_dir": tmp_path / str(really)}
+        trainer = Trainer(short(tmp_path, **changes), make_env=Endless)
+        trainer.run()
+        values[really] = trainer.policy.value(torch.ones(1, 1)).item()
+    assert values[False] == pytest.approx(10, abs=0.5)
+    assert values[True] == pytest.approx(2.63, abs=0.5)
+
+
+class Own(nn.Module):
+    def __init__(self, width=3, outputs=2):
+        super().__init__()
+        self.body, self.actor, self.critic = nn.Linear(width, 8), nn.Linear(8, outputs), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.body(x.flatten(1)))
+        return self.actor(x), self.critic(x).squeeze(-1)
+
+
+def test_your_own_environment_and_network_save_load_and_fine_tune(tmp_path):
+    def make():
+        return Spaces(spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32))
+
+    network = Own(3, 4)
+    Trainer(short(tmp_path, normalize_rewards=True), make_env=make, policy=network).run()
+    run = tmp_path / "run"
+    with pytest.raises(ConfigError, match="pass it as policy="):
+        load_policy(run)
+    loaded = load_policy(run, policy=Own(3, 4))
+    obs = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
+    assert loaded.predict(obs).shape == (5, 2)
+    assert np.array_equal(loaded.predict(obs)[2], loaded.predict(obs[2]))
+    assert np.abs(loaded.predict(100 * obs, deterministic=False)).max() <= 1
+    assert len(evaluate(run, 3, make_env=make, policy=Own(3, 4)).returns) == 3
+    config = short(tmp_path, init_from=run, run_dir=tmp_path / "second", normalize_rewards=True, learning_rate=0.0)
+    second = Trainer(config, make_env=make, policy=Own(3, 4))
+    second.run()
+    first = load_file(run / "model.safetensors")
+    again = load_file(tmp_path / "second" / "model.safetensors")
+    assert torch.equal(first["policy.network.body.weight"], again["policy.network.body.weight"])
+    assert again["rewards.count"] == 2 * first["rewards.count"] > 0
+    with pytest.raises(CheckpointError, match="doesn't fit this policy"):
+        Trainer(short(tmp_path, init_from=run, run_dir=tmp_path / "third"), make_env=make)
+
+
+def test_predict_refuses_another_shape(tmp_path):
+    Trainer(short(tmp_path)).run()
+    with pytest.raises(ValueError, match=r"shape \(2, 3\); this policy takes \(4,\)"):
+        load_policy(tmp_path / "run").predict(np.zeros((2, 3)))
+
+
+def test_evaluation_plays_whole_episodes_and_repeats(tmp_path):
+    Trainer(short(tmp_path)).run()
+    a, b = (evaluate(tmp_path / "run", 11, deterministic=False, seed=3) for _ in range(2))
+    assert len(a.returns) == 11
+    assert a == b
+    assert a.returns == a.lengths, "CartPole pays 1 a step"
+    assert evaluate(tmp_path / "run", 11, seed=4) != a
+
+
+@pytest.mark.parametrize(
+    "observation_space",
+    [
+        spaces.Box(-1, 1, (2, 3), np.float64),
+        spaces.Box(0, 255, (36, 40, 3), np.uint8),
+        spaces.Box(0, 255, (9, 9), np.uint8),
+        spaces.Discrete(5, start=-2),
+        spaces.MultiDiscrete([2, 3]),
+        spaces.MultiBinary(4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "action_space",
+    [
+        spaces.Discrete(3, start=2),
+        spaces.MultiDiscrete([2, 4]),
+        spaces.MultiBinary((2, 2)),
+        spaces.Box(-1, 1, (2, 2), np.float32),
+        spaces.Box(-np.inf, np.inf, (1,), np.float64),
+    ],
+    ids=str,
+)
+def test_every_pair_of_spaces_trains(tmp_path, observation_space, action_space):
+    trainer = Trainer(short(tmp_path), make_env=lambda: Spaces(observation_space, action_space))
+    result = trainer.run()
+    assert trainer.rollout.obs.dtype == trainer.env.obs_spec.dtype
+    assert all(math.isfinite(v) for row in rows_of(result.run_dir) for k, v in row.items() if k.startswith("losses/l"))
+    assert ("charts/clipped_actions" in rows_of(result.run_dir)[0]) is isinstance(action_space, spaces.Box)
+    obs = np.asarray(observation_space.sample())
+    action = load_policy(result.run_dir).predict(obs)
+    assert action_space.contains(action if action_space.shape else action[()])
+
+
+def test_the_share_of_clipped_actions(tmp_path):
+    trainer = Trainer(short(tmp_path, n_steps=256, total_timesteps=512), make_env=lambda: Spaces(
+        spaces.Box(-1, 1, (3,), np.float32), spaces.Box(np.float32([0, -9]), np.float32([np.inf, 9]))
+    ))  # fmt: skip
+    trainer.run()
+    # a standard normal is below 0 half the time, and never beyond 9: half of one component of two
+    assert rows_of(tmp_path / "run")[0]["charts/clipped_actions"] == pytest.approx(0.25, abs=0.04)
+
+
+def test_schedules_reach_the_tensors_that_the_update_reads(tmp_path):
+    changes = {"learning_rate": "cosine:1e-3:0", "clip_coef": 0.3, "anneal_clip": True, "ent_coef": "linear:0.1:0.0"}
+    trainer = Trainer(short(tmp_path, **changes, gamma="linear:0.9:0.99", target_kl="linear:0.5:0.1"))
+    seen = []
+    for _ in trainer.iterations():
+        c = trainer.coefs
+        seen.append([x.item() for x in (c.learning_rate, c.clip_coef, c.ent_coef, c.gamma, c.value_clip_coef)])
+        assert trainer._kl_limit == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
+    assert seen[0] == pytest.approx([1e-3, 0.3, 0.1, 0.9, 0.3])
+    assert seen[1] == pytest.approx([0.75e-3, 0.2, 0.1 * 2 / 3, 0.93, 0.2])
+
+
+def test_an_error_in_the_environment_keeps_the_model(tmp_path):
+    class Breaks(Counter):
+        def step(self, action):
+            if self.episode == 3:
+                raise RuntimeError("the simulator is gone")
+            return super().step(action)
+
+    trainer = Trainer(short(tmp_path, total_timesteps=1600), make_env=Breaks)
+    with pytest.raises(RuntimeError, match="simulator is gone"):
+        trainer.run()
+    assert trainer.result.iterations == 1
+    assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32)) in (0, 1)
+
+
+def test_real_atari_runs_with_raw_returns(tmp_path):
+    config = Config(env_id="ALE/Pong-v5", n_envs=2, n_steps=32, total_timesteps=128, run_dir=tmp_path / "run")
+    trainer = Trainer(config)
+    assert trainer.config.sign_rewards
+    assert trainer.rollout.obs.shape == (33, 2, 4, 84, 84)
+    assert trainer.rollout.obs.dtype == torch.uint8
+    assert trainer.run().global_step == 128
+    assert all(math.isfinite(row["losses/value_loss"]) for row in rows_of(tmp_path / "run"))
+    trainer.rollout.rewards.copy_(torch.tensor([[5.0], [-7.0]]).repeat(16, 2))
+    before = trainer.rollout.rewards.clone()
+    trainer._set_targets()
+    assert torch.equal(trainer.rollout.rewards, before), "clipping is the learner's, storage stays raw"
+
+
+def test_real_half_cheetah_runs_with_its_normalisers(tmp_path):
+    config = Config(env_id="HalfCheetah-v5", n_envs=2, n_steps=64, total_timesteps=256, run_dir=tmp_path / "run")
+    trainer = Trainer(config)
+    c = trainer.config
+    assert (c.normalize_obs, c.normalize_rewards, c.n_minibatches, c.update_epochs) == (True, True, 32, 10)
+    assert trainer.rollout.obs.shape == (65, 2, 17)
+    assert trainer.rollout.obs.dtype == torch.float32
+    assert any("float64" in note for note in trainer.env.notes)
+    trainer.run()
+    assert all(math.isfinite(row["losses/value_loss"]) for row in rows_of(tmp_path / "run"))
+    assert trainer.rewards.count == 256
+
+
+def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):
+    command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "10000000"]
+    command += ["--vectorization", "async", "--n-envs", "2", "--run-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not rows_of(tmp_path / "run"):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "interrupted; the model is saved" in output
+    assert "Traceback" not in output
+    assert load_policy(tmp_path / "run").predict(np.zeros(4, np.float32)) in (0, 1)
