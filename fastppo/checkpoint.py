@@ -60,6 +60,8 @@ def load_model(run_dir: Path, parts: dict[str, nn.Module]) -> None:
         CheckpointError: nothing to read, or what is there doesn't fit, with the differing names.
     """
     path = run_dir / "model.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{run_dir} holds no saved model ({path.name} is missing).")
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -27,6 +27,13 @@ class Train(Config):
     config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
     """TOML file of settings, by the names of these flags; the flags win over it."""
 
+    def __post_init__(self) -> None:
+        """Nothing: Config checks, once tyro is done, which would draw a box around each message."""
+
+    def settings(self) -> Config:
+        """The settings, checked."""
+        return Config(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Config)})
+
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
@@ -101,13 +108,13 @@ def _spell_out_switches(arguments: Sequence[str]) -> list[str]:
 
 
 def _train(command: Train) -> int:
+    config = command.settings()  # before torch is imported: mistakes answer at once
     from rich.console import Console
 
     from fastppo.trainer import Trainer
 
-    values = {f.name: getattr(command, f.name) for f in dataclasses.fields(Config)}
     console = Console()
-    trainer = Trainer(Config(**values), console=console)
+    trainer = Trainer(config, console=console)
     settings = "  ".join(f"{key}={value}" for key, value in trainer.config.to_dict().items() if value is not None)
     console.print(f"{settings}\n", highlight=False, markup=False)
     result = trainer.run()

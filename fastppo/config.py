@@ -30,14 +30,11 @@ def _hint(text: str) -> str:
     return "(default: from the environment)" if text == "None" else f"(default: {text})"
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json(text: str) -> Any:  # noqa: ANN401 - whatever it holds; checked with the other types
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"env_kwargs={text!r} is not JSON ({error}); write it as '{{\"gravity\": 9.81}}'.") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"env_kwargs={text!r} must be a JSON object; write it as '{{\"gravity\": 9.81}}'.")
-    return value
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def _arg(*aliases: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - tyro's own marker object
@@ -49,7 +46,7 @@ _Kwargs = Annotated[
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="JSON",
-        instance_from_str=lambda args: _json_object(args[0]),
+        instance_from_str=lambda args: _json(args[0]),
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [json.dumps(value)],
     ),
@@ -411,6 +408,14 @@ def _accepts(value: object, hint: object) -> bool:
     return isinstance(value, typing.cast("type", hint))
 
 
+def _choices(hint: object) -> list[str]:
+    """Every text that an annotation's Literals allow."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return list(args)
+    return [choice for arg in args for choice in _choices(arg)]
+
+
 def _describe(hint: object) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -422,7 +427,7 @@ def _describe(hint: object) -> str:
     if origin is tuple:
         return "a list of int"
     if origin is dict:
-        return "a table of keyword arguments"
+        return 'a table of keyword arguments, as JSON: {"gravity": 9.81}'
     return "a path" if hint is Path else "text" if hint is str else str(getattr(hint, "__name__", hint))
 
 
@@ -433,8 +438,7 @@ def _check_types(config: Config) -> None:
         if not _accepts(value, hint):
             near = ""
             if isinstance(value, str):
-                choices = [str(arg) for arg in typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
-                match = difflib.get_close_matches(value, choices, n=1)
+                match = difflib.get_close_matches(value, _choices(hint), n=1)
                 near = f"; did you mean {match[0]}?" if match else ""
             raise ConfigError(f"{name}={value!r} must be {_describe(hint)}{near or '.'}")
 

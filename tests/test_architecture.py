@@ -27,7 +27,12 @@ FLOORS = {
     "__main__.py": 4,
 }
 # Within floors 0 and 2 single files stand beside each other; what may lean on what is said here
-BESIDE = {("config.py", "errors.py"), ("spaces.py", "errors.py"), ("spaces.py", "functional"), ("metrics.py", "rollout.py")}
+BESIDE = {
+    ("config.py", "errors.py"),
+    ("spaces.py", "errors.py"),
+    ("spaces.py", "functional"),
+    ("metrics.py", "rollout.py"),
+}
 BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
 BESIDE |= {("__init__.py", "evaluation.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluation.py")}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -69,7 +69,8 @@ def test_rows_of_next_step_mode():
 
 
 @pytest.mark.parametrize(
-    "ends", [((3, True), (2, False), (4, True), (1, True), (1, False)), ((5, False),), ((1, True),), ((2, True), (30, True))]
+    "ends",
+    [((3, True), (2, False), (4, True), (1, True), (1, False)), ((5, False),), ((1, True),), ((2, True), (30, True))],
 )
 def test_without_its_filler_rows_a_next_step_env_equals_its_same_step_twin_row_for_row(ends):
     steps = 40

@@ -73,7 +73,9 @@ def test_stored_box_actions_are_not_clipped_but_the_environments_are():
     assert raw.tolist() == [[5], [-7], [1.5]]
 
 
-@pytest.mark.parametrize("space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(3)])
+@pytest.mark.parametrize(
+    "space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(3)]
+)
 def test_other_spaces_are_refused_with_a_way_out(space):
     with pytest.raises(EnvError, match="FlattenObservation"):
         ObsSpec.from_space(space)

@@ -108,9 +108,9 @@ def test_lambda_1_is_the_discounted_return_less_the_value(kernel):
     last = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
     never = torch.zeros(37, 5, dtype=torch.bool)
     advantages, _ = kernel(rewards, values, torch.cat((values[1:], last)), never, never, gamma, torch.tensor(1.0))
-    returns = torch.stack([
-        sum(0.99**k * rewards[t + k] for k in range(37 - t)) + 0.99 ** (37 - t) * last[0] for t in range(37)
-    ])
+    returns = torch.stack(
+        [sum(0.99**k * rewards[t + k] for k in range(37 - t)) + 0.99 ** (37 - t) * last[0] for t in range(37)]
+    )
     torch.testing.assert_close(advantages, returns - values, atol=1e-4, rtol=1e-4)
 
 

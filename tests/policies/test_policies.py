@@ -198,7 +198,9 @@ def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts
     # gamma is a float32 scalar, as all coefficients are
     torch.testing.assert_close(normalizer.var, expected.var(correction=0), rtol=1e-5, atol=0)
     assert normalizer.count == len(expected)
-    torch.testing.assert_close(normalizer(rewards[:2]), rewards[:2] / expected.std(correction=0).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        normalizer(rewards[:2]), rewards[:2] / expected.std(correction=0).float(), rtol=1e-5, atol=0
+    )
 
 
 def test_rewards_that_never_vary_stay_finite():

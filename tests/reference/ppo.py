@@ -7,7 +7,7 @@ import torch
 
 
 def reference_update(module, batches, *, lr, clip, value_clip, vf_coef, ent_coef, max_grad_norm, normalize, eps=1e-5):
-    """Step `module`, x -> (logits, values), through `batches` of (obs, actions, logprobs, values, advantages, returns)."""
+    """Step `module`, x -> (logits, values), through batches: obs, actions, logprobs, values, advantages, returns."""
     optimizer = torch.optim.Adam(module.parameters(), lr=lr, eps=eps)
     for obs, actions, old_logprobs, old_values, advantages, returns in batches:
         if normalize:
