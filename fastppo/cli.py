@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import sys
 import typing
 from collections.abc import Sequence
@@ -137,8 +139,17 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table.add_row("time went to", "  ".join(f"{name} {seconds / whole:.0%}" for name, seconds in shares))
     table.add_row("run folder", str(result.run_dir))
     console.print(table)
-    console.print(f"curves:  tensorboard --logdir {result.run_dir}", highlight=False, soft_wrap=True)
-    console.print(f"play:    fastppo eval {result.run_dir} --episodes 20", highlight=False, soft_wrap=True)
+    console.print(f"curves:  {_program('tensorboard')} --logdir {result.run_dir}", highlight=False, soft_wrap=True)
+    console.print(
+        f"play:    {_program('fastppo')} eval {result.run_dir} --episodes 20", highlight=False, soft_wrap=True
+    )
+
+
+def _program(name: str) -> str:
+    """How to call a program of this environment from here: by name, if the shell finds it, else by path."""
+    path = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    return name if found and Path(found) == path else os.path.relpath(path)
 
 
 def _eval(command: Eval) -> int:

@@ -1,0 +1,84 @@
+"""README's commands, flags and code are real."""
+
+import dataclasses
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from fastppo.cli import Eval, Train
+from fastppo.config import Config, load_toml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+FLAGS = {f"--{field.name.replace('_', '-')}" for kind in (Train, Eval) for field in dataclasses.fields(kind)}
+FLAGS |= {"--num-envs", "--num-steps", "--num-minibatches", "--no-anneal-lr", "--help"}
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_every_flag_in_the_readme_exists_and_every_setting_is_in_the_readme():
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--logdir"}
+    assert mentioned <= FLAGS
+    missing = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)} - mentioned
+    assert not missing
+
+
+def test_every_command_in_the_readme_can_be_parsed():
+    commands = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines()]
+    seen = 0
+    for command in commands:
+        words = shlex.split(command)
+        if words[:1] == ["fastppo"]:
+            known = [word for word in words if word.startswith("--")]
+            assert set(known) <= FLAGS
+            seen += 1
+        elif words[:1] and words[0].startswith("scripts/"):
+            assert (ROOT / words[0]).stat().st_mode & 0o111
+            seen += 1
+    assert seen >= 4
+
+
+def test_the_table_of_settings_gives_the_defaults():
+    from fastppo.config import CLEANRL
+
+    for name in (
+        "n_envs",
+        "n_steps",
+        "n_minibatches",
+        "update_epochs",
+        "learning_rate",
+        "clip_coef",
+        "vf_coef",
+        "ent_coef",
+    ):
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`")]
+        cells = [cell.strip() for cell in row.split("|")[2:5]]
+        assert [float(cell) for cell in cells] == [CLEANRL[kind][name] for kind in ("discrete", "image", "continuous")]
+
+
+def test_the_settings_file_is_valid(tmp_path):
+    (text,) = blocks("toml")
+    (tmp_path / "run.toml").write_text(text)
+    assert Config.from_dict(load_toml(tmp_path / "run.toml")).learning_rate == "linear:1e-3:1e-4"
+
+
+def examples():
+    """README's Python, whole programs each: shorter runs, and the run just made where it names one of its own."""
+    first, loop, own, saved = (re.sub(r"\d+_000", "2_000", block) for block in blocks("python"))
+    imports = first.splitlines()[0] + "\n"
+    saved = re.sub(r'load_policy\("runs/.*"\)', "load_policy(trainer.run_dir, Network())", saved)
+    return {"first": first, "loop": imports + loop, "own": imports + own + textwrap.indent(saved, "    ")}
+
+
+@pytest.mark.parametrize("name", ["first", "loop", "own"])
+def test_the_python_code_runs(tmp_path, name):
+    (tmp_path / "example.py").write_text(examples()[name])
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
