@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from fastppo.config import CLEANRL, SCHEDULED, TUNED, Config, parse_schedule, resolve
+from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.errors import ConfigError
+from fastppo.presets import CLEANRL, TUNED
 
 
 def test_defaults_are_cleanrls():

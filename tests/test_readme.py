@@ -46,7 +46,7 @@ def test_every_command_in_the_readme_can_be_parsed():
 
 
 def test_the_table_of_settings_gives_the_defaults():
-    from fastppo.config import CLEANRL
+    from fastppo.presets import CLEANRL
 
     for name in (
         "n_envs",
