@@ -25,7 +25,7 @@ FORMAT = 1
 def save_model(run_dir: Path, spec: PolicySpec, parts: dict[str, nn.Module], about: dict[str, Any]) -> None:
     """Save the state of each part under its name; the last save stays whole if this one doesn't finish."""
     tensors = {
-        f"{name}.{key}": value.detach().cpu().clone()
+        f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, part in parts.items()
         for key, value in part.state_dict().items()
     }
@@ -35,8 +35,8 @@ def save_model(run_dir: Path, spec: PolicySpec, parts: dict[str, nn.Module], abo
     write_json(run_dir / "model.json", {"format": FORMAT, "policy": spec.to_dict(), **about})
 
 
-def read_spec(run_dir: Path) -> PolicySpec:
-    """What rebuilds the policy saved in `run_dir`.
+def read_spec(run_dir: Path) -> tuple[PolicySpec, dict[str, Any]]:
+    """What rebuilds the policy saved in `run_dir`, and all that model.json says.
 
     Raises:
         CheckpointError: there is none, or it can't be read.
@@ -46,7 +46,7 @@ def read_spec(run_dir: Path) -> PolicySpec:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {values['format']}; this version reads format {FORMAT}.")
-        return PolicySpec.from_dict(values["policy"])
+        return PolicySpec.from_dict(values["policy"]), values
     except OSError as error:
         raise CheckpointError(f"{run_dir} holds no saved model ({path.name}: {error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -272,6 +272,8 @@ def resolve(config: Config, kind: Kind, *, atari: bool = False, reward_threshold
         defaults["anneal_clip"] = False
     if config.normalize_rewards:
         defaults["sign_rewards"] = False
+    if config.sign_rewards:
+        defaults["normalize_rewards"] = False
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.target_return == "threshold":
         changes["target_return"] = reward_threshold
@@ -366,6 +368,12 @@ def _describe(hint: object) -> str:
 
 
 def _check_types(config: Config) -> None:
+    try:
+        json.dumps(config.env_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"env_kwargs={config.env_kwargs!r} can't be stored as JSON ({error}); use plain values."
+        ) from None
     hints = typing.get_type_hints(Config, include_extras=True)
     for name, hint in hints.items():
         value = getattr(config, name)

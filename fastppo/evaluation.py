@@ -34,7 +34,7 @@ class SavedPolicy:
         self.spec = spec
         self.policy = policy
         self.device = device
-        self._generator = generator(seed, "eval", device)
+        self._generator = generator(seed, "noise", device)
 
     def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray[Any, Any]:  # noqa: ANN401 - array-like
         """The environment's action for one observation, or actions for a batch of them.
@@ -49,7 +49,7 @@ class SavedPolicy:
         Raises:
             ValueError: another shape.
         """
-        array, shape = np.asarray(obs), self.spec.obs.shape
+        array, shape = np.asarray(obs, order="C"), self.spec.obs.shape
         single = array.shape == shape
         if not single and array.shape[1:] != shape:
             raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
@@ -95,7 +95,7 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
         ConfigError: the run's network was your own and isn't given.
     """
     run_dir, on = Path(run), choose_device(device)
-    spec = read_spec(run_dir)
+    spec, _ = read_spec(run_dir)
     built = spec.build(policy).to(on)
     load_model(run_dir, {"policy": built})
     return SavedPolicy(spec, built, on, seed)
@@ -134,6 +134,11 @@ def evaluate(
     config = _read_config(run_dir)
     if ":" in config.env_id and make_env is None and not allow_import:
         raise ConfigError(f"{run_dir} was trained on {config.env_id}, which imports code; repeat with --allow-import.")
+    _, about = read_spec(run_dir)
+    if about.get("make_env") and make_env is None:
+        raise ConfigError(
+            f"{run_dir} was trained on {about.get('env')} from make_env; play it with evaluate(..., make_env=...)."
+        )
     found = probe(config.env_id, config.env_kwargs, make_env)
     if (found.obs_spec, found.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {run_dir}; give its make_env.")
@@ -144,7 +149,7 @@ def evaluate(
     returns: list[list[float]] = [[] for _ in range(n)]
     lengths: list[list[int]] = [[] for _ in range(n)]
     try:
-        obs = env.reset(seed_stream(seed, "envs"))
+        obs = env.reset(seed_stream(seed, "eval"))
         while any(len(mine) < k for mine, k in zip(returns, share, strict=True)):
             raw = obs.to(saved.device, saved.spec.obs.dtype)
             noise = torch.zeros((n, saved.policy.distribution.noise_size), device=saved.device)

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastppo.errors import EnvError
 from fastppo.functional.diagnostics import explained_variance, masked_mean
-from fastppo.functional.losses import Coefficients
 from fastppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces import ActionSpec
 from fastppo.update import FIGURES, UpdateStats
 
 _Array = np.ndarray[Any, Any]
+
+# What `Metrics.read` brings to the host before the rows
+NAMES = (*FIGURES, "skipped_minibatches", "explained_variance", "clipped_actions", "broken")
 
 
 class Episodes(NamedTuple):
@@ -131,7 +135,11 @@ class Metrics:
         self.global_step = 0
 
     def read(self, diagnostics: Tensor) -> _Array:
-        """The one transfer: `diagnostics`, explained variance, share of clipped actions; rewards, endings, validity."""
+        """The one transfer: `diagnostics`, explained variance, share of clipped actions; rewards, endings, validity.
+
+        Raises:
+            EnvError: a reward or an observation is not finite; names the first environment and step.
+        """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid)
         clipped = torch.zeros_like(variance)
@@ -139,13 +147,36 @@ class Metrics:
             low, high = self._bounds
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
         rows = (r.rewards, r.done) if r.valid is None else (r.rewards, r.done, r.valid)
-        parts = (diagnostics, variance.reshape(1), clipped.reshape(1), *(x.reshape(-1).float() for x in rows))
-        return torch.cat(parts).numpy(force=True)
+        scalars = torch.stack((variance, clipped, self._broken().any(0).any().float()))
+        figures: _Array = torch.cat((diagnostics, scalars, *(x.reshape(-1).float() for x in rows))).numpy(force=True)
+        if figures[len(NAMES) - 1]:
+            t, n = self._broken().any(0).nonzero()[0].tolist()
+            what = (
+                f"a reward of {r.rewards[t, n].item()}"
+                if self._broken()[0, t, n]
+                else "an observation that is not finite"
+            )
+            raise EnvError(
+                f"environment {n} returned {what} at step {self.global_step // len(r.rewards[0]) + t} of its run; "
+                "the model is kept as it was before. Mend the environment, or wrap it to replace such values."
+            )
+        return figures
 
-    def stats(self, iteration: int, figures: _Array, update: UpdateStats, coefs: Coefficients) -> Stats:
+    def _broken(self) -> Tensor:
+        """Where a real row's reward [0] or the observation that followed it [1] is not finite: [2, T, N] bool."""
+        r = self._rollout
+        rewards = ~r.rewards.isfinite() if r.valid is None else ~r.rewards.isfinite() & r.valid
+        obs = (
+            ~r.obs[1:].reshape(*rewards.shape, -1).isfinite().all(-1)
+            if r.obs.is_floating_point()
+            else torch.zeros_like(rewards)
+        )
+        return torch.stack((rewards, obs))
+
+    def stats(self, iteration: int, figures: _Array, update: UpdateStats, coefs: Mapping[str, float]) -> Stats:
         """The figures of the iteration that has just been updated from; ticks the clock."""
         clock, shape = self._clock, self._rollout.rewards.shape
-        named = dict(zip((*FIGURES, "explained_variance", "clipped_actions"), figures.tolist(), strict=False))
+        named = dict(zip(NAMES, figures.tolist(), strict=False))
         rows = figures[len(named) :].reshape(-1, *shape)
         valid = rows[2] > 0 if len(rows) == 3 else None
         self.global_step += rows[0].size if valid is None else int(valid.sum())
@@ -154,6 +185,7 @@ class Metrics:
         before, self._seconds = self._seconds, clock.phase_seconds()
         spent = {name: total - before[name] for name, total in self._seconds.items()}
         clipped = named.pop("clipped_actions")
+        del named["broken"]
         scalars = {f"losses/{name}": value for name, value in named.items()}
         scalars |= {
             "losses/epochs_run": update.epochs,
@@ -161,8 +193,8 @@ class Metrics:
             "charts/SPS": clock.sps_cumulative,
             "charts/sps_window": clock.sps_window,
             "charts/sps_steady": clock.sps_steady,
-            "charts/learning_rate": float(coefs.learning_rate),
-            "charts/clip_coef": float(coefs.clip_coef),
+            "charts/learning_rate": coefs["learning_rate"],
+            "charts/clip_coef": coefs["clip_coef"],
             "time/rollout": spent["env"] + spent["act"] + spent["store"],
             **{f"time/{name}": seconds for name, seconds in spent.items()},
         }

@@ -12,7 +12,6 @@ from fastppo.envs.api import Step, VecEnv
 from fastppo.functional.losses import Batch
 from fastppo.policies.api import Policy
 from fastppo.runtime.clock import Clock
-from fastppo.spaces import ObsSpec
 
 
 @dataclasses.dataclass
@@ -34,7 +33,7 @@ class Rollout:
         advantages: [T, N].
         returns: [T, N].
         noise: [T, N, noise_size], drawn anew for each rollout.
-        final_obs: [K, N?, *obs] staging for last observations of episodes that were cut; see `FinalValues`.
+        final_obs: [K, *obs] staging for last observations of episodes that were cut; see `FinalValues`.
     """
 
     obs: Tensor
@@ -61,11 +60,8 @@ class Rollout:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros((n_steps, n, *shape), dtype=dtype, device=device)
 
-        def obs_rows(rows: tuple[int, ...], spec: ObsSpec) -> Tensor:
-            return torch.zeros((*rows, *spec.shape), dtype=spec.dtype, device=device)
-
         return cls(
-            obs=obs_rows((n_steps + 1, n), env.obs_spec),
+            obs=env.obs_spec.blank(n_steps + 1, n, device=device),
             actions=zeros(*dist.action_shape, dtype=dist.action_dtype),
             logprobs=zeros(),
             params=zeros(dist.n_params),
@@ -79,7 +75,7 @@ class Rollout:
             advantages=zeros(),
             returns=zeros(),
             noise=zeros(dist.noise_size),
-            final_obs=obs_rows((max(n, 32),), env.obs_spec),
+            final_obs=env.obs_spec.blank(max(n, 32), device=device),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -162,7 +158,8 @@ def collect(env: VecEnv, policy: Policy, rollout: Rollout, generator: torch.Gene
             if r.valid is not None and step.valid is not None:
                 r.valid[t].copy_(step.valid)
             r.obs[t + 1].copy_(step.obs)
-            if step.cut:
+        if step.cut:
+            with clock.phase("act"):
                 finals.add(t, step)
     with clock.phase("act"):
         finals.flush()

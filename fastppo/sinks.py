@@ -78,8 +78,8 @@ class JsonlSink:
 class ConsoleSink:
     """A live progress line; plain lines every few seconds where there is no terminal."""
 
-    def __init__(self, console: Console, total_timesteps: int) -> None:
-        """Show progress towards `total_timesteps` on `console`."""
+    def __init__(self, console: Console, n_iterations: int) -> None:
+        """Show progress towards `n_iterations` on `console`."""
         self._console = console
         self._next = 0.0
         self._last: Stats | None = None
@@ -88,7 +88,7 @@ class ConsoleSink:
             self._progress = Progress(
                 TextColumn("{task.fields[head]}"), BarColumn(20), TextColumn("{task.fields[tail]}"), console=console
             )
-            self._task = self._progress.add_task("", total=total_timesteps, head="starting", tail="")
+            self._task = self._progress.add_task("", total=n_iterations, head="starting", tail="")
             self._progress.start()
 
     def write(self, stats: Stats) -> None:
@@ -96,7 +96,7 @@ class ConsoleSink:
         self._last = stats
         if self._progress is not None:
             head, tail = _progress_texts(stats)
-            self._progress.update(self._task, completed=stats.global_step, head=head, tail=tail)
+            self._progress.update(self._task, completed=stats.iteration, head=head, tail=tail)
         elif time.monotonic() >= self._next:
             self._next = time.monotonic() + _PLAIN_SECONDS
             self._print(stats)
@@ -115,7 +115,7 @@ class ConsoleSink:
 
 
 def _progress_texts(stats: Stats) -> tuple[str, str]:
-    left = max(stats.total_timesteps - stats.global_step, 0) / stats.sps if stats.sps else 0.0
+    left = stats.seconds / stats.iteration * (stats.n_iterations - stats.iteration)
     eta = f"{left / 3600:.1f}h" if left >= 3600 else f"{left / 60:.0f}m" if left >= 100 else f"{left:.0f}s"
     mean = "-" if math.isnan(stats.mean_return) else f"{stats.mean_return:.1f}"
     head = f"{stats.global_step:>9,}/{stats.total_timesteps:,} steps"

@@ -47,6 +47,13 @@ class ObsSpec:
         """Dtype of stored observations."""
         return {"vector": torch.float32, "image": torch.uint8, "discrete": torch.int64}[self.kind]
 
+    def blank(self, *rows: int, device: torch.device | None = None) -> Tensor:
+        """A block [*rows, *shape] of observations that any policy can read: zeros, or the first value of each index."""
+        block = torch.zeros((*rows, *self.shape), dtype=self.dtype, device=device)
+        if self.kind == "discrete":
+            block += torch.tensor(self.start, device=device).reshape(self.shape)
+        return block
+
     @property
     def features(self) -> int:
         """Length of an observation flattened (one-hot where discrete) for an MLP."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -74,6 +75,7 @@ class Trainer:
         rollout: storage, its tensors the same from first to last.
         run_dir: where everything is written.
         metrics: episode statistics and the step counter.
+        values: this iteration's scheduled coefficients.
         result: how it ended; None until then.
     """
 
@@ -98,6 +100,7 @@ class Trainer:
         self.clock = Clock()
         self.device = choose_device(config.device)
         found = probe(config.env_id, config.env_kwargs, make_env)
+        self.env_name, self._custom_env = found.name, make_env is not None
         self.config = c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
         torch.set_num_threads(c.threads or torch.get_num_threads())
         self.env: VecEnv = make_vec_env(found, _int(c.n_envs), c.vectorization)
@@ -120,7 +123,7 @@ class Trainer:
             obs_clip=c.obs_clip,
         )
         with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
-            torch.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
+            torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
             self.policy = self.spec.build(network).to(self.device)
         self.rewards = RewardNormalizer(self.env.n_envs, c.reward_clip).to(self.device) if c.normalize_rewards else None
         self.parts: dict[str, nn.Module] = {"policy": self.policy}
@@ -145,7 +148,7 @@ class Trainer:
         self.gae = accelerate(gae_doubling, "compile") if c.compile == "on" else eager_gae(n_steps, n_envs)
         self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
         self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
-        self._kl_limit = math.inf
+        self.values: dict[str, float] = {}
         self._noise = generator(c.seed, "noise", self.device)
         self.metrics = Metrics(self.rollout, self.clock, self.env.action_spec, n_iterations=c.n_iterations)
         self.iteration = 0
@@ -153,7 +156,7 @@ class Trainer:
         self.result: Result | None = None
 
     def _open_run(self, c: Config, console: Console | None) -> None:
-        self.run_dir = create_run_dir(c.run_dir, c.env_id, c.name, c.seed)
+        self.run_dir = create_run_dir(c.run_dir, self.env_name, c.name, c.seed)
         write_json(self.run_dir / "config.json", c.to_dict())
         write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": list(self.env.notes)})
         self.sinks: list[Sink] = [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
@@ -187,7 +190,7 @@ class Trainer:
             raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
         c, r = self.config, self.rollout
         if self._console is not None:
-            self.sinks.append(ConsoleSink(self._console, c.n_iterations * c.batch_size))
+            self.sinks.append(ConsoleSink(self._console, c.n_iterations))
         try:
             self.clock.start()
             while self.iteration < c.n_iterations and not self.stop_requested:
@@ -196,12 +199,12 @@ class Trainer:
                 with self.clock.phase("advantages"):
                     self._set_targets()
                 with self.clock.phase("update"):
-                    done = self.update(r.batch(), self.coefs, self._kl_limit)
-                    self._update_obs_moments()
+                    done = self.update(r.batch(), self.coefs, self.values["target_kl"] * c.kl_stop_factor)
                     figures = self.metrics.read(done.diagnostics)
+                    self._update_obs_moments()
                 self.iteration += 1
                 with self.clock.phase("log"):
-                    stats = self.metrics.stats(self.iteration, figures, done, self.coefs)
+                    stats = self.metrics.stats(self.iteration, figures, done, self.values)
                     for sink in self.sinks:
                         sink.write(stats)
                 with self.clock.paused():
@@ -212,10 +215,9 @@ class Trainer:
             self._finish()
 
     def _anneal(self, progress: float) -> None:
-        values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
+        self.values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
         for name, tensor in self.coefs._asdict().items():
-            tensor.fill_(values[name])
-        self._kl_limit = values["target_kl"] * self.config.kl_stop_factor
+            tensor.fill_(self.values[name])
 
     def _set_targets(self) -> None:
         r, rewards = self.rollout, self.rollout.rewards
@@ -236,9 +238,6 @@ class Trainer:
             normalizer.update(batch.obs, batch.valid)
 
     def _finish(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-        self.env.close()
         c, clock = self.config, self.clock
         target = self.metrics.episodes.reached(_target(c))
         self.result = Result(
@@ -254,10 +253,16 @@ class Trainer:
             phases=clock.phase_seconds(),
             run_dir=self.run_dir,
         )
-        save_model(self.run_dir, self.spec, self.parts, {"global_step": self.metrics.global_step})
+        about = {"global_step": self.metrics.global_step, "env": self.env_name, "make_env": self._custom_env}
+        save_model(self.run_dir, self.spec, self.parts, about)
         values = dataclasses.asdict(self.result) | {"run_dir": str(self.run_dir)}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         write_json(self.run_dir / "result.json", finite)
+        # last, for closing is what fails when a worker has died
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.env.close)
+            for sink in self.sinks:
+                stack.callback(sink.close)
 
 
 def _resolve_all(config: Config, found: Probe, device: torch.device, *, custom_policy: bool) -> Config:
@@ -266,7 +271,7 @@ def _resolve_all(config: Config, found: Probe, device: torch.device, *, custom_p
         config = dataclasses.replace(config, n_envs=found.vector.num_envs)
     resolved = resolve(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
     changes: dict[str, Any] = {"device": str(device), "threads": config.threads or torch.get_num_threads()}
-    if config.network == "auto":
+    if config.network == "auto" and not custom_policy:
         changes["network"] = default_network(found.obs_spec)
     if custom_policy and config.network != "auto":
         raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")

@@ -21,9 +21,9 @@ class UpdateStats(NamedTuple):
     """What one update did.
 
     Attributes:
-        diagnostics: [8] FIGURES, the gradient norm being that before clipping: means over the minibatches whose step
-            was taken.
-        minibatches: steps taken.
+        diagnostics: [9] FIGURES, the gradient norm being that before clipping: means over the minibatches whose step
+            was taken; then the number of steps that were left out because their gradient was not finite.
+        minibatches: steps taken or left out.
         epochs: epochs begun.
         stop_kl: the KL that ended the update early, or None. NaN when the KL was NaN.
     """
@@ -70,7 +70,7 @@ class PPOUpdate:
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid))
         n, watched = len(batch.logprobs), kl_limit != float("inf")
-        total = torch.zeros(len(FIGURES), device=batch.logprobs.device)
+        total = torch.zeros(len(FIGURES) + 1, device=batch.logprobs.device)
         taken, epochs, stop_kl = 0, 0, None
         while epochs < self.update_epochs and stop_kl is None:
             epochs += 1
@@ -81,15 +81,18 @@ class PPOUpdate:
                 if watched and self.kl_stop == "minibatch" and not (kl := diagnostics[_KL].item()) <= kl_limit:
                     stop_kl = kl
                     break
-                self.step(gradient, coefs)
-                total += diagnostics
+                finite = diagnostics[-1].isfinite()
+                self.step(gradient, coefs, finite)
+                total[:-1] += torch.where(finite, diagnostics, 0.0)
+                total[-1] += finite
                 epoch_kl += diagnostics[_KL]
                 taken += 1
             # "not <=", so that NaN stops too
             if watched and self.kl_stop == "epoch":
                 mean_kl = (epoch_kl / self.n_minibatches).item()
                 stop_kl = mean_kl if not mean_kl <= kl_limit else None
-        return UpdateStats(total / max(taken, 1), taken, epochs, stop_kl)
+        figures = torch.cat((total[:-1] / total[-1], taken - total[-1:]))
+        return UpdateStats(figures, taken, epochs, stop_kl)
 
     def gradient(self, batch: Batch, rows: Tensor, coefs: Coefficients) -> tuple[Tensor, Tensor]:
         """The clipped gradient [P] of the loss on `rows` [B] of `batch`, and the diagnostics with its norm, [8]."""
@@ -101,7 +104,9 @@ class PPOUpdate:
         gradient, norm = clip_by_norm(self.parameters.gradient(loss), coefs.max_grad_norm)
         return gradient, torch.cat((diagnostics, norm.unsqueeze(0)))
 
-    def step(self, gradient: Tensor, coefs: Coefficients) -> None:
-        """One step of Adam along `gradient` [P]."""
-        vector, self.adam = adam_step(self.parameters.vector, gradient, self.adam, coefs.learning_rate, self.adam_eps)
-        self.parameters.vector.copy_(vector)
+    def step(self, gradient: Tensor, coefs: Coefficients, finite: Tensor) -> None:
+        """One step of Adam along `gradient` [P]; nothing changes where `finite` [] is False."""
+        before = (self.parameters.vector, *self.adam)
+        vector, adam = adam_step(self.parameters.vector, gradient, self.adam, coefs.learning_rate, self.adam_eps)
+        for old, new in zip(before, (vector, *adam), strict=True):
+            old.copy_(torch.where(finite, new, old))

@@ -30,6 +30,7 @@ FLOORS = {
 # Within floors 0 and 2 single files stand beside each other; what may lean on what is said here
 BESIDE = {
     ("config.py", "errors.py"),
+    ("config.py", "presets.py"),
     ("spaces.py", "errors.py"),
     ("spaces.py", "functional"),
     ("metrics.py", "rollout.py"),
@@ -40,9 +41,11 @@ FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 
 def imports(path):
-    """(module, under TYPE_CHECKING or not) of everything a file imports, anywhere in it."""
+    """Every module that a file imports, anywhere in it."""
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom) and node.module == "fastppo":
+            yield from (f"fastppo.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

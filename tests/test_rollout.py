@@ -3,15 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 from fastppo import Trainer
 from fastppo.envs.host import HostEnv
 from fastppo.functional.gae import gae_loop
+from fastppo.policies.api import Encoder
 from fastppo.policies.build import PolicySpec
 from fastppo.rollout import Rollout, collect
 from fastppo.runtime.clock import Clock
+from fastppo.spaces import ObsSpec
 from tests.worlds import Counter, short
 
 CPU = torch.device("cpu")
@@ -99,6 +102,12 @@ def test_last_observations_are_valued_by_calls_of_one_shape_also_when_there_are_
     assert r["next_values"].tolist() == [[10 + 100 * t] * 2 for t in range(50)]
     assert set(network.calls) == {2, 32}
     assert network.calls.count(32) == 4
+
+
+def test_blank_observations_can_be_read_by_any_policy():
+    for start in (7, -9):
+        spec = ObsSpec.from_space(spaces.MultiDiscrete([3, 4], start=[start, 0]))
+        assert Encoder(spec)(spec.blank(2)).tolist() == [[1, 0, 0, 1, 0, 0, 0]] * 2
 
 
 def test_both_endings_at_once_count_as_a_real_one():

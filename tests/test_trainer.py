@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from fastppo import Config, Trainer, evaluate, load_policy
-from fastppo.errors import CheckpointError, ConfigError
+from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.losses import DIAGNOSTICS
 from tests.worlds import Counter, Spaces, short
 
@@ -251,7 +251,8 @@ def test_evaluation_plays_whole_episodes_and_repeats(tmp_path):
         spaces.Box(-1, 1, (2, 3), np.float64),
         spaces.Box(0, 255, (36, 40, 3), np.uint8),
         spaces.Box(0, 255, (9, 9), np.uint8),
-        spaces.Discrete(5, start=-2),
+        spaces.Discrete(5, start=7),
+        spaces.Box(-1, 1, (), np.float32),
         spaces.MultiDiscrete([2, 3]),
         spaces.MultiBinary(4),
     ],
@@ -272,7 +273,9 @@ def test_every_pair_of_spaces_trains(tmp_path, observation_space, action_space):
     trainer = Trainer(short(tmp_path), make_env=lambda: Spaces(observation_space, action_space))
     result = trainer.run()
     assert trainer.rollout.obs.dtype == trainer.env.obs_spec.dtype
-    assert all(math.isfinite(v) for row in rows_of(result.run_dir) for k, v in row.items() if k.startswith("losses/l"))
+    losses = [row[f"losses/{name}"] for row in rows_of(result.run_dir) for name in DIAGNOSTICS]
+    assert len(losses) == 3 * len(DIAGNOSTICS)
+    assert all(math.isfinite(loss) for loss in losses)
     assert ("charts/clipped_actions" in rows_of(result.run_dir)[0]) is isinstance(action_space, spaces.Box)
     obs = np.asarray(observation_space.sample())
     action = load_policy(result.run_dir).predict(obs)
@@ -295,7 +298,7 @@ def test_schedules_reach_the_tensors_that_the_update_reads(tmp_path):
     for _ in trainer.iterations():
         c = trainer.coefs
         seen.append([x.item() for x in (c.learning_rate, c.clip_coef, c.ent_coef, c.gamma, c.value_clip_coef)])
-        assert trainer._kl_limit == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
+        assert trainer.values["target_kl"] == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
     assert seen[0] == pytest.approx([1e-3, 0.3, 0.1, 0.9, 0.3])
     assert seen[1] == pytest.approx([0.75e-3, 0.2, 0.1 * 2 / 3, 0.93, 0.2])
 
@@ -315,20 +318,97 @@ def test_an_error_in_the_environment_keeps_the_model(tmp_path):
 
 
 def test_real_atari_runs_with_raw_returns(tmp_path):
-    config = Config(env_id="ALE/Pong-v5", n_envs=2, n_steps=32, total_timesteps=128, run_dir=tmp_path / "run")
-    trainer = Trainer(config)
+    # long enough for the first game to be lost
+    changes = {"n_envs": 2, "n_steps": 512, "total_timesteps": 2048, "update_epochs": 1, "n_minibatches": 8}
+    trainer = Trainer(Config(env_id="ALE/Pong-v5", run_dir=tmp_path / "run", **changes))
     assert trainer.config.sign_rewards
-    assert trainer.rollout.obs.shape == (33, 2, 4, 84, 84)
+    assert trainer.rollout.obs.shape == (513, 2, 4, 84, 84)
     assert trainer.rollout.obs.dtype == torch.uint8
-    assert trainer.run().global_step == 128
+    result = trainer.run()
+    assert result.global_step == 2048
+    assert result.episodes >= 1
+    assert -21 <= result.mean_return <= -14
     assert all(math.isfinite(row["losses/value_loss"]) for row in rows_of(tmp_path / "run"))
-    trainer.rollout.rewards.copy_(torch.tensor([[5.0], [-7.0]]).repeat(16, 2))
-    before = trainer.rollout.rewards.clone()
+
+
+@pytest.mark.parametrize("sign", [True, False])
+def test_the_sign_of_rewards_is_the_learners_and_storage_stays_raw(tmp_path, sign):
+    trainer = Trainer(short(tmp_path, gamma=0.0, sign_rewards=sign), make_env=Counter)
+    r = trainer.rollout
+    r.rewards.copy_(torch.tensor([[5.0], [-7.0]]).repeat(4, 2))
+    raw = r.rewards.clone()
+    trainer._anneal(0.0)
     trainer._set_targets()
-    assert torch.equal(trainer.rollout.rewards, before), "clipping is the learner's, storage stays raw"
+    assert torch.equal(r.advantages, raw.sign() if sign else raw)
+    assert torch.equal(r.rewards, raw)
+    trainer.request_stop()
+    assert trainer.run().iterations == 0
 
 
-def test_real_half_cheetah_runs_with_its_normalisers(tmp_path):
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [("reward", "environment 1 returned a reward of nan at step 11"), ("obs", "environment 1 returned an observation")],
+)
+def test_a_value_that_is_no_number_stops_the_run_and_spoils_nothing(tmp_path, what, message):
+    class Sick(Counter):
+        made = 0
+
+        def __init__(self):
+            super().__init__()
+            Sick.made += 1
+            self.index = Sick.made
+
+        def step(self, action):
+            obs, reward, *rest = super().step(action)
+            self.total = getattr(self, "total", 0) + 1
+            if self.total == 12 and self.index == 3:  # the first is the one that was looked at
+                return (obs * np.nan, reward, *rest) if what == "obs" else (obs, np.nan, *rest)
+            return obs, reward, *rest
+
+    trainer = Trainer(short(tmp_path, normalize_obs=True, normalize_rewards=True, total_timesteps=160), make_env=Sick)
+    with pytest.raises(EnvError, match=message):
+        trainer.run()
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert all(x.isfinite().all() for x in saved.values())
+    assert trainer.iteration == 1
+
+
+def test_a_dead_worker_costs_no_model(tmp_path):
+    class Dies(Counter):
+        def step(self, action):
+            if self.episode == 3:
+                os._exit(1)
+            return super().step(action)
+
+    trainer = Trainer(short(tmp_path, total_timesteps=1600, vectorization="async"), make_env=Dies)
+    with pytest.raises(EnvError, match=r"worker process of environment 0 \(exit code 1\)"):
+        trainer.run()
+    assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32)) in (0, 1)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["iterations"] == 1
+
+
+def test_a_resolved_config_runs_again_also_with_ones_own_network(tmp_path):
+    network = Own(2)
+    trainer = Trainer(short(tmp_path), make_env=Counter, policy=network)
+    trainer.run()
+    stored = json.loads((tmp_path / "run" / "config.json").read_text()) | {"run_dir": str(tmp_path / "again")}
+    again = Trainer(Config.from_dict(stored), make_env=Counter, policy=Own(2))
+    assert again.config.to_dict() == trainer.config.to_dict() | {"run_dir": str(tmp_path / "again")}
+    again.run()
+
+
+def test_another_environment_is_never_played_in_place_of_ones_own(tmp_path):
+    make = lambda: Spaces(spaces.Box(-1, 1, (4,), np.float32), spaces.Discrete(2))  # noqa: E731
+    Trainer(short(tmp_path), make_env=make).run()
+    with pytest.raises(
+        ConfigError, match=r"trained on Spaces from make_env; play it with evaluate\(..., make_env=...\)"
+    ):
+        evaluate(tmp_path / "run")
+    assert len(evaluate(tmp_path / "run", 2, make_env=make).returns) == 2
+
+
+def test_real_half_cheetah_runs_with_its_normalisers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings into the working directory
     config = Config(env_id="HalfCheetah-v5", n_envs=2, n_steps=64, total_timesteps=256, run_dir=tmp_path / "run")
     trainer = Trainer(config)
     c = trainer.config

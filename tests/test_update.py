@@ -213,9 +213,24 @@ def test_a_nan_kl_stops_too(kl_stop):
     stats = make_update(policy, update_epochs=5, kl_stop=kl_stop)(batch, coefficients(), 0.02)
     assert stats.epochs == 1
     assert math.isnan(stats.stop_kl)
-    if kl_stop == "minibatch":
-        assert stats.minibatches == 0
-        assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
+    assert stats.minibatches == (0 if kl_stop == "minibatch" else 4)
+    assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
+    assert stats.diagnostics[0].isnan(), "nothing ran, so there is no mean"
+
+
+def test_a_minibatch_without_a_finite_gradient_is_left_out_of_steps_and_means():
+    results = []
+    for spoil in (False, True):
+        policy = make_policy()
+        batch = make_batch(policy)
+        if spoil:
+            batch.returns[torch.randperm(B, generator=torch.Generator().manual_seed(5))[-1]] = torch.inf
+        stats = make_update(policy, update_epochs=1)(batch, coefficients(), math.inf)
+        results.append((stats, policy.network.state_dict()))
+    (whole, _), (partial, weights) = results
+    assert (whole.diagnostics[-1], partial.diagnostics[-1]) == (0, 1)
+    assert partial.diagnostics.isfinite().all()
+    assert all(x.isfinite().all() for x in weights.values())
 
 
 def test_a_generous_limit_stops_nothing():

@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fastppo.spaces import ActionSpec, ObsSpec
 
 
 class Step(NamedTuple):
-    """What N environments answer, on the training device. Tensors may be overwritten by the next step."""
+    """What N environments answer, wherever they live: the loop copies it into its storage, casting as it copies.
+
+    Tensors may be overwritten by the next step.
+    """
 
     obs: Tensor  # [N, *obs] where to act next (first obs of a new episode after an end)
-    rewards: Tensor  # [N] float32, raw
+    rewards: Tensor  # [N] raw
     terminated: Tensor  # [N] bool: the task ended, the future is worth nothing
     truncated: Tensor  # [N] bool: cut short, the future is worth V(final_obs)
     valid: Tensor | None  # [N] bool: False where the vector env only reset (next-step autoreset); None: all True
@@ -49,8 +51,3 @@ class VecEnv(Protocol):
 
     def close(self) -> None:
         """Let go of processes and windows."""
-
-
-def device_buffer(spec: ObsSpec, n: int, device: torch.device) -> Tensor:
-    """An uninitialised block of n observations."""
-    return torch.empty((n, *spec.shape), dtype=spec.dtype, device=device)

@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from fastppo.envs.api import Step
@@ -42,14 +42,18 @@ class HostEnv:
                 f"{type(venv.unwrapped).__name__} does not declare its autoreset mode; "
                 "set metadata['autoreset_mode'] to a gymnasium.vector.AutoresetMode."
             )
-        self.mode = AutoresetMode(declared)
+        try:
+            self.mode = AutoresetMode(declared)
+        except ValueError:
+            modes = ", ".join(mode.name for mode in AutoresetMode)
+            raise EnvError(f"metadata['autoreset_mode'] is {declared!r}; it must be one of {modes}.") from None
         self.fillers = self.mode == AutoresetMode.NEXT_STEP
         self.notes: Sequence[str] = []
         if self.obs_spec.kind == "vector" and self.obs_spec.source_dtype != "float32":
             self._note(f"observations are {self.obs_spec.source_dtype}; stored as float32, cast once.")
         self._ended = np.zeros(self.n_envs, bool)
         self._final = np.zeros((self.n_envs, *self.obs_spec.shape), self.obs_spec.source_dtype)
-        self._checked = False
+        self._checked = self._broken = False
 
     def reset(self, seed: np.random.SeedSequence) -> Tensor:
         """Start every environment with a seed of its own drawn from `seed`, where the vectoriser takes several."""
@@ -57,15 +61,10 @@ class HostEnv:
         # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
         rng = np.random.default_rng(seed)
         seeds = rng.choice(2**31 - 1, self.n_envs, replace=False)
-        for form in (seeds.tolist(), seeds.astype(np.int64)):
-            try:
-                obs, _ = self.venv.reset(seed=form)  # type: ignore[arg-type]
-                break
-            except (TypeError, ValueError, gym.error.Error):
-                continue
+        if isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
+            obs, _ = self.venv.reset(seed=seeds.tolist())
         else:
-            obs, _ = self.venv.reset(seed=int(seeds[0]))
-            self._note("this vector environment takes one seed: one random stream serves all environments.")
+            obs = self._reset_foreign(seeds)
         expected = (self.n_envs, *self.obs_spec.shape)
         if np.shape(obs) != expected:
             raise EnvError(f"reset returned observations of shape {np.shape(obs)}; its space says {expected}.")
@@ -77,13 +76,21 @@ class HostEnv:
         Raises:
             EnvError: shapes or types other than promised, or no last observations where there must be.
         """
-        obs, rewards, terminated, truncated, infos = self.venv.step(self.action_spec.to_env(actions))
+        try:
+            obs, rewards, terminated, truncated, infos = self.venv.step(self.action_spec.to_env(actions))
+        except (EOFError, ConnectionError):  # all that a dead worker leaves of itself
+            processes = getattr(self.venv.unwrapped, "processes", [])
+            dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
+            self._broken = True
+            raise EnvError(f"the worker process of environment {', '.join(dead) or '?'} died in a step.") from None
         if not self._checked:
             self._check(obs, rewards, terminated, truncated)
         valid = cut = None
         if self.fillers:
-            valid = torch.from_numpy(~self._ended)
-            self._ended = terminated | truncated
+            real = ~self._ended
+            # a step that only resets ends nothing, whatever its flags say
+            terminated, truncated = terminated & real, truncated & real
+            valid, self._ended = torch.from_numpy(real), terminated | truncated
         elif truncated.any():
             cut = np.flatnonzero(truncated & ~terminated)
             self._keep_final(cut, obs, infos)
@@ -102,8 +109,27 @@ class HostEnv:
         )
 
     def close(self) -> None:
-        """Close the vector environment."""
-        self.venv.close()
+        """Close the vector environment, by force where a worker no longer answers."""
+        if not self._broken:
+            self.venv.close()
+            return
+        # Gymnasium's close, also the forced one, waits for the answer that will never come
+        for process in getattr(self.venv.unwrapped, "processes", []):
+            process.kill()
+            process.join()
+        self.venv.unwrapped.closed = True
+
+    def _reset_foreign(self, seeds: _Array) -> _Array:
+        """Reset a vectoriser whose form of seeds isn't known: an array (ALE), a list, or one number for all."""
+        for form in (seeds.astype(np.int64), seeds.tolist()):
+            try:
+                obs: _Array = self.venv.reset(seed=form)[0]  # type: ignore[arg-type]
+                return obs
+            except (TypeError, ValueError, gym.error.Error):
+                continue
+        obs = self.venv.reset(seed=int(seeds[0]))[0]
+        self._note("this vector environment takes one seed: one random stream serves all environments.")
+        return obs
 
     def _note(self, text: str) -> None:
         self.notes = [*self.notes, text]

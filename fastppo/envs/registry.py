@@ -14,7 +14,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 from fastppo.envs import single
 from fastppo.envs.host import HostEnv
 from fastppo.envs.single import EnvFactory
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
 Maker = Callable[[], Any]  # -> gymnasium Env, or a VectorEnv that is used as it is
@@ -31,6 +31,7 @@ class Probe:
         reward_threshold: the registered one, where there is one.
         factory: makes one environment; None where the user's maker returned a vector environment.
         vector: that vector environment.
+        name: what to call it: its registered id, or its class.
     """
 
     obs_spec: ObsSpec
@@ -39,6 +40,7 @@ class Probe:
     reward_threshold: float | None
     factory: EnvFactory | None
     vector: VectorEnv[Any, Any, Any] | None
+    name: str
 
     @property
     def kind(self) -> Literal["discrete", "image", "continuous"]:
@@ -59,13 +61,15 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
     if make_env is None:
         spec = single.find_spec(env_id)
         atari = single.is_atari(spec)
-        if atari and "frameskip" in env_kwargs:
-            raise ConfigError("env_kwargs: frameskip is set by the Atari preprocessing (4); leave it out.")
+        for name in ("frameskip", "obs_type") if atari else ():
+            if name in env_kwargs:
+                raise ConfigError(f"env_kwargs: {name} is set by the Atari preprocessing; leave it out.")
     factory = EnvFactory(env_id, env_kwargs, make=make_env)
     env: Any = single.build(factory)
     if isinstance(env, VectorEnv):
         obs_spec = ObsSpec.from_space(env.single_observation_space)
-        return Probe(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env)
+        name = type(env.unwrapped).__name__
+        return Probe(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env, name)
     if not isinstance(env, gym.Env):
         raise ConfigError(f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv.")
     try:
@@ -74,7 +78,8 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
         factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env))
     finally:
         env.close()
-    return Probe(obs_spec, action_spec, atari, threshold, factory, None)
+    name = env.spec.id if env.spec else type(env.unwrapped).__name__
+    return Probe(obs_spec, action_spec, atari, threshold, factory, None, name)
 
 
 def make_vec_env(found: Probe, n_envs: int, vectorization: Literal["sync", "async", "native"]) -> HostEnv:
@@ -88,6 +93,16 @@ def make_vec_env(found: Probe, n_envs: int, vectorization: Literal["sync", "asyn
         if found.vector.num_envs != n_envs:
             raise ConfigError(
                 f"n_envs={n_envs}, but make_env returned a vector environment of {found.vector.num_envs}."
+            )
+        if vectorization != "sync":
+            raise ConfigError(
+                f"vectorization={vectorization}, but make_env returned a vector environment; leave it out."
+            )
+        inner = found.vector.unwrapped
+        if isinstance(inner, SyncVectorEnv) and any(single.reuses_observations(env) for env in inner.envs):
+            raise EnvError(
+                "make_env's environments hand out one and the same array, which loses last observations; "
+                "return a single environment from make_env, or copy its observations."
             )
         return HostEnv(found.vector)
     assert found.factory is not None

@@ -60,6 +60,8 @@ class Encoder(nn.Module):
             flat = obs.reshape(len(obs), -1)
             indices = zip(flat.unbind(1), self.spec.nvec, self.spec.start, strict=True)
             return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
+        if obs.dim() == 1:  # observations without dimensions of their own
+            obs = obs.unsqueeze(-1)
         if self.normalizer is None:
             return obs
         normalized: Tensor = self.normalizer(obs)
@@ -113,17 +115,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def _check(self) -> None:
-        spec, expected = self.encoder.spec, self.distribution.n_params
-        starts = torch.tensor(spec.start or 0).reshape(spec.shape) if spec.kind == "discrete" else 0
+        expected = self.distribution.n_params
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        obs = (torch.zeros((2, *spec.shape), dtype=spec.dtype) + starts).to(device, spec.dtype)
+        x = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
         name = type(self.network).__name__
         try:
-            params, values = self(obs)
-            again, _ = self(obs)
+            params, values = self.network(x)
+            again, _ = self.network(x)
         except Exception as error:
-            x = tuple(self.encoder(obs).shape)
-            raise ConfigError(f"network {name} fails on observations of shape {x}: {error}") from error
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            shape = tuple(x.shape)
+            raise ConfigError(f"network {name} fails on observations of shape {shape}: {reason}") from error
         if params.shape != (2, expected) or values.shape != (2,):
             raise ConfigError(
                 f"network {name} returned shapes {tuple(params.shape)} and {tuple(values.shape)} for 2 observations; "

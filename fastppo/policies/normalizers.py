@@ -72,7 +72,9 @@ class RewardNormalizer(RunningMoments):
         decay = torch.where(done, 0.0, gamma.double())
         # forward in time is a backward scan of the flipped rows; row 0 continues the carried return
         forward_decay = torch.cat((torch.ones_like(decay[:1]), decay[:-1]))
-        x = rewards.double()
+        # neither a filler row nor a reward that is no number may reach the moments
+        usable = rewards.isfinite() if valid is None else rewards.isfinite() & valid
+        x = torch.where(usable, rewards.double(), 0.0)
         x = torch.cat((x[:1] + self.carry, x[1:]))
         returns = linear_scan(x.flip(0), forward_decay.flip(0)).flip(0)
         self.update(returns.reshape(-1), None if valid is None else valid.reshape(-1))

@@ -163,6 +163,23 @@ def test_an_environment_that_reuses_its_buffer_is_found_and_its_last_observation
     assert torch.equal(*finals)
 
 
+def test_a_vector_environment_whose_environments_reuse_their_buffer_is_refused():
+    space = spaces.Box(-1, 1, (3,), np.float32)
+    venv = SyncVectorEnv([lambda: Spaces(space, spaces.Discrete(2), True)], autoreset_mode=AutoresetMode.SAME_STEP)
+    with pytest.raises(EnvError, match="one and the same array"):
+        make_vec_env(probe("custom", {}, lambda: venv), 1, "sync")
+
+
+def test_the_first_error_of_a_reset_is_the_one_that_is_told():
+    class Broken(Counter):
+        def reset(self, *, seed=None, options=None):
+            raise ValueError("my reset is broken")
+
+    env = HostEnv(SyncVectorEnv([Broken], autoreset_mode=AutoresetMode.SAME_STEP))
+    with pytest.raises(ValueError, match="my reset is broken"):
+        env.reset(SEED)
+
+
 def test_float64_observations_are_named():
     found = probe("custom", {}, lambda: Spaces(spaces.Box(-1, 1, (3,), np.float64), spaces.Discrete(2)))
     assert make_vec_env(found, 2, "sync").notes == ["observations are float64; stored as float32, cast once."]

@@ -188,13 +188,14 @@ def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts
         valid[1:] = ~done[:-1]
         done &= valid
         valid[1:] = ~done[:-1]
-        rewards = torch.where(valid, rewards, 0.0)
+        rewards = torch.where(valid, rewards, 50.0)  # what a filler row says counts for nothing
     normalizer = RewardNormalizer(3, clip=10.0)
     for rows in torch.arange(60).split(20):
         v = None if valid is None else valid[rows]
         normalizer.update_from_rollout(rewards[rows], done[rows], v, torch.tensor(0.9))
     plain_valid = None if valid is None else valid.tolist()
-    expected = running_returns(rewards.double().tolist(), done.tolist(), plain_valid, 0.9)
+    real = rewards if valid is None else torch.where(valid, rewards, 0.0)
+    expected = running_returns(real.double().tolist(), done.tolist(), plain_valid, 0.9)
     # gamma is a float32 scalar, as all coefficients are
     torch.testing.assert_close(normalizer.var, expected.var(correction=0), rtol=1e-5, atol=0)
     assert normalizer.count == len(expected)
