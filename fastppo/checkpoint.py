@@ -7,6 +7,7 @@ RUN/model.json          what rebuilds the policy around them
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,10 @@ def read_spec(run_dir: Path) -> tuple[PolicySpec, dict[str, Any]]:
         raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
 
 
-def load_model(run_dir: Path, parts: dict[str, nn.Module]) -> None:
+def load_model(run_dir: Path, parts: dict[str, nn.Module], optional: Sequence[str] = ()) -> None:
     """Copy the saved state of each part into it; a saved part that isn't asked for is left out.
+
+    A part named in `optional` stays as it is where none was saved.
 
     Raises:
         CheckpointError: nothing to read, or what is there doesn't fit, with the differing names.
@@ -68,6 +71,8 @@ def load_model(run_dir: Path, parts: dict[str, nn.Module]) -> None:
         raise CheckpointError(f"{path} can't be read ({error}).") from None
     for name, part in parts.items():
         saved = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+        if not saved and name in optional:
+            continue
         own = part.state_dict()
         differing = [f"{key} only in the {where}" for key, where in _one_sided(saved, own)]
         differing += [

@@ -158,7 +158,7 @@ class Metrics:
             )
             raise EnvError(
                 f"environment {n} returned {what} at step {self.global_step // len(r.rewards[0]) + t} of its run; "
-                "the model is kept as it was before. Mend the environment, or wrap it to replace such values."
+                "the model so far is saved. Mend the environment, or wrap it to replace such values."
             )
         return figures
 

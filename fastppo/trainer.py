@@ -130,7 +130,7 @@ class Trainer:
         if self.rewards is not None:
             self.parts["rewards"] = self.rewards
         if c.init_from is not None:
-            load_model(c.init_from, self.parts)
+            load_model(c.init_from, self.parts, optional=("rewards",))
         self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
         self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
         self.update = PPOUpdate(
