@@ -9,7 +9,7 @@ import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -51,6 +51,40 @@ class Eval:
     """Seed of the environments and of sampling."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Let the run's env id import its module (ids of the form module:Env-v0)."""
+
+
+class _Stdout:
+    """Standard output that falls silent when nobody reads it any longer or its disk is full: training goes on."""
+
+    def __init__(self) -> None:
+        self._file = sys.stdout
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - isatty, encoding, fileno: whatever rich asks for
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._file.write(text)
+        except OSError:
+            return self._silence(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError:
+            self._silence("")
+
+    def _silence(self, text: str) -> int:
+        # onto the same descriptor, so that Python's own flush at exit finds nothing wrong either
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._file.fileno())
+        return len(text)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(file=cast("IO[str]", _Stdout()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,11 +145,9 @@ def _spell_out_switches(arguments: Sequence[str]) -> list[str]:
 
 def _train(command: Train) -> int:
     config = command.settings()  # before torch is imported: mistakes answer at once
-    from rich.console import Console
-
     from fastppo.trainer import Trainer
 
-    console = Console()
+    console = _console()
     trainer = Trainer(config, console=console)
     settings = "  ".join(f"{key}={value}" for key, value in trainer.config.to_dict().items() if value is not None)
     console.print(f"{settings}\n", highlight=False, markup=False)
@@ -155,8 +187,6 @@ def _program(name: str) -> str:
 def _eval(command: Eval) -> int:
     if command.episodes < 1:
         raise ConfigError(f"episodes={command.episodes} must be at least 1.")
-    from rich.console import Console
-
     from fastppo.evaluation import evaluate
 
     played = evaluate(
@@ -168,7 +198,7 @@ def _eval(command: Eval) -> int:
     )
     how = "sampled" if command.sampled else "greedy"
     lengths = played.lengths
-    Console().print(
+    _console().print(
         f"{len(lengths)} episodes, {how}: return {played.mean:.2f} +- {played.std:.2f} "
         f"(min {min(played.returns):.2f}, max {max(played.returns):.2f}), "
         f"length {sum(lengths) / len(lengths):.1f} (min {min(lengths)}, max {max(lengths)})",

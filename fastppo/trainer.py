@@ -166,9 +166,10 @@ class Trainer:
                 console.print(f"note: {note}", highlight=False)
             rest = _int(c.total_timesteps) - c.n_iterations * c.batch_size
             if rest:
+                how = "no whole number of iterations" if rest > 0 else "less than one iteration"
                 console.print(
-                    f"note: {c.total_timesteps:,} steps are {c.n_iterations:,} iterations of {c.batch_size:,}: "
-                    f"{c.n_iterations * c.batch_size:,} steps will be run.",
+                    f"note: {c.total_timesteps:,} steps are {how} of {c.batch_size:,}; "
+                    f"{c.n_iterations * c.batch_size:,} will be run.",
                     highlight=False,
                 )
 

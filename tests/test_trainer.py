@@ -434,3 +434,14 @@ def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):
     assert "interrupted; the model is saved" in output
     assert "Traceback" not in output
     assert load_policy(tmp_path / "run").predict(np.zeros(4, np.float32)) in (0, 1)
+
+
+@pytest.mark.parametrize("where", ["closed pipe", "full disk"])
+def test_training_goes_on_when_nobody_reads_its_output(tmp_path, where):
+    command = f"{sys.executable} -m fastppo train --total-timesteps 1100 --run-dir {tmp_path / 'run'}"
+    command += " | true" if where == "closed pipe" else " > /dev/full"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["ended"] == "finished"
