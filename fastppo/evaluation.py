@@ -96,7 +96,12 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
     """
     run_dir, on = Path(run), choose_device(device)
     spec, _ = read_spec(run_dir)
-    built = spec.build(policy).to(on)
+    try:
+        built = spec.build(policy).to(on)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"{run_dir}/model.json can't be understood ({type(error).__name__}: {error}).") from None
     load_model(run_dir, {"policy": built})
     return SavedPolicy(spec, built, on, seed)
 
@@ -186,4 +191,4 @@ def _read_config(run_dir: Path) -> Config:
     except (ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise CheckpointError(f"{path} is not JSON ({error}).") from None
+        raise CheckpointError(f"{path} can't be understood ({error}).") from None

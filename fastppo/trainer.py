@@ -97,6 +97,8 @@ class Trainer:
         Raises:
             ConfigError, EnvError, CheckpointError: see their texts.
         """
+        if not isinstance(config, Config):
+            raise ConfigError(f"Trainer takes a Config, not {type(config).__name__}: Trainer(Config(env_id=...)).")
         self.clock = Clock()
         self.device = choose_device(config.device)
         found = probe(config.env_id, config.env_kwargs, make_env)
@@ -175,7 +177,13 @@ class Trainer:
 
     def run(self) -> Result:
         """Train to the end of the plan, the target, or the first Ctrl-C, and save the model."""
-        with on_interrupt(self.request_stop):
+
+        def stop() -> None:
+            self.request_stop()
+            if self._console is not None:
+                self._console.print("stopping after this iteration; Ctrl-C again stops at once")
+
+        with on_interrupt(stop):
             for _ in self.iterations():
                 pass
         assert self.result is not None

@@ -445,3 +445,40 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path, where):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["ended"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("mischief", "message"),
+    [
+        (lambda run: (run / "model.json").unlink(), "holds no saved model"),
+        (lambda run: (run / "model.json").write_text("{"), "can't be understood"),
+        (lambda run: (run / "model.json").write_text("[]"), "can't be understood"),
+        (lambda run: replace(run / "model.json", '"tanh"', '"tan"'), "can't be understood"),
+        (lambda run: replace(run / "model.json", '"discrete"', '"secret"'), "doesn't fit this policy"),
+        (lambda run: replace(run / "model.json", '"format": 1', '"format": 9'), "this version reads format 1"),
+        (lambda run: replace(run / "model.json", "64", "32"), r"\(4, 64\)|\(2, 64\)"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"x" * 50), "can't be read"),
+        (lambda run: (run / "model.safetensors").unlink(), "holds no saved model"),
+        (lambda run: (run / "config.json").unlink(), "can't be read"),
+        (lambda run: (run / "config.json").write_text("[1]"), "can't be understood"),
+    ],
+)
+def test_a_damaged_run_folder_is_refused_in_one_sentence(tmp_path, mischief, message):
+    Trainer(short(tmp_path)).run()
+    mischief(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message) as told:
+        evaluate(tmp_path / "run", 1)
+    assert "\n" not in str(told.value)
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_what_is_no_config_and_no_maker_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="takes a Config, not str"):
+        Trainer("CartPole-v1")
+    with pytest.raises(ConfigError, match="must be a function that makes an environment"):
+        Trainer(short(tmp_path), make_env=Counter())

@@ -64,6 +64,11 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
         for name in ("frameskip", "obs_type") if atari else ():
             if name in env_kwargs:
                 raise ConfigError(f"env_kwargs: {name} is set by the Atari preprocessing; leave it out.")
+    if make_env is not None and not callable(make_env):
+        raise ConfigError(
+            f"make_env is a {type(make_env).__name__}; it must be a function that makes an environment, "
+            "such as lambda: gymnasium.make('CartPole-v1')."
+        )
     factory = EnvFactory(env_id, env_kwargs, make=make_env)
     env: Any = single.build(factory)
     if isinstance(env, VectorEnv):

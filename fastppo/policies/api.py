@@ -120,16 +120,17 @@ class Policy(nn.Module):
         x = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
         name = type(self.network).__name__
         try:
-            params, values = self.network(x)
-            again, _ = self.network(x)
+            out, again = self.network(x), self.network(x)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             shape = tuple(x.shape)
             raise ConfigError(f"network {name} fails on observations of shape {shape}: {reason}") from error
-        if params.shape != (2, expected) or values.shape != (2,):
+        parts = out if isinstance(out, tuple) else (out,)
+        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if shapes != [(2, expected), (2,)]:
             raise ConfigError(
-                f"network {name} returned shapes {tuple(params.shape)} and {tuple(values.shape)} for 2 observations; "
+                f"network {name} returned {' and '.join(map(str, shapes))} for 2 observations; "
                 f"it must return distribution parameters (2, {expected}) and values (2,)."
             )
-        if not torch.equal(params, again):
+        if not all(map(torch.equal, out, again)):
             raise ConfigError(f"network {name} answers the same observations differently; remove dropout or noise.")
