@@ -8,6 +8,7 @@ disabled:  driven from here with `reset_mask`, and so the same as same-step to w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from typing import Any
 
 import gymnasium as gym
@@ -80,6 +81,7 @@ class HostEnv:
             obs, rewards, terminated, truncated, infos = self.venv.step(self.action_spec.to_env(actions))
         except (EOFError, ConnectionError):  # all that a dead worker leaves of itself
             processes = getattr(self.venv.unwrapped, "processes", [])
+            wait([p.sentinel for p in processes], timeout=1.0)  # its pipe closes a moment before it is gone
             dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
             self._broken = True
             raise EnvError(f"the worker process of environment {', '.join(dead) or '?'} died in a step.") from None
