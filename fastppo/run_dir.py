@@ -42,6 +42,8 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Pa
             except FileExistsError:
                 continue
         raise ConfigError(f"{base} and its next 998 names are taken; use --run-dir.")
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"run_dir={wanted} is, or lies in, a file; name a new folder.") from None
     except OSError as error:
         where = wanted or Path("runs").resolve()
         raise ConfigError(

@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastppo.checkpoint import load_model, save_model
+from fastppo.checkpoint import load_model, read_spec, save_model
 from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.envs.api import VecEnv
 from fastppo.envs.registry import Maker, Probe, make_vec_env, probe
-from fastppo.errors import ConfigError
+from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.gae import eager_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
@@ -132,6 +132,10 @@ class Trainer:
         if self.rewards is not None:
             self.parts["rewards"] = self.rewards
         if c.init_from is not None:
+            saved, about = read_spec(c.init_from)
+            if differing := self.spec.differences(saved):
+                name = f"{c.init_from} (trained on {about.get('env')})"
+                raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
             load_model(c.init_from, self.parts, optional=("rewards",))
         self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
         self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))

@@ -226,7 +226,7 @@ def test_your_own_environment_and_network_save_load_and_fine_tune(tmp_path):
     again = load_file(tmp_path / "second" / "model.safetensors")
     assert torch.equal(first["policy.network.body.weight"], again["policy.network.body.weight"])
     assert again["rewards.count"] == 2 * first["rewards.count"] > 0
-    with pytest.raises(CheckpointError, match="doesn't fit this policy"):
+    with pytest.raises(CheckpointError, match="network custom there, mlp here"):
         Trainer(short(tmp_path, init_from=run, run_dir=tmp_path / "third"), make_env=make)
 
 
@@ -482,3 +482,19 @@ def test_what_is_no_config_and_no_maker_is_refused(tmp_path):
         Trainer("CartPole-v1")
     with pytest.raises(ConfigError, match="must be a function that makes an environment"):
         Trainer(short(tmp_path), make_env=Counter())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "relu"}, "activation tanh there, relu here"),
+        ({"hidden_sizes": (32, 32)}, r"hidden_sizes \(64, 64\) there, \(32, 32\) here"),
+        ({"normalize_obs": True}, "normalize_obs False there, True here"),
+        ({"env_id": "Acrobot-v1"}, r"trained on CartPole-v1\) holds another policy: observations vector \(4,\) there"),
+    ],
+)
+def test_a_start_from_another_kind_of_policy_is_refused(tmp_path, changes, message):
+    Trainer(short(tmp_path)).run()
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(short(tmp_path, init_from=tmp_path / "run", run_dir=tmp_path / "second", **changes))
+    assert not (tmp_path / "second").exists()

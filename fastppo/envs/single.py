@@ -93,6 +93,11 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
     try:
         return gym.spec(name)
     except gym.error.Error as error:
+        if module:
+            raise ConfigError(
+                f"env_id={env_id!r}: {module} was imported, but registers no environment {name!r}; "
+                "register it there with gymnasium.register, or use make_env from Python."
+            ) from None
         near = difflib.get_close_matches(name, list(gym.registry), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else "see gymnasium.pprint_registry() for the known ones."
         reason = "is deprecated" if isinstance(error, gym.error.DeprecatedEnv) else "is not a registered environment"

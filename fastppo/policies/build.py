@@ -21,6 +21,10 @@ def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
     return "cnn" if obs.kind == "image" and min(obs.image_size[1:]) >= MIN_SIZE else "mlp"
 
 
+def _plain(kind: str, shape: tuple[int, ...], nvec: tuple[int, ...]) -> str:
+    return " ".join([kind, *(str(x) for x in (shape, nvec) if x)])
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicySpec:
     """Everything that determines a policy but its weights.
@@ -79,6 +83,25 @@ class PolicySpec:
                 shared_trunk=self.shared_trunk,
             )
         return Policy(Encoder(self.obs, normalizer), network, distribution)
+
+    def differences(self, saved: PolicySpec) -> list[str]:
+        """In words, what keeps weights saved under `saved` from meaning the same here."""
+        pairs = {
+            "observations": (
+                _plain(saved.obs.kind, saved.obs.shape, saved.obs.nvec),
+                _plain(self.obs.kind, self.obs.shape, self.obs.nvec),
+            ),
+            "actions": (
+                _plain(saved.action.kind, saved.action.shape, saved.action.nvec),
+                _plain(self.action.kind, self.action.shape, self.action.nvec),
+            ),
+            "network": (saved.network, self.network),
+            "normalize_obs": (saved.normalize_obs, self.normalize_obs),
+        }
+        if saved.network == self.network == "mlp":
+            for name in ("hidden_sizes", "activation", "shared_trunk"):
+                pairs[name] = (getattr(saved, name), getattr(self, name))
+        return [f"{name} {theirs} there, {ours} here" for name, (theirs, ours) in pairs.items() if theirs != ours]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
