@@ -92,8 +92,16 @@ class Config:
 
     n_envs: Annotated[int | None, _arg("--num-envs", metavar="INT")] = None
     """Environments stepped together (N)."""
-    vectorization: Literal["sync", "async", "native"] = "sync"
-    """`sync`: one process; `async`: a process per environment; `native`: the environment's own vector version."""
+    vectorization: Literal["auto", "sync", "async", "pool", "native", "envpool"] = "sync"
+    """`sync`: one process; `async`: a process per environment; `pool`: several environments to each of a few processes;
+    `native`: the environment's own vector version; `envpool`: EnvPool's; `auto`: the fastest of sync, pool and native,
+    measured for a second."""
+    workers: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: one for each core)")] = (
+        None
+    )
+    """Processes of the pool."""
+    half_batches: bool = False
+    """Step the pool in two halves, so that the policy acts on one while workers step the other."""
     n_steps: Annotated[int | None, _arg("--num-steps", metavar="INT")] = None
     """Steps per environment and rollout (T); one iteration is n_envs x n_steps steps."""
     gamma: _Coefficient = None
@@ -160,12 +168,10 @@ class Config:
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:K`."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: torch's own choice)")] = (
-        None
-    )
-    """CPU threads of torch; part of what makes a run repeatable to the bit."""
-    compile: Literal["on", "off"] = "off"
-    """torch.compile for the advantage kernel; costs some seconds at the start."""
+    threads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: from the work)")] = None
+    """CPU threads of torch; part of what makes a run repeatable to the bit. Not given: one where the work is small."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile update and advantages: several times faster after 10-20 s at the start; `auto`: where the run is long."""
     name: str = "ppo"
     """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
@@ -394,6 +400,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "n_minibatches": (1, math.inf),
     "update_epochs": (1, math.inf),
     "threads": (1, 1024),
+    "workers": (1, 1024),
     "learning_rate": (0, math.inf),
     "gamma": (0, 1),
     "gae_lambda": (0, 1),
@@ -454,6 +461,13 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f"anneal_clip and clip_coef={config.clip_coef!r} both give a schedule; keep one.")
     if config.sign_rewards and config.normalize_rewards:
         raise ConfigError("sign_rewards and normalize_rewards both rescale the rewards; switch one off.")
+    if config.vectorization != "pool" and (config.workers or config.half_batches):
+        name = "workers" if config.workers else "half_batches"
+        raise ConfigError(
+            f"{name} is for vectorization=pool, not {config.vectorization}; leave it out or use the pool."
+        )
+    if config.half_batches and config.n_envs == 1:
+        raise ConfigError("half_batches=True with n_envs=1: one environment has no halves; leave it out.")
     if None in (config.n_envs, config.n_steps, config.n_minibatches):
         return
     batch, parts = config.batch_size, _known(config.n_minibatches)

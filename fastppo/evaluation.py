@@ -13,6 +13,7 @@ from torch import nn
 
 from fastppo.checkpoint import load_model, read_spec
 from fastppo.config import Config
+from fastppo.envs.api import stepper
 from fastppo.envs.registry import Maker, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.metrics import EpisodeStats
@@ -60,7 +61,7 @@ class SavedPolicy:
             noise = torch.empty((len(rows), self.policy.distribution.noise_size), device=self.device)
             self.policy.distribution.fill_noise(noise, self._generator)
             actions = self.policy.act(rows, noise).actions
-        out = self.spec.action.to_env(actions)
+        out = self.spec.action.to_env(actions.numpy(force=True))
         return out[0] if single else out
 
 
@@ -154,6 +155,7 @@ def evaluate(
     returns: list[list[float]] = [[] for _ in range(n)]
     lengths: list[list[int]] = [[] for _ in range(n)]
     try:
+        take_step = stepper(env, torch.device("cpu"))
         obs = env.reset(seed_stream(seed, "eval"))
         while any(len(mine) < k for mine, k in zip(returns, share, strict=True)):
             raw = obs.to(saved.device, saved.spec.obs.dtype)
@@ -163,7 +165,7 @@ def evaluate(
             else:
                 saved.policy.distribution.fill_noise(noise, saved._generator)
                 actions = saved.policy.act(raw, noise).actions
-            step = env.step(actions)
+            step = take_step(actions)
             done = (step.terminated | step.truncated).numpy(force=True)
             rewards, valid = step.rewards.numpy(force=True), step.valid
             for i in range(n):

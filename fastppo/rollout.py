@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastppo.envs.api import Step, VecEnv
+from fastppo.envs.api import Transitions, VecEnv
 from fastppo.functional.losses import Batch
+from fastppo.policies.act import Decisions, complete, make_actor
 from fastppo.policies.api import Policy
 from fastppo.runtime.clock import Clock
 
@@ -54,23 +55,18 @@ class Rollout:
 
     @classmethod
     def allocate(cls, n_steps: int, env: VecEnv, policy: Policy, device: torch.device) -> Rollout:
-        """Storage for `n_steps` of `env`, with zeros in it so that memory is really there before training starts."""
+        """Storage for `n_steps` of `env`, zeroed."""
         dist, n = policy.distribution, env.n_envs
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros((n_steps, n, *shape), dtype=dtype, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros((n_steps, n, *shape), device=device)
 
         return cls(
-            obs=env.obs_spec.blank(n_steps + 1, n, device=device),
-            actions=zeros(*dist.action_shape, dtype=dist.action_dtype),
+            **Transitions.allocate(n_steps, env, device)._asdict(),
             logprobs=zeros(),
             params=zeros(dist.n_params),
             values=zeros(),
-            rewards=zeros(),
-            terminated=zeros(dtype=torch.bool),
-            truncated=zeros(dtype=torch.bool),
-            done=zeros(dtype=torch.bool),
-            valid=zeros(dtype=torch.bool) if env.fillers else None,
+            done=zeros().bool(),
             next_values=zeros(),
             advantages=zeros(),
             returns=zeros(),
@@ -113,11 +109,10 @@ class FinalValues:
         self._value = value
         self._rows: list[tuple[int, int]] = []
 
-    def add(self, t: int, step: Step) -> None:
-        """Take in the episodes that step t cut."""
-        for i in step.cut:
-            assert step.final_obs is not None
-            self._rollout.final_obs[len(self._rows)].copy_(step.final_obs[i])
+    def add(self, t: int, cut: Sequence[int], final_obs: Tensor) -> None:
+        """Take in the episodes that step t cut, whose last observations are in those rows of `final_obs` [N, *obs]."""
+        for i in cut:
+            self._rollout.final_obs[len(self._rows)].copy_(final_obs[i])
             self._rows.append((t, i))
             if len(self._rows) == len(self._rollout.final_obs):
                 self.flush()
@@ -131,42 +126,58 @@ class FinalValues:
             self._rows.clear()
 
 
-def collect(env: VecEnv, policy: Policy, rollout: Rollout, generator: torch.Generator, clock: Clock) -> None:
-    """Fill `rollout` by T steps of `policy` in `env`, from the observations in row T of the rollout before.
+class Collector:
+    """Fills a rollout by T steps of a policy in an environment."""
 
-    Afterwards every tensor but advantages and returns holds this rollout's values. next_values is V of the true
-    successor of each row: of the last observation where an episode was cut, of the next row otherwise. Where the
-    environments autoreset at the next step, the next row is that last observation already.
-    """
-    r = rollout
-    r.obs[0].copy_(r.obs[-1])
-    policy.distribution.fill_noise(r.noise, generator)
-    finals = FinalValues(r, policy.value)
-    for t in range(len(r.rewards)):
-        with clock.phase("act"):
-            action = policy.act(r.obs[t], r.noise[t])
-        with clock.phase("env"):
-            step = env.step(action.actions)
-        with clock.phase("store"):
-            r.actions[t].copy_(action.actions)
-            r.logprobs[t].copy_(action.logprobs)
-            r.params[t].copy_(action.params)
-            r.values[t].copy_(action.values)
-            r.rewards[t].copy_(step.rewards)
-            r.terminated[t].copy_(step.terminated)
-            r.truncated[t].copy_(step.truncated)
-            if r.valid is not None and step.valid is not None:
-                r.valid[t].copy_(step.valid)
-            r.obs[t + 1].copy_(step.obs)
-        if step.cut:
-            with clock.phase("act"):
-                finals.add(t, step)
-    with clock.phase("act"):
-        finals.flush()
-        last_values = policy.value(r.obs[-1])
-    torch.logical_or(r.terminated, r.truncated, out=r.done)
-    successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
-    if r.valid is None:
-        cut = r.truncated & ~r.terminated
-        successors = torch.where(cut, r.next_values, successors)
-    r.next_values.copy_(successors)
+    def __init__(self, env: VecEnv, policy: Policy, rollout: Rollout, generator: torch.Generator, clock: Clock) -> None:
+        """Bind the environment and an actor for each of its groups to the storage; noise comes from `generator`."""
+        r = self._rollout = rollout
+        self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
+        env.attach(Transitions(r.obs, r.actions, r.rewards, r.terminated, r.truncated, r.valid))
+        decided = Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values)
+        self._actors = [make_actor(policy, Decisions(*(x[:, group] for x in decided))) for group in env.groups]
+
+    def __call__(self) -> None:
+        """Collect, from the observations in row T of the rollout before.
+
+        Afterwards every tensor but advantages and returns holds this rollout's values. next_values is V of the true
+        successor of each row: of the last observation where an episode was cut, of the next row otherwise. Where the
+        environments autoreset at the next step, the next row is that last observation already.
+
+        While one group of environments steps, the policy acts on the next.
+        """
+        r, env, actors = self._rollout, self._env, self._actors
+        acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
+        with acting:
+            r.obs[0].copy_(r.obs[-1])
+            self._policy.distribution.fill_noise(r.noise, self._generator)
+            finals = FinalValues(r, self._policy.value)
+            for actor in actors:
+                actor.begin()
+        n_steps = len(r.rewards)
+        for t in range(n_steps + 1):
+            for group, actor in enumerate(actors):
+                if t > 0:
+                    with stepping:
+                        env.wait(group)
+                    with storing:
+                        cut = env.store(t - 1, group)
+                    if cut:
+                        with acting:
+                            finals.add(t - 1, cut, env.final_obs)
+                if t < n_steps:
+                    with acting:
+                        actor.act(t)
+                    with stepping:
+                        env.send(t, group)
+        with acting:
+            if not actors[0].complete:
+                complete(self._policy, Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values))
+            finals.flush()
+            last_values = self._policy.value(r.obs[-1])
+            torch.logical_or(r.terminated, r.truncated, out=r.done)
+            successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
+            if r.valid is None:
+                cut_rows = r.truncated & ~r.terminated
+                successors = torch.where(cut_rows, r.next_values, successors)
+            r.next_values.copy_(successors)

@@ -7,6 +7,7 @@ saved as JSON beside a model, so that a policy can be used without its environme
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -168,15 +169,18 @@ class ActionSpec:
         high = [math.inf if x is None else x for x in self.high]
         return torch.tensor(low, device=device), torch.tensor(high, device=device)
 
-    def to_env(self, actions: Tensor) -> np.ndarray[Any, Any]:
+    @functools.cached_property
+    def _box(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        low = [-np.inf if x is None else x for x in self.low]
+        return np.array(low), np.array([np.inf if x is None else x for x in self.high])
+
+    def to_env(self, actions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Actions [N, ...] of the distribution as the environment's, [N, *shape]: shifted by start or clipped."""
-        array = actions.numpy(force=True)
         if self.kind == "box":
-            low = [-np.inf if x is None else x for x in self.low]
-            array = np.clip(array, low, [np.inf if x is None else x for x in self.high])
+            actions = np.clip(actions, *self._box)
         elif any(self.start):
-            array = array + (self.start[0] if self.kind == "discrete" else np.asarray(self.start))
-        return array.reshape(len(array), *self.shape).astype(self.dtype, copy=False)
+            actions = actions + (self.start[0] if self.kind == "discrete" else np.asarray(self.start))
+        return actions.reshape(len(actions), *self.shape).astype(self.dtype, copy=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""

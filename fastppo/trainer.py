@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from fastppo.checkpoint import load_model, read_spec, save_model
 from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.envs.api import VecEnv
-from fastppo.envs.registry import Maker, Probe, make_vec_env, probe
+from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.gae import eager_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
@@ -25,11 +26,11 @@ from fastppo.metrics import Metrics, Stats
 from fastppo.policies.build import PolicySpec, default_network
 from fastppo.policies.flat import FlatParameters
 from fastppo.policies.normalizers import RewardNormalizer
-from fastppo.rollout import Rollout, collect
+from fastppo.rollout import Collector, Rollout
 from fastppo.run_dir import create_run_dir, surroundings, write_json
-from fastppo.runtime.accelerate import accelerate
+from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.clock import Clock
-from fastppo.runtime.device import choose_device, generator, seed_stream
+from fastppo.runtime.device import choose_device, choose_threads, generator, seed_stream
 from fastppo.runtime.signals import on_interrupt
 from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from fastppo.update import PPOUpdate
@@ -103,12 +104,27 @@ class Trainer:
         self.device = choose_device(config.device)
         found = probe(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
-        self.config = c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
-        torch.set_num_threads(c.threads or torch.get_num_threads())
-        self.env: VecEnv = make_vec_env(found, _int(c.n_envs), c.vectorization)
+        self.config: Config
+        self._notes: list[str] = []
+        c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
+        if c.vectorization == "auto":
+            vectorization, why = choose_vectorization(found, _int(c.n_envs))
+            self._notes.append(why)
+            c = dataclasses.replace(c, vectorization=vectorization)
+        assert c.vectorization != "auto"
+        self.env: VecEnv = make_vec_env(
+            found,
+            _int(c.n_envs),
+            c.vectorization,
+            seed=int(seed_stream(c.seed, "envs").generate_state(1)[0] >> 1),
+            n_workers=c.workers,
+            half_batches=c.half_batches,
+        )
         try:
             self._build(c, policy)
-            self._open_run(c, console)
+            self.run_dir = create_run_dir(c.run_dir, self.env_name, c.name, c.seed)
+            self.config = self._compile(self.config, console)
+            self._open_run(self.config, console)
         except BaseException:
             self.env.close()
             raise
@@ -124,6 +140,7 @@ class Trainer:
             normalize_obs=bool(c.normalize_obs),
             obs_clip=c.obs_clip,
         )
+        torch.set_num_threads(1)  # initial weights must not depend on what ran in this process before
         with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
             torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
             self.policy = self.spec.build(network).to(self.device)
@@ -137,11 +154,15 @@ class Trainer:
                 name = f"{c.init_from} (trained on {about.get('env')})"
                 raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
             load_model(c.init_from, self.parts, optional=("rewards",))
+        parameters = FlatParameters(self.policy.network)
+        threads = c.threads or choose_threads(c.minibatch_size * parameters.vector.numel())
+        self.config = dataclasses.replace(c, threads=threads)
+        torch.set_num_threads(threads)
         self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
         self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
         self.update = PPOUpdate(
             policy=self.policy,
-            parameters=FlatParameters(self.policy.network),
+            parameters=parameters,
             generator=generator(c.seed, "shuffle", self.device),
             update_epochs=_int(c.update_epochs),
             n_minibatches=_int(c.n_minibatches),
@@ -151,24 +172,46 @@ class Trainer:
             kl_stop=c.kl_stop,
         )
         n_steps, n_envs = self.rollout.rewards.shape
-        self.gae = accelerate(gae_doubling, "compile") if c.compile == "on" else eager_gae(n_steps, n_envs)
+        self.gae = eager_gae(n_steps, n_envs)
         self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
         self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
         self.values: dict[str, float] = {}
-        self._noise = generator(c.seed, "noise", self.device)
+        noise = generator(c.seed, "noise", self.device)
+        self.collect = Collector(self.env, self.policy, self.rollout, noise, self.clock)
         self.metrics = Metrics(self.rollout, self.clock, self.env.action_spec, n_iterations=c.n_iterations)
         self.iteration = 0
         self.stop_requested = False
         self.result: Result | None = None
 
+    def _compile(self, c: Config, console: Console | None) -> Config:
+        """Compile update and advantages, if that was asked for or pays; the config then says what was done."""
+        wanted, why = c.compile == "on", "asked for"
+        if c.compile == "auto":
+            wanted, why = worth_compiling(c.n_iterations * _int(c.update_epochs) * _int(c.n_minibatches))
+            if self.device.type != "cpu":
+                wanted, why = False, "not yet tried on CUDA; --compile on tries it"
+        if wanted:
+            if console is not None:
+                console.print("compiling the update: 10-20 s, the next time 5", highlight=False)
+            begin = time.perf_counter()
+            try:
+                self.update.compile(self.rollout.batch(), self.coefs)
+                self.gae = compile_graph(gae_doubling, self._gae_inputs(self.rollout.rewards))
+                why = f"{why}; took {time.perf_counter() - begin:.1f} s"
+            except CompileError as error:
+                wanted, why = False, f"it can't be compiled: {error}"
+        if c.compile != "off":
+            self._notes.append(f"compile {'on' if wanted else 'off'}: {why}.")
+        return dataclasses.replace(c, compile="on" if wanted else "off")
+
     def _open_run(self, c: Config, console: Console | None) -> None:
-        self.run_dir = create_run_dir(c.run_dir, self.env_name, c.name, c.seed)
         write_json(self.run_dir / "config.json", c.to_dict())
-        write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": list(self.env.notes)})
+        notes = [*self._notes, *self.env.notes]
+        write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": notes})
         self.sinks: list[Sink] = [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
         self._console = console
         if console is not None:
-            for note in self.env.notes:
+            for note in notes:
                 console.print(f"note: {note}", highlight=False)
             rest = _int(c.total_timesteps) - c.n_iterations * c.batch_size
             if rest:
@@ -208,7 +251,7 @@ class Trainer:
             self.clock.start()
             while self.iteration < c.n_iterations and not self.stop_requested:
                 self._anneal(self.iteration / c.n_iterations)
-                collect(self.env, self.policy, r, self._noise, self.clock)
+                self.collect()
                 with self.clock.phase("advantages"):
                     self._set_targets()
                 with self.clock.phase("update"):
@@ -239,11 +282,13 @@ class Trainer:
             rewards = self.rewards(rewards)
         elif self.config.sign_rewards:
             rewards = rewards.sign()
-        advantages, returns = self.gae(
-            rewards, r.values, r.next_values, r.terminated, r.done, self.coefs.gamma, self.coefs.gae_lambda
-        )
+        advantages, returns = self.gae(*self._gae_inputs(rewards))
         r.advantages.copy_(advantages)
         r.returns.copy_(returns)
+
+    def _gae_inputs(self, rewards: Tensor) -> tuple[Tensor, ...]:
+        r = self.rollout
+        return rewards, r.values, r.next_values, r.terminated, r.done, self.coefs.gamma, self.coefs.gae_lambda
 
     def _update_obs_moments(self) -> None:
         if (normalizer := self.policy.encoder.normalizer) is not None:
@@ -283,7 +328,7 @@ def _resolve_all(config: Config, found: Probe, device: torch.device, *, custom_p
     if found.vector is not None and config.n_envs is None:
         config = dataclasses.replace(config, n_envs=found.vector.num_envs)
     resolved = resolve(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
-    changes: dict[str, Any] = {"device": str(device), "threads": config.threads or torch.get_num_threads()}
+    changes: dict[str, Any] = {"device": str(device)}
     if config.network == "auto" and not custom_policy:
         changes["network"] = default_network(found.obs_spec)
     if custom_policy and config.network != "auto":

@@ -12,10 +12,10 @@ from fastppo.envs.host import HostEnv
 from fastppo.functional.gae import gae_loop
 from fastppo.policies.api import Encoder
 from fastppo.policies.build import PolicySpec
-from fastppo.rollout import Rollout, collect
+from fastppo.rollout import Collector, Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces import ObsSpec
-from tests.worlds import Counter, short
+from tests.worlds import Counter, short, step
 
 CPU = torch.device("cpu")
 
@@ -43,8 +43,9 @@ def roll(mode, ends, n_steps, n=1, rollouts=1):
     rollout.obs[-1].copy_(env.reset(np.random.SeedSequence(0)))
     network.calls.clear()
     out = []
+    collect = Collector(env, policy, rollout, torch.Generator().manual_seed(0), Clock())
     for _ in range(rollouts):
-        collect(env, policy, rollout, torch.Generator().manual_seed(0), Clock())
+        collect()
         out.append({name: x.clone() for name, x in rollout.tensors().items()})
     return out, network
 
@@ -118,11 +119,11 @@ def test_both_endings_at_once_count_as_a_real_one():
 
     env = HostEnv(SyncVectorEnv([Both], autoreset_mode=AutoresetMode.SAME_STEP))
     env.reset(np.random.SeedSequence(0))
-    env.step(torch.zeros(1, dtype=torch.int64))
-    step = env.step(torch.zeros(1, dtype=torch.int64))
-    assert step.terminated.all()
-    assert step.truncated.all()
-    assert not list(step.cut)
+    step(env, torch.zeros(1, dtype=torch.int64))
+    out = step(env, torch.zeros(1, dtype=torch.int64))
+    assert out.terminated.all()
+    assert out.truncated.all()
+    assert not list(out.cut)
 
 
 def test_the_storage_never_moves(tmp_path):

@@ -98,15 +98,16 @@ def test_the_callers_random_state_is_left_alone(tmp_path):
 def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(tmp_path):
     config = short(tmp_path, env_id="Pendulum-v1", n_steps=64, total_timesteps=640, update_epochs=1, n_minibatches=1)
     trainer = Trainer(config)
-    inner, worst = trainer.update.gradient, []
+    inner, worst = trainer.update.minibatch, []
 
-    def watch(batch, rows, coefs):
+    def watch(data, rows, coefs):
+        batch = trainer.update._rows.take(data, rows)
         with torch.no_grad():
             logprobs = trainer.policy.evaluate(batch.obs, batch.actions, batch.params).logprobs
         worst.append((logprobs - batch.logprobs).abs().max().item())
-        return inner(batch, rows, coefs)
+        inner(data, rows, coefs)
 
-    trainer.update.gradient = watch
+    trainer.update.minibatch = watch
     for _ in trainer.iterations():
         pass
     assert len(worst) == 5

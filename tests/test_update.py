@@ -12,8 +12,9 @@ from fastppo.functional.losses import Batch, Coefficients
 from fastppo.policies.api import Encoder, Policy
 from fastppo.policies.flat import FlatParameters
 from fastppo.policies.mlp import MLP
+from fastppo.runtime import accelerate
 from fastppo.spaces import ObsSpec
-from fastppo.update import FIGURES, PPOUpdate
+from fastppo.update import FIGURES, PPOUpdate, Rows
 from tests.reference.ppo import reference_update
 
 B, D, A = 256, 4, 3
@@ -175,8 +176,8 @@ def test_each_epoch_has_a_permutation_of_its_own():
     policy = make_policy()
     update = make_update(policy, update_epochs=3, n_minibatches=1)
     seen = []
-    inner = update.gradient
-    update.gradient = lambda batch, rows, coefs: seen.append(rows.tolist()) or inner(batch, rows, coefs)
+    inner = update.minibatch
+    update.minibatch = lambda data, rows, coefs: seen.append(rows.tolist()) or inner(data, rows, coefs)
     update(make_batch(policy), coefficients(), math.inf)
     assert len({tuple(rows) for rows in seen}) == 3
     assert all(sorted(rows) == list(range(B)) for rows in seen)
@@ -189,9 +190,16 @@ def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divid
     batch = batch._replace(logprobs=policy.evaluate(batch.obs, batch.actions, batch.params).logprobs.detach())
     update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
     steps, norms = [], []
-    inner, step = update.gradient, update.step
-    update.gradient = lambda *a: (out := inner(*a), norms.append(out[1][-1].item()))[0]
-    update.step = lambda *a: (steps.append(1), step(*a))[1]
+    inner = update.minibatch
+
+    def spy(*arguments):
+        before = update.parameters.vector.clone()
+        inner(*arguments)
+        norms.append(update._last[-1].item())
+        if not torch.equal(before, update.parameters.vector):
+            steps.append(1)
+
+    update.minibatch = spy
     stats = update(batch, coefficients(learning_rate=0.1), kl_limit=0.02)
     assert stats.epochs <= 2
     assert stats.stop_kl > 0.02
@@ -244,3 +252,91 @@ def test_every_coefficient_at_0_leaves_the_parameters_where_they_are():
     before = copy.deepcopy(policy.network.state_dict())
     make_update(policy)(make_batch(policy), coefficients(learning_rate=0.0, clip_coef=0.0), math.inf)
     assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
+
+
+def small_network(kind):
+    class Small(torch.nn.Module):
+        """As a user would write it: not our MLP."""
+
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.LSTM(D, 8) if kind == "lstm" else torch.nn.Linear(D, 8)
+            self.head, self.critic = torch.nn.Linear(8, A), torch.nn.Linear(8, 1)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            if kind == "counting":
+                self.calls += 1
+            x = self.body(x)[0] if kind == "lstm" else self.body(x).relu()
+            return self.head(x), self.critic(x).squeeze(-1)
+
+    torch.manual_seed(0)
+    return Policy(Encoder(ObsSpec("vector", (D,), "float32")), Small(), Categorical(A))
+
+
+@pytest.mark.parametrize("kind", ["mlp", "own"])
+def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
+    results = []
+    for compiled in (False, True):
+        policy = make_policy() if kind == "mlp" else small_network(kind)
+        batch = make_batch(policy)
+        update = make_update(policy, kl_stop="minibatch")
+        before = update.parameters.vector.clone()
+        if compiled:
+            update.compile(batch, coefficients())
+            assert torch.equal(update.parameters.vector, before), "compiling takes no step"
+            count = accelerate.compilations
+        for i in range(3):  # annealed, and with a limit that stops the last one
+            coefs = coefficients(learning_rate=1e-3 / (i + 1), clip_coef=0.2 / (i + 1))
+            stats = update(batch, coefs, (math.inf, 1.0, 1e-4)[i])
+        results.append((update.parameters.vector.clone(), stats))
+    assert accelerate.compilations == count
+    (eager, a), (fast, b) = results
+    torch.testing.assert_close(fast, eager, atol=1e-5, rtol=0)
+    torch.testing.assert_close(b.diagnostics[:-1], a.diagnostics[:-1], atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert (a.minibatches, a.epochs) == (b.minibatches, b.epochs)
+    assert (eager - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("lstm", "LSTM .body. is one opaque"), ("counting", "the buffer calls")])
+def test_what_cannot_be_compiled_is_named(kind, reason):
+    policy = small_network(kind)
+    with pytest.raises(accelerate.CompileError, match=reason):
+        make_update(policy).compile(make_batch(policy), coefficients())
+
+
+def test_no_compiler_is_one_line(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    policy = make_policy()
+    with pytest.raises(accelerate.CompileError, match=r"there is no C\+\+ compiler \(no-such-compiler\)"):
+        make_update(policy).compile(make_batch(policy), coefficients())
+
+
+def test_rational_tanh_is_within_its_bound():
+    x = torch.linspace(-12, 12, 200_001)
+    fast = accelerate.compile_graph(torch.tanh, [x])(x)
+    assert (fast - x.tanh()).abs().max() < 4e-7
+    assert fast.abs().max() <= 1
+
+
+def test_loaded_weights_stay_in_the_vector():
+    policy, other = make_policy(), make_policy(seed=3)
+    update = make_update(policy)
+    policy.load_state_dict(other.state_dict())
+    for view, theirs in zip(update.parameters.views(update.parameters.vector), other.network.parameters(), strict=True):
+        assert torch.equal(view, theirs)
+
+
+def test_wide_observations_are_gathered_apart():
+    g = torch.Generator().manual_seed(0)
+    for shape, dtype in [((65,), torch.float32), ((3, 4), torch.uint8), ((5,), torch.float32), ((), torch.int64)]:
+        obs = torch.randint(0, 9, (10, *shape), generator=g).to(dtype)
+        columns = [torch.randn(10, generator=g) for _ in range(4)]
+        actions = torch.randint(0, 2**24, (10, 2), generator=g)
+        valid = torch.rand(10, generator=g) < 0.5
+        params = torch.randn(10, 3, generator=g)
+        batch = Batch(obs, actions, columns[0], params, columns[1], columns[2], columns[3], valid)
+        rows = Rows(batch)
+        index = torch.tensor([7, 0, 3])
+        taken = rows.take(rows.fill(batch), index)
+        assert all(torch.equal(a, b[index]) and a.dtype == b.dtype for a, b in zip(taken, batch, strict=True))

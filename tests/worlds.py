@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import gymnasium as gym
 import numpy as np
+import torch
 from gymnasium import spaces
 
 from fastppo import Config
+from fastppo.envs.api import stepper
 
-SHORT = {"n_envs": 2, "n_steps": 8, "n_minibatches": 2, "update_epochs": 2, "total_timesteps": 48}
+SHORT = {
+    "n_envs": 2,
+    "n_steps": 8,
+    "n_minibatches": 2,
+    "update_epochs": 2,
+    "total_timesteps": 48,
+    "vectorization": "sync",
+}
 
 
 def short(tmp_path, **changes):
     """A config of a run that takes a moment, in a folder of its own."""
     return Config(**(SHORT | {"run_dir": tmp_path / "run"} | changes))
+
+
+def step(env, actions):
+    """One step of a VecEnv by itself."""
+    if not hasattr(env, "take_step"):
+        env.take_step = stepper(env, torch.device("cpu"))
+    out = env.take_step(actions)
+    return out._replace(**{k: v.clone() for k, v in out._asdict().items() if isinstance(v, torch.Tensor)})
 
 
 class Counter(gym.Env):

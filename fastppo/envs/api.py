@@ -2,52 +2,126 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from fastppo.spaces import ActionSpec, ObsSpec
 
 
-class Step(NamedTuple):
-    """What N environments answer, wherever they live: the loop copies it into its storage, casting as it copies.
+class Transitions(NamedTuple):
+    """The rollout's tensors that an environment reads and writes, whole, so that it finds its rows by itself.
 
-    Tensors may be overwritten by the next step.
+    Attributes:
+        obs: [T + 1, N, *obs] obs[t + 1] is where to act after step t (first obs of a new episode after an end).
+        actions: [T, N, *action] as the distribution made them; read.
+        rewards: [T, N] raw.
+        terminated: [T, N] bool: the task ended, the future is worth nothing.
+        truncated: [T, N] bool: cut short, the future is worth V of the last observation.
+        valid: [T, N] bool: False where the vector env only reset (next-step autoreset); None: all True.
     """
 
-    obs: Tensor  # [N, *obs] where to act next (first obs of a new episode after an end)
-    rewards: Tensor  # [N] raw
-    terminated: Tensor  # [N] bool: the task ended, the future is worth nothing
-    truncated: Tensor  # [N] bool: cut short, the future is worth V(final_obs)
-    valid: Tensor | None  # [N] bool: False where the vector env only reset (next-step autoreset); None: all True
-    cut: Sequence[int]  # envs whose episode was cut (truncated, not terminated) and whose row in final_obs is set
-    final_obs: Tensor | None  # [N, *obs] last observations, true in the rows of `cut`
+    obs: Tensor
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    truncated: Tensor
+    valid: Tensor | None
+
+    @classmethod
+    def allocate(cls, n_steps: int, env: VecEnv, device: torch.device) -> Transitions:
+        """Storage for `n_steps` of `env`, with zeros in it so that memory is really there before training starts."""
+        dist, rows = env.action_spec.distribution, (n_steps, env.n_envs)
+
+        def flags() -> Tensor:
+            return torch.zeros(rows, dtype=torch.bool, device=device)
+
+        return cls(
+            obs=env.obs_spec.blank(n_steps + 1, env.n_envs, device=device),
+            actions=torch.zeros((*rows, *dist.action_shape), dtype=dist.action_dtype, device=device),
+            rewards=torch.zeros(rows, device=device),
+            terminated=flags(),
+            truncated=flags(),
+            valid=flags() if env.fillers else None,
+        )
 
 
 class VecEnv(Protocol):
     """N environments as the loop sees them.
 
+    They are stepped in groups, one after the other: `send` starts a step of one, `wait` ends it, `store` writes it
+    down. Most have one group; two let the policy act on one half while worker processes step the other.
+
     Attributes:
         n_envs: N.
+        groups: slices of 0..N-1 that are stepped together.
         obs_spec: of one observation.
         action_spec: of one action.
-        fillers: whether some steps are only resets (next-step autoreset), so that `Step.valid` is not None.
+        fillers: whether some steps are only resets (next-step autoreset), so that `Transitions.valid` is written.
         notes: what the user should know of this environment, a line each.
+        final_obs: [N, *obs] last observations, true in the rows that the last `store` named.
     """
 
     n_envs: int
+    groups: Sequence[slice]
     obs_spec: ObsSpec
     action_spec: ActionSpec
     fillers: bool
     notes: Sequence[str]
+    final_obs: Tensor
 
     def reset(self, seed: np.random.SeedSequence) -> Tensor:
         """Start every environment, each with a seed of its own; returns obs [N, *obs]."""
 
-    def step(self, actions: Tensor) -> Step:
-        """Act in every environment with the distribution's actions [N, *action]."""
+    def attach(self, transitions: Transitions) -> None:
+        """Take these tensors as the storage of all steps to come."""
+
+    def send(self, t: int, group: int) -> None:
+        """Begin step t of a group, with its part of actions[t]."""
+
+    def wait(self, group: int) -> None:
+        """End the step that `send` began."""
+
+    def store(self, t: int, group: int) -> Sequence[int]:
+        """Write the step's results into row t (obs: t + 1); returns the environments whose episode was cut.
+
+        Cut means truncated and not terminated. Empty where environments reset at the next step, for then the next
+        row holds the last observation.
+        """
 
     def close(self) -> None:
         """Let go of processes and windows."""
+
+
+class Step(NamedTuple):
+    """One step of N environments, for whoever keeps no rollout; overwritten by the next one."""
+
+    obs: Tensor  # [N, *obs] where to act next
+    rewards: Tensor  # [N] raw
+    terminated: Tensor  # [N] bool
+    truncated: Tensor  # [N] bool
+    valid: Tensor | None  # [N] bool
+    cut: Sequence[int]  # whose last observation is in final_obs
+    final_obs: Tensor  # [N, *obs]
+
+
+def stepper(env: VecEnv, device: torch.device) -> Callable[[Tensor], Step]:
+    """A function that steps `env` once with actions [N, *action]."""
+    to = Transitions.allocate(1, env, device)
+    env.attach(to)
+
+    def step(actions: Tensor) -> Step:
+        to.actions[0].copy_(actions)
+        cut: list[int] = []
+        for group in range(len(env.groups)):
+            env.send(0, group)
+        for group in range(len(env.groups)):
+            env.wait(group)
+            cut += env.store(0, group)
+        valid = None if to.valid is None else to.valid[0]
+        return Step(to.obs[1], to.rewards[0], to.terminated[0], to.truncated[0], valid, cut, env.final_obs)
+
+    return step

@@ -17,11 +17,13 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from fastppo.envs.api import Step
+from fastppo.envs.api import Transitions
+from fastppo.envs.pool import PoolVectorEnv
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _Array = np.ndarray[Any, Any]
+_Outcome = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
 
 
 class HostEnv:
@@ -52,8 +54,11 @@ class HostEnv:
         self.notes: Sequence[str] = []
         if self.obs_spec.kind == "vector" and self.obs_spec.source_dtype != "float32":
             self._note(f"observations are {self.obs_spec.source_dtype}; stored as float32, cast once.")
+        self.groups: Sequence[slice] = getattr(venv, "groups", [slice(0, self.n_envs)])
         self._ended = np.zeros(self.n_envs, bool)
         self._final = np.zeros((self.n_envs, *self.obs_spec.shape), self.obs_spec.source_dtype)
+        self.final_obs = torch.from_numpy(self._final)
+        self._out: list[_Outcome] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked = self._broken = False
 
     def reset(self, seed: np.random.SeedSequence) -> Tensor:
@@ -62,7 +67,7 @@ class HostEnv:
         # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
         rng = np.random.default_rng(seed)
         seeds = rng.choice(2**31 - 1, self.n_envs, replace=False)
-        if isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv)):
+        if isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv, PoolVectorEnv)):
             obs, _ = self.venv.reset(seed=seeds.tolist())
         else:
             obs = self._reset_foreign(seeds)
@@ -71,44 +76,76 @@ class HostEnv:
             raise EnvError(f"reset returned observations of shape {np.shape(obs)}; its space says {expected}.")
         return torch.from_numpy(obs)
 
-    def step(self, actions: Tensor) -> Step:
-        """Act once in every environment.
+    def attach(self, transitions: Transitions) -> None:
+        """Write into `transitions` from now on; through numpy where they lie in this memory."""
+        self._to = transitions
+        self._host = transitions.obs.device.type == "cpu"
+        self._rows: list[Any] = [None if x is None or not self._host else x.numpy() for x in transitions]
+        self._actions = transitions.actions.numpy() if self._host else None
+
+    def send(self, t: int, group: int) -> None:
+        """Begin step t: done at once, unless the vector environment steps in groups.
 
         Raises:
-            EnvError: shapes or types other than promised, or no last observations where there must be.
+            EnvError: a worker process died.
         """
+        at = self.groups[group]
+        mine = self._actions[t] if self._actions is not None else self._to.actions[t].numpy(force=True)
+        actions = self.action_spec.to_env(mine[at])
+        if isinstance(self.venv, PoolVectorEnv):
+            self.venv.send(group, actions)
+            return
         try:
-            obs, rewards, terminated, truncated, infos = self.venv.step(self.action_spec.to_env(actions))
+            self._out[group] = self.venv.step(actions)
         except (EOFError, ConnectionError):  # all that a dead worker leaves of itself
             processes = getattr(self.venv.unwrapped, "processes", [])
             wait([p.sentinel for p in processes], timeout=1.0)  # its pipe closes a moment before it is gone
             dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
             self._broken = True
             raise EnvError(f"the worker process of environment {', '.join(dead) or '?'} died in a step.") from None
+
+    def wait(self, group: int) -> None:
+        """End a step that was only begun."""
+        if isinstance(self.venv, PoolVectorEnv):
+            self._out[group] = self.venv.wait(group)
+
+    def store(self, t: int, group: int) -> Sequence[int]:
+        """Write a step down.
+
+        Raises:
+            EnvError: shapes or types other than promised, or no last observations where there must be.
+        """
+        at = self.groups[group]
+        obs, rewards, terminated, truncated, infos = self._out[group]
         if not self._checked:
-            self._check(obs, rewards, terminated, truncated)
-        valid = cut = None
+            self._check(at, obs, rewards, terminated, truncated)
+        cut: Sequence[int] = ()
+        real = None
         if self.fillers:
-            real = ~self._ended
+            real = ~self._ended[at]
             # a step that only resets ends nothing, whatever its flags say
             terminated, truncated = terminated & real, truncated & real
-            valid, self._ended = torch.from_numpy(real), terminated | truncated
+            self._ended[at] = terminated | truncated
         elif truncated.any():
-            cut = np.flatnonzero(truncated & ~terminated)
-            self._keep_final(cut, obs, infos)
+            mine = np.flatnonzero(truncated & ~terminated)
+            self._keep_final(mine, at.start, obs, infos)
+            cut = (mine + at.start).tolist()
         if self.mode == AutoresetMode.DISABLED and (done := terminated | truncated).any():
             # the vector environment may clear its own flags in place
             terminated, truncated = terminated.copy(), truncated.copy()
             obs, _ = self.venv.reset(options={"reset_mask": done})
-        return Step(
-            obs=torch.from_numpy(obs),
-            rewards=torch.from_numpy(rewards),
-            terminated=torch.from_numpy(terminated),
-            truncated=torch.from_numpy(truncated),
-            valid=valid,
-            cut=() if cut is None else cut.tolist(),
-            final_obs=None if cut is None else torch.from_numpy(self._final),
-        )
+        if self._host:
+            to_obs, _, to_rewards, to_terminated, to_truncated, to_valid = self._rows
+            to_obs[t + 1, at], to_rewards[t, at] = obs, rewards
+            to_terminated[t, at], to_truncated[t, at] = terminated, truncated
+            if to_valid is not None:
+                to_valid[t, at] = real
+        else:
+            values = (obs, None, rewards, terminated, truncated, real)
+            for i, (tensor, value) in enumerate(zip(self._to, values, strict=True)):
+                if tensor is not None and value is not None:
+                    tensor[t + (i == 0), at].copy_(torch.from_numpy(np.asarray(value)))
+        return cut
 
     def close(self) -> None:
         """Close the vector environment, by force where a worker no longer answers."""
@@ -136,9 +173,9 @@ class HostEnv:
     def _note(self, text: str) -> None:
         self.notes = [*self.notes, text]
 
-    def _keep_final(self, cut: _Array, obs: _Array, infos: dict[str, Any]) -> None:
+    def _keep_final(self, cut: _Array, start: int, obs: _Array, infos: dict[str, Any]) -> None:
         if self.mode == AutoresetMode.DISABLED:
-            self._final[cut] = obs[cut]
+            self._final[cut + start] = obs[cut]
             return
         final = infos.get("final_obs")
         for i in cut:
@@ -152,14 +189,15 @@ class HostEnv:
                     f"infos['final_obs'][{i}] lies in the memory of the next observation and is overwritten by it; "
                     "have the vector environment copy it."
                 )
-            self._final[i] = final[i]
+            self._final[start + i] = final[i]
 
-    def _check(self, obs: _Array, rewards: _Array, terminated: _Array, truncated: _Array) -> None:
+    def _check(self, at: slice, obs: _Array, rewards: _Array, terminated: _Array, truncated: _Array) -> None:
+        n = at.stop - at.start
         rows = {"observations": (obs, self.obs_spec.shape), "rewards": (rewards, ())}
         rows |= {"terminated": (terminated, ()), "truncated": (truncated, ())}
         for name, (array, shape) in rows.items():
-            if np.shape(array) != (self.n_envs, *shape):
-                raise EnvError(f"step returned {name} of shape {np.shape(array)}, not {(self.n_envs, *shape)}.")
+            if np.shape(array) != (n, *shape):
+                raise EnvError(f"step returned {name} of shape {np.shape(array)}, not {(n, *shape)}.")
         for name in ("terminated", "truncated"):
             if rows[name][0].dtype != np.bool_:
                 raise EnvError(f"step returned {name} as {rows[name][0].dtype}; it must be bool.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import functools
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -11,8 +13,10 @@ from typing import Any, Literal
 import gymnasium as gym
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fastppo.envs import single
+from fastppo.envs import choose, single
+from fastppo.envs.choose import Vectorization
 from fastppo.envs.host import HostEnv
+from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.single import EnvFactory
 from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
@@ -87,11 +91,27 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
     return Probe(obs_spec, action_spec, atari, threshold, factory, None, name)
 
 
-def make_vec_env(found: Probe, n_envs: int, vectorization: Literal["sync", "async", "native"]) -> HostEnv:
+def make_vec_env(
+    found: Probe,
+    n_envs: int,
+    vectorization: Vectorization,
+    *,
+    seed: int = 0,
+    n_workers: int | None = None,
+    half_batches: bool = False,
+) -> HostEnv:
     """N environments of the kind that was probed.
 
+    Args:
+        found: what `probe` said.
+        n_envs: N.
+        vectorization: how they are stepped.
+        seed: for EnvPool, which takes its seed when it is made.
+        n_workers: processes of the pool; None: one for each core.
+        half_batches: step the pool's environments in two groups.
+
     Raises:
-        ConfigError: there is no native vector version, or a given vector environment has another N.
+        ConfigError: there is no such vector version, or a given vector environment has another N.
         EnvError: it doesn't keep its promises.
     """
     if found.vector is not None:
@@ -110,15 +130,38 @@ def make_vec_env(found: Probe, n_envs: int, vectorization: Literal["sync", "asyn
                 "return a single environment from make_env, or copy its observations."
             )
         return HostEnv(found.vector)
+    return HostEnv(_make(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1))
+
+
+def choose_vectorization(found: Probe, n_envs: int, seconds: float = 1.0) -> tuple[Vectorization, str]:
+    """The fastest way to step N of the environments that were probed, and why; takes about `seconds`, plus start-up."""
+    if found.vector is not None:
+        return "sync", "vectorization: make_env's own vector environment"
+    if n_envs == 1:
+        return "sync", "vectorization sync: there is one environment"
+    spec = None if found.factory is None or found.factory.make else single.find_spec(found.factory.env_id)
+    candidates: list[Vectorization] = ["sync", "pool"]
+    if spec is not None and spec.vector_entry_point is not None:
+        candidates.insert(1, "native")
+    makers = {name: functools.partial(_make, found, n_envs, name, 0, None, 1) for name in candidates}
+    speeds, failures = choose.measure(makers, n_envs, seconds)
+    return choose.choose(n_envs, speeds, failures)
+
+
+def _make(
+    found: Probe, n_envs: int, vectorization: Vectorization, seed: int, n_workers: int | None, n_groups: int
+) -> VectorEnv[Any, Any, Any]:
     assert found.factory is not None
     if vectorization == "native":
-        return HostEnv(_native(found.factory, n_envs, found.atari))
+        return _native(found.factory, n_envs, found.atari)
+    if vectorization == "envpool":
+        return _envpool(found.factory, n_envs, found.atari, seed)
     factories = [found.factory] * n_envs
     if vectorization == "sync":
-        return HostEnv(SyncVectorEnv(factories, copy=False, autoreset_mode=AutoresetMode.SAME_STEP))
-    return HostEnv(
-        AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
-    )
+        return SyncVectorEnv(factories, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    if vectorization == "pool":
+        return PoolVectorEnv(factories, n_workers=n_workers, n_groups=n_groups, start_method=_start_method())
+    return AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def _start_method() -> str:
@@ -151,3 +194,37 @@ def _native(factory: EnvFactory, n_envs: int, atari: bool) -> VectorEnv[Any, Any
         return gym.make_vec(factory.env_id, n_envs, vectorization_mode="vector_entry_point", **kwargs)
     except TypeError as error:
         raise ConfigError(f"vectorization=native: {factory.env_id} refuses {factory.env_kwargs}: {error}") from None
+
+
+def _envpool(factory: EnvFactory, n_envs: int, atari: bool, seed: int) -> VectorEnv[Any, Any, Any]:
+    if factory.make is not None:
+        raise ConfigError("vectorization=envpool: EnvPool has its own environments, by id; leave make_env out.")
+    try:
+        import envpool
+    except ImportError:
+        raise ConfigError(
+            "vectorization=envpool needs EnvPool; install it with: pip install 'fastppo[envpool]' (Python 3.11)."
+        ) from None
+    # EnvPool's name of ALE/Pong-v5 is Pong-v5
+    name = factory.env_id.removeprefix("ALE/")
+    if name not in envpool.list_all_envs():
+        near = difflib.get_close_matches(name, envpool.list_all_envs(), n=1)
+        hint = f"its nearest is {near[0]}" if near else "use sync or pool"
+        raise ConfigError(f"vectorization=envpool: EnvPool has no {name}; {hint}.")
+    kwargs: dict[str, Any] = dict(factory.env_kwargs)
+    if atari:
+        kwargs |= {
+            "noop_max": single.ATARI_NOOP_MAX,
+            "frame_skip": single.ATARI_FRAME_SKIP,
+            "img_height": single.ATARI_SIZE,
+            "img_width": single.ATARI_SIZE,
+            "stack_num": single.ATARI_STACK,
+            "use_fire_reset": False,
+            "episodic_life": False,
+            "reward_clip": False,
+            "repeat_action_probability": 0.25 if name.endswith("-v5") else 0.0,
+        }
+    try:
+        return envpool.make_gymnasium(name, num_envs=n_envs, seed=seed, **kwargs)  # type: ignore[no-any-return]
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"vectorization=envpool: {name} refuses {factory.env_kwargs}: {error}") from None

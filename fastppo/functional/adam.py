@@ -16,18 +16,20 @@ class AdamState(NamedTuple):
     Attributes:
         mean: [P] running mean of gradients.
         square: [P] running mean of squared gradients.
-        step: [] float64, steps taken.
+        left1: [] float64, b1^n after n steps, what is left of the zero start in `mean`.
+        left2: [] float64, b2^n. Kept as running products: a power inside a compiled kernel is taken for every element.
     """
 
     mean: Tensor
     square: Tensor
-    step: Tensor
+    left1: Tensor
+    left2: Tensor
 
 
 def adam_init(params: Tensor) -> AdamState:
     """Adam's memory before the first step, for the flat `params` [P]."""
-    step = torch.zeros((), dtype=torch.float64, device=params.device)
-    return AdamState(torch.zeros_like(params), torch.zeros_like(params), step)
+    left1, left2 = (torch.ones((), dtype=torch.float64, device=params.device) for _ in range(2))
+    return AdamState(torch.zeros_like(params), torch.zeros_like(params), left1, left2)
 
 
 def clip_by_norm(grad: Tensor, max_norm: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +52,7 @@ def adam_step(
     Args:
         params: x, [P].
         grad: g, [P].
-        state: m, s and the steps taken before this one.
+        state: m, s and the powers of b1 and b2 before this step.
         learning_rate: [] lr.
         eps: epsilon, added after the bias correction as torch.optim.Adam does.
 
@@ -59,9 +61,10 @@ def adam_step(
 
     Source: Kingma and Ba 2015, algorithm 1 (arXiv:1412.6980).
     """
-    step = state.step + 1
+    left1, left2 = BETA1 * state.left1, BETA2 * state.left2
     mean = torch.lerp(state.mean, grad, 1 - BETA1)
     square = BETA2 * state.square + (1 - BETA2) * grad * grad
-    step_size = (learning_rate / (1 - BETA1**step)).to(params.dtype)
-    root_correction = (1 - BETA2**step).sqrt().to(params.dtype)
-    return params - step_size * mean / (square.sqrt() / root_correction + eps), AdamState(mean, square, step)
+    step_size = (learning_rate / (1 - left1)).to(params.dtype)
+    correction = (1 - left2).rsqrt().to(params.dtype)
+    new = params - step_size * mean / (square.sqrt() * correction + eps)
+    return new, AdamState(mean, square, left1, left2)

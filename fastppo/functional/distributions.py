@@ -84,6 +84,12 @@ def _categorical_entropy(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
+def _chosen(table: Tensor, index: Tensor) -> Tensor:
+    # table[..., index]: a comparison, not a gather, whose gradient is a scatter that a compiler can't fuse
+    choices = torch.arange(table.shape[-1], device=table.device)
+    return torch.where(choices == index.unsqueeze(-1), table, 0.0).sum(-1)
+
+
 def _categorical_kl(old: Tensor, new: Tensor) -> Tensor:
     logp = old.log_softmax(-1)
     return (logp.exp() * (logp - new.log_softmax(-1))).sum(-1)
@@ -121,7 +127,7 @@ class Categorical:
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
         """Log softmax(params)[actions]."""
-        return params.log_softmax(-1).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return _chosen(params.log_softmax(-1), actions)
 
     def entropy(self, params: Tensor) -> Tensor:
         """-sum p log p."""
@@ -169,7 +175,7 @@ class MultiCategorical:
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
         """Sum over components."""
         blocks = zip(_blocks(params, self.nvec), actions.unbind(-1), strict=True)
-        logps = [logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1) for logits, action in blocks]
+        logps = [_chosen(logits.log_softmax(-1), action) for logits, action in blocks]
         return torch.stack(logps, -1).sum(-1)
 
     def entropy(self, params: Tensor) -> Tensor:

@@ -109,9 +109,27 @@ class Policy(nn.Module):
     def evaluate(self, obs: Tensor, actions: Tensor, old_params: Tensor) -> Evaluation:
         """Judge stored actions [B, *action] made with `old_params` [B, P]; gradients flow except into exact_kl."""
         params, values = self(obs)
+        return self.judge(params, values, actions, old_params)
+
+    def judge(self, params: Tensor, values: Tensor, actions: Tensor, old_params: Tensor) -> Evaluation:
+        """As `evaluate`, from what `forward` gave."""
         dist = self.distribution
         exact_kl = dist.kl(old_params, params.detach())
         return Evaluation(dist.log_prob(params, actions), dist.entropy(params), values, exact_kl)
+
+    def uncompilable(self) -> str | None:
+        """What in the network can't be one graph of tensor operations without side effects; None if nothing is seen."""
+        for name, module in self.network.named_modules():
+            if isinstance(module, nn.RNNBase):
+                return f"{type(module).__name__} ({name or 'the network'}) is one opaque operation"
+        buffers = list(self.network.named_buffers())
+        before = [buffer._version for _, buffer in buffers]
+        with torch.no_grad():
+            self(self.encoder.spec.blank(2, device=next(self.network.parameters()).device))
+        for (name, buffer), version in zip(buffers, before, strict=True):
+            if buffer._version != version:
+                return f"forward changes the buffer {name}"
+        return None
 
     @torch.no_grad()
     def _check(self) -> None:

@@ -44,8 +44,6 @@ class FlatParameters:
         for p, view in zip(self.parameters, self.views(self.vector), strict=True):
             view.copy_(p.detach())
             p.data = view
-        self._gradient = torch.zeros_like(self.vector)
-        self._gradient_views = self.views(self._gradient)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """`vector` [P] cut into the parameters' shapes."""
@@ -54,8 +52,11 @@ class FlatParameters:
             for offset, p in zip(self._offsets, self.parameters, strict=True)
         ]
 
-    def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of `loss` [] by the vector, [P]; overwritten by the next call."""
-        gradients: Sequence[Tensor] = torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-        torch._foreach_copy_(self._gradient_views, list(gradients))
-        return self._gradient
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors of the parameters' shapes as one vector [P], the gaps 0."""
+        parts: list[Tensor] = []
+        for x in tensors:
+            parts.append(x.reshape(-1))
+            if gap := -x.numel() % _ALIGN:
+                parts.append(x.new_zeros(gap))
+        return torch.cat(parts)

@@ -1,0 +1,129 @@
+"""The pool of worker processes: the same rollouts as one process, and its failures in words."""
+
+import os
+import signal
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+from fastppo import Config, Trainer
+from fastppo.envs.choose import choose
+from fastppo.envs.pool import PoolVectorEnv
+from fastppo.errors import ConfigError, EnvError
+from tests.worlds import Counter, short
+
+
+def cartpole():
+    return gym.make("CartPole-v1")
+
+
+class Failing(Counter):
+    def step(self, action):
+        if self.steps == 2:
+            raise ValueError("the wheel fell off")
+        return super().step(action)
+
+
+def steps(pool, count):
+    for _ in range(count):
+        pool.step(np.zeros(pool.num_envs, np.int64))
+
+
+@pytest.mark.parametrize(("n_workers", "n_groups"), [(1, 1), (2, 1), (3, 1), (2, 2)])
+def test_as_a_gymnasium_vector_env_it_equals_sync(n_workers, n_groups):
+    pool = PoolVectorEnv([cartpole] * 7, n_workers=n_workers, n_groups=n_groups)
+    sync = SyncVectorEnv([cartpole] * 7, autoreset_mode=AutoresetMode.SAME_STEP)
+    rng = np.random.default_rng(0)
+    try:
+        assert np.array_equal(pool.reset(seed=3)[0], sync.reset(seed=3)[0])
+        ends = 0
+        for _ in range(200):
+            actions = rng.integers(0, 2, 7)
+            ours, theirs = pool.step(actions), sync.step(actions)
+            assert all(np.array_equal(a, b) for a, b in zip(ours[:4], theirs[:4], strict=True))
+            for i in np.flatnonzero(ours[2] | ours[3]):
+                assert np.array_equal(ours[4]["final_obs"][i], theirs[4]["final_obs"][i])
+                ends += 1
+        assert ends > 20
+        assert pool.n_workers == min(n_workers, 7 // n_groups)
+    finally:
+        pool.close()
+        sync.close()
+
+
+def curves(tmp_path, name, **changes):
+    config = short(tmp_path, env_id="Pendulum-v1", n_envs=4, n_steps=64, total_timesteps=1024, **changes)
+    trainer = Trainer(config.__class__(**{**config.__dict__, "run_dir": tmp_path / name}))
+    trainer.run()
+    return trainer.update.parameters.vector.clone()
+
+
+def test_training_is_the_same_to_the_bit_under_sync_async_and_pool(tmp_path):
+    runs = [
+        curves(tmp_path, "sync"),
+        curves(tmp_path, "async", vectorization="async"),
+        curves(tmp_path, "pool1", vectorization="pool", workers=1),
+        curves(tmp_path, "pool3", vectorization="pool", workers=3),
+    ]
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])
+
+
+def test_half_batches_agree_over_worker_counts(tmp_path):
+    one, two = (curves(tmp_path, f"half{k}", vectorization="pool", workers=k, half_batches=True) for k in (1, 2))
+    assert torch.equal(one, two)
+
+
+def test_a_failing_environment_is_named_with_its_error():
+    pool = PoolVectorEnv([Counter, Counter, Failing, Counter], n_workers=2)
+    pool.reset(seed=0)
+    with pytest.raises(EnvError, match="environment 2 failed in step: ValueError: the wheel fell off") as info:
+        steps(pool, 5)
+    assert "\n" not in str(info.value)
+    assert "Traceback" in str(info.value.__cause__)
+
+
+def test_a_killed_worker_is_named():
+    pool = PoolVectorEnv([Counter] * 4, n_workers=2)
+    pool.reset(seed=0)
+    os.kill(pool._workers[1].process.pid, signal.SIGKILL)
+    with pytest.raises(EnvError, match=r"worker process 1 \(environments 2-3\) was killed by SIGKILL"):
+        steps(pool, 5)
+
+
+def test_closing_leaves_no_process():
+    pool = PoolVectorEnv([Counter] * 2, n_workers=2)
+    pids = [worker.process.pid for worker in pool._workers]
+    begin = time.monotonic()
+    pool.close()
+    assert time.monotonic() - begin < 5
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_settings_of_the_pool_are_refused_without_it():
+    with pytest.raises(ConfigError, match="workers is for vectorization=pool, not sync"):
+        Config(workers=2)
+    with pytest.raises(ConfigError, match="half_batches is for vectorization=pool"):
+        Config(half_batches=True)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "best"),
+    [
+        ({"sync": 100.0, "pool": 110.0}, "sync"),
+        ({"sync": 100.0, "pool": 150.0}, "pool"),
+        ({"sync": 100.0, "native": 140.0}, "sync"),
+        ({"sync": 100.0, "native": 800.0, "pool": 190.0}, "native"),
+        ({"sync": 100.0}, "sync"),
+    ],
+)
+def test_auto_takes_the_fastest_with_margins_and_says_the_figures(speeds, best):
+    choice, reason = choose(8, speeds, {"pool": "too short"} if "pool" not in speeds else {})
+    assert choice == best
+    assert f"sync {speeds['sync']:,.0f}" in reason
+    assert "n_envs=8" in reason
