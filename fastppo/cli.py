@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, cast
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
@@ -32,9 +33,46 @@ class Train(Config):
     def __post_init__(self) -> None:
         """Nothing: Config checks, once tyro is done, which would draw a box around each message."""
 
-    def settings(self) -> Config:
-        """The settings, checked."""
-        return Config(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Config)})
+    def settings(self, **changes: Any) -> Config:  # noqa: ANN401 - values of settings
+        """The settings with `changes`, checked."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
+        return Config(**given | changes)
+
+
+_Sizes = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--num-envs",), metavar="INT [INT ...]")]
+_Vectorizations = Annotated[
+    tuple[Literal["sync", "async", "pool", "native", "envpool"], ...],
+    tyro.conf.arg(metavar="{sync,async,pool,native,envpool} [...]"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench(Train):
+    """Measure training speed at several n_envs, and what limits it. Takes the settings of train beside its own."""
+
+    n_envs: _Sizes = (1, 8, 64, 512)  # type: ignore[assignment]
+    """Numbers of environments, each measured with each vectorisation."""
+    vectorization: _Vectorizations = ("sync", "pool", "native")  # type: ignore[assignment]
+    """Vectorisations."""
+    seconds: float = 5.0
+    """Seconds of training that are timed at each point, after warm-up and compilation."""
+    save: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the fastest vectorisation for each n_envs, for `train --vectorization auto` on this machine."""
+    total_timesteps: Annotated[int | None, tyro.conf.Suppress] = None
+    target_return: Annotated[float | None, tyro.conf.Suppress] = None
+    init_from: Annotated[Path | None, tyro.conf.Suppress] = None
+    name: Annotated[str, tyro.conf.Suppress] = "bench"
+
+    def points(self) -> list[Config]:
+        """The settings of each point, checked."""
+        if not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds={self.seconds} must be more than 0; 5 is enough on a quiet machine.")
+        half = self.half_batches
+        return [
+            self.settings(n_envs=n, vectorization=v, half_batches=half and v == "pool", name="bench")
+            for n in dict.fromkeys(self.n_envs)
+            for v in dict.fromkeys(self.vectorization)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +89,9 @@ class Eval:
     """Seed of the environments and of sampling."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Let the run's env id import its module (ids of the form module:Env-v0)."""
+
+
+_Settings = TypeVar("_Settings", bound=Train)
 
 
 class _Stdout:
@@ -91,14 +132,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 2 for a mistake, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        defaults = _train_defaults(given)
         command = tyro.cli(
-            Annotated[Train, tyro.conf.subcommand("train", default=defaults)]
+            Annotated[Train, tyro.conf.subcommand("train", default=_defaults(Train, given))]
+            | Annotated[Bench, tyro.conf.subcommand("bench", default=_defaults(Bench, given))]
             | Annotated[Eval, tyro.conf.subcommand("eval")],
             prog="fastppo",
             description="A vectorised, high-throughput PPO trainer.",
             args=_spell_out_switches(given),
         )
+        if isinstance(command, Bench):
+            return _bench(command)
         return _train(command) if isinstance(command, Train) else _eval(command)
     except FastPPOError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -108,15 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _train_defaults(arguments: Sequence[str]) -> Train:
+def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
     """What the flags lie over: the file named by --config, or nothing."""
     for i, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag == "--config" and (equals or i + 1 < len(arguments)):
             path = Path(value if equals else arguments[i + 1])
             config = Config.from_dict(load_toml(path), str(path))
-            return Train(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, config=path)
-    return Train()
+            found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+            if kind is Bench:  # which measures several of these
+                found |= {"n_envs": (config.n_envs,)} if config.n_envs else {"n_envs": Bench.n_envs}
+                found["vectorization"] = (
+                    Bench.vectorization if config.vectorization in ("auto", "sync") else (config.vectorization,)
+                )
+            return kind(**found, config=path)
+    return kind()
 
 
 def _spell_out_switches(arguments: Sequence[str]) -> list[str]:
@@ -175,6 +224,53 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     console.print(
         f"play:    {_program('fastppo')} eval {result.run_dir} --episodes 20", highlight=False, soft_wrap=True
     )
+
+
+def _bench(command: Bench) -> int:
+    configs = command.points()
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from fastppo import bench, bench_report
+    from fastppo.envs.choose import env_key, remember
+    from fastppo.envs.registry import probe
+    from fastppo.run_dir import create_run_dir, surroundings
+    from fastppo.runtime.device import choose_device, machine_name
+
+    env_name = probe(command.env_id, command.env_kwargs).name  # mistakes answer here, not once for each point
+    about = surroundings(choose_device(command.device))
+    folder = create_run_dir(command.run_dir, env_name, command.name, command.seed)
+    console, points = _console(), list[bench.Point]()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        for i, config in enumerate(configs):
+            which = f"{i + 1} of {len(configs)}: n_envs {config.n_envs}, {config.vectorization}"
+            progress.update(task, description=f"{which}; about {command.seconds * 1.5 + 12:.0f} s")
+            points += bench.run_points([config], command.seconds)
+            done = points[-1]
+            result = f"failed: {done.failure}" if done.failure else f"{done.sps:,.0f} steps/s"
+            progress.console.print(f"{which}: {result}", highlight=False, soft_wrap=True)
+            # after each point, so that Ctrl-C leaves what was measured
+            page = bench_report.write_files(folder, env_name, points, about)
+    for table in bench_report.tables(points):
+        console.print(table)
+    for point in points:
+        console.print(f"n_envs {point.n_envs}, {point.vectorization}: {bench.verdict(point, points)}", highlight=False)
+    best = bench.best_by_n_envs(points)
+    if not best:
+        return 1
+    fastest = max(best.values(), key=lambda p: p.sps)
+    console.print(
+        f"\nfastest: n_envs {fastest.n_envs}, {fastest.vectorization}: {fastest.sps:,.0f} steps/s. More environments "
+        "also mean fewer updates for the same steps: compare returns before you take the largest.",
+        highlight=False,
+    )
+    if command.save:
+        for point in best.values():
+            saved = remember(env_key(env_name, command.env_kwargs), machine_name(), point.n_envs, point.choice())
+        console.print(f"saved:   {saved}, for train --vectorization auto", highlight=False, soft_wrap=True)
+    console.print(f"page:    {page}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _program(name: str) -> str:

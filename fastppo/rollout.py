@@ -127,15 +127,20 @@ class FinalValues:
 
 
 class Collector:
-    """Fills a rollout by T steps of a policy in an environment."""
+    """Fills a rollout by T steps of a policy in an environment.
+
+    Attributes:
+        actors: one for each group of environments.
+    """
 
     def __init__(self, env: VecEnv, policy: Policy, rollout: Rollout, generator: torch.Generator, clock: Clock) -> None:
         """Bind the environment and an actor for each of its groups to the storage; noise comes from `generator`."""
         r = self._rollout = rollout
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(Transitions(r.obs, r.actions, r.rewards, r.terminated, r.truncated, r.valid))
-        decided = Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values)
-        self._actors = [make_actor(policy, Decisions(*(x[:, group] for x in decided))) for group in env.groups]
+        self._decided = Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values)
+        self._finals = FinalValues(r, policy.value)
+        self.actors = [make_actor(policy, Decisions(*(x[:, group] for x in self._decided))) for group in env.groups]
 
     def __call__(self) -> None:
         """Collect, from the observations in row T of the rollout before.
@@ -146,17 +151,14 @@ class Collector:
 
         While one group of environments steps, the policy acts on the next.
         """
-        r, env, actors = self._rollout, self._env, self._actors
+        r, env = self._rollout, self._env
         acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
         with acting:
             r.obs[0].copy_(r.obs[-1])
-            self._policy.distribution.fill_noise(r.noise, self._generator)
-            finals = FinalValues(r, self._policy.value)
-            for actor in actors:
-                actor.begin()
+            self.prepare()
         n_steps = len(r.rewards)
         for t in range(n_steps + 1):
-            for group, actor in enumerate(actors):
+            for group, actor in enumerate(self.actors):
                 if t > 0:
                     with stepping:
                         env.wait(group)
@@ -164,20 +166,30 @@ class Collector:
                         cut = env.store(t - 1, group)
                     if cut:
                         with acting:
-                            finals.add(t - 1, cut, env.final_obs)
+                            self._finals.add(t - 1, cut, env.final_obs)
                 if t < n_steps:
                     with acting:
                         actor.act(t)
                     with stepping:
                         env.send(t, group)
         with acting:
-            if not actors[0].complete:
-                complete(self._policy, Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values))
-            finals.flush()
-            last_values = self._policy.value(r.obs[-1])
-            torch.logical_or(r.terminated, r.truncated, out=r.done)
-            successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
-            if r.valid is None:
-                cut_rows = r.truncated & ~r.terminated
-                successors = torch.where(cut_rows, r.next_values, successors)
-            r.next_values.copy_(successors)
+            self.evaluate()
+
+    def prepare(self) -> None:
+        """Draw the rollout's noise and let the actors take up the policy as it is now."""
+        self._policy.distribution.fill_noise(self._rollout.noise, self._generator)
+        for actor in self.actors:
+            actor.begin()
+
+    def evaluate(self) -> None:
+        """What the policy says of the rollout as a whole: what acting left out, and values of the true successors."""
+        r = self._rollout
+        if not self.actors[0].complete:
+            complete(self._policy, self._decided)
+        self._finals.flush()
+        last_values = self._policy.value(r.obs[-1])
+        torch.logical_or(r.terminated, r.truncated, out=r.done)
+        successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
+        if r.valid is None:
+            successors = torch.where(r.truncated & ~r.terminated, r.next_values, successors)
+        r.next_values.copy_(successors)

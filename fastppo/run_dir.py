@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastppo.errors import ConfigError
+from fastppo.runtime.device import cpu_name
 
 _PACKAGES = ("fastppo", "torch", "gymnasium", "numpy", "ale-py", "mujoco", "envpool")
 
@@ -63,7 +64,7 @@ def surroundings(device: torch.device) -> dict[str, Any]:
     return {
         "versions": versions,
         "device": str(device),
-        "device_name": gpu or platform.processor() or platform.machine(),
+        "device_name": gpu or cpu_name(),
         "cpu_count": os.cpu_count(),
         "platform": platform.platform(),
         "command": sys.argv,

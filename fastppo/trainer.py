@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastppo.checkpoint import load_model, read_spec, save_model
 from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.envs.api import VecEnv
+from fastppo.envs.choose import env_key, recall
 from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.gae import eager_gae, gae_doubling
@@ -30,7 +31,15 @@ from fastppo.rollout import Collector, Rollout
 from fastppo.run_dir import create_run_dir, surroundings, write_json
 from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.clock import Clock
-from fastppo.runtime.device import choose_device, choose_threads, generator, seed_stream
+from fastppo.runtime.device import (
+    choose_device,
+    choose_threads,
+    generator,
+    keep_freed_memory,
+    machine_name,
+    seed_stream,
+    set_threads,
+)
 from fastppo.runtime.signals import on_interrupt
 from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from fastppo.update import PPOUpdate
@@ -50,6 +59,7 @@ class Result:
         sps_steady: steps per second without the first iteration.
         sps_total: steps per second, setting up included.
         seconds: of training.
+        compile_seconds: spent on compiling, within setting up.
         phases: seconds in each phase.
         run_dir: where it lies.
     """
@@ -63,6 +73,7 @@ class Result:
     sps_steady: float
     sps_total: float
     seconds: float
+    compile_seconds: float
     phases: dict[str, float]
     run_dir: Path
 
@@ -77,6 +88,8 @@ class Trainer:
         run_dir: where everything is written.
         metrics: episode statistics and the step counter.
         values: this iteration's scheduled coefficients.
+        notes: what was chosen and why, and what the user should know of the environment.
+        compile_seconds: spent on compiling.
         result: how it ended; None until then.
     """
 
@@ -101,16 +114,16 @@ class Trainer:
         if not isinstance(config, Config):
             raise ConfigError(f"Trainer takes a Config, not {type(config).__name__}: Trainer(Config(env_id=...)).")
         self.clock = Clock()
+        keep_freed_memory()
         self.device = choose_device(config.device)
         found = probe(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
-        self._notes: list[str] = []
+        self.notes: list[str] = []
+        self.compile_seconds = 0.0
         c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
         if c.vectorization == "auto":
-            vectorization, why = choose_vectorization(found, _int(c.n_envs))
-            self._notes.append(why)
-            c = dataclasses.replace(c, vectorization=vectorization)
+            c = self._choose_vectorization(c, found)
         assert c.vectorization != "auto"
         self.env: VecEnv = make_vec_env(
             found,
@@ -129,6 +142,18 @@ class Trainer:
             self.env.close()
             raise
 
+    def _choose_vectorization(self, c: Config, found: Probe) -> Config:
+        """What `fastppo bench --save` found on this machine, or else what a short measurement says."""
+        key = env_key(found.name, c.env_kwargs)
+        saved = None if found.factory is None or found.factory.make else recall(key, machine_name(), _int(c.n_envs))
+        if saved is not None:
+            self.notes.append(f"vectorization {saved['vectorization']}: {saved['reason']}")
+            kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
+            return dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))
+        vectorization, why = choose_vectorization(found, _int(c.n_envs))
+        self.notes.append(why)
+        return dataclasses.replace(c, vectorization=vectorization)
+
     def _build(self, c: Config, network: nn.Module | None) -> None:
         self.spec = PolicySpec(
             obs=self.env.obs_spec,
@@ -140,7 +165,7 @@ class Trainer:
             normalize_obs=bool(c.normalize_obs),
             obs_clip=c.obs_clip,
         )
-        torch.set_num_threads(1)  # initial weights must not depend on what ran in this process before
+        set_threads(1)  # initial weights must not depend on what ran in this process before
         with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
             torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
             self.policy = self.spec.build(network).to(self.device)
@@ -157,7 +182,7 @@ class Trainer:
         parameters = FlatParameters(self.policy.network)
         threads = c.threads or choose_threads(c.minibatch_size * parameters.vector.numel())
         self.config = dataclasses.replace(c, threads=threads)
-        torch.set_num_threads(threads)
+        set_threads(threads)
         self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
         self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
         self.update = PPOUpdate(
@@ -197,21 +222,22 @@ class Trainer:
             try:
                 self.update.compile(self.rollout.batch(), self.coefs)
                 self.gae = compile_graph(gae_doubling, self._gae_inputs(self.rollout.rewards))
-                why = f"{why}; took {time.perf_counter() - begin:.1f} s"
+                self.compile_seconds = time.perf_counter() - begin
+                why = f"{why}; took {self.compile_seconds:.1f} s"
             except CompileError as error:
                 wanted, why = False, f"it can't be compiled: {error}"
         if c.compile != "off":
-            self._notes.append(f"compile {'on' if wanted else 'off'}: {why}.")
+            self.notes.append(f"compile {'on' if wanted else 'off'}: {why}.")
         return dataclasses.replace(c, compile="on" if wanted else "off")
 
     def _open_run(self, c: Config, console: Console | None) -> None:
         write_json(self.run_dir / "config.json", c.to_dict())
-        notes = [*self._notes, *self.env.notes]
-        write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": notes})
+        self.notes += self.env.notes
+        write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": self.notes})
         self.sinks: list[Sink] = [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
         self._console = console
         if console is not None:
-            for note in notes:
+            for note in self.notes:
                 console.print(f"note: {note}", highlight=False)
             rest = _int(c.total_timesteps) - c.n_iterations * c.batch_size
             if rest:
@@ -308,6 +334,7 @@ class Trainer:
             sps_steady=clock.sps_steady,
             sps_total=clock.sps_total,
             seconds=clock.seconds,
+            compile_seconds=self.compile_seconds,
             phases=clock.phase_seconds(),
             run_dir=self.run_dir,
         )

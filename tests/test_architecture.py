@@ -23,6 +23,8 @@ FLOORS = {
     "checkpoint.py": 2,
     "trainer.py": 3,
     "evaluation.py": 4,
+    "bench.py": 4,
+    "bench_report.py": 4,
     "cli.py": 4,
     "__init__.py": 4,
     "__main__.py": 4,
@@ -36,6 +38,7 @@ BESIDE = {
     ("metrics.py", "rollout.py"),
 }
 BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
+BESIDE |= {("bench_report.py", "bench.py"), ("cli.py", "bench.py"), ("cli.py", "bench_report.py")}
 BESIDE |= {("__init__.py", "evaluation.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluation.py")}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

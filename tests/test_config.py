@@ -60,14 +60,16 @@ def test_schedules_are_parsed():
 
 
 def test_settings_come_from_a_file_under_the_flags(tmp_path):
-    from fastppo.cli import _train_defaults
+    from fastppo.cli import Bench, Train, _defaults
 
     file = tmp_path / "run.toml"
     file.write_text('env_id = "Acrobot-v1"\nnum-envs = 16\nhidden_sizes = [32]\n[env_kwargs]\nrender_mode = "ansi"\n')
-    defaults = _train_defaults(["train", "--config", str(file)])
+    defaults = _defaults(Train, ["train", "--config", str(file)])
     assert (defaults.env_id, defaults.n_envs, defaults.hidden_sizes) == ("Acrobot-v1", 16, (32,))
     assert defaults.env_kwargs == {"render_mode": "ansi"}
-    assert _train_defaults(["train", f"--config={file}"]) == defaults
+    assert _defaults(Train, ["train", f"--config={file}"]) == defaults
+    bench = _defaults(Bench, ["bench", "--config", str(file)])
+    assert (bench.n_envs, bench.vectorization, bench.hidden_sizes) == ((16,), ("sync", "pool", "native"), (32,))
 
 
 # (arguments, what the message must hold)
@@ -161,7 +163,11 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, tmp_path):
         (["eval", "nowhere"], "nowhere holds no saved model"),
         (["eval", "nowhere", "--episodes", "0"], "episodes=0 must be at least 1"),
         (["eval"], "Missing from fastppo eval"),
-        ([], "Expected one of {train, eval}"),
+        (["bench", "--seconds", "0"], "seconds=0.0 must be more than 0"),
+        (["bench", "--n-envs", "8", "0"], "n_envs=0 must be at least 1"),
+        (["bench", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
+        (["bench", "--vectorization", "fast"], "invalid choice 'fast'"),
+        ([], "Expected one of {train, bench, eval}"),
         (["trian"], "trian"),
     ],
 )

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from fastppo.cli import Eval, Train
+from fastppo.cli import Bench, Eval, Train
 from fastppo.config import Config, load_toml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FLAGS = {f"--{field.name.replace('_', '-')}" for kind in (Train, Eval) for field in dataclasses.fields(kind)}
+FLAGS = {f"--{field.name.replace('_', '-')}" for kind in (Train, Bench, Eval) for field in dataclasses.fields(kind)}
 FLAGS |= {"--num-envs", "--num-steps", "--num-minibatches", "--no-anneal-lr", "--help"}
 
 
@@ -37,7 +37,7 @@ def test_every_command_in_the_readme_can_be_parsed():
     for command in commands:
         words = shlex.split(command)
         if words[:1] == ["fastppo"]:
-            kind = {"train": Train, "eval": Eval}[words[1]]
+            kind = {"train": Train, "bench": Bench, "eval": Eval}[words[1]]
             assert tyro.cli(kind, args=words[2:])
             seen += 1
         elif words[:1] and words[0].startswith("scripts/"):

@@ -1,10 +1,16 @@
-"""Which vectorisation is fastest for this environment on this machine: measured, with the reason in words."""
+"""Which vectorisation is fastest for this environment on this machine: measured, with the reason in words.
+
+What `fastppo bench --save` found is kept in a file of the user's cache folder and wins over the short measurement here.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -36,6 +42,41 @@ def choose(n_envs: int, speeds: Mapping[str, float], failures: Mapping[str, str]
     if len(speeds) == 1:
         return best, f"vectorization {best}: nothing else is worth trying at n_envs={n_envs} ({figures} steps/s)"
     return best, f"vectorization {best}: env steps/s with random actions, n_envs={n_envs}: {figures}"
+
+
+def env_key(name: str, kwargs: Mapping[str, Any]) -> str:
+    """An environment's name with its keyword arguments, as choices are kept by."""
+    return f"{name} {json.dumps(kwargs, sort_keys=True, default=str)}" if kwargs else name
+
+
+def remember(env: str, machine: str, n_envs: int, choice: Mapping[str, Any]) -> Path:
+    """Keep `choice` (vectorization, half_batches, workers, reason) for N of `env` on `machine`; returns the file."""
+    path = _choices()
+    known = _read(path)
+    known.setdefault(env, {}).setdefault(machine, {})[str(n_envs)] = dict(choice)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(known, indent=1) + "\n")
+    temporary.replace(path)
+    return path
+
+
+def recall(env: str, machine: str, n_envs: int) -> dict[str, Any] | None:
+    """What `remember` kept, or None; a damaged file is no file."""
+    found = _read(_choices()).get(env, {}).get(machine, {}).get(str(n_envs))
+    return found if isinstance(found, dict) and found.get("vectorization") in get_args(Vectorization) else None
+
+
+def _choices() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastppo" / "vectorization.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
 
 
 def measure(

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from fastppo.envs.api import Transitions
 from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.serial import Outcome, SerialVectorEnv
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _Array = np.ndarray[Any, Any]
-_Outcome = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
 
 
 class HostEnv:
@@ -58,7 +58,7 @@ class HostEnv:
         self._ended = np.zeros(self.n_envs, bool)
         self._final = np.zeros((self.n_envs, *self.obs_spec.shape), self.obs_spec.source_dtype)
         self.final_obs = torch.from_numpy(self._final)
-        self._out: list[_Outcome] = [() for _ in self.groups]  # type: ignore[misc]
+        self._out: list[Outcome] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked = self._broken = False
 
     def reset(self, seed: np.random.SeedSequence) -> Tensor:
@@ -67,7 +67,7 @@ class HostEnv:
         # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
         rng = np.random.default_rng(seed)
         seeds = rng.choice(2**31 - 1, self.n_envs, replace=False)
-        if isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv, PoolVectorEnv)):
+        if isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv, SerialVectorEnv, PoolVectorEnv)):
             obs, _ = self.venv.reset(seed=seeds.tolist())
         else:
             obs = self._reset_foreign(seeds)

@@ -25,6 +25,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fastppo.envs.serial import Outcome, Share, layout, outcome, seeds
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
@@ -36,15 +37,7 @@ class _Shared:
     """Arrays in memory that both sides map; passed to a worker as it starts."""
 
     def __init__(self, ctx: Any, n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> None:  # noqa: ANN401
-        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-            "obs": ((n, *_shape(obs)), obs.dtype),
-            "final_obs": ((n, *_shape(obs)), obs.dtype),
-            "actions": ((n, *_shape(action)), action.dtype),
-            "rewards": ((n,), np.float64),
-            "terminated": ((n,), np.bool_),
-            "truncated": ((n,), np.bool_),
-            "seeds": ((n,), np.int64),
-        }
+        shapes = layout(n, obs, action)
         self._shapes = shapes
         self._raw = {
             name: ctx.RawArray("b", max(1, int(np.prod(shape)) * np.dtype(dtype).itemsize))
@@ -57,12 +50,6 @@ class _Shared:
             name: np.frombuffer(self._raw[name], dtype, count=int(np.prod(shape))).reshape(shape)
             for name, (shape, dtype) in self._shapes.items()
         }
-
-
-def _shape(space: gym.Space[Any]) -> tuple[int, ...]:
-    if space.shape is None or space.dtype is None:
-        raise EnvError(f"the pool shares arrays; {type(space).__name__} is none: wrap it in FlattenObservation.")
-    return tuple(space.shape)
 
 
 class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
@@ -134,21 +121,14 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: an environment failed.
         """
-        if options:
-            raise ConfigError(f"options={options}: the pool resets whole, without options.")
-        seeds: Sequence[int | None]
-        if isinstance(seed, Sequence):
-            seeds = seed
-        else:
-            seeds = [None if seed is None else seed + i for i in range(self.num_envs)]
-        self._arrays["seeds"][:] = [-1 if s is None else s for s in seeds]
+        self._arrays["seeds"][:] = seeds(seed, self.num_envs, options)
         for g in range(len(self.groups)):
             self._order(_RESET, g)
         for g in range(len(self.groups)):
             self._finish(g)
         return self._arrays["obs"].copy(), {}
 
-    def step(self, actions: _Array) -> tuple[_Array, _Array, _Array, _Array, dict[str, Any]]:
+    def step(self, actions: _Array) -> Outcome:
         """Step every environment.
 
         Raises:
@@ -158,7 +138,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             self.send(g, actions[at])
         for g in range(len(self.groups)):
             self._finish(g)
-        obs, rewards, terminated, truncated, infos = self._results(slice(0, self.num_envs))
+        obs, rewards, terminated, truncated, infos = outcome(self._arrays, slice(0, self.num_envs))
         return obs.copy(), rewards.copy(), terminated.copy(), truncated.copy(), infos
 
     def send(self, group: int, actions: _Array) -> None:
@@ -166,24 +146,18 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._arrays["actions"][self.groups[group]] = actions
         self._order(_STEP, group)
 
-    def wait(self, group: int) -> tuple[_Array, _Array, _Array, _Array, dict[str, Any]]:
+    def wait(self, group: int) -> Outcome:
         """End it. The arrays are the shared ones: the group's next step overwrites them.
 
         Raises:
             EnvError: an environment failed, or a worker died.
         """
         self._finish(group)
-        return self._results(self.groups[group])
+        return outcome(self._arrays, self.groups[group])
 
     def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
         """End the workers."""
         self._finalizer()
-
-    def _results(self, at: slice) -> tuple[_Array, _Array, _Array, _Array, dict[str, Any]]:
-        a = self._arrays
-        done = a["terminated"][at] | a["truncated"][at]
-        infos = {"final_obs": a["final_obs"][at].copy(), "_final_obs": done} if done.any() else {}
-        return a["obs"][at], a["rewards"][at], a["terminated"][at], a["truncated"][at], infos
 
     def _order(self, what: int, group: int) -> None:
         for worker in self._workers:
@@ -302,15 +276,15 @@ def _work(
     """A worker's life: make its environments, then follow orders until told to close or left alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
     parent = os.getppid()
-    current = [-1, "make"]
     a = shared.arrays()
     envs: dict[int, gym.Env[Any, Any]] = {}
+    making, share, doing = -1, None, "its construction"
     try:
         import cloudpickle
 
-        for i, make in cloudpickle.loads(pickled).items():
-            current[:] = i, "its construction"
-            envs[i] = make()
+        for making, make in cloudpickle.loads(pickled).items():
+            envs[making] = make()
+        shares = [Share([envs[i] for i in range(part.start, part.stop)], a, part) for part in parts]
         for semaphore in done:
             semaphore.release()
         at = 0
@@ -322,30 +296,17 @@ def _work(
             what, group, at = ring[slot], ring[slot + 1], at + 1
             if what == _CLOSE:
                 return
-            for i in range(parts[group].start, parts[group].stop):
-                current[:] = i, "reset" if what == _RESET else "step"
-                if what == _RESET:
-                    seed = int(a["seeds"][i])
-                    a["obs"][i], _ = envs[i].reset(seed=None if seed < 0 else seed)
-                else:
-                    _step(envs[i], i, a)
+            share, doing = shares[group], "reset" if what == _RESET else "step"
+            share.reset() if what == _RESET else share.step()
             done[group].release()
     except Exception as error:
         failed.value = 1
+        which = making if share is None else parts[group].start + share.at
         text = "".join(traceback.format_exception(error))
-        reports.send((f"environment {current[0]} failed in {current[1]}: {type(error).__name__}: {error}", text))
+        reports.send((f"environment {which} failed in {doing}: {type(error).__name__}: {error}", text))
         for semaphore in done:  # nobody must wait for what will not come
             semaphore.release()
     finally:
         for env in envs.values():
             with contextlib.suppress(Exception):
                 env.close()
-
-
-def _step(env: gym.Env[Any, Any], i: int, a: dict[str, _Array]) -> None:
-    obs, reward, terminated, truncated, _ = env.step(a["actions"][i].copy())  # the environment may keep it
-    a["rewards"][i], a["terminated"][i], a["truncated"][i] = reward, terminated, truncated
-    if terminated or truncated:
-        a["final_obs"][i] = obs
-        obs, _ = env.reset()
-    a["obs"][i] = obs

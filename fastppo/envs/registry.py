@@ -17,6 +17,7 @@ from fastppo.envs import choose, single
 from fastppo.envs.choose import Vectorization
 from fastppo.envs.host import HostEnv
 from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.serial import SerialVectorEnv
 from fastppo.envs.single import EnvFactory
 from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
@@ -158,7 +159,7 @@ def _make(
         return _envpool(found.factory, n_envs, found.atari, seed)
     factories = [found.factory] * n_envs
     if vectorization == "sync":
-        return SyncVectorEnv(factories, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+        return SerialVectorEnv(factories)
     if vectorization == "pool":
         return PoolVectorEnv(factories, n_workers=n_workers, n_groups=n_groups, start_method=_start_method())
     return AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)

@@ -1,7 +1,7 @@
 """Acting: the action of each environment, written into the rollout's row, at the lowest cost this policy allows.
 
-Values, log-probabilities and distribution parameters of a rollout are not needed to act. Where policy and value have
-layers of their own they are computed afterwards, for all rows at once.
+Values and log-probabilities of a rollout are not needed to act. Where policy and value have layers of their own they
+are computed afterwards, for all rows at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Actor(Protocol):
     """Acts for one group of environments.
 
     Attributes:
-        complete: whether `act` fills log-probabilities, parameters and values too, or actions alone.
+        complete: whether `act` fills log-probabilities and values too, or actions and parameters alone.
     """
 
     complete: bool
@@ -69,16 +69,14 @@ def make_actor(policy: Policy, decisions: Decisions) -> Actor:
 
 
 def complete(policy: Policy, d: Decisions) -> None:
-    """Fill log-probabilities, parameters and values of a whole rollout from its observations and actions."""
+    """Fill log-probabilities and values of a whole rollout from its observations, parameters and actions."""
     steps, n = d.noise.shape[:2]
     chunk = max(1, _CHUNK // n)
     for t in range(0, steps, chunk):
         rows = slice(t, min(t + chunk, steps))
-        with torch.no_grad():
-            params, values = policy(d.obs[rows].flatten(0, 1))
-            d.logprobs[rows] = policy.distribution.log_prob(params, d.actions[rows].flatten(0, 1)).view(-1, n)
-            d.params[rows] = params.view(-1, n, params.shape[-1])
-            d.values[rows] = values.view(-1, n)
+        params, actions = d.params[rows].flatten(0, 1), d.actions[rows].flatten(0, 1)
+        d.logprobs[rows] = policy.distribution.log_prob(params, actions).view(-1, n)
+        d.values[rows] = policy.value(d.obs[rows].flatten(0, 1)).view(-1, n)
 
 
 class _ModuleActor:
@@ -124,7 +122,9 @@ class _NumpyActor:
         self._policy = policy
         obs = decisions.obs.numpy()
         self._obs = obs.reshape(steps + 1, n, -1) if obs.ndim != 3 else obs
-        self._noise, self._actions = decisions.noise.numpy(), decisions.actions.numpy()
+        self._noise, self._actions, self._params = (
+            x.numpy() for x in (decisions.noise, decisions.actions, decisions.params)
+        )
         self._layers = layers
         self._outs = [np.empty((n, layer.out_features), np.float32) for layer in layers]
         relu = any(isinstance(layer, nn.ReLU) for layer in policy.network.modules())
@@ -142,6 +142,7 @@ class _NumpyActor:
             self._std: _Array | None = None
             if self._log_std is not None:
                 self._std = bound_log_std(self._log_std).exp().numpy()
+                self._params[..., len(self._std) :] = self._log_std.numpy()
         normalizer = self._policy.encoder.normalizer
         self._moments = None
         if normalizer is not None:
@@ -149,7 +150,7 @@ class _NumpyActor:
             self._moments = mean.reshape(-1), scale.reshape(-1), normalizer.clip
 
     def act(self, t: int) -> None:
-        """Fill actions[t] from obs[t] and noise[t]."""
+        """Fill params[t] and actions[t] from obs[t] and noise[t]."""
         x = self._obs[t]
         if self._moments is not None:
             mean, scale, clip = self._moments
@@ -162,6 +163,7 @@ class _NumpyActor:
             if i < last:
                 self._activate(out, out=out)
             x = out
+        self._params[t, :, : x.shape[1]] = x
         if self._std is not None:
             action = self._actions[t]
             np.multiply(self._noise[t], self._std, out=action)

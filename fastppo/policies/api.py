@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastppo.errors import ConfigError
 from fastppo.functional.distributions import Distribution
+from fastppo.policies.mlp import MLP
 from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.spaces import ObsSpec
 
@@ -103,6 +104,8 @@ class Policy(nn.Module):
     @torch.no_grad()
     def value(self, obs: Tensor) -> Tensor:
         """V of each row of obs, [B]."""
+        if type(self.network) is MLP:  # which need not ask its policy
+            return self.network.value(self.encoder(obs))
         values: Tensor = self(obs)[1]
         return values
 

@@ -89,3 +89,8 @@ class MLP(nn.Module):
             self.actor(features if self.actor_trunk is None else self.actor_trunk(x)),
             self.critic(features).squeeze(-1),
         )
+
+    def value(self, x: Tensor) -> Tensor:
+        """The values [B] alone, as `forward` gives them."""
+        values: Tensor = self.critic(self.critic_trunk(x)).squeeze(-1)
+        return values

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import platform
+
 import numpy as np
+import threadpoolctl
 import torch
 
 from fastppo.errors import ConfigError
 
 _CORES = torch.get_num_threads()  # as torch found it: the machine's, or OMP_NUM_THREADS
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Each use of randomness has a stream of its own, so that more of one never shifts another
 _STREAMS = ("envs", "weights", "noise", "shuffle", "eval")
+
+
+def cpu_name() -> str:
+    """The processor's model."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        for line in file:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_name() -> str:
+    """What measurements on this machine may be kept under: the processor and how many cores this process may use."""
+    return f"{cpu_name()} x {_CORES}"
 
 
 def choose_device(name: str) -> torch.device:
@@ -33,10 +53,34 @@ def choose_device(name: str) -> torch.device:
 def choose_threads(work: int) -> int:
     """CPU threads for minibatches of `work` = rows x parameters: one where sharing costs more than it gains.
 
-    Measured on two cores with 9k parameters (benchmarks/update.py): 128 rows 0.37 ms with one thread, 0.47 with two;
-    512 rows 0.85 and 1.0; 2048 rows 3.2 and 2.9; 16384 rows 30 and 17.
+    Measured on two cores with 9k parameters (benchmarks/update.py): 512 rows 0.87 ms with one thread, 0.80 with two;
+    1024 rows 1.45 and 1.14; 2048 rows 3.0 and 2.0; 16384 rows 25 and 15.
     """
-    return _CORES if work >= 10_000_000 else 1
+    return _CORES if work >= 9_000_000 else 1
+
+
+def set_threads(torch_threads: int) -> None:
+    """Give torch that many threads, and numpy's BLAS one.
+
+    Products of acting are too small to share, and a BLAS helper that waits for its next part spins, taking a core from
+    environments and from torch: with two cores and n_envs=512, training is 1.3 times as fast without it
+    (vectorization native; pool 1.7).
+    """
+    torch.set_num_threads(torch_threads)
+    threadpoolctl.threadpool_limits(1, user_api="blas")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large blocks that are freed, instead of handing them back and asking for them again.
+
+    An update allocates and frees the same activations in every minibatch. With glibc's defaults each of them is fresh
+    from the kernel, zeroed page by page: on two cores a minibatch of 16384 rows takes 19 ms, and 15 without that
+    (benchmarks/update.py). Where there is no glibc nothing is done.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)  # the most that glibc takes
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def seed_stream(seed: int, use: str) -> np.random.SeedSequence:

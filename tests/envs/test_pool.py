@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from fastppo import Config, Trainer
 from fastppo.envs.choose import choose
 from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.serial import SerialVectorEnv
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, short
 
@@ -33,9 +34,10 @@ def steps(pool, count):
         pool.step(np.zeros(pool.num_envs, np.int64))
 
 
-@pytest.mark.parametrize(("n_workers", "n_groups"), [(1, 1), (2, 1), (3, 1), (2, 2)])
-def test_as_a_gymnasium_vector_env_it_equals_sync(n_workers, n_groups):
-    pool = PoolVectorEnv([cartpole] * 7, n_workers=n_workers, n_groups=n_groups)
+@pytest.mark.parametrize(("n_workers", "n_groups"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2)])
+def test_as_a_gymnasium_vector_env_it_equals_gymnasiums_sync(n_workers, n_groups):
+    makers = [cartpole] * 7
+    pool = PoolVectorEnv(makers, n_workers=n_workers, n_groups=n_groups) if n_workers else SerialVectorEnv(makers)
     sync = SyncVectorEnv([cartpole] * 7, autoreset_mode=AutoresetMode.SAME_STEP)
     rng = np.random.default_rng(0)
     try:
@@ -49,7 +51,7 @@ def test_as_a_gymnasium_vector_env_it_equals_sync(n_workers, n_groups):
                 assert np.array_equal(ours[4]["final_obs"][i], theirs[4]["final_obs"][i])
                 ends += 1
         assert ends > 20
-        assert pool.n_workers == min(n_workers, 7 // n_groups)
+        assert not n_workers or pool.n_workers == min(n_workers, 7 // n_groups)
     finally:
         pool.close()
         sync.close()
@@ -127,3 +129,31 @@ def test_auto_takes_the_fastest_with_margins_and_says_the_figures(speeds, best):
     assert choice == best
     assert f"sync {speeds['sync']:,.0f}" in reason
     assert "n_envs=8" in reason
+
+
+class Odd(Counter):
+    """Rewards as arrays of one number; observations of another shape from the first reset on, if asked."""
+
+    shape = (2,)
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, np.array([reward]), *rest
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        return np.resize(obs, self.shape), info
+
+
+def test_one_process_takes_rewards_as_arrays_and_names_what_fails():
+    env = SerialVectorEnv([Odd, Odd])
+    env.reset(seed=0)
+    assert env.step(np.zeros(2, np.int64))[1].tolist() == [1.1, 1.1]
+    env.envs[1].shape = (1,)
+    with pytest.raises(EnvError, match=r"shape \(1,\); its space says \(2,\)"):
+        env.reset()
+    failing = SerialVectorEnv([Counter, Failing])
+    failing.reset(seed=0)
+    with pytest.raises(ValueError, match="the wheel fell off") as caught:
+        steps(failing, 5)
+    assert caught.value.__notes__ == ["in environment 1's step"]

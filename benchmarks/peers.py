@@ -1,0 +1,221 @@
+"""Training speed beside stable-baselines3 and rlox at one setting: interleaved pairs of fresh processes.
+
+    python -m benchmarks.peers --output benchmarks/results/peers_2core-cpu_2026-11-21.json
+    python -m benchmarks.peers --show benchmarks/results/peers_2core-cpu_2026-11-21.json
+
+Matched: CartPole-v1, T=128, 4 epochs, 4 minibatches, two 64x64 tanh networks, orthogonal initial weights, float32, Adam
+with the same step size, annealed linearly, the same coefficients, no value clipping, the same number of updates.
+
+Timed: whole training iterations (rollout, advantages, update, the program's own bookkeeping) after the first
+`WARM_UP`; real environment steps over their seconds. `total` counts from the start of the process, imports and
+compilation included. A round measures each program once, each in a process of its own, in alternating order; a ratio
+is taken within a round, and the median over rounds is quoted with its range. The others run with torch's own number
+of threads or with one, whichever was faster in a trial before the rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+WARM_UP = 2
+T, EPOCHS, MINIBATCHES = 128, 4, 4
+ITERATIONS = {4: 120, 64: 40, 512: 10}
+OURS = {"native": ("native", False), "sync": ("sync", False), "pool": ("pool", False), "pool, halves": ("pool", True)}
+# What the project set out for: ratio to stable-baselines3, and to rlox
+TARGETS = {
+    (4, "sync"): (5.0, 3.5),
+    (64, "native"): (4.5, 2.2),
+    (64, "sync"): (2.5, None),
+    (64, "pool"): (3.5, None),
+    (512, "native"): (5.0, 2.0),
+}
+
+
+@dataclasses.dataclass
+class Options:
+    """Speed beside stable-baselines3 and rlox."""
+
+    n_envs: Annotated[list[int], tyro.conf.arg(metavar="INT...")] = dataclasses.field(
+        default_factory=lambda: [4, 64, 512]
+    )
+    """Numbers of environments, of 4, 64 and 512."""
+    rounds: int = 5
+    """Measurements of each."""
+    output: Path | None = None
+    """JSON file for the results."""
+    show: Path | None = None
+    """Measure nothing: print the table of this file."""
+    one: str | None = None
+    """Measure one program in this process: its name, n_envs and threads, as JSON."""
+
+
+def main(options: Options) -> None:
+    if options.one is not None:
+        print(json.dumps(measure_here(**json.loads(options.one))))
+    elif options.show is not None:
+        print(markdown(json.loads(options.show.read_text())))
+    else:
+        result = compare(options.n_envs, options.rounds)
+        print(markdown(result))
+        print(json.dumps(result))
+        if options.output:
+            options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def compare(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
+    from fastppo.run_dir import surroundings
+
+    runs: list[dict[str, Any]] = []
+    for n in sizes:
+        ours = [f"fastppo {name}" for name in OURS if n > 4 or not name.startswith("pool")]
+        threads = {name: _better_threads(name, n) for name in ("stable-baselines3", "rlox")}
+        for name in ours:  # fills the compiler's cache on disk
+            _measure(name, n, None)
+        for i in range(rounds):
+            everyone = [*threads, *ours]
+            for name in everyone if i % 2 == 0 else reversed(everyone):
+                runs.append({"round": i, **_measure(name, n, threads.get(name))})
+                print(f"n_envs {n}  round {i}  {name:22} {runs[-1]['sps']:9,.0f} steps/s", flush=True)
+    import torch
+
+    about = surroundings(torch.device("cpu"))
+    kept = {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit")}
+    setting = {"env_id": "CartPole-v1", "n_steps": T, "update_epochs": EPOCHS, "n_minibatches": MINIBATCHES}
+    return {"setting": setting, "iterations": ITERATIONS, "warm_up": WARM_UP, "runs": runs, **kept}
+
+
+def _better_threads(name: str, n: int) -> int | None:
+    trials = {threads: _measure(name, n, threads)["sps"] for threads in (None, 1)}
+    print(f"n_envs {n}  {name}: torch's threads {trials[None]:,.0f}, one thread {trials[1]:,.0f} steps/s", flush=True)
+    return 1 if trials[1] > trials[None] else None
+
+
+def _measure(name: str, n: int, threads: int | None) -> dict[str, Any]:
+    task = json.dumps({"name": name, "n": n, "threads": threads, "started": time.time()})
+    command = [sys.executable, "-m", "benchmarks.peers", "--one", task]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def measure_here(name: str, n: int, threads: int | None, started: float) -> dict[str, Any]:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    iterations = ITERATIONS[n]
+    train = {"stable-baselines3": _stable_baselines3, "rlox": _rlox}.get(name, _fastppo)
+    # a wish for warnings must not slow anybody down
+    ticks = train(name, n, iterations)
+    steps = T * n
+    seconds = ticks[-1] - ticks[WARM_UP - 1]
+    return {
+        "name": name,
+        "n_envs": n,
+        "threads": torch.get_num_threads(),
+        "sps": steps * (iterations - WARM_UP) / seconds,
+        "sps_total": steps * iterations / (ticks[-1] - started),
+    }
+
+
+def _fastppo(name: str, n: int, iterations: int) -> list[float]:
+    from fastppo import Config, Trainer
+
+    vectorization, halves = OURS[name.removeprefix("fastppo ")]
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(
+            n_envs=n,
+            n_steps=T,
+            update_epochs=EPOCHS,
+            n_minibatches=MINIBATCHES,
+            total_timesteps=n * T * iterations,
+            value_clip="off",
+            vectorization=vectorization,  # type: ignore[arg-type]
+            half_batches=halves,
+            compile="on",
+            run_dir=Path(folder) / "run",
+        )
+        return [time.time() for _ in Trainer(config).iterations()]
+
+
+def _stable_baselines3(_: str, n: int, iterations: int) -> list[float]:
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+
+    ticks: list[float] = []
+
+    class Ticks(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            ticks.append(time.time())
+
+        def _on_step(self) -> bool:
+            return True
+
+    PPO(
+        "MlpPolicy",
+        make_vec_env("CartPole-v1", n_envs=n, seed=1),
+        n_steps=T,
+        batch_size=n * T // MINIBATCHES,
+        n_epochs=EPOCHS,
+        learning_rate=lambda left: 2.5e-4 * left,
+        ent_coef=0.01,
+        vf_coef=0.25,  # its value loss is not halved
+        clip_range=0.2,
+        seed=1,
+        device="cpu",
+    ).learn(n * T * iterations, callback=Ticks())
+    return [*ticks[1:], time.time()]
+
+
+def _rlox(_: str, n: int, iterations: int) -> list[float]:
+    from rlox.algorithms.ppo import PPO
+    from rlox.callbacks import Callback
+
+    ticks: list[float] = []
+
+    class Ticks(Callback):
+        def on_step(self, **_: Any) -> bool:
+            ticks.append(time.time())
+            return True
+
+    setting = {"n_steps": T, "n_epochs": EPOCHS, "batch_size": n * T // MINIBATCHES, "clip_vloss": False}
+    PPO("CartPole-v1", n_envs=n, seed=1, callbacks=[Ticks()], **setting).train(n * T * iterations)
+    return ticks
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """README's table."""
+    lines = ["| n_envs | program | steps/s | vs stable-baselines3 | vs rlox |", "|---|---|---|---|---|"]
+    sizes = sorted({run["n_envs"] for run in result["runs"]})
+    for n in sizes:
+        sps: dict[str, dict[int, float]] = {}
+        for run in result["runs"]:
+            if run["n_envs"] == n:
+                sps.setdefault(run["name"], {})[run["round"]] = run["sps"]
+        for name, by_round in sps.items():
+            cells = [str(n), name, f"{statistics.median(by_round.values()):,.0f}"]
+            targets = TARGETS.get((n, name.removeprefix("fastppo ")), (None, None))
+            for other, target in zip(("stable-baselines3", "rlox"), targets, strict=True):
+                ratios = sorted(x / sps[other][i] for i, x in by_round.items())
+                cell = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}-{ratios[-1]:.1f})"
+                aim = f", aim {target}" if target else ""
+                cells.append(cell + aim if name.startswith("fastppo") else "")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    main(tyro.cli(Options))

@@ -1,0 +1,124 @@
+"""fastppo bench: real points in processes of their own, failures as rows, words that follow from the figures."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastppo import bench_report
+from fastppo.bench import PARTS, Point, best_by_n_envs, verdict
+from fastppo.cli import main
+from fastppo.envs import choose
+
+SHARES = {"env": 0.2, "act": 0.1, "store": 0.02, "advantages": 0.01, "update": 0.6, "log": 0.02}
+
+
+def point(n_envs=64, vectorization="sync", sps=1000.0, **changes):
+    values = {"sps_low": sps * 0.9, "sps_high": sps * 1.1, "phases": SHARES, "config": {"threads": 1, "n_steps": 8}}
+    values |= {"ceilings": {"env": sps / 0.2, "act": sps / 0.1, "update": sps / 0.6}}
+    values["config"] |= dict.fromkeys(bench_report._SHOWN)
+    return Point(n_envs, vectorization, sps=sps, **values | changes)
+
+
+def test_a_gain_is_amdahls_law():
+    p = point()
+    assert p.gain("update") == pytest.approx(1 / 0.7 - 1)
+    assert p.gain("env") == pytest.approx(1 / 0.9 - 1)
+
+
+def test_where_acting_and_stepping_overlap_a_faster_environment_saves_the_wait():
+    # alone the environments would take half an iteration, 0.1 of which is left to wait for: all of that may go
+    ceilings = {"env": 2000.0, "act": 1e4, "update": 2e3}
+    hidden = point(overlapped=True, phases=SHARES | {"env": 0.1}, ceilings=ceilings)
+    assert hidden.gain("env") == pytest.approx(1 / 0.9 - 1)
+    # nothing was hidden: as without overlap
+    assert point(overlapped=True).gain("env") == pytest.approx(1 / 0.9 - 1)
+
+
+def test_the_verdict_names_the_largest_part_the_next_n_envs_and_what_is_faster():
+    points = [point(64), point(512, sps=1300.0), point(64, "pool", sps=1100.0), Point(8, "native", failure="no such")]
+    text = verdict(points[0], points)
+    assert text.startswith("update-bound (60% of the time): twice as fast, the update would give +43%")
+    assert "the environments +11%" in text
+    assert "n_envs 64 -> 512 gives +30%" in text
+    assert "pool gives +10%" in text
+    assert "->" not in verdict(points[1], points)
+    assert verdict(points[3], points) == "no such"
+    env_bound = point(phases=SHARES | {"env": 0.7, "update": 0.1})
+    assert verdict(env_bound, [env_bound]).startswith("env-bound (70% of the time)")
+    assert {n: p.vectorization for n, p in best_by_n_envs(points).items()} == {64: "pool", 512: "sync"}
+
+
+def test_files_hold_every_point_and_the_page_needs_no_network(tmp_path):
+    points = [point(), Point(8, "native", failure="killed by signal 9 (out of memory?)")]
+    about = {"device_name": "a machine", "cpu_count": 2, "platform": "here"}
+    page = bench_report.write_files(tmp_path, "Env<b>-v0", points, about).read_text()
+    assert "Env&lt;b&gt;-v0" in page
+    assert "out of memory?" in page
+    assert 'src="http' not in page
+    assert "Plotly.newPlot" in page
+    rows = list(csv.DictReader((tmp_path / "bench.csv").read_text().splitlines()))
+    assert [row["failure"] for row in rows] == ["", "killed by signal 9 (out of memory?)"]
+    assert float(rows[0]["share_update"]) == 0.6
+    assert json.loads((tmp_path / "bench.json").read_text())["points"][0]["sps"] == 1000.0
+    # nothing but failures is a page too
+    assert "out of memory?" in bench_report.write_files(tmp_path, "Env-v0", points[1:], about).read_text()
+
+
+def test_a_real_bench_saves_what_auto_takes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ["bench", "--env-id", "Acrobot-v1", "--n-envs", "2", "--vectorization", "sync", "native", "--n-steps"]
+    arguments += ["16", "--seconds", "0.2", "--compile", "off", "--save", "--run-dir", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "failed: vectorization=native: Acrobot-v1 has no vector version" in said
+    assert "fastest: n_envs 2, sync" in said
+    good, failed = json.loads((tmp_path / "out" / "bench.json").read_text())["points"]
+    assert failed["failure"]
+    assert good["iterations"] >= 5
+    assert good["sps_low"] <= good["sps"] <= good["sps_high"]
+    assert 0.8 < sum(good["phases"].values()) <= 1.0
+    assert all(good["ceilings"][part] > good["sps"] for part in PARTS), "alone, each part is faster than all together"
+    assert good["config"]["n_envs"] == 2
+    assert good["memory_mb"] > 50
+    train = ["train", "--env-id", "Acrobot-v1", "--n-envs", "2", "--vectorization", "auto", "--n-steps", "8"]
+    assert main([*train, "--total-timesteps", "16", "--n-minibatches", "1", "--run-dir", str(tmp_path / "run")]) == 0
+    notes = json.loads((tmp_path / "run" / "run.json").read_text())["notes"]
+    assert notes[0].startswith("vectorization sync: fastest by fastppo bench on ")
+
+
+def test_a_process_that_dies_is_a_row(tmp_path):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal, gymnasium\n"
+        "class Deadly(gymnasium.Env):\n"
+        "    observation_space = gymnasium.spaces.Box(-1, 1, (2,))\n"
+        "    action_space = gymnasium.spaces.Discrete(2)\n"
+        "    steps = 0\n"
+        "    def reset(self, seed=None, options=None): return self.observation_space.sample(), {}\n"
+        "    def step(self, action):\n"
+        "        self.steps += 1\n"
+        "        if self.steps > 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return self.observation_space.sample(), 0.0, False, False, {}\n"
+        "gymnasium.register('Deadly-v0', entry_point=Deadly)\n"
+    )
+    command = [sys.executable, "-m", "fastppo", "bench", "--env-id", "deadly:Deadly-v0", "--n-envs", "1"]
+    command += ["--vectorization", "sync", "--compile", "off", "--run-dir", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "failed: killed by signal 9" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_file_of_choices_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert choose.recall("Env-v0", "here", 8) is None
+    path = choose.remember("Env-v0", "here", 8, {"vectorization": "pool", "reason": "why"})
+    choose.remember("Env-v0", "there", 8, {"vectorization": "native", "reason": "why"})
+    assert choose.recall("Env-v0", "here", 8)["vectorization"] == "pool"
+    assert choose.recall("Env-v0", "here", 9) is None
+    path.write_text("{")
+    assert choose.recall("Env-v0", "here", 8) is None
+    path.write_text('{"Env-v0": {"here": {"8": {"vectorization": "teleport"}}}}')
+    assert choose.recall("Env-v0", "here", 8) is None
