@@ -1,7 +1,7 @@
 """Training speed beside stable-baselines3 and rlox at one setting: interleaved pairs of fresh processes.
 
     python -m benchmarks.peers --output benchmarks/results/peers_2core-cpu_2026-11-21.json
-    python -m benchmarks.peers --show benchmarks/results/peers_2core-cpu_2026-11-21.json
+    python -m benchmarks.peers --show benchmarks/results/peers_2core-cpu_2026-11-21.json --plot peers.svg
 
 Matched: CartPole-v1, T=128, 4 epochs, 4 minibatches, two 64x64 tanh networks, orthogonal initial weights, float32, Adam
 with the same step size, annealed linearly, the same coefficients, no value clipping, the same number of updates.
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -57,6 +56,8 @@ class Options:
     """JSON file for the results."""
     show: Path | None = None
     """Measure nothing: print the table of this file."""
+    plot: Path | None = None
+    """With --show: draw it into this file."""
     one: str | None = None
     """Measure one program in this process: its name, n_envs and threads, as JSON."""
 
@@ -65,7 +66,10 @@ def main(options: Options) -> None:
     if options.one is not None:
         print(json.dumps(measure_here(**json.loads(options.one))))
     elif options.show is not None:
-        print(markdown(json.loads(options.show.read_text())))
+        result = json.loads(options.show.read_text())
+        print(markdown(result))
+        if options.plot:
+            plot(result, options.plot)
     else:
         result = compare(options.n_envs, options.rounds)
         print(markdown(result))
@@ -116,7 +120,6 @@ def measure_here(name: str, n: int, threads: int | None, started: float) -> dict
         torch.set_num_threads(threads)
     iterations = ITERATIONS[n]
     train = {"stable-baselines3": _stable_baselines3, "rlox": _rlox}.get(name, _fastppo)
-    # a wish for warnings must not slow anybody down
     ticks = train(name, n, iterations)
     steps = T * n
     seconds = ticks[-1] - ticks[WARM_UP - 1]
@@ -195,15 +198,18 @@ def _rlox(_: str, n: int, iterations: int) -> list[float]:
     return ticks
 
 
+def speeds(result: dict[str, Any]) -> dict[int, dict[str, dict[int, float]]]:
+    """Steps per second by n_envs, program and round."""
+    found: dict[int, dict[str, dict[int, float]]] = {}
+    for run in sorted(result["runs"], key=lambda run: run["n_envs"]):
+        found.setdefault(run["n_envs"], {}).setdefault(run["name"], {})[run["round"]] = run["sps"]
+    return found
+
+
 def markdown(result: dict[str, Any]) -> str:
     """README's table."""
     lines = ["| n_envs | program | steps/s | vs stable-baselines3 | vs rlox |", "|---|---|---|---|---|"]
-    sizes = sorted({run["n_envs"] for run in result["runs"]})
-    for n in sizes:
-        sps: dict[str, dict[int, float]] = {}
-        for run in result["runs"]:
-            if run["n_envs"] == n:
-                sps.setdefault(run["name"], {})[run["round"]] = run["sps"]
+    for n, sps in speeds(result).items():
         for name, by_round in sps.items():
             cells = [str(n), name, f"{statistics.median(by_round.values()):,.0f}"]
             targets = TARGETS.get((n, name.removeprefix("fastppo ")), (None, None))
@@ -216,6 +222,26 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of steps per second, with the range over rounds; matplotlib comes with stable-baselines3."""
+    import matplotlib.pyplot as plt
+
+    found = speeds(result)
+    figure, axes = plt.subplots(1, len(found), figsize=(9, 3.2), layout="constrained")
+    colors = {"stable-baselines3": "#9d9da1", "rlox": "#c7a76c"}
+    for axis, (n, sps) in zip(axes, found.items(), strict=True):
+        names = list(sps)
+        middle = [statistics.median(sps[name].values()) / 1e3 for name in names]
+        low = [m - min(sps[name].values()) / 1e3 for m, name in zip(middle, names, strict=True)]
+        high = [max(sps[name].values()) / 1e3 - m for m, name in zip(middle, names, strict=True)]
+        axis.barh(names, middle, xerr=[low, high], color=[colors.get(name, "#4c78a8") for name in names])
+        axis.invert_yaxis()
+        axis.set_title(f"n_envs {n}", fontsize=10)
+        axis.set_xlabel("thousand steps per second")
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 if __name__ == "__main__":
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     main(tyro.cli(Options))

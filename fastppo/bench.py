@@ -50,6 +50,7 @@ class Point:
         compile_seconds: 0 where nothing was compiled.
         memory_mb: of the process and its workers at the end, shared pages counted once.
         peak_mb: highest of the training process alone.
+        planned_mb: what that was expected to be: as it was before, and the trainer's plan on top.
         config: every setting as it was resolved.
         notes: what the trainer chose and why.
     """
@@ -69,6 +70,7 @@ class Point:
     compile_seconds: float = 0.0
     memory_mb: float = 0.0
     peak_mb: float = 0.0
+    planned_mb: float = 0.0
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -156,6 +158,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
     """
     from fastppo.trainer import Trainer
 
+    before = _memory_of_all()
     with tempfile.TemporaryDirectory() as folder:
         compiled = "on" if config.compile == "auto" else config.compile
         plan = dataclasses.replace(config, compile=compiled, total_timesteps=_LONG, run_dir=Path(folder) / "run")
@@ -189,6 +192,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         setup_seconds=setup,
         compile_seconds=trainer.compile_seconds,
         memory_mb=memory,
+        planned_mb=before + trainer.memory.total / 2**20,
         peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         config=trainer.config.to_dict(),
         notes=trainer.notes,

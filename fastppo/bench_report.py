@@ -82,7 +82,7 @@ def _write_csv(path: Path, points: Sequence[Point]) -> None:
             row[name] = getattr(p, name)
         row |= {f"share_{phase}": share for phase, share in p.phases.items()}
         row |= {f"ceiling_{part}": sps for part, sps in p.ceilings.items()}
-        for name in ("setup_seconds", "compile_seconds", "memory_mb", "peak_mb"):
+        for name in ("setup_seconds", "compile_seconds", "memory_mb", "peak_mb", "planned_mb"):
             row[name] = getattr(p, name)
         rows.append(row | {"threads": p.config.get("threads"), "verdict": verdict(p, points)})
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -107,17 +107,19 @@ def page(title: str, points: Sequence[Point], about: Sequence[str]) -> str:
         figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"responsive": True, "displaylogo": False})
         for i, figure in enumerate(figures)
     ]
-    cells = ("n_envs", "how", "steps/s", *(f"{part} alone" for part in PARTS), "MB", "what limits it")
-    rows = [_row("th", cells)]
+    rows = [_row("th", ("n_envs", "how", "steps/s", *(f"{part} alone" for part in PARTS), "MB"))]
     for p in points:
-        head = (f"{p.n_envs:,}", p.vectorization)
-        if p.failure:
-            rows.append(_row("td", (*head, *["-"] * 5, f"failed: {p.failure}")))
-            continue
-        alone = (f"{p.ceilings[part]:,.0f}" for part in PARTS)
-        rows.append(_row("td", (*head, f"{p.sps:,.0f}", *alone, f"{p.memory_mb:,.0f}", verdict(p, points))))
+        alone = (f"{p.ceilings[part]:,.0f}" for part in PARTS) if not p.failure else ("-" for _ in PARTS)
+        figures_of = (f"{p.sps:,.0f}", *alone, f"{p.memory_mb:,.0f}") if not p.failure else ("failed", *alone, "-")
+        rows.append(_row("td", (f"{p.n_envs:,}", p.vectorization, *figures_of)))
+    said = "".join(
+        f"<li><b>n_envs {p.n_envs}, {html.escape(p.vectorization)}</b>: {html.escape(verdict(p, points))}</li>"
+        for p in points
+    )
     lines = "".join(f"<p>{html.escape(line)}</p>" for line in about)
-    return _PAGE.format(title=html.escape(title), about=lines, figures="".join(drawn), rows="".join(rows))
+    return _PAGE.format(
+        title=html.escape(title), about=lines, figures="".join(drawn), rows="".join(rows), verdicts=said
+    )
 
 
 def _speed(points: Sequence[Point]) -> go.Figure:
@@ -182,11 +184,12 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 0 auto; padding: 1rem; color: #222 }}
-h1 {{ font-size: 1.4rem }} p {{ margin: .3rem 0; color: #555; overflow-wrap: anywhere }}
-.table {{ overflow-x: auto }} table {{ border-collapse: collapse; margin: 1rem 0; min-width: 700px }}
+h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem }} p {{ margin: .3rem 0; color: #555; overflow-wrap: anywhere }}
+.table {{ overflow-x: auto }} table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
-td:nth-child(2), td:last-child, th:last-child, th:nth-child(2) {{ text-align: left }}
+td:nth-child(2), th:nth-child(2) {{ text-align: left }} li {{ margin: .4rem 0 }} ul {{ padding-left: 1.2rem }}
 </style></head><body>
 <h1>{title}</h1>{about}{figures}<div class="table"><table>{rows}</table></div>
+<h2>What limits each</h2><ul>{verdicts}</ul>
 </body></html>
 """

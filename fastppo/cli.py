@@ -218,6 +218,10 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     whole = sum(result.phases.values()) or 1.0
     shares = sorted(result.phases.items(), key=lambda item: -item[1])
     table.add_row("time went to", "  ".join(f"{name} {seconds / whole:.0%}" for name, seconds in shares))
+    compiled = (
+        f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "nothing"
+    )
+    table.add_row("threads", f"{config.threads} of torch; compiled {compiled}")
     table.add_row("run folder", str(result.run_dir))
     console.print(table)
     console.print(f"curves:  {_program('tensorboard')} --logdir {result.run_dir}", highlight=False, soft_wrap=True)

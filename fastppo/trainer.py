@@ -19,16 +19,18 @@ from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.envs.api import VecEnv
 from fastppo.envs.choose import env_key, recall
 from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
-from fastppo.errors import CheckpointError, ConfigError
+from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.gae import eager_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
+from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.metrics import Metrics, Stats
 from fastppo.policies.build import PolicySpec, default_network
 from fastppo.policies.flat import FlatParameters
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.rollout import Collector, Rollout
 from fastppo.run_dir import create_run_dir, surroundings, write_json
+from fastppo.runtime import accelerate
 from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
@@ -40,6 +42,7 @@ from fastppo.runtime.device import (
     seed_stream,
     set_threads,
 )
+from fastppo.runtime.preflight import free_memory
 from fastppo.runtime.signals import on_interrupt
 from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from fastppo.update import PPOUpdate
@@ -60,6 +63,7 @@ class Result:
         sps_total: steps per second, setting up included.
         seconds: of training.
         compile_seconds: spent on compiling, within setting up.
+        compilations: functions that were compiled, all of them before the first iteration.
         phases: seconds in each phase.
         run_dir: where it lies.
     """
@@ -74,6 +78,7 @@ class Result:
     sps_total: float
     seconds: float
     compile_seconds: float
+    compilations: int
     phases: dict[str, float]
     run_dir: Path
 
@@ -88,6 +93,7 @@ class Trainer:
         run_dir: where everything is written.
         metrics: episode statistics and the step counter.
         values: this iteration's scheduled coefficients.
+        memory: what it was planned to take.
         notes: what was chosen and why, and what the user should know of the environment.
         compile_seconds: spent on compiling.
         result: how it ended; None until then.
@@ -120,27 +126,30 @@ class Trainer:
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
         self.notes: list[str] = []
-        self.compile_seconds = 0.0
+        self.compile_seconds, self._compiled_before = 0.0, accelerate.compilations
         c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
         if c.vectorization == "auto":
             c = self._choose_vectorization(c, found)
         assert c.vectorization != "auto"
-        self.env: VecEnv = make_vec_env(
-            found,
-            _int(c.n_envs),
-            c.vectorization,
-            seed=int(seed_stream(c.seed, "envs").generate_state(1)[0] >> 1),
-            n_workers=c.workers,
-            half_batches=c.half_batches,
-        )
-        try:
-            self._build(c, policy)
+        with contextlib.ExitStack() as undo:
+            if found.vector is not None:
+                undo.callback(found.vector.close)
+            self._build_policy(c, found, policy)
+            self.memory = self._plan_memory(c, found)
+            self.env: VecEnv = make_vec_env(
+                found,
+                _int(c.n_envs),
+                c.vectorization,
+                seed=int(seed_stream(c.seed, "envs").generate_state(1)[0] >> 1),
+                n_workers=c.workers,
+                half_batches=c.half_batches,
+            )
+            undo.callback(self.env.close)
+            self._build_loop(c)
             self.run_dir = create_run_dir(c.run_dir, self.env_name, c.name, c.seed)
             self.config = self._compile(self.config, console)
             self._open_run(self.config, console)
-        except BaseException:
-            self.env.close()
-            raise
+            undo.pop_all()
 
     def _choose_vectorization(self, c: Config, found: Probe) -> Config:
         """What `fastppo bench --save` found on this machine, or else what a short measurement says."""
@@ -154,10 +163,10 @@ class Trainer:
         self.notes.append(why)
         return dataclasses.replace(c, vectorization=vectorization)
 
-    def _build(self, c: Config, network: nn.Module | None) -> None:
+    def _build_policy(self, c: Config, found: Probe, network: nn.Module | None) -> None:
         self.spec = PolicySpec(
-            obs=self.env.obs_spec,
-            action=self.env.action_spec,
+            obs=found.obs_spec,
+            action=found.action_spec,
             network="custom" if network is not None else "cnn" if c.network == "cnn" else "mlp",
             hidden_sizes=c.hidden_sizes,
             activation=c.activation,
@@ -169,7 +178,7 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
             torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
             self.policy = self.spec.build(network).to(self.device)
-        self.rewards = RewardNormalizer(self.env.n_envs, c.reward_clip).to(self.device) if c.normalize_rewards else None
+        self.rewards = RewardNormalizer(_int(c.n_envs), c.reward_clip).to(self.device) if c.normalize_rewards else None
         self.parts: dict[str, nn.Module] = {"policy": self.policy}
         if self.rewards is not None:
             self.parts["rewards"] = self.rewards
@@ -179,15 +188,22 @@ class Trainer:
                 name = f"{c.init_from} (trained on {about.get('env')})"
                 raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
             load_model(c.init_from, self.parts, optional=("rewards",))
-        parameters = FlatParameters(self.policy.network)
-        threads = c.threads or choose_threads(c.minibatch_size * parameters.vector.numel())
+        self._parameters = FlatParameters(self.policy.network)
+        threads = c.threads or choose_threads(c.minibatch_size * self._parameters.vector.numel())
         self.config = dataclasses.replace(c, threads=threads)
         set_threads(threads)
-        self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
-        self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
-        self.update = PPOUpdate(
+
+    def _plan_memory(self, c: Config, found: Probe) -> MemoryPlan:
+        def plan(n_envs: int) -> MemoryPlan:
+            shape = Shape(n_envs, found.obs_spec, found.action_spec)
+            return plan_memory(_int(c.n_steps), shape, lambda: self._make_update(c), gae_doubling)
+
+        return check_memory(plan, _int(c.n_envs), _int(c.n_steps), free_memory(self.device))
+
+    def _make_update(self, c: Config) -> PPOUpdate:
+        return PPOUpdate(
             policy=self.policy,
-            parameters=parameters,
+            parameters=self._parameters,
             generator=generator(c.seed, "shuffle", self.device),
             update_epochs=_int(c.update_epochs),
             n_minibatches=_int(c.n_minibatches),
@@ -196,6 +212,16 @@ class Trainer:
             normalize=c.normalize_advantages,
             kl_stop=c.kl_stop,
         )
+
+    def _build_loop(self, c: Config) -> None:
+        if self.env.obs_spec.shape != self.spec.obs.shape:
+            raise EnvError(
+                f"vectorization={c.vectorization}: its observations are {self.env.obs_spec.shape}, "
+                f"those of one environment {self.spec.obs.shape}; use sync or pool."
+            )
+        self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
+        self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
+        self.update = self._make_update(c)
         n_steps, n_envs = self.rollout.rewards.shape
         self.gae = eager_gae(n_steps, n_envs)
         self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
@@ -233,7 +259,10 @@ class Trainer:
     def _open_run(self, c: Config, console: Console | None) -> None:
         write_json(self.run_dir / "config.json", c.to_dict())
         self.notes += self.env.notes
-        write_json(self.run_dir / "run.json", surroundings(self.device) | {"notes": self.notes})
+        write_json(
+            self.run_dir / "run.json",
+            surroundings(self.device) | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory)},
+        )
         self.sinks: list[Sink] = [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
         self._console = console
         if console is not None:
@@ -335,6 +364,7 @@ class Trainer:
             sps_total=clock.sps_total,
             seconds=clock.seconds,
             compile_seconds=self.compile_seconds,
+            compilations=accelerate.compilations - self._compiled_before,
             phases=clock.phase_seconds(),
             run_dir=self.run_dir,
         )

@@ -134,7 +134,7 @@ class PPOUpdate:
         """
         if reason := self.policy.uncompilable():
             raise CompileError(reason)
-        data = self._fill(batch)
+        data = self.fill(batch)
         rows = torch.arange(len(batch.logprobs) // self.n_minibatches, device=self._sums.device)
         self._minibatch = compile_graph(self._minibatch_eagerly, self._arguments(data, rows, coefs))
 
@@ -142,7 +142,7 @@ class PPOUpdate:
         """Learn from `batch`, stopping early where the KL (k3) is not <= `kl_limit` (inf: never looked at)."""
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid))
-        data, n, watched = self._fill(batch), len(batch.logprobs), kl_limit != math.inf
+        data, n, watched = self.fill(batch), len(batch.logprobs), kl_limit != math.inf
         self._sums.zero_()
         self._limit.fill_(kl_limit if self.kl_stop == "minibatch" else math.inf)
         taken, epochs, stop_kl = 0, 0, None
@@ -167,7 +167,8 @@ class PPOUpdate:
         """One step on the rows [B] of `data`."""
         self._minibatch(*self._arguments(data, rows, coefs))
 
-    def _fill(self, batch: Batch) -> tuple[Tensor, ...]:
+    def fill(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Lay `batch` out for `minibatch`."""
         if self._rows is None:
             self._rows = Rows(batch)
         return self._rows.fill(batch)

@@ -17,6 +17,7 @@ FLOORS = {
     "runtime": 1,
     "rollout.py": 2,
     "update.py": 2,
+    "memory.py": 2,
     "metrics.py": 2,
     "sinks.py": 2,
     "run_dir.py": 2,
@@ -36,6 +37,8 @@ BESIDE = {
     ("spaces.py", "errors.py"),
     ("spaces.py", "functional"),
     ("metrics.py", "rollout.py"),
+    ("memory.py", "rollout.py"),
+    ("memory.py", "update.py"),
 }
 BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
 BESIDE |= {("bench_report.py", "bench.py"), ("cli.py", "bench.py"), ("cli.py", "bench_report.py")}

@@ -1,6 +1,7 @@
 """README's commands, flags and code are real."""
 
 import dataclasses
+import json
 import re
 import shlex
 import subprocess
@@ -62,6 +63,20 @@ def test_the_table_of_settings_gives_the_defaults():
         (row,) = [line for line in README.splitlines() if line.startswith(f"| `--{name.replace('_', '-')}`")]
         cells = [cell.strip() for cell in row.split("|")[2:5]]
         assert [float(cell) for cell in cells] == [CLEANRL[kind][name] for kind in ("discrete", "image", "continuous")]
+
+
+def test_the_table_of_peers_is_that_of_the_committed_measurements():
+    from benchmarks.peers import markdown
+
+    latest = max((ROOT / "benchmarks" / "results").glob("peers_2core-cpu_*.json"))
+    assert markdown(json.loads(latest.read_text())) in README
+
+
+def test_files_that_the_readmes_name_exist():
+    for folder in (ROOT, ROOT / "benchmarks"):
+        text = (folder / "README.md").read_text()
+        for name in re.findall(r"(?:benchmarks/)?results/[\w.-]+\.(?:json|svg|png)", text):
+            assert (ROOT / "benchmarks" / name.removeprefix("benchmarks/")).exists(), name
 
 
 def test_the_settings_file_is_valid(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from torch import nn
 from fastppo import Config, Trainer, evaluate, load_policy
 from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.losses import DIAGNOSTICS
+from fastppo.runtime import accelerate
 from tests.worlds import Counter, Spaces, short
 
 TIMES = ("time/", "charts/SPS", "charts/sps", "seconds")
@@ -499,3 +501,36 @@ def test_a_start_from_another_kind_of_policy_is_refused(tmp_path, changes, messa
     with pytest.raises(CheckpointError, match=message):
         Trainer(short(tmp_path, init_from=tmp_path / "run", run_dir=tmp_path / "second", **changes))
     assert not (tmp_path / "second").exists()
+
+
+def test_a_compiled_annealed_run_compiles_nothing_after_its_first_iteration(tmp_path):
+    annealed = {"learning_rate": "linear:1e-3:0", "clip_coef": "cosine:0.2:0.05", "ent_coef": "linear:0.01:0"}
+    trainer = Trainer(short(tmp_path, total_timesteps=160, compile="on", target_kl=0.01, **annealed), make_env=Counter)
+    before = accelerate.compilations
+    result = trainer.run()
+    assert result.iterations == 10
+    assert accelerate.compilations == before
+    assert result.compilations == 2, "the minibatch and the advantages"
+    ended = json.loads((trainer.run_dir / "result.json").read_text())
+    assert ended["compilations"] == 2
+    assert ended["compile_seconds"] > 0
+    assert ended["sps_total"] < ended["sps_steady"], "compiling counts in the total alone"
+
+
+@pytest.mark.filterwarnings("ignore:.*Box (low|high)'s precision")  # EnvPool's own spaces
+def test_envpool_trains_with_its_reset_rows_left_out(tmp_path):
+    pytest.importorskip("envpool")
+    trainer = Trainer(short(tmp_path, env_id="CartPole-v1", n_steps=64, vectorization="envpool", total_timesteps=512))
+    result = trainer.run()
+    assert trainer.rollout.valid is not None
+    assert result.episodes > 5
+    assert result.global_step == 512 - result.episodes or result.global_step < 512
+    assert 8 < result.mean_return < 60, "random play of CartPole"
+
+
+def test_auto_measures_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trainer = Trainer(short(tmp_path, env_id="CartPole-v1", n_envs=64, vectorization="auto", n_steps=2))
+    assert trainer.config.vectorization == "native"
+    assert re.match(r"vectorization native: env steps/s .* sync [\d,]+, native [\d,]+", trainer.notes[0])
+    trainer.run()

@@ -29,13 +29,13 @@ _Array = np.ndarray[Any, Any]
 class HostEnv:
     """A Gymnasium vector environment behind the VecEnv protocol."""
 
-    def __init__(self, venv: VectorEnv[Any, Any, Any]) -> None:
-        """Take over `venv`.
+    def __init__(self, venv: VectorEnv[Any, Any, Any], *, seeded: bool = False) -> None:
+        """Take over `venv`; `seeded` if it got its seed when it was made and wants none in reset.
 
         Raises:
             EnvError: an unsupported space, or no declared autoreset mode.
         """
-        self.venv = venv
+        self.venv, self._seeded = venv, seeded
         self.n_envs = venv.num_envs
         self.obs_spec = ObsSpec.from_space(venv.single_observation_space)
         self.action_spec = ActionSpec.from_space(venv.single_action_space)
@@ -67,7 +67,9 @@ class HostEnv:
         # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
         rng = np.random.default_rng(seed)
         seeds = rng.choice(2**31 - 1, self.n_envs, replace=False)
-        if isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv, SerialVectorEnv, PoolVectorEnv)):
+        if self._seeded:
+            obs, _ = self.venv.reset()
+        elif isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv, SerialVectorEnv, PoolVectorEnv)):
             obs, _ = self.venv.reset(seed=seeds.tolist())
         else:
             obs = self._reset_foreign(seeds)

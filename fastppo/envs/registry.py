@@ -131,7 +131,8 @@ def make_vec_env(
                 "return a single environment from make_env, or copy its observations."
             )
         return HostEnv(found.vector)
-    return HostEnv(_make(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1))
+    venv = _make(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1)
+    return HostEnv(venv, seeded=vectorization == "envpool")
 
 
 def choose_vectorization(found: Probe, n_envs: int, seconds: float = 1.0) -> tuple[Vectorization, str]:

@@ -11,9 +11,10 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import Config, Trainer
+from fastppo.envs import registry
 from fastppo.envs.choose import choose
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.serial import SerialVectorEnv
+from fastppo.envs.serial import SerialVectorEnv, Share, outcome
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, short
 
@@ -157,3 +158,76 @@ def test_one_process_takes_rewards_as_arrays_and_names_what_fails():
     with pytest.raises(ValueError, match="the wheel fell off") as caught:
         steps(failing, 5)
     assert caught.value.__notes__ == ["in environment 1's step"]
+
+
+class SplitSerial(PoolVectorEnv):
+    """Two groups stepped in this process, in place of workers."""
+
+    def __init__(self, factories, n_groups, **_):
+        inner = self._inner = SerialVectorEnv(factories)
+        n = self.num_envs = inner.num_envs
+        self.groups = [slice(n * g // n_groups, n * (g + 1) // n_groups) for g in range(n_groups)]
+        self.metadata, self.spec = inner.metadata, inner.spec
+        self.single_observation_space, self.single_action_space = (
+            inner.single_observation_space,
+            inner.single_action_space,
+        )
+        self._shares = [Share(inner.envs[at], inner._arrays, at) for at in self.groups]
+
+    def reset(self, *, seed=None, options=None):
+        return self._inner.reset(seed=seed)
+
+    def send(self, group, actions):
+        self._inner._arrays["actions"][self.groups[group]] = actions
+        self._shares[group].step()
+
+    def wait(self, group):
+        return outcome(self._inner._arrays, self.groups[group])
+
+    def close_extras(self, **_):
+        self._inner.close()
+
+
+def test_half_batches_equal_one_process_that_is_split_the_same_way(tmp_path, monkeypatch):
+    settings = {"vectorization": "pool", "workers": 2, "half_batches": True}
+    pool = curves(tmp_path, "pool", **settings)
+    monkeypatch.setattr(registry, "PoolVectorEnv", SplitSerial)
+    assert torch.equal(curves(tmp_path, "split", **settings), pool)
+
+
+class Slow(Counter):
+    """Takes 20 ms a step and writes down when."""
+
+    def __init__(self, path):
+        super().__init__(ends=((1000, False),))
+        self.path = path
+
+    def step(self, action):
+        begin = time.perf_counter()  # one clock for all processes, on Linux
+        time.sleep(0.02)
+        with open(self.path, "a") as file:
+            file.write(f"{begin} {time.perf_counter()}\n")
+        return super().step(action)
+
+
+def test_workers_step_one_half_while_the_policy_acts_on_the_other(tmp_path):
+    makers = iter(range(99))
+    config = short(tmp_path, n_envs=4, vectorization="pool", workers=2, half_batches=True, total_timesteps=32)
+    trainer = Trainer(config, make_env=lambda: Slow(str(tmp_path / f"trace{next(makers)}")))
+    acted = []
+    for actor in trainer.collect.actors:
+
+        def act(t, inner=actor.act):
+            begin = time.perf_counter()
+            inner(t)
+            time.sleep(0.005)
+            acted.append((begin, time.perf_counter()))
+
+        actor.act = act
+    trainer.run()
+    traces = [line.split() for path in tmp_path.glob("trace*") for line in path.read_text().splitlines()]
+    stepped = [(float(begin), float(end)) for begin, end in traces]
+    within = [any(begin < a and b < end for begin, end in stepped) for a, b in acted]
+    # all but the first of each rollout, which has nothing to wait for
+    assert len(acted) == 16
+    assert sum(within) >= len(acted) // 2, "acting lies within a step of the other half"

@@ -1,0 +1,74 @@
+"""Acting: one step's decisions for N environments.
+
+    python -m benchmarks.act
+
+Timed: `Actor.act` into a rollout's row, observations of 4 numbers, 2 actions, two 64x64 tanh networks, one thread; the
+median of half a second of calls. `numpy` is what the trainer uses here, `module` what it uses for networks of your own
+(one torch pass that also gives values and log-probabilities), `compiled` that pass compiled whole. `the rest` is what
+numpy leaves for after the rollout - values and log-probabilities of 128 steps at once - divided by the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import median_ms, report
+from fastppo.functional.distributions import Categorical
+from fastppo.policies.act import Decisions, _ModuleActor, _NumpyActor, _plain_layers, complete
+from fastppo.policies.api import Encoder, Policy
+from fastppo.policies.mlp import MLP
+from fastppo.runtime.accelerate import compile_graph
+from fastppo.runtime.device import set_threads
+from fastppo.spaces import ObsSpec
+
+T = 128
+
+
+@dataclasses.dataclass
+class Options:
+    """Acting."""
+
+    n_envs: tuple[int, ...] = (1, 8, 64, 512)
+    """Numbers of environments."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+def main(options: Options) -> None:
+    set_threads(1)
+    torch.manual_seed(0)
+    rows = []
+    for n in options.n_envs:
+        net = MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+        policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), net, Categorical(2))
+        d = Decisions(
+            torch.randn(T + 1, n, 4),
+            torch.randn(T, n, 2),
+            torch.zeros(T, n, dtype=torch.int64),
+            torch.zeros(T, n),
+            torch.zeros(T, n, 2),
+            torch.zeros(T, n),
+        )
+        layers = _plain_layers(policy)
+        assert layers is not None
+        numpy, module = _NumpyActor(policy, layers, d), _ModuleActor(policy, d)
+        one = (d.obs[0], d.noise[0])
+        compiled = compile_graph(policy.act, one)
+        rows.append(
+            {
+                "n_envs": n,
+                "numpy us": median_ms(lambda: numpy.act(0)) * 1e3,  # noqa: B023 - called in this round only
+                "the rest us": median_ms(lambda: complete(policy, d)) * 1e3 / T,  # noqa: B023
+                "module us": median_ms(lambda: module.act(0)) * 1e3,  # noqa: B023
+                "compiled us": median_ms(lambda: compiled(*one)) * 1e3,  # noqa: B023
+            }
+        )
+    report(rows, options.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

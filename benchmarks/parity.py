@@ -1,0 +1,153 @@
+"""Learning curves beside stable-baselines3's at equal steps and settings, over seeds.
+
+    python -m benchmarks.parity --output benchmarks/results/parity_2core-cpu_2026-11-21.json
+
+Compared: the mean return of the last 100 training episodes at the end of each run, for CartPole, Acrobot and Pendulum
+with the settings of rl-baselines3-zoo's kind (same networks, initial scales, minibatches, epochs, coefficients,
+normalisation off). Ours runs compiled, sync. Expected: our mean over seeds at least theirs minus one standard error.
+Their value loss isn't halved, so their vf_coef is half of ours; their initial weights come from another stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import report
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {"n_envs": 8, "n_steps": 128, "minibatches": 4, "epochs": 4, "lr": 1e-3, "ent": 0.0, "gamma": 0.98},
+    "Acrobot-v1": {"n_envs": 16, "n_steps": 128, "minibatches": 4, "epochs": 4, "lr": 1e-3, "ent": 0.0, "gamma": 0.99},
+    "Pendulum-v1": {
+        "n_envs": 4,
+        "n_steps": 1024,
+        "minibatches": 64,
+        "epochs": 10,
+        "lr": 1e-3,
+        "ent": 0.0,
+        "gamma": 0.9,
+    },
+}
+STEPS = {"CartPole-v1": 100_352, "Acrobot-v1": 102_400, "Pendulum-v1": 102_400}
+
+
+@dataclasses.dataclass
+class Options:
+    """Learning curves beside stable-baselines3."""
+
+    seeds: int = 5
+    """Seeds 1 to this."""
+    env_id: tuple[str, ...] = tuple(SETTINGS)
+    """Environments."""
+    at_once: int = 2
+    """Runs side by side; nothing is timed."""
+    output: Path | None = None
+    """JSON file for the results."""
+    one: str | None = None
+    """One run in this process: [program, env id, seed] as JSON."""
+
+
+def main(options: Options) -> None:
+    if options.one is not None:
+        print(json.dumps(train(*json.loads(options.one))))
+        return
+    jobs = [
+        (program, env_id, seed)
+        for env_id in options.env_id
+        for seed in range(1, options.seeds + 1)
+        for program in ("fastppo", "stable-baselines3")
+    ]
+    with ThreadPoolExecutor(options.at_once) as pool:
+        runs = list(pool.map(_in_fresh_process, jobs))
+    rows = []
+    for env_id in options.env_id:
+        row: dict[str, Any] = {"env": env_id, "steps": STEPS[env_id]}
+        for program in ("fastppo", "stable-baselines3"):
+            returns = [run["mean_return"] for run in runs if (run["program"], run["env_id"]) == (program, env_id)]
+            row[program] = round(statistics.mean(returns), 1)
+            row[f"{program}, standard error"] = round(statistics.stdev(returns) / len(returns) ** 0.5, 1)
+        row["at least theirs - 1 s.e."] = (
+            row["fastppo"] >= row["stable-baselines3"] - row["stable-baselines3, standard error"]
+        )
+        rows.append(row)
+    report(rows, options.output, runs=runs, settings=SETTINGS)
+
+
+def _in_fresh_process(job: tuple[str, str, int]) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.parity", "--one", json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = json.loads(done.stdout.splitlines()[-1])
+    print(run, flush=True)
+    return run  # type: ignore[no-any-return]
+
+
+def train(program: str, env_id: str, seed: int) -> dict[str, Any]:
+    import torch
+
+    torch.set_num_threads(1)
+    run = _fastppo if program == "fastppo" else _stable_baselines3
+    mean_return = run(env_id, seed, SETTINGS[env_id], STEPS[env_id])
+    return {"program": program, "env_id": env_id, "seed": seed, "mean_return": mean_return}
+
+
+def _fastppo(env_id: str, seed: int, s: dict[str, Any], steps: int) -> float:
+    from fastppo import Config, Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(
+            env_id=env_id,
+            seed=seed,
+            total_timesteps=steps,
+            n_envs=s["n_envs"],
+            n_steps=s["n_steps"],
+            n_minibatches=s["minibatches"],
+            update_epochs=s["epochs"],
+            learning_rate=s["lr"],
+            anneal_lr=True,
+            ent_coef=s["ent"],
+            gamma=s["gamma"],
+            vf_coef=1.0,
+            value_clip="off",
+            normalize_obs=False,
+            normalize_rewards=False,
+            compile="on",
+            threads=1,
+            run_dir=Path(folder) / "run",
+        )
+        return Trainer(config).run().mean_return
+
+
+def _stable_baselines3(env_id: str, seed: int, s: dict[str, Any], steps: int) -> float:
+    import numpy as np
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.env_util import make_vec_env
+
+    model = PPO(
+        "MlpPolicy",
+        make_vec_env(env_id, n_envs=s["n_envs"], seed=seed),
+        n_steps=s["n_steps"],
+        batch_size=s["n_envs"] * s["n_steps"] // s["minibatches"],
+        n_epochs=s["epochs"],
+        learning_rate=lambda left: s["lr"] * left,
+        ent_coef=s["ent"],
+        gamma=s["gamma"],
+        policy_kwargs={"optimizer_kwargs": {"eps": 1e-5}, "activation_fn": torch.nn.Tanh},
+        seed=seed,
+        device="cpu",
+    )
+    model.learn(steps)
+    return float(np.mean([episode["r"] for episode in model.ep_info_buffer or ()]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,125 @@
+"""One minibatch of the update: gather, forward, loss, gradient, clip, Adam.
+
+    python -m benchmarks.update
+
+Timed: `PPOUpdate.minibatch` on a rollout of 16384 rows or more, CartPole's shapes (4 numbers, 2 actions), two 64x64
+tanh networks; the median of half a second of calls. `module + Adam` is the same mathematics as one would write it:
+nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with the module and the loss
+compiled. Each row is a process of its own, as the C library's memory settings and the threads are a process's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import median_ms, report
+
+
+@dataclasses.dataclass
+class Options:
+    """A minibatch's time."""
+
+    rows: tuple[int, ...] = (128, 512, 1024, 2048, 16384, 65536)
+    """Sizes of minibatches."""
+    threads: tuple[int, ...] = (1, 2)
+    """Of torch."""
+    hidden: int = 64
+    """Width of the hidden layers."""
+    output: Path | None = None
+    """JSON file for the results."""
+    one: str | None = None
+    """Measure in this process: [rows, threads, hidden] as JSON."""
+
+
+def main(options: Options) -> None:
+    if options.one is not None:
+        print(json.dumps(measure(*json.loads(options.one))))
+        return
+    rows = []
+    for size in options.rows:
+        for threads in options.threads:
+            command = [sys.executable, "-m", "benchmarks.update", "--one", json.dumps([size, threads, options.hidden])]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+    report(rows, options.output)
+
+
+def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
+    import torch
+
+    from fastppo.functional.distributions import Categorical
+    from fastppo.functional.losses import Batch, Coefficients, normalize_advantages, ppo_loss
+    from fastppo.policies.api import Encoder, Policy
+    from fastppo.policies.flat import FlatParameters
+    from fastppo.policies.mlp import MLP
+    from fastppo.runtime.device import keep_freed_memory, set_threads
+    from fastppo.spaces import ObsSpec
+    from fastppo.update import PPOUpdate
+
+    torch.manual_seed(0)
+    set_threads(threads)
+    total = max(16384, size)
+    net = MLP(4, 2, gaussian=False, hidden_sizes=(hidden, hidden), activation="tanh", shared_trunk=False)
+    policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), net, Categorical(2))
+    obs, noise = torch.randn(total, 4), torch.empty(total, 2)
+    generator = torch.Generator().manual_seed(0)
+    policy.distribution.fill_noise(noise, generator)
+    acted = policy.act(obs, noise)
+    batch = Batch(
+        obs, acted.actions, acted.logprobs, acted.params, acted.values, torch.randn(total), torch.randn(total), None
+    )
+    coefs = Coefficients(*(torch.tensor(x) for x in (2.5e-4, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95)))
+    order = torch.randperm(total)[:size]
+    row: dict[str, Any] = {"rows": size, "threads": threads, "hidden": hidden}
+
+    # as one would write it, before anything of ours changes how memory is handled
+    adam = torch.optim.Adam(net.parameters(), 2.5e-4, eps=1e-5)
+
+    def loss_of(part: Batch) -> torch.Tensor:
+        part = part._replace(advantages=normalize_advantages(part.advantages))
+        now = policy.evaluate(part.obs, part.actions, part.params)
+        return ppo_loss(now.logprobs, now.entropy, now.values, now.exact_kl, part, coefs, "off")[0]
+
+    def plain(loss: Any = loss_of) -> None:
+        part = Batch(*(None if x is None else x[order] for x in batch))
+        adam.zero_grad()
+        loss(part).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        adam.step()
+
+    row["module + Adam ms"] = median_ms(plain)
+    compiled_loss = torch.compile(loss_of)
+    row["torch.compile ms"] = median_ms(lambda: plain(compiled_loss))
+
+    keep_freed_memory()
+    update = PPOUpdate(
+        policy=policy,
+        parameters=FlatParameters(net),
+        generator=generator,
+        update_epochs=1,
+        n_minibatches=total // size,
+        adam_eps=1e-5,
+        value_clip="off",
+        normalize="minibatch",
+        kl_stop="epoch",
+    )
+    data = update.fill(batch)
+    row["ours, eager ms"] = median_ms(lambda: update.minibatch(data, order, coefs))
+    begin = time.perf_counter()
+    update.compile(batch, coefs)
+    row["seconds to compile"] = time.perf_counter() - begin
+    row["ours, compiled ms"] = median_ms(lambda: update.minibatch(data, order, coefs))
+    return row
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
