@@ -48,7 +48,7 @@ def tables(points: Sequence[Point]) -> list[Table]:
         )
         ceilings = [_short(p.ceilings[part]) for part in PARTS]
         alone.add_row(*head, *ceilings, f"{p.setup_seconds:.1f}", f"{p.compile_seconds:.1f}", str(p.config["threads"]))
-    return [speed, alone]
+    return [speed, alone] if alone.rows else [speed]
 
 
 def write_files(folder: Path, env_name: str, points: Sequence[Point], about: dict[str, Any]) -> Path:

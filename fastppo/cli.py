@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
@@ -20,6 +20,7 @@ from fastppo.errors import ConfigError, FastPPOError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fastppo.bench import Point
     from fastppo.trainer import Result
 
 
@@ -67,9 +68,13 @@ class Bench(Train):
         """The settings of each point, checked."""
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be more than 0; 5 is enough on a quiet machine.")
-        half = self.half_batches
+        pool = {"workers": self.workers, "half_batches": self.half_batches}
+        for name, value in pool.items():
+            if value and "pool" not in self.vectorization:
+                raise ConfigError(f"{name} is for the pool; add pool to --vectorization, or leave --{name} out.")
+        no_pool = {"workers": None, "half_batches": False}
         return [
-            self.settings(n_envs=n, vectorization=v, half_batches=half and v == "pool", name="bench")
+            self.settings(n_envs=n, vectorization=v, name="bench", **(pool if v == "pool" else no_pool))
             for n in dict.fromkeys(self.n_envs)
             for v in dict.fromkeys(self.vectorization)
         ]
@@ -232,8 +237,6 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
 
 def _bench(command: Bench) -> int:
     configs = command.points()
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from fastppo import bench, bench_report
     from fastppo.envs.choose import env_key, remember
     from fastppo.envs.registry import probe
@@ -244,18 +247,14 @@ def _bench(command: Bench) -> int:
     about = surroundings(choose_device(command.device))
     folder = create_run_dir(command.run_dir, env_name, command.name, command.seed)
     console, points = _console(), list[bench.Point]()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("")
-        for i, config in enumerate(configs):
-            which = f"{i + 1} of {len(configs)}: n_envs {config.n_envs}, {config.vectorization}"
-            progress.update(task, description=f"{which}; about {command.seconds * 1.5 + 12:.0f} s")
-            points += bench.run_points([config], command.seconds)
-            done = points[-1]
-            result = f"failed: {done.failure}" if done.failure else f"{done.sps:,.0f} steps/s"
-            progress.console.print(f"{which}: {result}", highlight=False, soft_wrap=True)
-            # after each point, so that Ctrl-C leaves what was measured
+    try:
+        for point in _measured(configs, command.seconds, console):
+            points.append(point)
+            # after each, so that Ctrl-C leaves what was measured
             page = bench_report.write_files(folder, env_name, points, about)
+    finally:
+        if not points:
+            folder.rmdir()
     for table in bench_report.tables(points):
         console.print(table)
     for point in points:
@@ -275,6 +274,24 @@ def _bench(command: Bench) -> int:
         console.print(f"saved:   {saved}, for train --vectorization auto", highlight=False, soft_wrap=True)
     console.print(f"page:    {page}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _measured(configs: Sequence[Config], seconds: float, console: Console) -> Iterator[Point]:
+    """Each point as it is measured, with a line of progress."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from fastppo.bench import run_points
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        for i, config in enumerate(configs):
+            which = f"{i + 1} of {len(configs)}: n_envs {config.n_envs}, {config.vectorization}"
+            progress.update(task, description=f"{which}; about {seconds * 1.5 + 12:.0f} s")
+            (point,) = run_points([config], seconds)
+            result = f"failed: {point.failure}" if point.failure else f"{point.sps:,.0f} steps/s"
+            progress.console.print(f"{which}: {result}", highlight=False, soft_wrap=True)
+            yield point
 
 
 def _program(name: str) -> str:

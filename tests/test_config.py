@@ -165,6 +165,7 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, tmp_path):
         (["eval"], "Missing from fastppo eval"),
         (["bench", "--seconds", "0"], "seconds=0.0 must be more than 0"),
         (["bench", "--n-envs", "8", "0"], "n_envs=0 must be at least 1"),
+        (["bench", "--workers", "2", "--vectorization", "sync"], "workers is for the pool; add pool to"),
         (["bench", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
         (["bench", "--vectorization", "fast"], "invalid choice 'fast'"),
         ([], "Expected one of {train, bench, eval}"),
