@@ -57,7 +57,7 @@ def main(options: Options) -> None:
         assert layers is not None
         numpy, module = _NumpyActor(policy, layers, d), _ModuleActor(policy, d)
         one = (d.obs[0], d.noise[0])
-        compiled = compile_graph(policy.act, one)
+        compiled = compile_graph(lambda obs, noise: tuple(policy.act(obs, noise)), one)  # noqa: B023
         rows.append(
             {
                 "n_envs": n,
