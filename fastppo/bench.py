@@ -25,6 +25,7 @@ from fastppo.config import Config
 from fastppo.errors import FastPPOError
 
 WARM_UP = 2  # iterations
+_RESULT = "fastppo bench: "
 PARTS = {"env": "the environments", "act": "acting", "update": "the update"}
 _LONG = 10**12  # steps that are planned: nothing is annealed away
 _FEWEST = 5  # iterations measured
@@ -141,7 +142,11 @@ def _in_fresh_process(config: Config, seconds: float) -> Point:
         out.seek(0)
         err.seek(0)
         if status == 0:
-            return Point(**json.loads(out.read().splitlines()[-1]))
+            # an environment's library may print too, before or after
+            results = [line for line in out.read().splitlines() if line.startswith(_RESULT)]
+            if not results:
+                return Point(**named, failure="it ended without a result: does the environment exit by itself?")
+            return Point(**json.loads(results[-1].removeprefix(_RESULT)))
         complaints = err.read().strip().splitlines()
     if status < 0:
         return Point(**named, failure=f"killed by signal {-status}{' (out of memory?)' if status == -9 else ''}")
@@ -156,12 +161,21 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         seconds: of real iterations, five at least.
         started: time.time() when this process was started.
     """
+    from fastppo.runtime.device import choose_device
     from fastppo.trainer import Trainer
 
     before = _memory_of_all()
     with tempfile.TemporaryDirectory() as folder:
-        compiled = "on" if config.compile == "auto" else config.compile
-        plan = dataclasses.replace(config, compile=compiled, total_timesteps=_LONG, run_dir=Path(folder) / "run")
+        on_cpu = choose_device(config.device).type == "cpu"  # elsewhere a long run's auto is off, too
+        compiled = "on" if config.compile == "auto" and on_cpu else config.compile
+        plan = dataclasses.replace(
+            config,
+            compile=compiled,
+            total_timesteps=_LONG,
+            target_return=None,
+            init_from=None,
+            run_dir=Path(folder) / "run",
+        )
         trainer = Trainer(plan)
         setup = time.time() - started - trainer.compile_seconds
         ticks: list[tuple[float, int, dict[str, float]]] = []
@@ -259,4 +273,4 @@ if __name__ == "__main__":
         _point = measure(Config.from_dict(_task["config"]), _task["seconds"], _task["started"])
     except FastPPOError as _error:
         sys.exit(str(_error))
-    print(json.dumps(dataclasses.asdict(_point)))
+    print(f"\n{_RESULT}{json.dumps(dataclasses.asdict(_point))}", flush=True)

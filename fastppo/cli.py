@@ -73,8 +73,12 @@ class Bench(Train):
             if value and "pool" not in self.vectorization:
                 raise ConfigError(f"{name} is for the pool; add pool to --vectorization, or leave --{name} out.")
         no_pool = {"workers": None, "half_batches": False}
+
+        def _pool(n: int) -> dict[str, Any]:
+            return pool | {"half_batches": self.half_batches and n > 1}
+
         return [
-            self.settings(n_envs=n, vectorization=v, name="bench", **(pool if v == "pool" else no_pool))
+            self.settings(n_envs=n, vectorization=v, name="bench", **(_pool(n) if v == "pool" else no_pool))
             for n in dict.fromkeys(self.n_envs)
             for v in dict.fromkeys(self.vectorization)
         ]

@@ -198,7 +198,15 @@ class Trainer:
             shape = Shape(n_envs, found.obs_spec, found.action_spec)
             return plan_memory(_int(c.n_steps), shape, lambda: self._make_update(c), gae_doubling)
 
-        return check_memory(plan, _int(c.n_envs), _int(c.n_steps), free_memory(self.device))
+        try:
+            return check_memory(plan, _int(c.n_envs), _int(c.n_steps), free_memory(self.device))
+        except ConfigError:
+            raise
+        except Exception as error:  # a network whose forward looks at values, which a plan doesn't have
+            self.notes.append(
+                f"memory is not planned: the network can't be run on shapes alone ({type(error).__name__})."
+            )
+            return MemoryPlan(0, 0, 0)
 
     def _make_update(self, c: Config) -> PPOUpdate:
         return PPOUpdate(
@@ -246,8 +254,9 @@ class Trainer:
                 console.print("compiling the update: 10-20 s, the next time 5", highlight=False)
             begin = time.perf_counter()
             try:
+                gae = compile_graph(gae_doubling, self._gae_inputs(self.rollout.rewards))
                 self.update.compile(self.rollout.batch(), self.coefs)
-                self.gae = compile_graph(gae_doubling, self._gae_inputs(self.rollout.rewards))
+                self.gae = gae
                 self.compile_seconds = time.perf_counter() - begin
                 why = f"{why}; took {self.compile_seconds:.1f} s"
             except CompileError as error:

@@ -87,3 +87,22 @@ def test_the_peak_is_as_planned_within_15_percent(tmp_path, compiled):
     planned = m["before"] + m["total"]
     assert m["total"] > 5e8, "a plan that is small beside Python itself proves nothing"
     assert m["peak"] == pytest.approx(planned, rel=0.15), {k: v / 2**20 for k, v in m.items()}
+
+
+class Looking(torch.nn.Module):
+    """Looks at the values of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.critic = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+
+    def forward(self, x):
+        if x.abs().max() > 1000:
+            x = x / 1000
+        return self.body(x), self.critic(x).squeeze(-1)
+
+
+def test_a_network_that_looks_at_values_trains_without_a_plan(tmp_path):
+    trainer = Trainer(short(tmp_path), make_env=Counter, policy=Looking())
+    assert "memory is not planned" in trainer.notes[0]
+    assert trainer.run().iterations == 3

@@ -11,6 +11,7 @@ other than `final_obs` stay in the workers.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import traceback
@@ -30,6 +31,7 @@ from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
 _STEP, _RESET, _CLOSE = range(3)
+_MOST = 8000  # characters of a report
 _POLL = 1.0  # seconds between looks at whether the workers live
 
 
@@ -160,6 +162,8 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._finalizer()
 
     def _order(self, what: int, group: int) -> None:
+        if not self._workers:
+            raise EnvError("the pool is closed, or a worker failed before; make another.")
         for worker in self._workers:
             worker.order(what, group)
 
@@ -275,7 +279,7 @@ def _work(
 ) -> None:
     """A worker's life: make its environments, then follow orders until told to close or left alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
-    parent = os.getppid()
+    trainer = multiprocessing.parent_process()  # not getppid: that is the fork server
     a = shared.arrays()
     envs: dict[int, gym.Env[Any, Any]] = {}
     making, share, doing = -1, None, "its construction"
@@ -290,7 +294,7 @@ def _work(
         at = 0
         while True:
             while not go.acquire(True, 5.0):
-                if os.getppid() != parent:
+                if trainer is not None and not trainer.is_alive():
                     return
             slot = 2 * (at % (len(ring) // 2))
             what, group, at = ring[slot], ring[slot + 1], at + 1
@@ -303,7 +307,8 @@ def _work(
         failed.value = 1
         which = making if share is None else parts[group].start + share.at
         text = "".join(traceback.format_exception(error))
-        reports.send((f"environment {which} failed in {doing}: {type(error).__name__}: {error}", text))
+        line = f"environment {which} failed in {doing}: {type(error).__name__}: {error}"
+        reports.send((line[:_MOST], text[-_MOST:]))  # what the pipe holds though nobody reads yet
         for semaphore in done:  # nobody must wait for what will not come
             semaphore.release()
     finally:

@@ -77,7 +77,7 @@ class Share:
             obs, _ = env.reset(seed=None if seed < 0 else seed)
             if np.shape(obs) != shape:
                 raise EnvError(f"reset returned an observation of shape {np.shape(obs)}; its space says {shape}.")
-            self._obs[i] = obs
+            np.copyto(self._obs[i, ...], obs, "same_kind")
 
     def step(self) -> None:
         """Step each once by its action, and reset those that ended."""
@@ -90,9 +90,9 @@ class Share:
             terminated.append(terminal)
             truncated.append(cut)
             if terminal or cut:
-                self._final_obs[i] = obs
+                np.copyto(self._final_obs[i, ...], obs, "same_kind")
                 obs, _ = env.reset()
-            obs_rows[i] = obs
+            np.copyto(obs_rows[i, ...], obs, "same_kind")  # as Gymnasium: no float is cut to an integer
         try:
             self._rewards[:] = rewards
         except (TypeError, ValueError):  # rewards as arrays of one number

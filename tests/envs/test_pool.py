@@ -231,3 +231,32 @@ def test_workers_step_one_half_while_the_policy_acts_on_the_other(tmp_path):
     # all but the first of each rollout, which has nothing to wait for
     assert len(acted) == 16
     assert sum(within) >= len(acted) // 2, "acting lies within a step of the other half"
+
+
+class Careless(Odd):
+    """Observations of whole numbers, as its space says, and then floats."""
+
+    observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        return obs + 0.7, info
+
+
+def test_floats_are_not_cut_to_whole_numbers():
+    with pytest.raises(TypeError, match="Cannot cast"):
+        SerialVectorEnv([Careless]).reset(seed=0)
+
+
+class Talkative(Counter):
+    def step(self, action):
+        raise ValueError("x" * 200_000)
+
+
+def test_a_long_complaint_does_not_block_and_a_failed_pool_says_so():
+    pool = PoolVectorEnv([Talkative] * 2, n_workers=1)
+    pool.reset(seed=0)
+    with pytest.raises(EnvError, match="environment 0 failed in step: ValueError: xxx"):
+        steps(pool, 1)
+    with pytest.raises(EnvError, match="a worker failed before"):
+        steps(pool, 1)
