@@ -75,16 +75,17 @@ class Point:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
 
-    def gain(self, part: str) -> float:
-        """By how much training would be faster if `part` ("env", "act", "update") took half the time: 0.1 is 10 %.
+    def gain(self, part: str, times: float = 2.0) -> float:
+        """By how much training would be faster if `part` ("env", "act", "update") were `times` as fast: 0.1 is 10 %.
 
         Amdahl's law over the measured shares. Where the policy acts while environments step, the trainer only waits
         for the rest of their time, and all of that wait may go.
         """
-        saved = self.phases[part] / 2
+        removed = 1 - 1 / times
+        saved = self.phases[part] * removed
         if part == "env" and self.overlapped:
             alone = self.sps / self.ceilings["env"]  # share of an iteration that they would need by themselves
-            saved = min(self.phases["env"], max(alone, self.phases["env"]) / 2)
+            saved = min(self.phases["env"], max(alone, self.phases["env"]) * removed)
         return 1 / (1 - saved) - 1
 
     def choice(self) -> dict[str, Any]:

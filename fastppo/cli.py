@@ -42,8 +42,8 @@ class Train(Config):
 
 _Sizes = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--num-envs",), metavar="INT [INT ...]")]
 _Vectorizations = Annotated[
-    tuple[Literal["sync", "async", "pool", "native", "envpool"], ...],
-    tyro.conf.arg(metavar="{sync,async,pool,native,envpool} [...]"),
+    tuple[Literal["sync", "async", "pool", "native", "envpool", "tensor"], ...],
+    tyro.conf.arg(metavar="{sync,async,pool,native,envpool,tensor} [...]"),
 ]
 
 

@@ -92,10 +92,11 @@ class Config:
 
     n_envs: Annotated[int | None, _arg("--num-envs", metavar="INT")] = None
     """Environments stepped together (N)."""
-    vectorization: Literal["auto", "sync", "async", "pool", "native", "envpool"] = "sync"
+    vectorization: Literal["auto", "sync", "async", "pool", "native", "envpool", "tensor"] = "sync"
     """`sync`: one process; `async`: a process per environment; `pool`: several environments to each of a few processes;
-    `native`: the environment's own vector version; `envpool`: EnvPool's; `auto`: the fastest of sync, pool and native,
-    measured for a second."""
+    `native`: the environment's own vector version; `envpool`: EnvPool's; `tensor`: ours, written in torch, on the
+    training device (CartPole, Acrobot, Pendulum, MountainCarContinuous, fastppo/Catch); `auto`: the fastest of sync,
+    pool and native, measured for a second."""
     workers: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: one for each core)")] = (
         None
     )
@@ -170,7 +171,7 @@ class Config:
     """`auto`, `cpu`, `cuda` or `cuda:K`."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: from the work)")] = None
     """CPU threads of torch; part of what makes a run repeatable to the bit. Not given: one where the work is small."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "on", "off", "graph"] = "auto"
     """Compile update and advantages: several times faster after 10-20 s at the start; `auto`: where the run is long."""
     name: str = "ppo"
     """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""

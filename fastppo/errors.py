@@ -15,3 +15,7 @@ class EnvError(FastPPOError):
 
 class CheckpointError(FastPPOError):
     """A run folder or a saved model that can't be read, or can't be used here."""
+
+
+class CaptureError(FastPPOError):
+    """Work that can't be recorded as a graph; the text says why and what to change."""

@@ -16,7 +16,6 @@ from fastppo.config import Config
 from fastppo.envs.api import stepper
 from fastppo.envs.registry import Maker, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.metrics import EpisodeStats
 from fastppo.policies.api import Policy
 from fastppo.policies.build import PolicySpec
 from fastppo.runtime.device import choose_device, generator, seed_stream
@@ -151,7 +150,7 @@ def evaluate(
     n = found.vector.num_envs if found.vector else min(episodes, 8)
     env = make_vec_env(found, n, "sync")
     share = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-    stats = [EpisodeStats(1) for _ in range(n)]
+    total, length = np.zeros(n), np.zeros(n, int)
     returns: list[list[float]] = [[] for _ in range(n)]
     lengths: list[list[int]] = [[] for _ in range(n)]
     try:
@@ -167,12 +166,13 @@ def evaluate(
                 actions = saved.policy.act(raw, noise).actions
             step = take_step(actions)
             done = (step.terminated | step.truncated).numpy(force=True)
-            rewards, valid = step.rewards.numpy(force=True), step.valid
-            for i in range(n):
-                filler = np.array([[valid is None or bool(valid[i])]])
-                ended = stats[i].add(rewards[i].reshape(1, 1), done[i].reshape(1, 1), filler)
-                returns[i] += ended.returns.tolist()
-                lengths[i] += ended.lengths.tolist()
+            real = np.ones(n, bool) if step.valid is None else step.valid.numpy(force=True)
+            total[real] += step.rewards.numpy(force=True)[real]
+            length += real
+            for i in np.flatnonzero(done):
+                returns[i].append(float(total[i]))
+                lengths[i].append(int(length[i]))
+                total[i] = length[i] = 0
             obs = step.obs
     finally:
         env.close()

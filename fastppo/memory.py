@@ -83,7 +83,10 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
         batch = rollout.batch()
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
-        learner.minibatch(learner.fill(batch), order[: max(1, len(order) // learner.n_minibatches)], coefs)
+        rows = order[: max(1, len(order) // learner.n_minibatches)]
+        learner.minibatch(learner.fill(batch), rows, coefs, rollout.advantages.new_zeros(2))
+        if (normalizer := learner.policy.encoder.normalizer) is not None:
+            normalizer.update(batch.obs)  # in float64, and so larger than what it reads
         highest = live.highest - storage
     statistics = n_steps * env.n_envs * _STATISTICS
     return MemoryPlan(storage, 3 * obs, max(highest, statistics))

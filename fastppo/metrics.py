@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,59 +16,68 @@ from fastppo.functional.diagnostics import explained_variance, masked_mean
 from fastppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces import ActionSpec
-from fastppo.update import FIGURES, UpdateStats
+from fastppo.update import REPORT
 
 _Array = np.ndarray[Any, Any]
 
-# What `Metrics.read` brings to the host before the rows
-NAMES = (*FIGURES, "skipped_minibatches", "explained_variance", "clipped_actions", "broken")
-
-
-class Episodes(NamedTuple):
-    """Episodes that ended in one rollout, in the order of time.
-
-    Attributes:
-        returns: undiscounted sums of raw rewards.
-        lengths: in steps.
-    """
-
-    returns: _Array
-    lengths: _Array
+WINDOW = 100  # episodes that means are taken over
+# What an iteration brings to the host, all of it in one transfer; then the latest episodes' returns and lengths
+NAMES = (*REPORT, "explained_variance", "clipped_actions", "broken", "steps", "episodes", "returns", "lengths")
 
 
 class EpisodeStats:
-    """Returns and lengths of episodes, however many rollouts they span, from raw rewards."""
+    """Returns and lengths of episodes, however many rollouts they span, from raw rewards, where the rollout lies.
 
-    def __init__(self, n_envs: int, window: int = 100) -> None:
-        """For `n_envs` environments, remembering the last `window` episodes."""
-        self._open_return = np.zeros(n_envs)
-        self._open_length = np.zeros(n_envs, np.int64)
-        self.recent_returns: deque[float] = deque(maxlen=window)
-        self.recent_lengths: deque[int] = deque(maxlen=window)
+    Attributes:
+        recent_returns: of the last episodes, WINDOW at most, latest last.
+        recent_lengths: of the same.
+        count: episodes ended so far.
+        open: [2, N] float64, returns and lengths so far of the episodes that haven't ended.
+    """
+
+    def __init__(self, n_envs: int, device: torch.device) -> None:
+        """For `n_envs` environments."""
+        self.open = torch.zeros(2, n_envs, dtype=torch.float64, device=device)
+        self.recent_returns: deque[float] = deque(maxlen=WINDOW)
+        self.recent_lengths: deque[int] = deque(maxlen=WINDOW)
         self.count = 0
 
-    def add(self, rewards: _Array, done: _Array, valid: _Array | None = None) -> Episodes:
-        """Take in a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward."""
-        rows = np.ones(rewards.shape, np.int64) if valid is None else valid.astype(np.int64)
+    def measure(self, rewards: Tensor, done: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Take in a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward.
+
+        Returns:
+            [3 + 2 K] float64: episodes that ended, the sums of their returns and of their lengths; then returns and
+            lengths of the latest K, latest first in the order of time, NaN where there are fewer.
+        """
+        n_steps, n = rewards.shape
         # running sums over the rollout, continuing the episodes that were open when it began
-        total = np.cumsum(np.where(rows > 0, rewards, 0.0), 0, dtype=np.float64) + self._open_return
-        steps = np.cumsum(rows, 0) + self._open_length
-        n, t = np.nonzero(done.T)  # environment by environment, so that neighbours in the list are neighbours in time
-        later = np.zeros(len(n), bool)
-        later[1:] = n[1:] == n[:-1]
-        ends, counts = total[t, n], steps[t, n]
-        returns, lengths = ends.copy(), counts.copy()
-        returns[1:] -= np.where(later[1:], ends[:-1], 0.0)
-        lengths[1:] -= np.where(later[1:], counts[:-1], 0)
-        self._open_return, self._open_length = total[-1].copy(), steps[-1].copy()
-        # the last end of each environment wins, being the latest in time
-        self._open_return[n], self._open_length[n] = total[-1, n] - ends, steps[-1, n] - counts
-        order = np.lexsort((n, t))
-        returns, lengths = returns[order], lengths[order]
-        self.recent_returns.extend(returns[-100:].tolist())
-        self.recent_lengths.extend(lengths[-100:].tolist())
-        self.count += len(returns)
-        return Episodes(returns, lengths)
+        t = torch.arange(n_steps, device=done.device).unsqueeze(1)
+        if valid is None:
+            returns, lengths = rewards.cumsum(0, dtype=torch.float64), (t + 1).expand(n_steps, n)
+        else:
+            returns = torch.where(valid, rewards, 0.0).cumsum(0, dtype=torch.float64)
+            lengths = valid.cumsum(0)
+        totals = torch.stack((returns, lengths.double())).add_(self.open.unsqueeze(1))
+        ends = torch.where(done, t, -1).cummax(0).values  # the latest at t or before
+        env = torch.arange(n, device=done.device)
+
+        def total_at(end: Tensor, env: Tensor) -> Tensor:
+            return torch.where(end >= 0, totals[:, end.clamp(min=0), env], 0.0)
+
+        over = total_at(ends[-1], env)  # of all episodes of an environment that ended
+        self.open.copy_(totals[:, -1] - over)
+        latest = torch.where(done, t * n + env, -1).flatten().topk(min(WINDOW, n_steps * n)).values
+        at, whose = latest.clamp(min=0) // n, latest.clamp(min=0) % n
+        before = torch.where(at > 0, ends[at - 1, whose], -1)
+        chosen = torch.where(latest >= 0, total_at(at, whose) - total_at(before, whose), torch.nan)
+        return torch.cat((done.sum().double().unsqueeze(0), over.sum(1), chosen.flatten()))
+
+    def add(self, count: int, latest: _Array) -> None:
+        """Remember what `measure` found: `count` episodes, and the latest [2 K]."""
+        returns, lengths = latest.reshape(2, -1)[:, : min(count, WINDOW)][:, ::-1]
+        self.recent_returns.extend(returns.tolist())
+        self.recent_lengths.extend(lengths.astype(int).tolist())
+        self.count += count
 
     @property
     def mean_return(self) -> float:
@@ -131,14 +140,18 @@ class Metrics:
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
         self._seconds = clock.phase_seconds()
-        self.episodes = EpisodeStats(rollout.rewards.shape[1])
+        self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
         self.global_step = 0
 
-    def read(self, diagnostics: Tensor) -> _Array:
-        """The one transfer: `diagnostics`, explained variance, share of clipped actions; rewards, endings, validity.
+    def state(self) -> list[Tensor]:
+        """What `measure` changes and the next iteration needs."""
+        return [self.episodes.open]
 
-        Raises:
-            EnvError: a reward or an observation is not finite; names the first environment and step.
+    def measure(self, report: Tensor) -> Tensor:
+        """The figures of an iteration, NAMES and then the latest episodes, as one vector on the device.
+
+        Args:
+            report: what the update told of itself.
         """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid)
@@ -146,21 +159,27 @@ class Metrics:
         if self._bounds is not None:
             low, high = self._bounds
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
-        rows = (r.rewards, r.done) if r.valid is None else (r.rewards, r.done, r.valid)
-        scalars = torch.stack((variance, clipped, self._broken().any(0).any().float()))
-        figures: _Array = torch.cat((diagnostics, scalars, *(x.reshape(-1).float() for x in rows))).numpy(force=True)
-        if figures[len(NAMES) - 1]:
-            t, n = self._broken().any(0).nonzero()[0].tolist()
-            what = (
-                f"a reward of {r.rewards[t, n].item()}"
-                if self._broken()[0, t, n]
-                else "an observation that is not finite"
-            )
+        steps = torch.full_like(variance, r.rewards.numel()) if r.valid is None else r.valid.sum()
+        # float64: float32 can't count beyond 2^24
+        scalars = [x.double() for x in (variance, clipped, self._broken().any(), steps)]
+        return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
+
+    def read(self, figures: Tensor) -> _Array:
+        """The one transfer of an iteration: what `measure` made, on the host.
+
+        Raises:
+            EnvError: a reward or an observation is not finite; names the first environment and step.
+        """
+        found: _Array = figures.numpy(force=True)
+        if found[NAMES.index("broken")]:
+            r, broken = self._rollout, self._broken()
+            t, n = broken.any(0).nonzero()[0].tolist()
+            what = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
             raise EnvError(
                 f"environment {n} returned {what} at step {self.global_step // len(r.rewards[0]) + t} of its run; "
                 "the model so far is saved. Mend the environment, or wrap it to replace such values."
             )
-        return figures
+        return found
 
     def _broken(self) -> Tensor:
         """Where a real row's reward [0] or the observation that followed it [1] is not finite: [2, T, N] bool."""
@@ -173,45 +192,43 @@ class Metrics:
         )
         return torch.stack((rewards, obs))
 
-    def stats(self, iteration: int, figures: _Array, update: UpdateStats, coefs: Mapping[str, float]) -> Stats:
+    def stats(self, iteration: int, figures: _Array, coefs: Mapping[str, float]) -> Stats:
         """The figures of the iteration that has just been updated from; ticks the clock."""
-        clock, shape = self._clock, self._rollout.rewards.shape
+        clock, planned = self._clock, self._n_iterations * self._rollout.rewards.numel()
         named = dict(zip(NAMES, figures.tolist(), strict=False))
-        rows = figures[len(named) :].reshape(-1, *shape)
-        valid = rows[2] > 0 if len(rows) == 3 else None
-        self.global_step += rows[0].size if valid is None else int(valid.sum())
+        steps, episodes = int(named.pop("steps")), int(named.pop("episodes"))
+        self.global_step += steps
         clock.tick(self.global_step)
-        ended = self.episodes.add(rows[0], rows[1] > 0, valid)
+        self.episodes.add(episodes, figures[len(NAMES) :])
         before, self._seconds = self._seconds, clock.phase_seconds()
         spent = {name: total - before[name] for name, total in self._seconds.items()}
-        clipped = named.pop("clipped_actions")
+        clipped, returns, lengths = (named.pop(name) for name in ("clipped_actions", "returns", "lengths"))
+        stopped, stop_kl = named.pop("stopped"), named.pop("stop_kl")
         del named["broken"]
         scalars = {f"losses/{name}": value for name, value in named.items()}
         scalars |= {
-            "losses/epochs_run": update.epochs,
-            "losses/minibatches_run": update.minibatches,
             "charts/SPS": clock.sps_cumulative,
             "charts/sps_window": clock.sps_window,
             "charts/sps_steady": clock.sps_steady,
             "charts/learning_rate": coefs["learning_rate"],
             "charts/clip_coef": coefs["clip_coef"],
-            "time/rollout": spent["env"] + spent["act"] + spent["store"],
+            "time/rollout": spent["env"] + spent["act"] + spent["store"] + spent["rollout"],
             **{f"time/{name}": seconds for name, seconds in spent.items()},
         }
         if self._bounds is not None:
             scalars["charts/clipped_actions"] = clipped
-        if len(ended.returns):
-            scalars["charts/episodic_return"] = float(ended.returns.mean())
-            scalars["charts/episodic_length"] = float(ended.lengths.mean())
+        if episodes:
+            scalars["charts/episodic_return"] = returns / episodes
+            scalars["charts/episodic_length"] = lengths / episodes
         stop = ""
-        if update.stop_kl is not None:
-            scalars["losses/stop_kl"] = update.stop_kl
-            stop = f"KL {update.stop_kl:.3g} ended epoch {update.epochs}"
+        if stopped:
+            scalars["losses/stop_kl"] = stop_kl
+            stop = f"KL {stop_kl:.3g} ended epoch {named['epochs_run']:.0f}"
         return Stats(
             iteration=iteration,
             n_iterations=self._n_iterations,
             global_step=self.global_step,
-            total_timesteps=self._n_iterations * shape.numel(),
+            total_timesteps=planned,
             mean_return=self.episodes.mean_return,
             episodes=self.episodes.count,
             seconds=clock.seconds,

@@ -131,16 +131,33 @@ class Collector:
 
     Attributes:
         actors: one for each group of environments.
+        roll: the steps; may be replaced by a recording of them.
     """
 
-    def __init__(self, env: VecEnv, policy: Policy, rollout: Rollout, generator: torch.Generator, clock: Clock) -> None:
-        """Bind the environment and an actor for each of its groups to the storage; noise comes from `generator`."""
+    def __init__(
+        self,
+        env: VecEnv,
+        policy: Policy,
+        rollout: Rollout,
+        generator: torch.Generator,
+        clock: Clock,
+        *,
+        recorded: bool = False,
+    ) -> None:
+        """Bind the environment and an actor for each of its groups to the storage; noise comes from `generator`.
+
+        `recorded`: `roll` is going to be recorded as a graph.
+        """
         r = self._rollout = rollout
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(Transitions(r.obs, r.actions, r.rewards, r.terminated, r.truncated, r.valid))
         self._decided = Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values)
         self._finals = FinalValues(r, policy.value)
-        self.actors = [make_actor(policy, Decisions(*(x[:, group] for x in self._decided))) for group in env.groups]
+        self.actors = [
+            make_actor(policy, Decisions(*(x[:, group] for x in self._decided)), recorded=recorded)
+            for group in env.groups
+        ]
+        self.roll: Callable[[], None] = self._roll
 
     def __call__(self) -> None:
         """Collect, from the observations in row T of the rollout before.
@@ -151,12 +168,18 @@ class Collector:
 
         While one group of environments steps, the policy acts on the next.
         """
+        with self._clock.phase("act"):
+            self.prepare()
+        self.roll()
+
+    def _roll(self) -> None:
         r, env = self._rollout, self._env
         acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
+        n_steps = len(r.rewards)
         with acting:
             r.obs[0].copy_(r.obs[-1])
-            self.prepare()
-        n_steps = len(r.rewards)
+            if env.cuts is not None:
+                env.cuts.clear(n_steps)
         for t in range(n_steps + 1):
             for group, actor in enumerate(self.actors):
                 if t > 0:
@@ -186,7 +209,13 @@ class Collector:
         r = self._rollout
         if not self.actors[0].complete:
             complete(self._policy, self._decided)
-        self._finals.flush()
+        if (cuts := self._env.cuts) is None:
+            self._finals.flush()
+        elif len(cuts.steps):
+            values = self._policy.value(cuts.obs.flatten(0, 1)).view(cuts.steps.shape)
+            # one row more, for those that were not cut
+            padded = torch.cat((r.next_values, r.next_values[:1]))
+            r.next_values.copy_(padded.scatter(0, cuts.steps, values)[:-1])
         last_values = self._policy.value(r.obs[-1])
         torch.logical_or(r.terminated, r.truncated, out=r.done)
         successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))

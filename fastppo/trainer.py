@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +19,9 @@ from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.envs.api import VecEnv
 from fastppo.envs.choose import env_key, recall
 from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
-from fastppo.errors import CheckpointError, ConfigError, EnvError
-from fastppo.functional.gae import eager_gae, gae_doubling
+from fastppo.envs.tensor.driver import TensorEnv
+from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError
+from fastppo.functional.gae import choose_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
 from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
@@ -42,6 +43,7 @@ from fastppo.runtime.device import (
     seed_stream,
     set_threads,
 )
+from fastppo.runtime.graphs import record
 from fastppo.runtime.preflight import free_memory
 from fastppo.runtime.signals import on_interrupt
 from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
@@ -143,6 +145,7 @@ class Trainer:
                 seed=int(seed_stream(c.seed, "envs").generate_state(1)[0] >> 1),
                 n_workers=c.workers,
                 half_batches=c.half_batches,
+                device=self.device,
             )
             undo.callback(self.env.close)
             self._build_loop(c)
@@ -231,39 +234,96 @@ class Trainer:
         self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
         self.update = self._make_update(c)
         n_steps, n_envs = self.rollout.rewards.shape
-        self.gae = eager_gae(n_steps, n_envs)
+        self.gae = choose_gae(n_steps, n_envs, self.device)
         self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
         self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
         self.values: dict[str, float] = {}
         noise = generator(c.seed, "noise", self.device)
-        self.collect = Collector(self.env, self.policy, self.rollout, noise, self.clock)
+        recorded = c.compile == "graph" and self.env.state is not None
+        self.collect = Collector(self.env, self.policy, self.rollout, noise, self.clock, recorded=recorded)
+        self.learn: Callable[[], Tensor] = self._learn
         self.metrics = Metrics(self.rollout, self.clock, self.env.action_spec, n_iterations=c.n_iterations)
         self.iteration = 0
         self.stop_requested = False
         self.result: Result | None = None
 
     def _compile(self, c: Config, console: Console | None) -> Config:
-        """Compile update and advantages, if that was asked for or pays; the config then says what was done."""
-        wanted, why = c.compile == "on", "asked for"
-        if c.compile == "auto":
+        """Compile or record the work, if that was asked for or pays; the config then says what was done."""
+        chosen: Any = c.compile
+        why = "asked for"
+        if chosen == "auto":
             wanted, why = worth_compiling(c.n_iterations * _int(c.update_epochs) * _int(c.n_minibatches))
+            chosen = "on" if wanted else "off"
             if self.device.type != "cpu":
-                wanted, why = False, "not yet tried on CUDA; --compile on tries it"
-        if wanted:
-            if console is not None:
-                console.print("compiling the update: 10-20 s, the next time 5", highlight=False)
-            begin = time.perf_counter()
+                chosen, why = "graph", "on CUDA launches cost more than small kernels do"
+        if chosen != "off" and console is not None:
+            console.print("compiling the update: 10-20 s, the next time 5", highlight=False)
+        begin = time.perf_counter()
+        if chosen == "on" or (chosen == "graph" and self.device.type == "cuda"):
             try:
-                gae = compile_graph(gae_doubling, self._gae_inputs(self.rollout.rewards))
-                self.update.compile(self.rollout.batch(), self.coefs)
-                self.gae = gae
-                self.compile_seconds = time.perf_counter() - begin
-                why = f"{why}; took {self.compile_seconds:.1f} s"
+                self._compile_kernels()
             except CompileError as error:
-                wanted, why = False, f"it can't be compiled: {error}"
+                if chosen == "on":
+                    chosen, why = "off", f"it can't be compiled: {error}"
+                else:
+                    self.notes.append(f"kernels are eager: they can't be compiled: {error}.")
+        if chosen == "graph":
+            try:
+                self._record()
+            except CaptureError as error:
+                if c.compile == "graph":
+                    raise
+                chosen, why = "on" if accelerate.compilations > self._compiled_before else "off", str(error)
+        if chosen != "off":
+            self.compile_seconds = time.perf_counter() - begin
+            why = f"{why}; took {self.compile_seconds:.1f} s"
         if c.compile != "off":
-            self.notes.append(f"compile {'on' if wanted else 'off'}: {why}.")
-        return dataclasses.replace(c, compile="on" if wanted else "off")
+            self.notes.append(f"compile {chosen}: {why}.")
+        return dataclasses.replace(c, compile=chosen)
+
+    def _compile_kernels(self) -> None:
+        gae = self.gae
+        if gae is gae_doubling:  # the loop wins where it was chosen, compiled doubling or not
+            gae = compile_graph(gae, self._gae_inputs(self.rollout.rewards))
+        self.update.compile(self.rollout.batch(), self.coefs)
+        if isinstance(self.env, TensorEnv):
+            self.env.compile(compile_graph)
+        self.gae = gae
+
+    def _record(self) -> None:
+        """Replace the rollout, where the environment lives on the device, and everything after it by recordings."""
+        if reason := self.policy.uncompilable():
+            raise CaptureError(reason)
+        shuffles = self.update.generator.get_state()
+        self._anneal(0.0)
+        self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is recorded
+        rewards = [] if self.rewards is None else list(self.rewards.buffers())
+        keep = [*self.update.state(), *self.metrics.state(), *rewards]
+        learn = record(
+            lambda: self._learn(watched=False),
+            keep=keep,
+            fresh=[*self.coefs, *self.update.inputs()],
+            device=self.device,
+        )
+
+        def replay_learn() -> Tensor:
+            with self.clock.phase("update"):
+                return learn()
+
+        self.learn = replay_learn
+        if self.env.state is not None:
+            roll = record(
+                self.collect.roll,
+                keep=[*self.env.state.values(), self.rollout.obs[-1]],
+                fresh=[self.rollout.noise],
+                device=self.device,
+            )
+
+            def replay_roll() -> None:
+                with self.clock.phase("rollout"):
+                    roll()
+
+            self.collect.roll = replay_roll
 
     def _open_run(self, c: Config, console: Console | None) -> None:
         write_json(self.run_dir / "config.json", c.to_dict())
@@ -308,7 +368,7 @@ class Trainer:
         """Train, giving the figures of each iteration; leaving the loop early saves and closes as its end does."""
         if self.result is not None:
             raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
-        c, r = self.config, self.rollout
+        c = self.config
         if self._console is not None:
             self.sinks.append(ConsoleSink(self._console, c.n_iterations))
         try:
@@ -316,15 +376,13 @@ class Trainer:
             while self.iteration < c.n_iterations and not self.stop_requested:
                 self._anneal(self.iteration / c.n_iterations)
                 self.collect()
-                with self.clock.phase("advantages"):
-                    self._set_targets()
+                figures = self.learn()
                 with self.clock.phase("update"):
-                    done = self.update(r.batch(), self.coefs, self.values["target_kl"] * c.kl_stop_factor)
-                    figures = self.metrics.read(done.diagnostics)
+                    found = self.metrics.read(figures)
                     self._update_obs_moments()
                 self.iteration += 1
                 with self.clock.phase("log"):
-                    stats = self.metrics.stats(self.iteration, figures, done, self.values)
+                    stats = self.metrics.stats(self.iteration, found, self.values)
                     for sink in self.sinks:
                         sink.write(stats)
                 with self.clock.paused():
@@ -338,6 +396,16 @@ class Trainer:
         self.values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
         for name, tensor in self.coefs._asdict().items():
             tensor.fill_(self.values[name])
+        with self.clock.phase("update"):
+            self.update.prepare(self.rollout.rewards.numel(), self.values["target_kl"] * self.config.kl_stop_factor)
+
+    def _learn(self, *, watched: bool = True) -> Tensor:
+        """Advantages, epochs, and the figures of both, on the device; for `watched` see `PPOUpdate.learn`."""
+        with self.clock.phase("advantages"):
+            self._set_targets()
+        with self.clock.phase("update"):
+            watched = watched and self.values["target_kl"] != math.inf
+            return self.metrics.measure(self.update.learn(self.rollout.batch(), self.coefs, watched=watched))
 
     def _set_targets(self) -> None:
         r, rewards = self.rollout, self.rollout.rewards

@@ -2,7 +2,8 @@
 
 One minibatch is one function of tensors that changes its state in place: gather, evaluate, loss, gradient, clip, Adam,
 sums of the diagnostics. It reads nothing back to the host and takes every scalar as a tensor, so that it can be
-compiled whole, once, for a run with annealing.
+compiled whole, once, for a run with annealing. The early stop is a tensor too, so that all epochs together can be one
+CUDA graph.
 """
 
 from __future__ import annotations
@@ -10,37 +11,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fastppo.functional.adam import AdamState, adam_init, adam_step, clip_by_norm
-from fastppo.functional.losses import DIAGNOSTICS, Batch, Coefficients, ValueClip, normalize_advantages, ppo_loss
+from fastppo.functional.losses import (
+    DIAGNOSTICS,
+    Batch,
+    Coefficients,
+    ValueClip,
+    advantage_scale,
+    normalize_advantages,
+    ppo_loss,
+)
 from fastppo.policies.api import Policy
 from fastppo.policies.flat import FlatParameters
 from fastppo.runtime.accelerate import CompileError, compile_graph
 
 FIGURES = (*DIAGNOSTICS, "grad_norm")
+# What an update tells of itself: means of FIGURES (the gradient norm before clipping) over the steps that were taken;
+# minibatches left out because their gradient was not finite; minibatches and epochs run; whether the KL ended it (0
+# or 1), and that KL
+REPORT = (*FIGURES, "skipped_minibatches", "minibatches_run", "epochs_run", "stopped", "stop_kl")
 _KL = FIGURES.index("approx_kl")
 _WIDEST = 64  # numbers of an observation that are still packed with the rest of their row
-
-
-class UpdateStats(NamedTuple):
-    """What one update did.
-
-    Attributes:
-        diagnostics: [9] FIGURES, the gradient norm being that before clipping: means over the minibatches whose step
-            was taken; then the number of steps that were left out because their gradient was not finite.
-        minibatches: steps taken or left out.
-        epochs: epochs begun.
-        stop_kl: the KL that ended the update early, or None. NaN when the KL was NaN.
-    """
-
-    diagnostics: Tensor
-    minibatches: int
-    epochs: int
-    stop_kl: float | None
 
 
 class Rows:
@@ -113,11 +109,17 @@ class PPOUpdate:
     def __post_init__(self) -> None:
         """Start Adam's memory at zero."""
         vector = self.parameters.vector
+
+        def scalar() -> Tensor:
+            return torch.zeros((), device=vector.device)
+
         self.adam: AdamState = adam_init(vector)
-        # FIGURES summed over the steps taken, their number, and the KL of all minibatches of an epoch
-        self._sums = torch.zeros(len(FIGURES) + 2, device=vector.device)
-        self._last = torch.zeros(len(FIGURES), device=vector.device)  # FIGURES of the last minibatch
-        self._limit = torch.zeros((), device=vector.device)
+        # FIGURES summed over the steps taken, their number, that of minibatches within the limit, and an epoch's KLs
+        self._sums = torch.zeros(len(FIGURES) + 3, device=vector.device)
+        # the KL that a minibatch may have (inf: any; -inf: the update is over), that an epoch's mean may have, and that
+        # ended the update
+        self._limit, self._epoch_limit, self._stop_kl = scalar(), scalar(), scalar()
+        self._orders = torch.zeros(0, 0, dtype=torch.int64, device=vector.device)
         self._rows: Rows | None = None
         trained = {id(p) for p in self.parameters.parameters}
         names = {id(p): name for name, p in self.policy.named_parameters()}
@@ -136,36 +138,64 @@ class PPOUpdate:
             raise CompileError(reason)
         data = self.fill(batch)
         rows = torch.arange(len(batch.logprobs) // self.n_minibatches, device=self._sums.device)
-        self._minibatch = compile_graph(self._minibatch_eagerly, self._arguments(data, rows, coefs))
+        self._minibatch = compile_graph(
+            self._minibatch_eagerly, self._arguments(data, rows, coefs, self._sums.new_zeros(2))
+        )
 
-    def __call__(self, batch: Batch, coefs: Coefficients, kl_limit: float) -> UpdateStats:
-        """Learn from `batch`, stopping early where the KL (k3) is not <= `kl_limit` (inf: never looked at)."""
+    def __call__(self, batch: Batch, coefs: Coefficients, kl_limit: float) -> Tensor:
+        """Learn from `batch`, stopping early where the KL (k3) is not <= `kl_limit` (inf: never).
+
+        Returns:
+            the values of REPORT, on the device.
+        """
+        self.prepare(len(batch.logprobs), kl_limit)
+        return self.learn(batch, coefs, watched=kl_limit != math.inf)
+
+    def prepare(self, n: int, kl_limit: float) -> None:
+        """Set the limit, and draw the permutation of the `n` rows for every epoch, run or not."""
+        if self._orders.shape != (self.update_epochs, n):
+            self._orders = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self._sums.device)
+        for order in self._orders:
+            order.copy_(torch.randperm(n, generator=self.generator, device=self.generator.device))
+        by_epoch = self.kl_stop == "epoch"
+        self._epoch_limit.fill_(kl_limit if by_epoch else math.inf)
+        self._limit.fill_(math.inf if by_epoch else kl_limit)
+
+    def learn(self, batch: Batch, coefs: Coefficients, *, watched: bool) -> Tensor:
+        """Every epoch, as `prepare` set it up.
+
+        What is decided is decided on the device: once the KL has ended the update, further minibatches change nothing.
+        So `watched`, to look from the host and leave the loop, saves time and changes no number.
+        """
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid))
-        data, n, watched = self.fill(batch), len(batch.logprobs), kl_limit != math.inf
+        data = self.fill(batch)
+        orders = self._orders.view(self.update_epochs, self.n_minibatches, -1)
+        scales = self._scales(batch, orders)
         self._sums.zero_()
-        self._limit.fill_(kl_limit if self.kl_stop == "minibatch" else math.inf)
-        taken, epochs, stop_kl = 0, 0, None
-        while epochs < self.update_epochs and stop_kl is None:
-            epochs += 1
-            order = torch.randperm(n, generator=self.generator, device=self.generator.device)
-            self._sums[-1] = 0.0
-            for rows in order.view(self.n_minibatches, -1):
-                self.minibatch(data, rows, coefs)
-                # "not <=", so that NaN stops too
-                if watched and self.kl_stop == "minibatch" and not (kl := self._last[_KL].item()) <= kl_limit:
-                    stop_kl = kl
+        self._stop_kl.zero_()
+        each_minibatch = watched and self.kl_stop == "minibatch" and self._limit.device.type == "cpu"
+        for order, scale in zip(orders, scales, strict=True):
+            for i in range(self.n_minibatches):
+                self.minibatch(data, order[i], coefs, scale[i])
+                if each_minibatch and self._over():
                     break
-                taken += 1
-            if watched and self.kl_stop == "epoch":
-                mean_kl = (self._sums[-1] / self.n_minibatches).item()
-                stop_kl = mean_kl if not mean_kl <= kl_limit else None
-        figures, stepped = self._sums[: len(FIGURES)], self._sums[-2:-1]
-        return UpdateStats(torch.cat((figures / stepped, taken - stepped)), taken, epochs, stop_kl)
+            self._end_epoch()
+            if watched and self._over():
+                break
+        return self._report()
 
-    def minibatch(self, data: Sequence[Tensor], rows: Tensor, coefs: Coefficients) -> None:
-        """One step on the rows [B] of `data`."""
-        self._minibatch(*self._arguments(data, rows, coefs))
+    def state(self) -> list[Tensor]:
+        """What an update changes and the next one needs."""
+        return [self.parameters.vector, *self.adam]
+
+    def inputs(self) -> list[Tensor]:
+        """What `prepare` writes before each update."""
+        return [self._orders, self._limit, self._epoch_limit]
+
+    def minibatch(self, data: Sequence[Tensor], rows: Tensor, coefs: Coefficients, scale: Tensor) -> None:
+        """One step on the rows [B] of `data`, whose advantages have the mean and divisor `scale` [2]."""
+        self._minibatch(*self._arguments(data, rows, coefs, scale))
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:
         """Lay `batch` out for `minibatch`."""
@@ -173,22 +203,51 @@ class PPOUpdate:
             self._rows = Rows(batch)
         return self._rows.fill(batch)
 
-    def _arguments(self, data: Sequence[Tensor], rows: Tensor, coefs: Coefficients) -> list[Tensor]:
-        state = (self.parameters.vector, *self.adam, self._sums, self._last)
-        return [*state, self._limit, rows, *coefs, *self._fixed.values(), *data]
+    def _scales(self, batch: Batch, orders: Tensor) -> Tensor:
+        """Mean and divisor of the advantages of each minibatch, [E, M, 2]."""
+        if self.normalize != "minibatch":
+            return self._sums.new_zeros(*orders.shape[:2], 2)  # not used
+        valid = None if batch.valid is None else batch.valid[orders]
+        return torch.stack(advantage_scale(batch.advantages[orders], valid), -1)
+
+    def _over(self) -> bool:
+        return self._limit.item() == -math.inf
+
+    def _end_epoch(self) -> None:
+        """Judge the epoch by the mean KL of its minibatches."""
+        if self.kl_stop == "minibatch":
+            return
+        kl = self._sums[-1] / self.n_minibatches
+        # "not <=", so that NaN stops too
+        ends = ~(kl <= self._epoch_limit) & (self._epoch_limit != math.inf) & (self._limit != -math.inf)
+        self._stop_kl.copy_(torch.where(ends, kl, self._stop_kl))
+        self._limit.copy_(torch.where(ends, -math.inf, self._limit))
+        self._sums[-1].zero_()
+
+    def _report(self) -> Tensor:
+        figures, (taken, within, _) = self._sums[: len(FIGURES)], self._sums[len(FIGURES) :]
+        stopped = (self._limit == -math.inf).float()
+        begun = within + stopped if self.kl_stop == "minibatch" else within
+        epochs = torch.ceil(begun / self.n_minibatches)
+        rest = torch.stack((within - taken, within, epochs, stopped, self._stop_kl))
+        return torch.cat((figures / taken, rest))
+
+    def _arguments(self, data: Sequence[Tensor], rows: Tensor, coefs: Coefficients, scale: Tensor) -> list[Tensor]:
+        state = (self.parameters.vector, *self.adam, self._sums, self._limit, self._stop_kl)
+        return [*state, scale, rows, *coefs, *self._fixed.values(), *data]
 
     def _minibatch_eagerly(self, *tensors: Tensor) -> None:
-        """One minibatch as a function of `_arguments`, which writes into the first seven of them.
+        """One minibatch as a function of `_arguments`, which writes into the first eight of them.
 
-        The step is left out where the gradient is not finite, and where the KL is not within its limit.
+        The step is left out where the gradient is not finite, where the KL is not within its limit, and from then on.
         """
         assert self._rows is not None
-        vector, mean, square, left1, left2, sums, last, limit, rows, *rest = tensors
+        vector, mean, square, left1, left2, sums, limit, stop_kl, scale, rows, *rest = tensors
         n = len(Coefficients._fields)
         coefs, fixed, data = Coefficients(*rest[:n]), rest[n : n + len(self._fixed)], rest[n + len(self._fixed) :]
         batch = self._rows.take(data, rows)
         if self.normalize == "minibatch":
-            batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid))
+            batch = batch._replace(advantages=(batch.advantages - scale[0]) / scale[1])
         with torch.enable_grad():
             leaves = [view.detach().requires_grad_() for view in self.parameters.views(vector)]
             tensors_by_name = dict(zip(self._trained, leaves, strict=True)) | dict(zip(self._fixed, fixed, strict=True))
@@ -201,12 +260,14 @@ class PPOUpdate:
         gradient, norm = clip_by_norm(self.parameters.flatten(gradients), coefs.max_grad_norm)
         figures = torch.cat((diagnostics, norm.unsqueeze(0)))
         kl = diagnostics[_KL]
-        take = norm.isfinite() & ((kl <= limit) | (limit == math.inf))
+        within = (kl <= limit) | (limit == math.inf)
+        take = within & norm.isfinite()
         new, adam = adam_step(
             vector, gradient, AdamState(mean, square, left1, left2), coefs.learning_rate, self.adam_eps
         )
         for old, value in zip((vector, mean, square, left1, left2), (new, *adam), strict=True):
             old.copy_(torch.where(take, value, old))
-        counted = torch.cat((torch.where(take, figures, 0.0), take.to(kl.dtype).unsqueeze(0), kl.unsqueeze(0)))
-        sums.add_(counted)
-        last.copy_(figures)
+        counts = torch.stack((take.to(kl.dtype), within.to(kl.dtype), kl))
+        sums.add_(torch.cat((torch.where(take, figures, 0.0), counts)))
+        stop_kl.copy_(torch.where(within | (limit == -math.inf), stop_kl, kl))
+        limit.copy_(torch.where(within, limit, -math.inf))

@@ -78,7 +78,8 @@ def test_functional_imports_torch_alone():
     for path in FILES:
         if path.parts[0] == "functional":
             outside = {m.split(".")[0] for m in imports(path)} - {"torch", "fastppo", "__future__", "math", "typing"}
-            assert outside <= {"collections", "dataclasses"}, path
+            kernel = {"triton"} if path.name == "gae_triton.py" else set()
+            assert outside <= {"collections", "dataclasses", "importlib"} | kernel, path
 
 
 def test_the_config_object_stops_at_the_trainer():

@@ -4,13 +4,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from fastppo import Config, Trainer
 from fastppo.errors import ConfigError
 from fastppo.memory import MemoryPlan, check_memory
-from tests.worlds import Counter, short
+from fastppo.runtime.preflight import free_memory
+from tests.worlds import Counter, Spaces, short
 
 
 def test_storage_is_counted_to_the_byte(tmp_path):
@@ -56,6 +59,42 @@ def test_the_largest_that_fits_is_found():
         check_memory(plan, 1000, 8, free=10_000)
     with pytest.raises(ConfigError, match="no n_envs fits; use fewer n_steps"):
         check_memory(plan, 1000, 8, free=500)
+
+
+def test_normalising_wide_observations_is_in_the_plan(tmp_path):
+    plans = []
+    for i in range(2):
+        config = short(tmp_path, run_dir=tmp_path / str(i), n_envs=64, n_minibatches=64, normalize_obs=bool(i))
+        trainer = Trainer(config, make_env=lambda: Spaces(spaces.Box(-1, 1, (3000,), np.float32), spaces.Discrete(2)))
+        plans.append(trainer.memory)
+        trainer.run()
+    batch = 64 * 8 * 3000
+    assert plans[1].update > 2 * 8 * batch > plans[0].update  # two copies in float64 at once
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "files"),
+    [
+        ("0::/job/me", "job", {"memory.max": "1000", "memory.current": "700"}),
+        ("0::/", "", {"memory.max": "1000", "memory.current": "700"}),
+        ("4:cpu,memory:/me", "memory/me", {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "700"}),
+    ],
+)
+def test_free_memory_is_what_the_control_groups_leave(tmp_path, line, folder, files):
+    device = torch.device("cpu")
+    assert free_memory(device, tmp_path) > 10_000, "no groups, no limit"
+    group = tmp_path / "sys/fs/cgroup" / folder
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"2:cpuset:/\n{line}\n")
+    for name, value in files.items():
+        (group / name).write_text(f"{value}\n")
+    cache = "inactive_file" if line.startswith("0") else "total_inactive_file"
+    (group / "memory.stat").write_text(f"anon 500\n{cache} 150\n")
+    assert free_memory(device, tmp_path) == 1000 - 700 + 150
+    if "memory.max" in files:
+        (group / "memory.max").write_text("max\n")
+        assert free_memory(device, tmp_path) > 10_000
 
 
 MEASURE = """

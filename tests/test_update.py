@@ -14,7 +14,7 @@ from fastppo.policies.flat import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.runtime import accelerate
 from fastppo.spaces import ObsSpec
-from fastppo.update import FIGURES, PPOUpdate, Rows
+from fastppo.update import REPORT, PPOUpdate, Rows
 from tests.reference.ppo import reference_update
 
 B, D, A = 256, 4, 3
@@ -59,6 +59,11 @@ def make_update(policy, **changes):
     return PPOUpdate(policy, FlatParameters(policy.network), torch.Generator().manual_seed(5), **settings)
 
 
+def told(report):
+    """An update's report by name."""
+    return dict(zip(REPORT, report.tolist(), strict=True))
+
+
 def minibatches(batch, epochs, parts):
     """The same permutations that an update with generator seed 5 draws."""
     g = torch.Generator().manual_seed(5)
@@ -75,15 +80,15 @@ def test_parameters_after_an_update_equal_plain_autograd_and_torchs_adam(value_c
     twin = copy.deepcopy(policy.network)
     before = torch.nn.utils.parameters_to_vector(twin.parameters()).detach().clone()
     batch = make_batch(policy)
-    stats = make_update(policy, value_clip=value_clip, normalize=normalize)(batch, coefficients(), math.inf)
+    stats = told(make_update(policy, value_clip=value_clip, normalize=normalize)(batch, coefficients(), math.inf))
     split = minibatches(batch, 2, 4)
     reference_update(twin, split, value_clip=value_clip, normalize=normalize == "minibatch", **SETTINGS)
     ours = torch.nn.utils.parameters_to_vector(policy.network.parameters())
     theirs = torch.nn.utils.parameters_to_vector(twin.parameters())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (theirs - before).abs().max() > 1e-3, "an update that moves nothing proves nothing"
-    assert stats.minibatches == 8
-    assert 0.05 < stats.diagnostics[FIGURES.index("clipfrac")] < 0.5
+    assert (stats["minibatches_run"], stats["epochs_run"], stats["stopped"]) == (8, 2, 0)
+    assert 0.05 < stats["clipfrac"] < 0.5
 
 
 def test_parameters_after_an_update_equal_stable_baselines3s():
@@ -167,7 +172,7 @@ def test_filler_rows_do_not_touch_the_update():
         noise = torch.where(valid, 0.0, spoil)
         batch = batch._replace(advantages=batch.advantages + noise, returns=batch.returns - noise)
         stats = make_update(policy)(batch, coefficients(), math.inf)
-        results.append((torch.nn.utils.parameters_to_vector(policy.network.parameters()), stats.diagnostics))
+        results.append((torch.nn.utils.parameters_to_vector(policy.network.parameters()), stats))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
 
@@ -177,39 +182,60 @@ def test_each_epoch_has_a_permutation_of_its_own():
     update = make_update(policy, update_epochs=3, n_minibatches=1)
     seen = []
     inner = update.minibatch
-    update.minibatch = lambda data, rows, coefs: seen.append(rows.tolist()) or inner(data, rows, coefs)
+    update.minibatch = lambda data, rows, *rest: seen.append(rows.tolist()) or inner(data, rows, *rest)
     update(make_batch(policy), coefficients(), math.inf)
     assert len({tuple(rows) for rows in seen}) == 3
     assert all(sorted(rows) == list(range(B)) for rows in seen)
 
 
+@pytest.mark.parametrize("watched", [True, False])
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
-def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divide_by_what_ran(kl_stop):
+def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divide_by_what_ran(kl_stop, watched):
     policy = make_policy()
     batch = make_batch(policy)
     batch = batch._replace(logprobs=policy.evaluate(batch.obs, batch.actions, batch.params).logprobs.detach())
     update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
-    steps, norms = [], []
+    steps, ran = [], []
     inner = update.minibatch
 
     def spy(*arguments):
         before = update.parameters.vector.clone()
         inner(*arguments)
-        norms.append(update._last[-1].item())
+        ran.append(1)
         if not torch.equal(before, update.parameters.vector):
-            steps.append(1)
+            steps.append(update._sums[REPORT.index("grad_norm")].item())
 
     update.minibatch = spy
-    stats = update(batch, coefficients(learning_rate=0.1), kl_limit=0.02)
-    assert stats.epochs <= 2
-    assert stats.stop_kl > 0.02
-    assert stats.minibatches == len(steps) < 40
-    taken = norms[: len(steps)]
-    assert stats.diagnostics[FIGURES.index("grad_norm")].item() == pytest.approx(sum(taken) / len(taken), rel=1e-5)
-    if kl_stop == "minibatch":
-        assert len(norms) == len(steps) + 1, "the minibatch that went too far is judged before its step"
-    else:
-        assert stats.minibatches == 4 * stats.epochs, "an epoch is judged whole"
+    update.prepare(B, 0.02)
+    stats = told(update.learn(batch, coefficients(learning_rate=0.1), watched=watched))
+    assert stats["epochs_run"] <= 2
+    assert stats["stopped"] == 1
+    assert stats["stop_kl"] > 0.02
+    assert stats["minibatches_run"] == len(steps) < 40
+    assert stats["grad_norm"] == pytest.approx(steps[-1] / len(steps), rel=1e-5)
+    if not watched:
+        assert len(ran) == 40, "nobody looks, so everything runs and changes nothing"
+    elif kl_stop == "minibatch":
+        assert len(ran) == len(steps) + 1, "the minibatch that went too far is judged before its step"
+    if kl_stop == "epoch":
+        assert stats["minibatches_run"] == 4 * stats["epochs_run"], "an epoch is judged whole"
+
+
+@pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
+def test_to_look_or_not_to_look_gives_the_same_bits(kl_stop):
+    results = []
+    for watched in (True, False):
+        policy = make_policy()
+        update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
+        reports = []
+        for i in range(3):
+            batch = make_batch(policy, seed=i)
+            batch = batch._replace(logprobs=policy.evaluate(batch.obs, batch.actions, batch.params).logprobs.detach())
+            update.prepare(B, (0.02, math.inf, 0.005)[i])
+            reports.append(update.learn(batch, coefficients(learning_rate=0.1), watched=watched and i != 1))
+        results.append([*reports, update.parameters.vector, *update.adam])
+    assert [r[REPORT.index("stopped")] for r in results[0][:3]] == [1, 0, 1]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
@@ -218,12 +244,12 @@ def test_a_nan_kl_stops_too(kl_stop):
     batch = make_batch(policy)
     batch = batch._replace(logprobs=torch.full_like(batch.logprobs, torch.nan))
     before = copy.deepcopy(policy.network.state_dict())
-    stats = make_update(policy, update_epochs=5, kl_stop=kl_stop)(batch, coefficients(), 0.02)
-    assert stats.epochs == 1
-    assert math.isnan(stats.stop_kl)
-    assert stats.minibatches == (0 if kl_stop == "minibatch" else 4)
+    stats = told(make_update(policy, update_epochs=5, kl_stop=kl_stop)(batch, coefficients(), 0.02))
+    assert (stats["epochs_run"], stats["stopped"]) == (1, 1)
+    assert math.isnan(stats["stop_kl"])
+    assert stats["minibatches_run"] == (0 if kl_stop == "minibatch" else 4)
     assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
-    assert stats.diagnostics[0].isnan(), "nothing ran, so there is no mean"
+    assert math.isnan(stats["policy_loss"]), "nothing ran, so there is no mean"
 
 
 def test_a_minibatch_without_a_finite_gradient_is_left_out_of_steps_and_means():
@@ -233,18 +259,18 @@ def test_a_minibatch_without_a_finite_gradient_is_left_out_of_steps_and_means():
         batch = make_batch(policy)
         if spoil:
             batch.returns[torch.randperm(B, generator=torch.Generator().manual_seed(5))[-1]] = torch.inf
-        stats = make_update(policy, update_epochs=1)(batch, coefficients(), math.inf)
-        results.append((stats, policy.network.state_dict()))
+        report = make_update(policy, update_epochs=1)(batch, coefficients(), math.inf)
+        results.append((report, policy.network.state_dict()))
     (whole, _), (partial, weights) = results
-    assert (whole.diagnostics[-1], partial.diagnostics[-1]) == (0, 1)
-    assert partial.diagnostics.isfinite().all()
+    assert (told(whole)["skipped_minibatches"], told(partial)["skipped_minibatches"]) == (0, 1)
+    assert partial.isfinite().all()
     assert all(x.isfinite().all() for x in weights.values())
 
 
 def test_a_generous_limit_stops_nothing():
     policy = make_policy()
-    stats = make_update(policy, update_epochs=3)(make_batch(policy), coefficients(learning_rate=1e-4), 10.0)
-    assert (stats.epochs, stats.minibatches, stats.stop_kl) == (3, 12, None)
+    stats = told(make_update(policy, update_epochs=3)(make_batch(policy), coefficients(learning_rate=1e-4), 10.0))
+    assert (stats["epochs_run"], stats["minibatches_run"], stats["stopped"]) == (3, 12, 0)
 
 
 def test_every_coefficient_at_0_leaves_the_parameters_where_they_are():
@@ -293,8 +319,8 @@ def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
     assert accelerate.compilations == count
     (eager, a), (fast, b) = results
     torch.testing.assert_close(fast, eager, atol=1e-5, rtol=0)
-    torch.testing.assert_close(b.diagnostics[:-1], a.diagnostics[:-1], atol=1e-4, rtol=1e-4, equal_nan=True)
-    assert (a.minibatches, a.epochs) == (b.minibatches, b.epochs)
+    torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4, equal_nan=True)
+    assert told(a)["minibatches_run"] == told(b)["minibatches_run"]
     assert (eager - before).abs().max() > 1e-3
 
 

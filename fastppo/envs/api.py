@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -49,6 +49,40 @@ class Transitions(NamedTuple):
         )
 
 
+class Cuts(NamedTuple):
+    """Last observations of episodes that were cut in a rollout, kept where the environments are: on the device.
+
+    An environment with a time limit of L steps can be cut at most (T - 1) // L + 1 = C times in T steps.
+
+    Attributes:
+        step: [] int64, steps taken in this rollout.
+        obs: [C, N, *obs] last observation of the k-th episode that was cut.
+        steps: [C, N] int64, the step that cut it; T where there is none.
+        made: [N] int64, how many were cut so far.
+    """
+
+    step: Tensor
+    obs: Tensor
+    steps: Tensor
+    made: Tensor
+
+    @classmethod
+    def allocate(
+        cls, n_steps: int, n_envs: int, obs_spec: ObsSpec, max_steps: int | None, device: torch.device
+    ) -> Cuts:
+        """For rollouts of `n_steps` in environments whose time limit is `max_steps` (None: none)."""
+        most = 0 if max_steps is None else (n_steps - 1) // max_steps + 1
+        step, made = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), (n_envs,)))
+        steps = torch.full((most, n_envs), n_steps, device=device)
+        return cls(step, obs_spec.blank(most, n_envs, device=device), steps, made)
+
+    def clear(self, n_steps: int) -> None:
+        """A rollout of `n_steps` begins."""
+        self.step.zero_()
+        self.made.zero_()
+        self.steps.fill_(n_steps)
+
+
 class VecEnv(Protocol):
     """N environments as the loop sees them.
 
@@ -72,6 +106,14 @@ class VecEnv(Protocol):
     fillers: bool
     notes: Sequence[str]
     final_obs: Tensor
+
+    @property
+    def cuts(self) -> Cuts | None:
+        """Episodes cut in the whole rollout, of environments that never tell the host; None: `store` tells."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor] | None:
+        """Every tensor that a step changes beside the rollout, if it can be recorded in a graph; else None."""
 
     def reset(self, seed: np.random.SeedSequence) -> Tensor:
         """Start every environment, each with a seed of its own; returns obs [N, *obs]."""

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-Vectorization = Literal["sync", "async", "pool", "native", "envpool"]
+Vectorization = Literal["sync", "async", "pool", "native", "envpool", "tensor"]
 
 # Steps per second by which another vectorisation must beat `sync` to be taken. The environment's own vector version is
 # another implementation, with other random streams; processes bring a price of their own in memory and start-up.

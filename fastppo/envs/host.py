@@ -29,6 +29,9 @@ _Array = np.ndarray[Any, Any]
 class HostEnv:
     """A Gymnasium vector environment behind the VecEnv protocol."""
 
+    cuts: None = None
+    state: None = None
+
     def __init__(self, venv: VectorEnv[Any, Any, Any], *, seeded: bool = False) -> None:
         """Take over `venv`; `seeded` if it got its seed when it was made and wants none in reset.
 

@@ -11,17 +11,34 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import gymnasium as gym
+import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fastppo.envs import choose, single
+from fastppo.envs.api import VecEnv
 from fastppo.envs.choose import Vectorization
 from fastppo.envs.host import HostEnv
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.serial import SerialVectorEnv
 from fastppo.envs.single import EnvFactory
+from fastppo.envs.tensor.acrobot import Acrobot
+from fastppo.envs.tensor.cartpole import CartPole
+from fastppo.envs.tensor.catch import Catch
+from fastppo.envs.tensor.driver import TensorEnv
+from fastppo.envs.tensor.mountain_car import MountainCarContinuous
+from fastppo.envs.tensor.pendulum import Pendulum
+from fastppo.envs.tensor.task import Task
 from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
+# What vectorization=tensor knows, by Gymnasium's ids; keyword arguments are the task's fields
+TASKS: dict[str, Callable[..., Task]] = {
+    "Acrobot-v1": Acrobot,
+    "CartPole-v1": CartPole,
+    "MountainCarContinuous-v0": MountainCarContinuous,
+    "Pendulum-v1": Pendulum,
+    "fastppo/Catch-v0": Catch,
+}
 Maker = Callable[[], Any]  # -> gymnasium Env, or a VectorEnv that is used as it is
 
 
@@ -37,6 +54,7 @@ class Probe:
         factory: makes one environment; None where the user's maker returned a vector environment.
         vector: that vector environment.
         name: what to call it: its registered id, or its class.
+        max_steps: the registered time limit, where there is one.
     """
 
     obs_spec: ObsSpec
@@ -46,6 +64,7 @@ class Probe:
     factory: EnvFactory | None
     vector: VectorEnv[Any, Any, Any] | None
     name: str
+    max_steps: int | None = None
 
     @property
     def kind(self) -> Literal["discrete", "image", "continuous"]:
@@ -89,7 +108,8 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
     finally:
         env.close()
     name = env.spec.id if env.spec else type(env.unwrapped).__name__
-    return Probe(obs_spec, action_spec, atari, threshold, factory, None, name)
+    max_steps = env.spec.max_episode_steps if env.spec else None
+    return Probe(obs_spec, action_spec, atari, threshold, factory, None, name, max_steps)
 
 
 def make_vec_env(
@@ -100,7 +120,8 @@ def make_vec_env(
     seed: int = 0,
     n_workers: int | None = None,
     half_batches: bool = False,
-) -> HostEnv:
+    device: torch.device | None = None,
+) -> VecEnv:
     """N environments of the kind that was probed.
 
     Args:
@@ -110,6 +131,7 @@ def make_vec_env(
         seed: for EnvPool, which takes its seed when it is made.
         n_workers: processes of the pool; None: one for each core.
         half_batches: step the pool's environments in two groups.
+        device: where tensor environments live.
 
     Raises:
         ConfigError: there is no such vector version, or a given vector environment has another N.
@@ -131,6 +153,8 @@ def make_vec_env(
                 "return a single environment from make_env, or copy its observations."
             )
         return HostEnv(found.vector)
+    if vectorization == "tensor":
+        return _tensor(found, n_envs, device or torch.device("cpu"))
     venv = _make(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1)
     return HostEnv(venv, seeded=vectorization == "envpool")
 
@@ -164,6 +188,21 @@ def _make(
     if vectorization == "pool":
         return PoolVectorEnv(factories, n_workers=n_workers, n_groups=n_groups, start_method=_start_method())
     return AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def _tensor(found: Probe, n_envs: int, device: torch.device) -> TensorEnv:
+    assert found.factory is not None
+    factory = found.factory
+    if factory.make is not None or factory.env_id not in TASKS:
+        name = found.name if factory.make is not None else factory.env_id
+        raise ConfigError(f"vectorization=tensor knows {', '.join(TASKS)}, not {name}; use native, sync or pool.")
+    # settings of gymnasium.make itself, which the probe has taken account of
+    kwargs = {k: v for k, v in factory.env_kwargs.items() if k not in ("max_episode_steps", "render_mode")}
+    try:
+        task = TASKS[factory.env_id](**kwargs)
+    except TypeError:
+        raise ConfigError(f"vectorization=tensor: {factory.env_id} refuses {factory.env_kwargs}.") from None
+    return TensorEnv(task, n_envs, found.obs_spec, found.action_spec, max_steps=found.max_steps, device=device)
 
 
 def _start_method() -> str:

@@ -19,6 +19,8 @@ MakeEnv = Callable[[], "gym.Env[Any, Any]"]
 # The one Atari preprocessing, whichever vectoriser runs it (Machado et al. 2018; stickiness as the id says)
 ATARI_NOOP_MAX, ATARI_FRAME_SKIP, ATARI_SIZE, ATARI_STACK = 30, 4, 84, 4
 
+gym.register("fastppo/Catch-v0", entry_point="fastppo.envs.tensor.single:CatchEnv", reward_threshold=0.95)
+
 
 class CopyObservation(gym.ObservationWrapper[Any, Any, Any]):
     """For an environment that hands out one and the same array again and again."""

@@ -102,16 +102,34 @@ def value_loss(
     return 0.5 * masked_mean(torch.maximum(plain, clipped) if value_clip == "max" else clipped, valid)
 
 
+def advantage_scale(advantages: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and divisor that bring advantages to mean 0 and unbiased standard deviation 1, over the last dimension.
+
+    Args:
+        advantages: [..., B].
+        valid: [..., B] bool or None.
+
+    Returns:
+        the mean, and the standard deviation plus 1e-8, [...] each; 0 and 1 where fewer than two rows count.
+    """
+    if valid is None:
+        n = advantages.shape[-1]
+        if n < 2:
+            return torch.zeros_like(advantages[..., 0]), torch.ones_like(advantages[..., 0])
+        std, mean = torch.std_mean(advantages, -1)
+        return mean, std + 1e-8
+    rows = valid.sum(-1)
+    mean = torch.where(valid, advantages, 0.0).sum(-1) / rows.clamp(min=1)
+    squares = torch.where(valid, (advantages - mean.unsqueeze(-1)).square(), 0.0).sum(-1)
+    std = (squares / (rows - 1).clamp(min=1)).sqrt()
+    few = rows < 2
+    return torch.where(few, 0.0, mean), torch.where(few, 1.0, std + 1e-8)
+
+
 def normalize_advantages(advantages: Tensor, valid: Tensor | None = None) -> Tensor:
     """Advantages to mean 0 and unbiased standard deviation 1 (plus 1e-8); unchanged where fewer than two rows count."""
-    if valid is None:
-        if advantages.numel() < 2:
-            return advantages
-        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-    n = valid.sum()
-    centred = advantages - masked_mean(advantages, valid)
-    std = (torch.where(valid, centred.square(), 0.0).sum() / (n - 1).clamp(min=1)).sqrt()
-    return torch.where(n < 2, advantages, centred / (std + 1e-8))
+    mean, scale = advantage_scale(advantages, valid)
+    return (advantages - mean) / scale
 
 
 def ppo_loss(

@@ -27,7 +27,7 @@ def moments_of(rows: Tensor, valid: Tensor | None = None) -> Moments:
     x = rows.double()
     if valid is None:
         mean = x.mean(0)
-        n = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+        n = torch.full((), float(len(x)), dtype=torch.float64, device=x.device)
         return Moments(mean, (x - mean).square().mean(0), n)
     w = valid.double().reshape(-1, *[1] * (x.dim() - 1))
     n = w.sum()

@@ -57,13 +57,13 @@ class Actor(Protocol):
         """Decide step t from obs[t] and noise[t]."""
 
 
-def make_actor(policy: Policy, decisions: Decisions) -> Actor:
-    """The cheapest actor for `policy` where the rollout lies.
+def make_actor(policy: Policy, decisions: Decisions, *, recorded: bool = False) -> Actor:
+    """The cheapest actor for `policy` where the rollout lies; in torch alone if it will be `recorded` as a graph.
 
     On the CPU, plain BLAS on numpy's views of the parameters beats torch, whose operations cost 3 us each: 13 against
     35 us at N=1, 32 against 59 at N=64, 150 against 145 at N=512 (two 64-wide layers; benchmarks/act.py).
     """
-    if decisions.obs.device.type == "cpu" and (layers := _plain_layers(policy)) is not None:
+    if not recorded and decisions.obs.device.type == "cpu" and (layers := _plain_layers(policy)) is not None:
         return _NumpyActor(policy, layers, decisions)
     return _ModuleActor(policy, decisions)
 

@@ -7,7 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PHASES = ("env", "act", "store", "advantages", "update", "log")
+# `rollout` is env, act and store where they are one graph and can't be told apart
+PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log")
 WINDOW = 10
 
 
@@ -46,8 +47,10 @@ class Clock:
         self._first = (0.0, 0)
 
     def start(self) -> None:
-        """Setting up is over."""
+        """Setting up is over, with whatever phases were run in it to compile or record them."""
         self._begun = time.perf_counter()
+        for phase in self._phases.values():
+            phase.total = 0.0
 
     def phase(self, name: str) -> _Phase:
         """A context manager that adds to the phase `name`."""

@@ -1,10 +1,15 @@
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastppo.functional.gae import eager_gae, gae_doubling, gae_loop, linear_scan
+from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, linear_scan
 from fastppo.runtime import accelerate
 from fastppo.runtime.accelerate import compile_graph
 from tests.reference.gae import advantage_by_definition, advantages_by_definition
@@ -131,5 +136,40 @@ def test_a_scan_of_ones_counts_the_rows_that_are_left():
 
 
 def test_small_rollouts_take_doubling_and_large_ones_the_loop():
-    assert eager_gae(128, 8) is gae_doubling
-    assert eager_gae(128, 4096) is gae_loop
+    cpu = torch.device("cpu")
+    assert choose_gae(128, 8, cpu) is gae_doubling
+    assert choose_gae(128, 4096, cpu) is gae_loop
+
+
+TRITON = """
+import json, sys
+import torch
+from fastppo.functional.gae_triton import gae_triton
+from tests.functional.test_gae import PATTERNS, as_tensors, make_case, plain
+from tests.reference.gae import advantages_by_definition
+worst, cells = 0.0, 0
+for t, n in [(1, 1), (2, 37), (37, 2), (64, 32), (65, 33), (129, 3)]:
+    for pattern in ("none", "both", "every row"):
+        case = make_case(t, n, pattern)
+        case["next_values"][case["terminated"]] = float("nan")
+        advantages, returns = gae_triton(*as_tensors(case))
+        case["next_values"][case["terminated"]] = 0.0
+        expected = torch.tensor(advantages_by_definition(plain(case)), dtype=torch.float64)
+        error = (advantages.double() - expected).abs() / (1 + expected.abs())
+        assert torch.equal(returns, advantages + torch.as_tensor(case["values"]))
+        assert error.isfinite().all(), (t, n, pattern)
+        worst, cells = max(worst, error.max().item()), cells + t * n
+print(json.dumps({"worst": worst, "cells": cells}))
+"""
+
+
+def test_the_triton_kernel_equals_the_definition():
+    pytest.importorskip("triton")
+    # Triton decides when it is imported whether it interprets, and torch may have imported it here
+    found = subprocess.run(
+        [sys.executable, "-c", TRITON], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )
+    assert found.returncode == 0, found.stderr
+    result = json.loads(found.stdout.splitlines()[-1])
+    assert result["cells"] > 10_000
+    assert result["worst"] < 1e-5

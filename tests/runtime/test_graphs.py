@@ -1,0 +1,127 @@
+"""Recordings: what they promise, on the CPU; and training with them, which must give eager's numbers."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastppo import Config, Trainer
+from fastppo.errors import CaptureError
+from fastppo.runtime.graphs import record
+from tests.worlds import Counter, short
+
+CPU = torch.device("cpu")
+
+
+def test_a_recording_repeats_operations_and_not_python():
+    x, total, calls = torch.ones(3), torch.zeros(3), []
+
+    def work():
+        calls.append(1)
+        total.add_(x * len(calls))
+        return total * 2
+
+    replay = record(work, keep=[total], fresh=[], device=CPU)
+    assert total.tolist() == [0, 0, 0], "recording changes nothing that is kept"
+    x.fill_(5.0)
+    first = replay()
+    assert first.tolist() == [10, 10, 10]
+    x.fill_(1.0)
+    second = replay()
+    assert second is first, "results stay where they are"
+    assert second.tolist() == [12, 12, 12]
+    assert len(calls) == 1
+
+
+def test_inputs_that_are_not_written_again_show():
+    x, rows, out = torch.ones(2), torch.tensor([1, 0]), torch.zeros(2)
+    replay = record(lambda: out.copy_(x * 2), keep=[], fresh=[x], device=CPU)
+    x.fill_(3.0)
+    assert replay().tolist() == [6, 6]
+    assert replay().isnan().all()
+    replay = record(lambda: out.copy_(torch.ones(2)[rows]), keep=[], fresh=[rows], device=CPU)
+    replay()
+    with pytest.raises((IndexError, RuntimeError)):
+        replay()
+
+
+@pytest.mark.parametrize("work", [lambda x: x.mul_(x.sum().item()), lambda x: x.mul_(2) if (x * 2).sum() > 0 else x])
+def test_reading_back_is_refused_with_what_to_change(work):
+    x = torch.ones(2)
+    with pytest.raises(CaptureError, match=r"can't be recorded as a graph \(.*\); a network must not look at values"):
+        record(lambda: work(x), keep=[x], fresh=[], device=CPU)
+    assert x.tolist() == [1, 1]
+
+
+def train(tmp_path, compile, **changes):
+    settings = {"vectorization": "tensor", "env_id": "CartPole-v1", "n_steps": 16, "total_timesteps": 2 * 16 * 6}
+    settings |= {"learning_rate": 0.01, "anneal_lr": True, "clip_coef": "linear:0.3:0.1", **changes}
+    trainer = Trainer(short(tmp_path, run_dir=tmp_path / compile, compile=compile, **settings))
+    logged = [
+        {k: v for k, v in s.scalars.items() if "time/" not in k and "sps" not in k.lower()}
+        for s in trainer.iterations()
+    ]
+    return trainer, logged
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_kl": 1e-4, "kl_stop": "epoch", "update_epochs": 4},
+        {"target_kl": 1e-4, "kl_stop": "minibatch", "update_epochs": 4},
+        {
+            "env_id": "Pendulum-v1",
+            "env_kwargs": {"max_episode_steps": 5},
+            "normalize_obs": True,
+            "normalize_rewards": True,
+        },
+        {"env_id": "fastppo/Catch-v0", "n_envs": 2, "total_timesteps": 96},
+    ],
+    ids=["plain", "stop by epoch", "stop by minibatch", "normalised and cut", "images"],
+)
+def test_recorded_training_is_eager_training(tmp_path, changes):
+    eager, a = train(tmp_path, "off", **changes)
+    graph, b = train(tmp_path, "graph", **changes)
+    assert graph.config.compile == "graph"
+    assert graph.result.phases["rollout"] > 0
+    assert graph.result.phases["env"] == 0
+    assert len(a) == len(b) > 2
+    for one, two in zip(a, b, strict=True):
+        assert one == pytest.approx(two, rel=2e-3, abs=2e-4, nan_ok=True)
+        assert one.get("losses/minibatches_run") == two.get("losses/minibatches_run")
+    if "target_kl" in changes:
+        assert any("losses/stop_kl" in row for row in a), "nothing was stopped, so nothing was compared"
+    torch.testing.assert_close(eager.update.parameters.vector, graph.update.parameters.vector, atol=2e-4, rtol=1e-3)
+    if "normalize_obs" in changes:
+        assert torch.equal(eager.rollout.truncated, graph.rollout.truncated)
+        assert eager.rollout.truncated.any()
+
+
+def test_host_environments_learn_from_a_recording_too(tmp_path):
+    vectors = []
+    for compile in ("off", "graph"):
+        trainer = Trainer(short(tmp_path, run_dir=tmp_path / compile, compile=compile), make_env=Counter)
+        trainer.run()
+        vectors.append(trainer.update.parameters.vector)
+    torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
+
+
+class Deciding(torch.nn.Module):
+    """Looks at the values of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.critic = torch.nn.Linear(4, 2), torch.nn.Linear(4, 1)
+
+    def forward(self, x):
+        if self.body(x).max() > 1000:
+            x = x / 1000
+        return self.body(x), self.critic(x).squeeze(-1)
+
+
+def test_a_network_that_looks_at_values_is_refused(tmp_path):
+    config = dataclasses.replace(short(tmp_path), compile="graph", vectorization="tensor")
+    with pytest.raises(CaptureError, match="must not look at values on the host"):
+        Trainer(config, policy=Deciding())
+    assert isinstance(config, Config)
