@@ -18,24 +18,24 @@ _BLOCK_T, _BLOCK_N = 64, 32
 
 
 @triton.jit
-def _then(later_decay, later_x, decay, x):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+def _then(later_decay, later_x, decay, x):
     """The map y -> x + decay * y after the map of later rows."""
     return decay * later_decay, x + decay * later_x
 
 
 @triton.jit
-def _kernel(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    rewards,  # noqa: ANN001
-    values,  # noqa: ANN001
-    next_values,  # noqa: ANN001
-    terminated,  # noqa: ANN001
-    done,  # noqa: ANN001
-    gamma_at,  # noqa: ANN001
-    lambda_at,  # noqa: ANN001
-    advantages,  # noqa: ANN001
-    returns,  # noqa: ANN001
-    n_steps,  # noqa: ANN001
-    n_envs,  # noqa: ANN001
+def _kernel(
+    rewards,
+    values,
+    next_values,
+    terminated,
+    done,
+    gamma_at,
+    lambda_at,
+    advantages,
+    returns,
+    n_steps,
+    n_envs,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
