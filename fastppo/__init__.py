@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastppo.config import Config as Config
+    from fastppo.envs.tensor.foreign import SimulatorEnv as SimulatorEnv
+    from fastppo.errors import CaptureError as CaptureError
     from fastppo.errors import CheckpointError as CheckpointError
     from fastppo.errors import ConfigError as ConfigError
     from fastppo.errors import EnvError as EnvError
@@ -28,6 +30,8 @@ _HOMES = {
     "ConfigError": "errors",
     "EnvError": "errors",
     "CheckpointError": "errors",
+    "CaptureError": "errors",
+    "SimulatorEnv": "envs.tensor.foreign",
     "Trainer": "trainer",
     "Result": "trainer",
     "Stats": "metrics",

@@ -203,9 +203,11 @@ def _spell_out_switches(arguments: Sequence[str]) -> list[str]:
 
 def _train(command: Train) -> int:
     config = command.settings()  # before torch is imported: mistakes answer at once
+    from fastppo.runtime.distributed import is_main_process
     from fastppo.trainer import Trainer
 
     console = _console()
+    console.quiet = not is_main_process()
     trainer = Trainer(config, console=console)
     settings = "  ".join(f"{key}={value}" for key, value in trainer.config.to_dict().items() if value is not None)
     console.print(f"{settings}\n", highlight=False, markup=False)

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastppo.checkpoint import load_model, read_spec
 from fastppo.config import Config
-from fastppo.envs.api import stepper
+from fastppo.envs.api import env_seeds, stepper
 from fastppo.envs.registry import Maker, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.policies.api import Policy
@@ -155,7 +155,7 @@ def evaluate(
     lengths: list[list[int]] = [[] for _ in range(n)]
     try:
         take_step = stepper(env, torch.device("cpu"))
-        obs = env.reset(seed_stream(seed, "eval"))
+        obs = env.reset(env_seeds(seed_stream(seed, "eval"), n))
         while any(len(mine) < k for mine, k in zip(returns, share, strict=True)):
             raw = obs.to(saved.device, saved.spec.obs.dtype)
             noise = torch.zeros((n, saved.policy.distribution.noise_size), device=saved.device)

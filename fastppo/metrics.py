@@ -15,6 +15,7 @@ from fastppo.errors import EnvError
 from fastppo.functional.diagnostics import explained_variance, masked_mean
 from fastppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
+from fastppo.runtime.distributed import World
 from fastppo.spaces import ActionSpec
 from fastppo.update import REPORT
 
@@ -46,8 +47,8 @@ class EpisodeStats:
         """Take in a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward.
 
         Returns:
-            [3 + 2 K] float64: episodes that ended, the sums of their returns and of their lengths; then returns and
-            lengths of the latest K, latest first in the order of time, NaN where there are fewer.
+            [3 + 3 K] float64: episodes that ended, the sums of their returns and of their lengths; then returns,
+            lengths and last steps of the latest K, latest first, NaN where there are fewer.
         """
         n_steps, n = rewards.shape
         # running sums over the rollout, continuing the episodes that were open when it began
@@ -69,12 +70,13 @@ class EpisodeStats:
         latest = torch.where(done, t * n + env, -1).flatten().topk(min(WINDOW, n_steps * n)).values
         at, whose = latest.clamp(min=0) // n, latest.clamp(min=0) % n
         before = torch.where(at > 0, ends[at - 1, whose], -1)
-        chosen = torch.where(latest >= 0, total_at(at, whose) - total_at(before, whose), torch.nan)
+        chosen = torch.cat((total_at(at, whose) - total_at(before, whose), at.double().unsqueeze(0)))
+        chosen = torch.where(latest >= 0, chosen, torch.nan)
         return torch.cat((done.sum().double().unsqueeze(0), over.sum(1), chosen.flatten()))
 
     def add(self, count: int, latest: _Array) -> None:
-        """Remember what `measure` found: `count` episodes, and the latest [2 K]."""
-        returns, lengths = latest.reshape(2, -1)[:, : min(count, WINDOW)][:, ::-1]
+        """Remember what `measure` found: `count` episodes, and the latest [3 K]."""
+        returns, lengths, _ = latest.reshape(3, -1)[:, : min(count, WINDOW)][:, ::-1]
         self.recent_returns.extend(returns.tolist())
         self.recent_lengths.extend(lengths.astype(int).tolist())
         self.count += count
@@ -134,9 +136,9 @@ class Metrics:
         global_step: real environment steps so far.
     """
 
-    def __init__(self, rollout: Rollout, clock: Clock, spec: ActionSpec, *, n_iterations: int) -> None:
-        """For the rollouts in `rollout`, timed by `clock`, of a run of `n_iterations`."""
-        self._rollout, self._clock, self._n_iterations = rollout, clock, n_iterations
+    def __init__(self, rollout: Rollout, clock: Clock, spec: ActionSpec, *, n_iterations: int, world: World) -> None:
+        """For the rollouts in `rollout`, timed by `clock`, of a run of `n_iterations`, and those of all in `world`."""
+        self._rollout, self._clock, self._n_iterations, self._world = rollout, clock, n_iterations, world
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
         self._seconds = clock.phase_seconds()
@@ -154,7 +156,7 @@ class Metrics:
             report: what the update told of itself.
         """
         r = self._rollout
-        variance = explained_variance(r.values, r.returns, r.valid)
+        variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
         clipped = torch.zeros_like(variance)
         if self._bounds is not None:
             low, high = self._bounds
@@ -165,14 +167,17 @@ class Metrics:
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, figures: Tensor) -> _Array:
-        """The one transfer of an iteration: what `measure` made, on the host.
+        """The one transfer of an iteration: what `measure` made, on the host, of all processes together.
 
         Raises:
             EnvError: a reward or an observation is not finite; names the first environment and step.
         """
-        found: _Array = figures.numpy(force=True)
+        everyone: _Array = self._world.gather(figures).numpy(force=True)
+        found = everyone[0] if len(everyone) == 1 else _merge(everyone)
         if found[NAMES.index("broken")]:
             r, broken = self._rollout, self._broken()
+            if not broken.any():
+                raise EnvError("another process stopped: its environment returned what is not finite; see its message.")
             t, n = broken.any(0).nonzero()[0].tolist()
             what = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
             raise EnvError(
@@ -194,7 +199,8 @@ class Metrics:
 
     def stats(self, iteration: int, figures: _Array, coefs: Mapping[str, float]) -> Stats:
         """The figures of the iteration that has just been updated from; ticks the clock."""
-        clock, planned = self._clock, self._n_iterations * self._rollout.rewards.numel()
+        clock = self._clock
+        planned = self._n_iterations * self._rollout.rewards.numel() * self._world.size
         named = dict(zip(NAMES, figures.tolist(), strict=False))
         steps, episodes = int(named.pop("steps")), int(named.pop("episodes"))
         self.global_step += steps
@@ -237,3 +243,21 @@ class Metrics:
             stop=stop,
             scalars=scalars,
         )
+
+
+def _merge(everyone: _Array) -> _Array:
+    """The figures [R, F] of R processes as those of one: counts added up, the latest episodes merged."""
+    at = NAMES.index
+    found: _Array = everyone[0].copy()
+    steps = everyone[:, at("steps")]
+    found[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
+    for name in ("broken", "steps", "episodes", "returns", "lengths"):
+        found[at(name)] = everyone[:, at(name)].sum()
+    latest = everyone[:, len(NAMES) :].reshape(len(everyone), 3, -1)
+    columns = np.concatenate(list(latest), axis=1)
+    columns = columns[:, ~np.isnan(columns[2])]
+    columns = columns[:, np.argsort(-columns[2], kind="stable")][:, : latest.shape[2]]
+    merged = np.full(latest.shape[1:], np.nan)
+    merged[:, : columns.shape[1]] = columns
+    found[len(NAMES) :] = merged.reshape(-1)
+    return found

@@ -211,6 +211,10 @@ class Collector:
             complete(self._policy, self._decided)
         if (cuts := self._env.cuts) is None:
             self._finals.flush()
+        elif self._env.state is None:  # nothing is recorded, so the host may look who was cut
+            k, n = (cuts.steps < len(r.rewards)).nonzero(as_tuple=True)
+            if len(k):
+                r.next_values[cuts.steps[k, n], n] = self._policy.value(cuts.obs[k, n])
         elif len(cuts.steps):
             values = self._policy.value(cuts.obs.flatten(0, 1)).view(cuts.steps.shape)
             # one row more, for those that were not cut

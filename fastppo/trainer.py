@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastppo.checkpoint import load_model, read_spec, save_model
 from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
-from fastppo.envs.api import VecEnv
+from fastppo.envs.api import VecEnv, env_seeds
 from fastppo.envs.choose import env_key, recall
 from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
 from fastppo.envs.tensor.driver import TensorEnv
@@ -43,6 +43,7 @@ from fastppo.runtime.device import (
     seed_stream,
     set_threads,
 )
+from fastppo.runtime.distributed import join_world
 from fastppo.runtime.graphs import record
 from fastppo.runtime.preflight import free_memory
 from fastppo.runtime.signals import on_interrupt
@@ -96,6 +97,8 @@ class Trainer:
         metrics: episode statistics and the step counter.
         values: this iteration's scheduled coefficients.
         memory: what it was planned to take.
+        world: the processes that train together.
+        n_iterations: planned.
         notes: what was chosen and why, and what the user should know of the environment.
         compile_seconds: spent on compiling.
         result: how it ended; None until then.
@@ -124,6 +127,7 @@ class Trainer:
         self.clock = Clock()
         keep_freed_memory()
         self.device = choose_device(config.device)
+        self.world = join_world(self.device)
         found = probe(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
@@ -134,6 +138,7 @@ class Trainer:
             c = self._choose_vectorization(c, found)
         assert c.vectorization != "auto"
         with contextlib.ExitStack() as undo:
+            undo.callback(self.world.close)
             if found.vector is not None:
                 undo.callback(found.vector.close)
             self._build_policy(c, found, policy)
@@ -142,14 +147,14 @@ class Trainer:
                 found,
                 _int(c.n_envs),
                 c.vectorization,
-                seed=int(seed_stream(c.seed, "envs").generate_state(1)[0] >> 1),
+                seed=int(seed_stream(c.seed, "envs", self.world.rank).generate_state(1)[0] >> 1),
                 n_workers=c.workers,
                 half_batches=c.half_batches,
                 device=self.device,
             )
             undo.callback(self.env.close)
             self._build_loop(c)
-            self.run_dir = create_run_dir(c.run_dir, self.env_name, c.name, c.seed)
+            self.run_dir = self.world.shared(lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed))
             self.config = self._compile(self.config, console)
             self._open_run(self.config, console)
             undo.pop_all()
@@ -192,6 +197,11 @@ class Trainer:
                 raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
             load_model(c.init_from, self.parts, optional=("rewards",))
         self._parameters = FlatParameters(self.policy.network)
+        for tensor in (self._parameters.vector, *self.policy.buffers()):
+            self.world.from_main_(tensor)
+        for moments in (self.rewards, self.policy.encoder.normalizer):
+            if moments is not None:
+                moments.pool = self.world.pool
         threads = c.threads or choose_threads(c.minibatch_size * self._parameters.vector.numel())
         self.config = dataclasses.replace(c, threads=threads)
         set_threads(threads)
@@ -215,13 +225,14 @@ class Trainer:
         return PPOUpdate(
             policy=self.policy,
             parameters=self._parameters,
-            generator=generator(c.seed, "shuffle", self.device),
+            generator=generator(c.seed, "shuffle", self.device, self.world.rank),
             update_epochs=_int(c.update_epochs),
             n_minibatches=_int(c.n_minibatches),
             adam_eps=c.adam_eps,
             value_clip=c.value_clip or "off",
             normalize=c.normalize_advantages,
             kl_stop=c.kl_stop,
+            world=self.world,
         )
 
     def _build_loop(self, c: Config) -> None:
@@ -231,18 +242,23 @@ class Trainer:
                 f"those of one environment {self.spec.obs.shape}; use sync or pool."
             )
         self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
-        self.rollout.obs[-1].copy_(self.env.reset(seed_stream(c.seed, "envs")))
+        seeds = env_seeds(seed_stream(c.seed, "envs"), _int(c.n_envs), self.world.rank, self.world.size)
+        self.rollout.obs[-1].copy_(self.env.reset(seeds))
         self.update = self._make_update(c)
         n_steps, n_envs = self.rollout.rewards.shape
         self.gae = choose_gae(n_steps, n_envs, self.device)
         self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
         self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
         self.values: dict[str, float] = {}
-        noise = generator(c.seed, "noise", self.device)
+        noise = generator(c.seed, "noise", self.device, self.world.rank)
         recorded = c.compile == "graph" and self.env.state is not None
         self.collect = Collector(self.env, self.policy, self.rollout, noise, self.clock, recorded=recorded)
         self.learn: Callable[[], Tensor] = self._learn
-        self.metrics = Metrics(self.rollout, self.clock, self.env.action_spec, n_iterations=c.n_iterations)
+        # an iteration is one rollout of every process; at least one is run
+        self.n_iterations = max(1, _int(c.total_timesteps) // (c.batch_size * self.world.size))
+        self.metrics = Metrics(
+            self.rollout, self.clock, self.env.action_spec, n_iterations=self.n_iterations, world=self.world
+        )
         self.iteration = 0
         self.stop_requested = False
         self.result: Result | None = None
@@ -252,7 +268,7 @@ class Trainer:
         chosen: Any = c.compile
         why = "asked for"
         if chosen == "auto":
-            wanted, why = worth_compiling(c.n_iterations * _int(c.update_epochs) * _int(c.n_minibatches))
+            wanted, why = worth_compiling(self.n_iterations * _int(c.update_epochs) * _int(c.n_minibatches))
             chosen = "on" if wanted else "off"
             if self.device.type != "cpu":
                 chosen, why = "graph", "on CUDA launches cost more than small kernels do"
@@ -294,6 +310,8 @@ class Trainer:
         """Replace the rollout, where the environment lives on the device, and everything after it by recordings."""
         if reason := self.policy.uncompilable():
             raise CaptureError(reason)
+        if self.world.size > 1 and self.device.type == "cpu":
+            raise CaptureError("several processes on the CPU can't be recorded; use compile on or off.")
         shuffles = self.update.generator.get_state()
         self._anneal(0.0)
         self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is recorded
@@ -326,23 +344,28 @@ class Trainer:
             self.collect.roll = replay_roll
 
     def _open_run(self, c: Config, console: Console | None) -> None:
-        write_json(self.run_dir / "config.json", c.to_dict())
         self.notes += self.env.notes
+        self._console, self.sinks = None, list[Sink]()
+        if not self.world.is_main:
+            return
+        write_json(self.run_dir / "config.json", c.to_dict())
         write_json(
             self.run_dir / "run.json",
-            surroundings(self.device) | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory)},
+            surroundings(self.device)
+            | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size},
         )
-        self.sinks: list[Sink] = [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
+        self.sinks += [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
         self._console = console
         if console is not None:
             for note in self.notes:
                 console.print(f"note: {note}", highlight=False)
-            rest = _int(c.total_timesteps) - c.n_iterations * c.batch_size
+            batch = c.batch_size * self.world.size
+            rest = _int(c.total_timesteps) - self.n_iterations * batch
             if rest:
                 how = "no whole number of iterations" if rest > 0 else "less than one iteration"
                 console.print(
-                    f"note: {c.total_timesteps:,} steps are {how} of {c.batch_size:,}; "
-                    f"{c.n_iterations * c.batch_size:,} will be run.",
+                    f"note: {c.total_timesteps:,} steps are {how} of {batch:,}; "
+                    f"{self.n_iterations * batch:,} will be run.",
                     highlight=False,
                 )
 
@@ -370,11 +393,11 @@ class Trainer:
             raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
         c = self.config
         if self._console is not None:
-            self.sinks.append(ConsoleSink(self._console, c.n_iterations))
+            self.sinks.append(ConsoleSink(self._console, self.n_iterations))
         try:
             self.clock.start()
-            while self.iteration < c.n_iterations and not self.stop_requested:
-                self._anneal(self.iteration / c.n_iterations)
+            while self.iteration < self.n_iterations and not self.world.any(self.stop_requested, self.device):
+                self._anneal(self.iteration / self.n_iterations)
                 self.collect()
                 figures = self.learn()
                 with self.clock.phase("update"):
@@ -436,7 +459,7 @@ class Trainer:
             episodes=self.metrics.episodes.count,
             global_step=self.metrics.global_step,
             iterations=self.iteration,
-            ended="target" if target else "finished" if self.iteration == c.n_iterations else "interrupted",
+            ended="target" if target else "finished" if self.iteration == self.n_iterations else "interrupted",
             sps_steady=clock.sps_steady,
             sps_total=clock.sps_total,
             seconds=clock.seconds,
@@ -445,16 +468,22 @@ class Trainer:
             phases=clock.phase_seconds(),
             run_dir=self.run_dir,
         )
+        if self.world.is_main:
+            self._save()
+        # last, for closing is what fails when a worker has died
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.world.close)
+            stack.callback(self.env.close)
+            for sink in self.sinks:
+                stack.callback(sink.close)
+
+    def _save(self) -> None:
+        assert self.result is not None
         about = {"global_step": self.metrics.global_step, "env": self.env_name, "make_env": self._custom_env}
         save_model(self.run_dir, self.spec, self.parts, about)
         values = dataclasses.asdict(self.result) | {"run_dir": str(self.run_dir)}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         write_json(self.run_dir / "result.json", finite)
-        # last, for closing is what fails when a worker has died
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.env.close)
-            for sink in self.sinks:
-                stack.callback(sink.close)
 
 
 def _resolve_all(config: Config, found: Probe, device: torch.device, *, custom_policy: bool) -> Config:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ from fastppo.functional.losses import (
 from fastppo.policies.api import Policy
 from fastppo.policies.flat import FlatParameters
 from fastppo.runtime.accelerate import CompileError, compile_graph
+from fastppo.runtime.distributed import World
 
 FIGURES = (*DIAGNOSTICS, "grad_norm")
 # What an update tells of itself: means of FIGURES (the gradient norm before clipping) over the steps that were taken;
@@ -36,6 +37,7 @@ FIGURES = (*DIAGNOSTICS, "grad_norm")
 # or 1), and that KL
 REPORT = (*FIGURES, "skipped_minibatches", "minibatches_run", "epochs_run", "stopped", "stop_kl")
 _KL = FIGURES.index("approx_kl")
+_STATE = 8  # tensors that a minibatch changes, the first of its arguments
 _WIDEST = 64  # numbers of an observation that are still packed with the rest of their row
 
 
@@ -94,6 +96,7 @@ class PPOUpdate:
         normalize: advantages normalised in each "minibatch", once per "batch", or "off".
         kl_stop: "epoch" ends the update after an epoch whose mean KL passed the limit; "minibatch" before the step of
             a minibatch whose KL did.
+        world: the processes whose rows make a minibatch together.
     """
 
     policy: Policy
@@ -105,6 +108,7 @@ class PPOUpdate:
     value_clip: ValueClip
     normalize: Literal["minibatch", "batch", "off"]
     kl_stop: Literal["epoch", "minibatch"]
+    world: World = dataclasses.field(default_factory=World)
 
     def __post_init__(self) -> None:
         """Start Adam's memory at zero."""
@@ -126,7 +130,13 @@ class PPOUpdate:
         self._trained = [names[id(p)] for p in self.parameters.parameters]
         self._fixed: dict[str, Tensor] = {n: p for n, p in self.policy.named_parameters() if id(p) not in trained}
         self._fixed |= dict(self.policy.named_buffers())  # the normaliser's moments among them
-        self._minibatch = self._minibatch_eagerly
+        self._begin()
+
+    def _begin(self) -> None:
+        """Eager functions, to be replaced by compiled ones."""
+        self._minibatch: Callable[..., None] = self._minibatch_eagerly
+        self._differentiate: Callable[..., Tensor] = self._differentiate_eagerly
+        self._step: Callable[..., None] = self._step_eagerly
 
     def compile(self, batch: Batch, coefs: Coefficients) -> None:
         """Compile the minibatch for batches like `batch`; nothing is changed.
@@ -138,9 +148,14 @@ class PPOUpdate:
             raise CompileError(reason)
         data = self.fill(batch)
         rows = torch.arange(len(batch.logprobs) // self.n_minibatches, device=self._sums.device)
-        self._minibatch = compile_graph(
-            self._minibatch_eagerly, self._arguments(data, rows, coefs, self._sums.new_zeros(2))
-        )
+        example = self._arguments(data, rows, coefs, self._sums.new_zeros(2))
+        if self.world.size == 1:
+            self._minibatch = compile_graph(self._minibatch_eagerly, example)
+        else:
+            learned = self._sums.new_zeros(self.parameters.vector.numel() + len(DIAGNOSTICS) + 1)
+            differentiate = compile_graph(self._differentiate_eagerly, example)
+            self._step = compile_graph(self._step_eagerly, [*example[:_STATE], *coefs, learned])
+            self._differentiate = differentiate
 
     def __call__(self, batch: Batch, coefs: Coefficients, kl_limit: float) -> Tensor:
         """Learn from `batch`, stopping early where the KL (k3) is not <= `kl_limit` (inf: never).
@@ -168,7 +183,7 @@ class PPOUpdate:
         So `watched`, to look from the host and leave the loop, saves time and changes no number.
         """
         if self.normalize == "batch":
-            batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid))
+            batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
         data = self.fill(batch)
         orders = self._orders.view(self.update_epochs, self.n_minibatches, -1)
         scales = self._scales(batch, orders)
@@ -194,8 +209,15 @@ class PPOUpdate:
         return [self._orders, self._limit, self._epoch_limit]
 
     def minibatch(self, data: Sequence[Tensor], rows: Tensor, coefs: Coefficients, scale: Tensor) -> None:
-        """One step on the rows [B] of `data`, whose advantages have the mean and divisor `scale` [2]."""
-        self._minibatch(*self._arguments(data, rows, coefs, scale))
+        """One step on the rows [B] of `data`, whose advantages have the mean and divisor `scale` [2].
+
+        With several processes, on the rows of all of them: gradient and diagnostics are summed in one go.
+        """
+        arguments = self._arguments(data, rows, coefs, scale)
+        if self.world.size == 1:
+            self._minibatch(*arguments)
+        else:
+            self._step(*arguments[:_STATE], *coefs, self.world.sum_(self._differentiate(*arguments)))
 
     def fill(self, batch: Batch) -> tuple[Tensor, ...]:
         """Lay `batch` out for `minibatch`."""
@@ -208,7 +230,7 @@ class PPOUpdate:
         if self.normalize != "minibatch":
             return self._sums.new_zeros(*orders.shape[:2], 2)  # not used
         valid = None if batch.valid is None else batch.valid[orders]
-        return torch.stack(advantage_scale(batch.advantages[orders], valid), -1)
+        return torch.stack(advantage_scale(batch.advantages[orders], valid, self.world.pool), -1)
 
     def _over(self) -> bool:
         return self._limit.item() == -math.inf
@@ -237,14 +259,32 @@ class PPOUpdate:
         return [*state, scale, rows, *coefs, *self._fixed.values(), *data]
 
     def _minibatch_eagerly(self, *tensors: Tensor) -> None:
-        """One minibatch as a function of `_arguments`, which writes into the first eight of them.
+        """One minibatch as a function of `_arguments`, which writes into the first eight of them."""
+        gradient, diagnostics, _ = self._loss_gradient(*tensors)
+        self._take_step(tensors[:_STATE], self._coefs(tensors), gradient, diagnostics)
 
-        The step is left out where the gradient is not finite, where the KL is not within its limit, and from then on.
-        """
+    def _differentiate_eagerly(self, *tensors: Tensor) -> Tensor:
+        """Gradient and diagnostics of `_arguments`, times the rows that count, and then their number: to be summed."""
+        gradient, diagnostics, rows = self._loss_gradient(*tensors)
+        return torch.cat((gradient * rows, diagnostics * rows, rows.unsqueeze(0)))
+
+    def _step_eagerly(self, *tensors: Tensor) -> None:
+        """The step that follows from the state, the coefficients and the sum of what `_differentiate` gave."""
+        learned = tensors[-1]
+        mean = learned[:-1] / learned[-1]
+        gradient, diagnostics = torch.split(mean, [self.parameters.vector.numel(), len(DIAGNOSTICS)])
+        self._take_step(tensors[:_STATE], Coefficients(*tensors[_STATE:-1]), gradient, diagnostics)
+
+    def _coefs(self, tensors: Sequence[Tensor]) -> Coefficients:
+        first = _STATE + 2
+        return Coefficients(*tensors[first : first + len(Coefficients._fields)])
+
+    def _loss_gradient(self, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient [P], DIAGNOSTICS, and the number of rows that count, of `_arguments`."""
         assert self._rows is not None
-        vector, mean, square, left1, left2, sums, limit, stop_kl, scale, rows, *rest = tensors
-        n = len(Coefficients._fields)
-        coefs, fixed, data = Coefficients(*rest[:n]), rest[n : n + len(self._fixed)], rest[n + len(self._fixed) :]
+        vector, (scale, rows) = tensors[0], tensors[_STATE : _STATE + 2]
+        coefs, rest = self._coefs(tensors), tensors[_STATE + 2 + len(Coefficients._fields) :]
+        fixed, data = rest[: len(self._fixed)], rest[len(self._fixed) :]
         batch = self._rows.take(data, rows)
         if self.normalize == "minibatch":
             batch = batch._replace(advantages=(batch.advantages - scale[0]) / scale[1])
@@ -257,7 +297,13 @@ class PPOUpdate:
                 now.logprobs, now.entropy, now.values, now.exact_kl, batch, coefs, self.value_clip
             )
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-        gradient, norm = clip_by_norm(self.parameters.flatten(gradients), coefs.max_grad_norm)
+        counted = vector.new_full((), len(rows)) if batch.valid is None else batch.valid.sum().to(vector.dtype)
+        return self.parameters.flatten(gradients), diagnostics, counted
+
+    def _take_step(self, state: Sequence[Tensor], coefs: Coefficients, gradient: Tensor, diagnostics: Tensor) -> None:
+        """Clip, and move by Adam; left out where the gradient is not finite, or once the KL has passed its limit."""
+        vector, mean, square, left1, left2, sums, limit, stop_kl = state
+        gradient, norm = clip_by_norm(gradient, coefs.max_grad_norm)
         figures = torch.cat((diagnostics, norm.unsqueeze(0)))
         kl = diagnostics[_KL]
         within = (kl <= limit) | (limit == math.inf)

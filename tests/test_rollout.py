@@ -8,6 +8,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 from fastppo import Trainer
+from fastppo.envs.api import env_seeds
 from fastppo.envs.host import HostEnv
 from fastppo.functional.gae import gae_loop
 from fastppo.policies.api import Encoder
@@ -40,7 +41,7 @@ def roll(mode, ends, n_steps, n=1, rollouts=1):
     network = Identifiable()
     policy = spec.build(network)
     rollout = Rollout.allocate(n_steps, env, policy, CPU)
-    rollout.obs[-1].copy_(env.reset(np.random.SeedSequence(0)))
+    rollout.obs[-1].copy_(env.reset(env_seeds(np.random.SeedSequence(0), env.n_envs)))
     network.calls.clear()
     out = []
     collect = Collector(env, policy, rollout, torch.Generator().manual_seed(0), Clock())
@@ -118,7 +119,7 @@ def test_both_endings_at_once_count_as_a_real_one():
             return obs, reward, self.steps == 2, self.steps == 2, info
 
     env = HostEnv(SyncVectorEnv([Both], autoreset_mode=AutoresetMode.SAME_STEP))
-    env.reset(np.random.SeedSequence(0))
+    env.reset(env_seeds(np.random.SeedSequence(0), env.n_envs))
     step(env, torch.zeros(1, dtype=torch.int64))
     out = step(env, torch.zeros(1, dtype=torch.int64))
     assert out.terminated.all()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -115,8 +115,8 @@ class VecEnv(Protocol):
     def state(self) -> Mapping[str, Tensor] | None:
         """Every tensor that a step changes beside the rollout, if it can be recorded in a graph; else None."""
 
-    def reset(self, seed: np.random.SeedSequence) -> Tensor:
-        """Start every environment, each with a seed of its own; returns obs [N, *obs]."""
+    def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
+        """Start every environment with its seed, [N] as `env_seeds` draws them; returns obs [N, *obs]."""
 
     def attach(self, transitions: Transitions) -> None:
         """Take these tensors as the storage of all steps to come."""
@@ -136,6 +136,13 @@ class VecEnv(Protocol):
 
     def close(self) -> None:
         """Let go of processes and windows."""
+
+
+def env_seeds(stream: np.random.SeedSequence, n_envs: int, rank: int = 0, size: int = 1) -> np.ndarray[Any, Any]:
+    """Seeds [N] int64 of one process's environments, all those of `size` processes being different."""
+    # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
+    every = np.random.default_rng(stream).choice(2**31 - 1, n_envs * size, replace=False)
+    return every[rank * n_envs : (rank + 1) * n_envs].astype(np.int64)
 
 
 class Step(NamedTuple):

@@ -64,12 +64,9 @@ class HostEnv:
         self._out: list[Outcome] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked = self._broken = False
 
-    def reset(self, seed: np.random.SeedSequence) -> Tensor:
-        """Start every environment with a seed of its own drawn from `seed`, where the vectoriser takes several."""
+    def reset(self, seeds: _Array) -> Tensor:
+        """Start every environment with its seed, where the vectoriser takes several."""
         self._ended[:] = False
-        # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
-        rng = np.random.default_rng(seed)
-        seeds = rng.choice(2**31 - 1, self.n_envs, replace=False)
         if self._seeded:
             obs, _ = self.venv.reset()
         elif isinstance(self.venv.unwrapped, (SyncVectorEnv, AsyncVectorEnv, SerialVectorEnv, PoolVectorEnv)):

@@ -25,6 +25,7 @@ from fastppo.envs.tensor.acrobot import Acrobot
 from fastppo.envs.tensor.cartpole import CartPole
 from fastppo.envs.tensor.catch import Catch
 from fastppo.envs.tensor.driver import TensorEnv
+from fastppo.envs.tensor.foreign import SimulatorEnv
 from fastppo.envs.tensor.mountain_car import MountainCarContinuous
 from fastppo.envs.tensor.pendulum import Pendulum
 from fastppo.envs.tensor.task import Task
@@ -39,7 +40,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     "Pendulum-v1": Pendulum,
     "fastppo/Catch-v0": Catch,
 }
-Maker = Callable[[], Any]  # -> gymnasium Env, or a VectorEnv that is used as it is
+Maker = Callable[[], Any]  # -> gymnasium Env, or a VectorEnv or SimulatorEnv that is used as it is
 
 
 @dataclasses.dataclass
@@ -52,7 +53,7 @@ class Probe:
         atari: whether it is an ALE game.
         reward_threshold: the registered one, where there is one.
         factory: makes one environment; None where the user's maker returned a vector environment.
-        vector: that vector environment.
+        vector: that vector environment, or simulator.
         name: what to call it: its registered id, or its class.
         max_steps: the registered time limit, where there is one.
     """
@@ -62,7 +63,7 @@ class Probe:
     atari: bool
     reward_threshold: float | None
     factory: EnvFactory | None
-    vector: VectorEnv[Any, Any, Any] | None
+    vector: VectorEnv[Any, Any, Any] | SimulatorEnv | None
     name: str
     max_steps: int | None = None
 
@@ -99,8 +100,12 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
         obs_spec = ObsSpec.from_space(env.single_observation_space)
         name = type(env.unwrapped).__name__
         return Probe(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env, name)
+    if isinstance(env, SimulatorEnv):
+        return Probe(env.obs_spec, env.action_spec, False, None, None, env, env.name)
     if not isinstance(env, gym.Env):
-        raise ConfigError(f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv.")
+        raise ConfigError(
+            f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv, or a SimulatorEnv."
+        )
     try:
         obs_spec, action_spec = ObsSpec.from_space(env.observation_space), ActionSpec.from_space(env.action_space)
         threshold = env.spec.reward_threshold if env.spec else None
@@ -146,6 +151,8 @@ def make_vec_env(
             raise ConfigError(
                 f"vectorization={vectorization}, but make_env returned a vector environment; leave it out."
             )
+        if isinstance(found.vector, SimulatorEnv):
+            return found.vector
         inner = found.vector.unwrapped
         if isinstance(inner, SyncVectorEnv) and any(single.reuses_observations(env) for env in inner.envs):
             raise EnvError(

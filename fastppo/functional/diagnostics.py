@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastppo.functional.moments import Pool
+
 
 def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
     """Mean of x over its rows, leaving out those where `valid` (same shape, bool) is False; 0 where none is left."""
@@ -34,12 +36,21 @@ def clip_fraction(logratio: Tensor, clip_coef: Tensor, valid: Tensor | None = No
     return masked_mean((torch.expm1(logratio).abs() > clip_coef).float(), valid)
 
 
-def explained_variance(values: Tensor, returns: Tensor, valid: Tensor | None = None) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor, valid: Tensor | None = None, pool: Pool = None) -> Tensor:
     """1 - Var[returns - values] / Var[returns]; NaN where the returns don't vary.
 
-    1 is a perfect critic, 0 one that is no better than a constant, below 0 worse than that.
+    1 is a perfect critic, 0 one that is no better than a constant, below 0 worse than that. `pool` sums a tensor over
+    the processes whose rows count together.
     """
+
+    def mean(x: Tensor) -> Tensor:
+        if pool is None:
+            return masked_mean(x, valid)
+        counted = torch.ones_like(x, dtype=torch.bool) if valid is None else valid
+        sums = pool(torch.stack((torch.where(counted, x, 0.0).sum(), counted.sum().to(x.dtype))))
+        return sums[0] / sums[1].clamp(min=1)
+
     error = returns - values
-    noise = masked_mean((error - masked_mean(error, valid)).square(), valid)
-    spread = masked_mean((returns - masked_mean(returns, valid)).square(), valid)
+    noise = mean((error - mean(error)).square())
+    spread = mean((returns - mean(returns)).square())
     return torch.where(spread > 0, 1 - noise / spread, torch.nan)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.functional.diagnostics import approx_kl_k1, approx_kl_k3, clip_fraction, masked_mean
+from fastppo.functional.moments import Pool
 
 ValueClip = Literal["off", "max", "clipped_only"]
 
@@ -102,33 +103,41 @@ def value_loss(
     return 0.5 * masked_mean(torch.maximum(plain, clipped) if value_clip == "max" else clipped, valid)
 
 
-def advantage_scale(advantages: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def advantage_scale(advantages: Tensor, valid: Tensor | None = None, pool: Pool = None) -> tuple[Tensor, Tensor]:
     """Mean and divisor that bring advantages to mean 0 and unbiased standard deviation 1, over the last dimension.
 
     Args:
         advantages: [..., B].
         valid: [..., B] bool or None.
+        pool: sums a tensor over the processes whose rows count together.
 
     Returns:
         the mean, and the standard deviation plus 1e-8, [...] each; 0 and 1 where fewer than two rows count.
     """
-    if valid is None:
-        n = advantages.shape[-1]
-        if n < 2:
+    if valid is None and pool is None:
+        if advantages.shape[-1] < 2:
             return torch.zeros_like(advantages[..., 0]), torch.ones_like(advantages[..., 0])
         std, mean = torch.std_mean(advantages, -1)
         return mean, std + 1e-8
-    rows = valid.sum(-1)
-    mean = torch.where(valid, advantages, 0.0).sum(-1) / rows.clamp(min=1)
-    squares = torch.where(valid, (advantages - mean.unsqueeze(-1)).square(), 0.0).sum(-1)
-    std = (squares / (rows - 1).clamp(min=1)).sqrt()
+    counted = torch.ones_like(advantages, dtype=torch.bool) if valid is None else valid
+
+    def total(x: Tensor) -> Tensor:
+        summed = torch.where(counted, x, 0.0).sum(-1)
+        return summed if pool is None else pool(summed)
+
+    rows = total(torch.ones_like(advantages))
+    mean = total(advantages) / rows.clamp(min=1)
+    std = (total((advantages - mean.unsqueeze(-1)).square()) / (rows - 1).clamp(min=1)).sqrt()
     few = rows < 2
     return torch.where(few, 0.0, mean), torch.where(few, 1.0, std + 1e-8)
 
 
-def normalize_advantages(advantages: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Advantages to mean 0 and unbiased standard deviation 1 (plus 1e-8); unchanged where fewer than two rows count."""
-    mean, scale = advantage_scale(advantages, valid)
+def normalize_advantages(advantages: Tensor, valid: Tensor | None = None, pool: Pool = None) -> Tensor:
+    """Advantages to mean 0 and unbiased standard deviation 1 (plus 1e-8); unchanged where fewer than two rows count.
+
+    Arguments as `advantage_scale`.
+    """
+    mean, scale = advantage_scale(advantages, valid, pool)
     return (advantages - mean) / scale
 
 

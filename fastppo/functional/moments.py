@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Pool = Callable[[Tensor], Tensor] | None  # sums a tensor over processes; None: there is one
 
 
 class Moments(NamedTuple):
@@ -33,6 +36,14 @@ def moments_of(rows: Tensor, valid: Tensor | None = None) -> Moments:
     n = w.sum()
     mean = torch.where(w > 0, x, 0.0).sum(0) / n.clamp(min=1)
     var = torch.where(w > 0, (x - mean).square(), 0.0).sum(0) / n.clamp(min=1)
+    return Moments(mean, var, n)
+
+
+def pool_moments(own: Moments, pool: Callable[[Tensor], Tensor]) -> Moments:
+    """Moments of what all processes have seen, each its `own`; `pool` sums a tensor over them, in place."""
+    n = pool(own.n.clone())
+    mean = pool(own.mean * own.n) / n.clamp(min=1)
+    var = pool((own.var + (own.mean - mean).square()) * own.n) / n.clamp(min=1)
     return Moments(mean, var, n)
 
 

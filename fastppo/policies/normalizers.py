@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.functional.gae import linear_scan
-from fastppo.functional.moments import Moments, merge_moments, moments_of
+from fastppo.functional.moments import Moments, Pool, merge_moments, moments_of, pool_moments
 
 
 class RunningMoments(nn.Module):
@@ -26,11 +26,14 @@ class RunningMoments(nn.Module):
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.pool: Pool = None  # set where several processes train together
 
     def update(self, rows: Tensor, valid: Tensor | None = None) -> None:
         """Take in rows [B, *shape], but those where `valid` [B] is False."""
-        seen = Moments(self.mean, self.var, self.count)
-        for buffer, value in zip(seen, merge_moments(seen, moments_of(rows, valid)), strict=True):
+        seen, new = Moments(self.mean, self.var, self.count), moments_of(rows, valid)
+        if self.pool is not None:
+            new = pool_moments(new, self.pool)
+        for buffer, value in zip(seen, merge_moments(seen, new), strict=True):
             buffer.copy_(value)
 
 

@@ -11,6 +11,7 @@ import threadpoolctl
 import torch
 
 from fastppo.errors import ConfigError
+from fastppo.runtime.distributed import local_rank
 
 _CORES = torch.get_num_threads()  # as torch found it: the machine's, or OMP_NUM_THREADS
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -39,8 +40,9 @@ def choose_device(name: str) -> torch.device:
         ConfigError: CUDA was asked for and there is none, or not that many.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    # under torchrun each process of a machine takes a GPU of its own
+    device = torch.device(f"cuda:{local_rank()}" if name == "cuda" and local_rank() else name)
     if device.type == "cuda":
         n = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if n == 0:
@@ -83,12 +85,12 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def seed_stream(seed: int, use: str) -> np.random.SeedSequence:
-    """The random stream of one use ("envs", "weights", "noise", "shuffle", "eval") under a run's seed."""
-    return np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(use),))
+def seed_stream(seed: int, use: str, rank: int = 0) -> np.random.SeedSequence:
+    """The random stream of one use ("envs", "weights", "noise", "shuffle", "eval") in a process, from a run's seed."""
+    return np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(use), *([rank] if rank else [])))
 
 
-def generator(seed: int, use: str, device: torch.device) -> torch.Generator:
-    """A torch generator on `device` for one use."""
-    state = int(seed_stream(seed, use).generate_state(1, np.uint64)[0])
+def generator(seed: int, use: str, device: torch.device, rank: int = 0) -> torch.Generator:
+    """A torch generator on `device` for one use in one process."""
+    state = int(seed_stream(seed, use, rank).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state >> 1)

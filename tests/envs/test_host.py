@@ -6,6 +6,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from fastppo.envs import single
+from fastppo.envs.api import env_seeds
 from fastppo.envs.host import HostEnv
 from fastppo.envs.registry import make_vec_env, probe
 from fastppo.errors import ConfigError, EnvError
@@ -25,7 +26,7 @@ def act(n=2):
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
 def test_a_new_episode_begins_in_the_same_step_and_the_last_observation_is_kept(mode):
     env = host(mode)
-    env.reset(SEED)
+    env.reset(env_seeds(SEED, env.n_envs))
     for _ in range(2):
         out = step(env, act())
         assert (list(out.cut), out.valid) == ([], None)
@@ -40,7 +41,7 @@ def test_a_new_episode_begins_in_the_same_step_and_the_last_observation_is_kept(
 
 def test_next_step_mode_marks_the_step_that_only_resets():
     env = host(AutoresetMode.NEXT_STEP)
-    env.reset(SEED)
+    env.reset(env_seeds(SEED, env.n_envs))
     steps = [step(env, act()) for _ in range(5)]
     assert [bool(s.valid[0]) for s in steps] == [True, True, True, False, True]
     assert [s.obs[0].tolist() for s in steps] == [[1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]
@@ -51,7 +52,7 @@ def test_next_step_mode_marks_the_step_that_only_resets():
 def test_only_episodes_that_were_cut_keep_their_last_observation(mode):
     envs = [lambda: Counter(((2, True),)), lambda: Counter(((2, False),)), lambda: Counter(((9, True),))]
     env = HostEnv(SyncVectorEnv(envs, autoreset_mode=mode))
-    env.reset(SEED)
+    env.reset(env_seeds(SEED, env.n_envs))
     step(env, act(3))
     out = step(env, act(3))
     assert list(out.cut) == [0]
@@ -66,7 +67,7 @@ def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
     seen = []
     for vectorization in ("sync", "async"):
         env = make_vec_env(found, 3, vectorization)
-        rows = [env.reset(SEED).clone()]
+        rows = [env.reset(env_seeds(SEED, env.n_envs)).clone()]
         for row in actions:
             out = step(env, row)
             rows += [out.obs.clone(), out.rewards.clone(), out.terminated.clone(), out.truncated.clone()]
@@ -78,18 +79,18 @@ def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
 
 def test_every_environment_has_a_seed_of_its_own():
     env = make_vec_env(probe("CartPole-v1", {}), 8, "sync")
-    first = env.reset(SEED).clone()
+    first = env.reset(env_seeds(SEED, env.n_envs)).clone()
     assert len({tuple(row) for row in first.tolist()}) == 8
     # neighbouring seeds must not share lanes, as seed + i would have them do
-    second = env.reset(np.random.SeedSequence(8)).clone()
+    second = env.reset(env_seeds(np.random.SeedSequence(8), env.n_envs)).clone()
     assert not {tuple(row) for row in first.tolist()} & {tuple(row) for row in second.tolist()}
-    assert torch.equal(env.reset(np.random.SeedSequence(7)), first)
+    assert torch.equal(env.reset(env_seeds(np.random.SeedSequence(7), env.n_envs)), first)
     env.close()
 
 
 def test_gymnasiums_vector_cartpole_says_that_it_has_one_random_stream():
     env = make_vec_env(probe("CartPole-v1", {}), 4, "native")
-    env.reset(SEED)
+    env.reset(env_seeds(SEED, env.n_envs))
     assert env.fillers
     assert any("one random stream" in note for note in env.notes)
     env.close()
@@ -123,7 +124,7 @@ def test_missing_or_overwritten_last_observations_are_refused():
 
     for vectoriser, message in ((Forgetful, "does not hold its last"), (Overwriting, "overwritten")):
         env = host(AutoresetMode.SAME_STEP, ((1, True),), vectoriser=vectoriser)
-        env.reset(SEED)
+        env.reset(env_seeds(SEED, env.n_envs))
         with pytest.raises(EnvError, match=message):
             step(env, act())
 
@@ -145,7 +146,7 @@ def test_shapes_and_types_other_than_promised_are_refused(column, wrong, message
             return tuple(out)
 
     env = host(AutoresetMode.SAME_STEP, vectoriser=Broken)
-    env.reset(SEED)
+    env.reset(env_seeds(SEED, env.n_envs))
     with pytest.raises(EnvError, match=message):
         step(env, act())
 
@@ -157,7 +158,7 @@ def test_an_environment_that_reuses_its_buffer_is_found_and_its_last_observation
         found = probe("custom", {}, lambda reuse=reuse: Spaces(space, actions, reuse))
         assert found.factory.copy_obs is reuse
         env = make_vec_env(found, 2, "sync")
-        env.reset(SEED)
+        env.reset(env_seeds(SEED, env.n_envs))
         steps = [step(env, act()) for _ in range(6)]
         finals.append(steps[-1].final_obs.clone())
     assert torch.equal(*finals)
@@ -177,7 +178,7 @@ def test_the_first_error_of_a_reset_is_the_one_that_is_told():
 
     env = HostEnv(SyncVectorEnv([Broken], autoreset_mode=AutoresetMode.SAME_STEP))
     with pytest.raises(ValueError, match="my reset is broken"):
-        env.reset(SEED)
+        env.reset(env_seeds(SEED, env.n_envs))
 
 
 def test_float64_observations_are_named():
@@ -192,7 +193,7 @@ def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
     envs = [make_vec_env(found, 2, vectorization) for vectorization in ("sync", "native")]
     assert len({(env.obs_spec, env.action_spec.nvec, env.fillers) for env in envs}) == 1
     assert envs[0].obs_spec.shape == (4, 84, 84)
-    frames = [env.reset(SEED).clone() for env in envs]
+    frames = [env.reset(env_seeds(SEED, env.n_envs)).clone() for env in envs]
     assert torch.equal(*frames)
     rng = np.random.default_rng(0)
     ended = 0
@@ -211,7 +212,7 @@ def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
 def test_discrete_actions_count_from_their_start():
     space = spaces.Discrete(3, start=5)
     env = make_vec_env(probe("custom", {}, lambda: Spaces(spaces.Discrete(4), space)), 2, "sync")
-    env.reset(SEED)
+    env.reset(env_seeds(SEED, env.n_envs))
     assert step(env, torch.tensor([0, 2])).rewards.tolist() == [5, 7]
 
 

@@ -49,13 +49,12 @@ class TensorEnv:
         self.cuts: Cuts
         self._advance: Callable[..., None] = self._advance_eagerly
 
-    def reset(self, seed: np.random.SeedSequence) -> Tensor:
-        """Start every environment, each with a seed of its own."""
-        seeds = torch.from_numpy(seed.generate_state(self.n_envs, np.uint64).view(np.int64))
+    def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
+        """Start every environment with its seed."""
         for name, column in self.state.items():
             if not name.startswith("state"):
                 column.zero_()
-        self.state["seed"].copy_(seeds)
+        self.state["seed"].copy_(torch.from_numpy(seeds))
         seed_column, episode, _, *columns = self.state.values()
         for column, first in zip(columns, self._fresh(seed_column, episode), strict=True):
             column.copy_(first)

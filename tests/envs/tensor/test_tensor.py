@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.envs.api import Transitions, stepper
+from fastppo.envs.api import Transitions, env_seeds, stepper
 from fastppo.envs.registry import TASKS, make_vec_env, probe
 from fastppo.envs.tensor.driver import TensorEnv
 from fastppo.envs.tensor.task import uniforms
@@ -114,7 +114,7 @@ def test_catch_is_the_plain_game():
 
 def make(env_id="CartPole-v1", n=6, seed=3, **kwargs):
     env = make_vec_env(probe(env_id, kwargs), n, "tensor")
-    return env, env.reset(np.random.SeedSequence(seed)).clone()
+    return env, env.reset(env_seeds(np.random.SeedSequence(seed), env.n_envs)).clone()
 
 
 def test_a_rollout_is_what_single_environments_give_from_the_same_starts():
@@ -244,6 +244,6 @@ def test_float64_may_be_asked_for():
     env = TensorEnv(
         TASKS["Pendulum-v1"](), 2, found.obs_spec, found.action_spec, max_steps=200, device=CPU, dtype=torch.float64
     )
-    obs = env.reset(np.random.SeedSequence(0))
+    obs = env.reset(env_seeds(np.random.SeedSequence(0), env.n_envs))
     assert obs.dtype == torch.float64
     assert math.hypot(*obs[0, :2].tolist()) == pytest.approx(1, abs=1e-15)

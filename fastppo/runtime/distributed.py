@@ -1,0 +1,109 @@
+"""The processes that train one model together, as torchrun starts them.
+
+Each holds the whole model and environments of its own. What is averaged is averaged over the rows of all of them, so
+that two processes of N environments compute what one of 2 N does, but for rounding.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastppo.errors import ConfigError
+
+T = TypeVar("T")
+_PATIENCE = datetime.timedelta(minutes=10)  # for the slowest process, whose environments may take long to start
+
+
+class World:
+    """All processes; of size one every call is the identity.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many there are.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, *, owned: bool = False) -> None:
+        """This process's place among `size`; `owned`: `close` ends the group."""
+        self.rank, self.size, self._owned = rank, size, owned
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process logs and saves."""
+        return self.rank == 0
+
+    @property
+    def pool(self) -> Callable[[Tensor], Tensor] | None:
+        """`sum_`, for functions that take None for a single process."""
+        return self.sum_ if self.size > 1 else None
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """`x` summed over all processes, in place; the same bits in each of them."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`x` of all processes, [size, *x.shape], in each of them."""
+        if self.size == 1:
+            return x.unsqueeze(0)
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    def from_main_(self, x: Tensor) -> Tensor:
+        """`x` as the main process has it, in place."""
+        if self.size > 1:
+            dist.broadcast(x, 0)
+        return x
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is up in any process."""
+        return bool(self.sum_(torch.full((), float(flag), device=device))) if self.size > 1 else flag
+
+    def shared(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, in every one."""
+        values = [make() if self.is_main else None]
+        if self.size > 1:
+            dist.broadcast_object_list(values, 0)
+        return values[0]  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave."""
+        if self._owned and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join_world(device: torch.device) -> World:
+    """The world that torchrun's environment variables describe, or the group that is joined already; else alone.
+
+    Raises:
+        ConfigError: some of the variables are missing.
+    """
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return World()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun.")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    return World(dist.get_rank(), dist.get_world_size(), owned=True)
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that talks, before any group is joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_rank() -> int:
+    """This process's number on its machine, and that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))

@@ -1,0 +1,158 @@
+"""Two processes of N environments against one of 2 N, given the same environments, noise and minibatches."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from fastppo.metrics import NAMES, _merge
+
+TRAIN = """
+import dataclasses, hashlib, json, os, sys
+from pathlib import Path
+import torch
+from fastppo import Config, Trainer
+from fastppo.functional import distributions
+
+folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+rank, size, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 4
+N = 2 * n  # of all processes
+mine = slice(rank * n, rank * n + n) if size > 1 else slice(0, N)
+
+# everyone's noise, of which each process takes its part
+everyone = torch.Generator().manual_seed(11)
+for kind in (distributions.Categorical, distributions.Gaussian):
+    original = kind.fill_noise
+
+    def fill(self, out, generator, original=original):
+        whole = torch.empty(out.shape[0], N, *out.shape[2:])
+        original(self, whole, everyone)
+        out.copy_(whole[:, mine])
+
+    kind.fill_noise = fill
+
+trainer = Trainer(Config(n_envs=n if size > 1 else N, run_dir=folder / f"run{size}", threads=1, **settings))
+T, E, M = trainer.config.n_steps, trainer.config.update_epochs, trainer.config.n_minibatches
+shuffles = torch.Generator().manual_seed(12)
+prepare = trainer.update.prepare
+
+def same_minibatches(rows, limit):
+    prepare(rows, limit)
+    for e in range(E):
+        parts = [torch.randperm(T * n, generator=shuffles).view(M, -1) for _ in range(2)]
+        if size > 1:
+            trainer.update._orders[e] = parts[rank].flatten()
+        else:
+            whole = [(p // n) * N + r * n + p % n for r, p in enumerate(parts)]
+            trainer.update._orders[e] = torch.cat(whole, 1).flatten()
+
+trainer.update.prepare = same_minibatches
+logged, hashes = [], []
+for stats in trainer.iterations():
+    keep = {k: v for k, v in stats.scalars.items() if not k.startswith("time/") and "sps" not in k.lower()}
+    logged.append(keep | {"steps": stats.global_step, "mean": stats.mean_return, "episodes": stats.episodes})
+    vector = trainer.update.parameters.vector
+    hashes.append(hashlib.sha256(vector.numpy().tobytes()).hexdigest())
+normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.rewards) if m is not None]
+moments = [x.tolist() for m in normalizers for x in (m.mean, m.var, m.count)]
+out = {"logged": logged, "hashes": hashes, "vector": vector.tolist(), "moments": moments}
+out["result"] = trainer.result.global_step
+(folder / f"{size}-{rank}.json").write_text(json.dumps(out))
+"""
+
+
+def torchrun(*command, folder, processes=2):
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run([*run, *command], capture_output=True, text=True, timeout=300, env=env, cwd=folder)
+
+
+def both(tmp_path, settings):
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    done = torchrun(str(script), str(tmp_path), json.dumps(settings), folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = [sys.executable, str(script), str(tmp_path), json.dumps(settings)]
+    done = subprocess.run(alone, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((tmp_path / name).read_text()) for name in ("2-0.json", "2-1.json", "1-0.json")]
+
+
+SETTINGS = {"n_steps": 32, "total_timesteps": 8 * 32 * 5, "n_minibatches": 4, "update_epochs": 3, "compile": "off"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"env_id": "CartPole-v1", "vectorization": "sync", "learning_rate": 1e-3},
+        {
+            "env_id": "CartPole-v1",
+            "vectorization": "tensor",
+            "target_kl": 2e-3,
+            "kl_stop": "minibatch",
+            "learning_rate": 0.01,
+        },
+        {"env_id": "CartPole-v1", "vectorization": "tensor", "target_kl": 2e-3, "compile": "on", "learning_rate": 0.01},
+        {
+            "env_id": "Pendulum-v1",
+            "env_kwargs": {"max_episode_steps": 20},
+            "vectorization": "tensor",
+            "normalize_obs": True,
+            "normalize_rewards": True,
+            "normalize_advantages": "batch",
+        },
+    ],
+    ids=["sync", "stop by minibatch", "compiled, stop by epoch", "normalisers"],
+)
+def test_two_processes_of_n_are_one_of_2n(tmp_path, changes):
+    first, second, alone = both(tmp_path, SETTINGS | changes)
+    assert first["hashes"] == second["hashes"], "parameters are the same bits in every process, after every iteration"
+    assert len(set(first["hashes"])) == len(alone["logged"]) == 5
+    for two, other, one in zip(first["logged"], second["logged"], alone["logged"], strict=True):
+        assert two == pytest.approx(other, nan_ok=True), "each process knows the figures of all"
+        assert two == pytest.approx(one, rel=2e-3, abs=2e-4, nan_ok=True)
+    assert torch.tensor(first["vector"]) == pytest.approx(torch.tensor(alone["vector"]), abs=1e-4)
+    for a, b, c in zip(first["moments"], second["moments"], alone["moments"], strict=True):
+        assert a == b
+        assert a == pytest.approx(c, rel=1e-5, abs=1e-6)
+    assert first["result"] == alone["result"] == 8 * 32 * 5
+    if "target_kl" in changes:
+        assert any("losses/stop_kl" in row for row in alone["logged"]), "nothing was stopped"
+
+
+def test_the_command_line_under_torchrun(tmp_path):
+    settings = ["--n-envs", "2", "--n-steps", "16", "--total-timesteps", "320", "--vectorization", "tensor"]
+    done = torchrun("-m", "fastppo", "train", *settings, "--run-dir", str(tmp_path / "run"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("steps per second") == 1, "one process talks"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["global_step"], result["iterations"]) == (320, 5)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+
+
+def test_half_of_torchruns_variables_is_one_line(tmp_path):
+    env = os.environ | {"WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "8", "--run-dir", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode == 2
+    assert (
+        "WORLD_SIZE is set, but RANK, MASTER_ADDR, MASTER_PORT not: start several processes with torchrun"
+        in done.stderr
+    )
+
+
+def test_figures_of_processes_are_merged():
+    at = NAMES.index
+    rows = np.zeros((2, len(NAMES) + 6))
+    rows[:, at("steps")], rows[:, at("clipped_actions")] = (10, 30), (0.5, 0.1)
+    rows[:, at("episodes")], rows[:, at("returns")], rows[:, at("broken")] = (2, 1), (3.0, 9.0), (0, 1)
+    rows[0, len(NAMES) :] = [1, 2, 10, 20, 7, 3]  # returns, lengths, steps at which they ended: latest first
+    rows[1, len(NAMES) :] = [9, np.nan, 90, np.nan, 5, np.nan]
+    merged = _merge(rows)
+    assert [merged[at(n)] for n in ("steps", "clipped_actions", "episodes", "returns", "broken")] == [40, 0.2, 3, 12, 1]
+    assert merged[len(NAMES) :].tolist() == [1, 9, 10, 90, 7, 5]
