@@ -11,7 +11,6 @@ import datetime
 import itertools
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -163,6 +162,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         started: time.time() when this process was started.
     """
     from fastppo.runtime.device import choose_device
+    from fastppo.runtime.preflight import peak_memory
     from fastppo.trainer import Trainer
 
     before = _memory_of_all()
@@ -208,7 +208,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         compile_seconds=trainer.compile_seconds,
         memory_mb=memory,
         planned_mb=before + trainer.memory.total / 2**20,
-        peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        peak_mb=peak_memory() / 2**20,
         config=trainer.config.to_dict(),
         notes=trainer.notes,
     )

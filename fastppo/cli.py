@@ -100,6 +100,16 @@ class Eval:
     """Let the run's env id import its module (ids of the form module:Env-v0)."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Say what this machine has and what auto chooses on it, and try whether training works here."""
+
+    env_id: str = "CartPole-v1"
+    """What is trained for some seconds."""
+    seconds: float = 5.0
+    """For how long."""
+
+
 _Settings = TypeVar("_Settings", bound=Train)
 
 
@@ -144,11 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = tyro.cli(
             Annotated[Train, tyro.conf.subcommand("train", default=_defaults(Train, given))]
             | Annotated[Bench, tyro.conf.subcommand("bench", default=_defaults(Bench, given))]
-            | Annotated[Eval, tyro.conf.subcommand("eval")],
+            | Annotated[Eval, tyro.conf.subcommand("eval")]
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")],
             prog="fastppo",
             description="A vectorised, high-throughput PPO trainer.",
             args=_spell_out_switches(given),
         )
+        if isinstance(command, Doctor):
+            return _doctor(command)
         if isinstance(command, Bench):
             return _bench(command)
         return _train(command) if isinstance(command, Train) else _eval(command)
@@ -298,6 +311,26 @@ def _measured(configs: Sequence[Config], seconds: float, console: Console) -> It
             result = f"failed: {point.failure}" if point.failure else f"{point.sps:,.0f} steps/s"
             progress.console.print(f"{which}: {result}", highlight=False, soft_wrap=True)
             yield point
+
+
+def _doctor(command: Doctor) -> int:
+    if not 0 < command.seconds < math.inf:
+        raise ConfigError(f"seconds={command.seconds} must be more than 0; 5 is enough.")
+    from rich.markup import escape
+
+    from fastppo.doctor import examine
+
+    console, bad = _console(), 0
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    for finding in examine(command.env_id, command.seconds):
+        bad += finding.state == "bad"
+        advice = f"\n{'':22}{finding.advice}" if finding.advice else ""
+        text = f"{finding.name:<16} {finding.value}{advice}"
+        console.print(
+            f"[{colours[finding.state]}]{finding.state:<4}[/] {escape(text)}", highlight=False, soft_wrap=True
+        )
+    console.print("something won't work here, see above" if bad else "everything essential works here")
+    return 1 if bad else 0
 
 
 def _program(name: str) -> str:

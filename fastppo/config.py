@@ -169,10 +169,16 @@ class Config:
 
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:K`."""
+    act_device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy acts while it learns on CUDA: `cpu`, to where it is copied before each rollout, `cuda`, or the
+    faster one, measured."""
     threads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: from the work)")] = None
     """CPU threads of torch; part of what makes a run repeatable to the bit. Not given: one where the work is small."""
     compile: Literal["auto", "on", "off", "graph"] = "auto"
     """Compile update and advantages: several times faster after 10-20 s at the start; `auto`: where the run is long."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: networks under bfloat16 autocast, log-probabilities and losses in float32; pays for wide ones on hardware
+    made for it. `fp32` multiplies in TF32 on CUDA."""
     name: str = "ppo"
     """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
@@ -467,6 +473,8 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             f"{name} is for vectorization=pool, not {config.vectorization}; leave it out or use the pool."
         )
+    if config.act_device == "cpu" and config.vectorization == "tensor":
+        raise ConfigError("act_device=cpu with vectorization=tensor: those environments live where the policy learns.")
     if config.half_batches and config.n_envs == 1:
         raise ConfigError("half_batches=True with n_envs=1: one environment has no halves; leave it out.")
     if None in (config.n_envs, config.n_steps, config.n_minibatches):

@@ -126,6 +126,39 @@ class FinalValues:
             self._rows.clear()
 
 
+class Handover:
+    """Acting here for learning on another device: the policy comes over before a rollout, the rollout goes over after.
+
+    For small networks a step on the CPU costs less than the way to a GPU and back.
+    """
+
+    def __init__(self, acting: Policy, here: Rollout, learning: Policy, there: Rollout) -> None:
+        """`acting` fills `here`; `learning` learns from `there`."""
+        self._acting, self._learning = acting, learning
+        self._moved = {name: x for name, x in there.tensors().items() if name not in _OWN}
+        self._here = here.tensors()
+        if there.rewards.device.type == "cuda":
+            self._here = {name: x.pin_memory() if name in self._moved else x for name, x in self._here.items()}
+            for name, x in self._here.items():
+                setattr(here, name, x)
+
+    def fetch_policy(self) -> None:
+        """The learning policy's parameters and moments, as they are now."""
+        with torch.no_grad():
+            pairs = zip(self._acting.state_dict().values(), self._learning.state_dict().values(), strict=True)
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+
+    def send_rollout(self) -> None:
+        """What was collected."""
+        for name, there in self._moved.items():
+            there.copy_(self._here[name], non_blocking=True)
+
+
+# What each side of a handover keeps to itself
+_OWN = ("advantages", "returns", "noise", "final_obs")
+
+
 class Collector:
     """Fills a rollout by T steps of a policy in an environment.
 
@@ -143,11 +176,13 @@ class Collector:
         clock: Clock,
         *,
         recorded: bool = False,
+        handover: Handover | None = None,
     ) -> None:
         """Bind the environment and an actor for each of its groups to the storage; noise comes from `generator`.
 
-        `recorded`: `roll` is going to be recorded as a graph.
+        `recorded`: `roll` is going to be recorded as a graph. `handover`: learning happens elsewhere.
         """
+        self._handover = handover
         r = self._rollout = rollout
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(Transitions(r.obs, r.actions, r.rewards, r.terminated, r.truncated, r.valid))
@@ -169,8 +204,13 @@ class Collector:
         While one group of environments steps, the policy acts on the next.
         """
         with self._clock.phase("act"):
+            if self._handover is not None:
+                self._handover.fetch_policy()
             self.prepare()
         self.roll()
+        if self._handover is not None:
+            with self._clock.phase("store"):
+                self._handover.send_rollout()
 
     def _roll(self) -> None:
         r, env = self._rollout, self._env

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import time
@@ -18,6 +19,7 @@ from fastppo.checkpoint import load_model, read_spec, save_model
 from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
 from fastppo.envs.api import VecEnv, env_seeds
 from fastppo.envs.choose import env_key, recall
+from fastppo.envs.host import HostEnv
 from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
 from fastppo.envs.tensor.driver import TensorEnv
 from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError
@@ -26,10 +28,11 @@ from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
 from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.metrics import Metrics, Stats
+from fastppo.policies.act import choose_act_device
 from fastppo.policies.build import PolicySpec, default_network
 from fastppo.policies.flat import FlatParameters
 from fastppo.policies.normalizers import RewardNormalizer
-from fastppo.rollout import Collector, Rollout
+from fastppo.rollout import Collector, Handover, Rollout
 from fastppo.run_dir import create_run_dir, surroundings, write_json
 from fastppo.runtime import accelerate
 from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
@@ -186,6 +189,9 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
             torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
             self.policy = self.spec.build(network).to(self.device)
+        self.policy.bf16 = c.precision == "bf16"
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
         self.rewards = RewardNormalizer(_int(c.n_envs), c.reward_clip).to(self.device) if c.normalize_rewards else None
         self.parts: dict[str, nn.Module] = {"policy": self.policy}
         if self.rewards is not None:
@@ -250,9 +256,19 @@ class Trainer:
         self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
         self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
         self.values: dict[str, float] = {}
-        noise = generator(c.seed, "noise", self.device, self.world.rank)
+        acting, here, handover = self.policy, self.rollout, None
+        if self.device.type == "cuda" and isinstance(self.env, HostEnv):
+            wanted, why = choose_act_device(c.act_device, self.policy, self.env.obs_spec, self.env.n_envs, self.device)
+            self.notes.append(f"act_device {wanted}: {why}.")
+            self.config = c = dataclasses.replace(self.config, act_device=wanted)
+            if wanted == "cpu":
+                acting = copy.deepcopy(self.policy).cpu()
+                here = Rollout.allocate(_int(c.n_steps), self.env, acting, torch.device("cpu"))
+                handover = Handover(acting, here, self.policy, self.rollout)
+                here.obs[-1].copy_(self.rollout.obs[-1])
+        noise = generator(c.seed, "noise", here.rewards.device, self.world.rank)
         recorded = c.compile == "graph" and self.env.state is not None
-        self.collect = Collector(self.env, self.policy, self.rollout, noise, self.clock, recorded=recorded)
+        self.collect = Collector(self.env, acting, here, noise, self.clock, recorded=recorded, handover=handover)
         self.learn: Callable[[], Tensor] = self._learn
         # an iteration is one rollout of every process; at least one is run
         self.n_iterations = max(1, _int(c.total_timesteps) // (c.batch_size * self.world.size))

@@ -26,6 +26,7 @@ FLOORS = {
     "evaluation.py": 4,
     "bench.py": 4,
     "bench_report.py": 4,
+    "doctor.py": 4,
     "cli.py": 4,
     "__init__.py": 4,
     "__main__.py": 4,
@@ -41,7 +42,12 @@ BESIDE = {
     ("memory.py", "update.py"),
 }
 BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
-BESIDE |= {("bench_report.py", "bench.py"), ("cli.py", "bench.py"), ("cli.py", "bench_report.py")}
+BESIDE |= {
+    ("bench_report.py", "bench.py"),
+    ("cli.py", "bench.py"),
+    ("cli.py", "doctor.py"),
+    ("cli.py", "bench_report.py"),
+}
 BESIDE |= {("__init__.py", "evaluation.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluation.py")}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

@@ -98,10 +98,11 @@ def test_free_memory_is_what_the_control_groups_leave(tmp_path, line, folder, fi
 
 
 MEASURE = """
-import json, resource, sys, tempfile
+import json, sys
 from pathlib import Path
 import psutil, torch
 from fastppo import Config, Trainer
+from fastppo.runtime.preflight import peak_memory
 torch.ones(8).sum()
 before = psutil.Process().memory_info().rss
 n, t, compiled, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
@@ -110,7 +111,7 @@ config = Config(n_envs=n, n_steps=t, vectorization="native", compile=compiled, t
 trainer = Trainer(config)
 ready = psutil.Process().memory_info().rss
 trainer.run()
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_memory()
 plan = trainer.memory
 print(json.dumps({"before": before, "ready": ready, "peak": peak, "storage": plan.storage, "update": plan.update,
                   "total": plan.total}))

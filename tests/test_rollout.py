@@ -1,5 +1,7 @@
 """Rows land where they belong: storage, final values, filler rows, time limits."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 from fastppo import Trainer
-from fastppo.envs.api import env_seeds
+from fastppo.envs.api import Transitions, env_seeds
 from fastppo.envs.host import HostEnv
 from fastppo.functional.gae import gae_loop
 from fastppo.policies.api import Encoder
 from fastppo.policies.build import PolicySpec
-from fastppo.rollout import Collector, Rollout
+from fastppo.rollout import Collector, Handover, Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces import ObsSpec
 from tests.worlds import Counter, short, step
@@ -137,3 +139,52 @@ def test_the_storage_never_moves(tmp_path):
         assert {name: x.data_ptr() for name, x in now.items()} == places
         seen.append(now["rewards"].sum().item())
     assert len(set(seen)) == 5
+
+
+def train(tmp_path, name, env_id, change, **settings):
+    """Parameters after a short run, `change` having been made to the trainer."""
+    defaults = {"n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 4, "env_id": env_id, "learning_rate": 1e-3}
+    trainer = Trainer(short(tmp_path, run_dir=tmp_path / name, compile="off", **(defaults | settings)))
+    change(trainer)
+    logged = [
+        {k: v for k, v in s.scalars.items() if k.startswith(("losses", "charts/ep"))} for s in trainer.iterations()
+    ]
+    return trainer.update.parameters.vector, logged, trainer.rollout.obs.clone()
+
+
+def staged(trainer):
+    r = trainer.rollout
+    trainer.env.attach(Transitions(r.obs, r.actions, r.rewards, r.terminated, r.truncated, r.valid), staged=True)
+
+
+def handed_over(trainer):
+    """As where the policy learns on a GPU and acts on the CPU: another policy, another storage."""
+    acting = copy.deepcopy(trainer.policy)
+    with torch.no_grad():
+        for parameter in acting.parameters():
+            parameter.fill_(torch.nan)  # they must come over
+    here = Rollout.allocate(len(trainer.rollout.rewards), trainer.env, acting, CPU)
+    here.obs[-1].copy_(trainer.rollout.obs[-1])
+    trainer.rollout.obs.fill_(torch.nan)
+    handover = Handover(acting, here, trainer.policy, trainer.rollout)
+    generator = trainer.collect._generator
+    trainer.collect = Collector(trainer.env, acting, here, generator, trainer.clock, handover=handover)
+
+
+@pytest.mark.parametrize("change", [staged, handed_over])
+@pytest.mark.parametrize(
+    ("env_id", "settings"),
+    [
+        ("CartPole-v1", {"env_kwargs": {"max_episode_steps": 7}}),
+        ("Pendulum-v1", {"env_kwargs": {"max_episode_steps": 7}, "normalize_obs": True, "normalize_rewards": True}),
+        ("CartPole-v1", {"vectorization": "native"}),
+        ("CartPole-v1", {"vectorization": "pool", "half_batches": True}),
+    ],
+    ids=["cut", "normalised", "fillers", "halves"],
+)
+def test_the_way_to_another_device_changes_no_bit(tmp_path, change, env_id, settings):
+    plain = train(tmp_path, "plain", env_id, lambda trainer: None, **settings)
+    other = train(tmp_path, "other", env_id, change, **settings)
+    assert torch.equal(plain[0], other[0])
+    assert str(plain[1]) == str(other[1]), "as text, in which NaN equals NaN"
+    assert torch.equal(plain[2], other[2])

@@ -102,12 +102,12 @@ def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(
     trainer = Trainer(config)
     inner, worst = trainer.update.minibatch, []
 
-    def watch(data, rows, coefs):
+    def watch(data, rows, *rest):
         batch = trainer.update._rows.take(data, rows)
         with torch.no_grad():
             logprobs = trainer.policy.evaluate(batch.obs, batch.actions, batch.params).logprobs
         worst.append((logprobs - batch.logprobs).abs().max().item())
-        inner(data, rows, coefs)
+        inner(data, rows, *rest)
 
     trainer.update.minibatch = watch
     for _ in trainer.iterations():
@@ -534,3 +534,26 @@ def test_auto_measures_and_says_so(tmp_path, monkeypatch):
     assert trainer.config.vectorization == "native"
     assert re.match(r"vectorization native: env steps/s .* sync [\d,]+, native [\d,]+", trainer.notes[0])
     trainer.run()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-8), ("bf16", 1e-6)])
+@pytest.mark.parametrize(("env_id", "compile"), [("CartPole-v1", "off"), ("Pendulum-v1", "off"), ("CartPole-v1", "on")])
+def test_before_any_update_the_ratio_is_1(tmp_path, precision, bound, compile, env_id):
+    settings = {"precision": precision, "compile": compile, "learning_rate": 0.0, "hidden_sizes": (32, 32)}
+    trainer = Trainer(short(tmp_path, env_id=env_id, n_envs=16, **settings), policy=None)
+    for stats in trainer.iterations():
+        assert abs(stats.scalars["losses/approx_kl"]) < bound
+        assert stats.scalars["losses/clipfrac"] == 0
+    assert trainer.update.parameters.vector.dtype == trainer.rollout.logprobs.dtype == torch.float32
+
+
+def test_bf16_learns_what_fp32_does_within_its_rounding(tmp_path):
+    vectors = {}
+    for precision in ("fp32", "bf16"):
+        config = short(tmp_path, run_dir=tmp_path / precision, precision=precision, compile="off", learning_rate=1e-3)
+        trainer = Trainer(config, make_env=Counter)
+        start = trainer.update.parameters.vector.clone()
+        trainer.run()
+        vectors[precision] = trainer.update.parameters.vector - start
+    assert not torch.equal(vectors["bf16"], vectors["fp32"]), "nothing ran in bfloat16"
+    assert torch.nn.functional.cosine_similarity(vectors["bf16"], vectors["fp32"], 0) > 0.9

@@ -26,6 +26,50 @@ from fastppo.spaces import ActionSpec, ObsSpec
 _Array = np.ndarray[Any, Any]
 
 
+class _Stage:
+    """A step's results and actions of one group on their way: one block of host memory and its twin on the device.
+
+    All that a step yields crosses in one copy, and its actions come in another. The memory is pinned for CUDA, so that
+    copies are not waited for; the wait for the next actions is the only one in a step.
+
+    Attributes:
+        host: views of the block here, as numpy: obs, rewards, terminated, truncated, valid (None without fillers).
+        device: the same views there.
+    """
+
+    def __init__(self, to: Transitions, at: slice) -> None:
+        """For the part `at` of the environments in `to`."""
+        parts = [None if x is None else x[0, at] for x in (to.obs, to.rewards, to.terminated, to.truncated, to.valid)]
+        sizes = [0 if x is None else -(-x.numel() * x.element_size() // 16) * 16 for x in parts]
+        device, pinned = to.rewards.device, to.rewards.device.type == "cuda"
+        self._here = torch.zeros(sum(sizes), dtype=torch.uint8, pin_memory=pinned)
+        self._there = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+
+        def views(block: Tensor) -> list[Tensor | None]:
+            pieces = torch.split(block, sizes)
+            return [
+                None if x is None else piece[: x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+                for x, piece in zip(parts, pieces, strict=True)
+            ]
+
+        self.host = [None if x is None else x.numpy() for x in views(self._here)]
+        self.device = views(self._there)
+        self._actions = torch.zeros(to.actions[0, at].shape, dtype=to.actions.dtype, pin_memory=pinned)
+        self._pinned = pinned
+
+    def send(self) -> None:
+        """Copy the block to the device, without waiting."""
+        self._there.copy_(self._here, non_blocking=True)
+
+    def fetch(self, actions: Tensor) -> _Array:
+        """Actions from the device, waited for; the step before has left the block by then."""
+        self._actions.copy_(actions, non_blocking=True)
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()
+        fetched: _Array = self._actions.numpy()
+        return fetched
+
+
 class HostEnv:
     """A Gymnasium vector environment behind the VecEnv protocol."""
 
@@ -78,12 +122,12 @@ class HostEnv:
             raise EnvError(f"reset returned observations of shape {np.shape(obs)}; its space says {expected}.")
         return torch.from_numpy(obs)
 
-    def attach(self, transitions: Transitions) -> None:
-        """Write into `transitions` from now on; through numpy where they lie in this memory."""
+    def attach(self, transitions: Transitions, *, staged: bool | None = None) -> None:
+        """Write into `transitions` from now on: through numpy where they lie in this memory, else `staged`."""
         self._to = transitions
-        self._host = transitions.obs.device.type == "cpu"
-        self._rows: list[Any] = [None if x is None or not self._host else x.numpy() for x in transitions]
-        self._actions = transitions.actions.numpy() if self._host else None
+        staged = transitions.obs.device.type != "cpu" if staged is None else staged
+        self._stages = [_Stage(transitions, at) for at in self.groups] if staged else None
+        self._rows: list[Any] = [None if x is None or staged else x.numpy() for x in transitions]
 
     def send(self, t: int, group: int) -> None:
         """Begin step t: done at once, unless the vector environment steps in groups.
@@ -92,8 +136,8 @@ class HostEnv:
             EnvError: a worker process died.
         """
         at = self.groups[group]
-        mine = self._actions[t] if self._actions is not None else self._to.actions[t].numpy(force=True)
-        actions = self.action_spec.to_env(mine[at])
+        mine = self._rows[1][t, at] if self._stages is None else self._stages[group].fetch(self._to.actions[t, at])
+        actions = self.action_spec.to_env(mine)
         if isinstance(self.venv, PoolVectorEnv):
             self.venv.send(group, actions)
             return
@@ -136,17 +180,22 @@ class HostEnv:
             # the vector environment may clear its own flags in place
             terminated, truncated = terminated.copy(), truncated.copy()
             obs, _ = self.venv.reset(options={"reset_mask": done})
-        if self._host:
+        if self._stages is None:
             to_obs, _, to_rewards, to_terminated, to_truncated, to_valid = self._rows
             to_obs[t + 1, at], to_rewards[t, at] = obs, rewards
             to_terminated[t, at], to_truncated[t, at] = terminated, truncated
             if to_valid is not None:
                 to_valid[t, at] = real
-        else:
-            values = (obs, None, rewards, terminated, truncated, real)
-            for i, (tensor, value) in enumerate(zip(self._to, values, strict=True)):
-                if tensor is not None and value is not None:
-                    tensor[t + (i == 0), at].copy_(torch.from_numpy(np.asarray(value)))
+            return cut
+        stage, to = self._stages[group], self._to
+        for place, array in zip(stage.host, (obs, rewards, terminated, truncated, real), strict=True):
+            if place is not None:
+                place[...] = array
+        stage.send()
+        rows = (to.obs[t + 1, at], to.rewards[t, at], to.terminated[t, at], to.truncated[t, at])
+        for row, value in zip((*rows, None if to.valid is None else to.valid[t, at]), stage.device, strict=True):
+            if row is not None and value is not None:
+                row.copy_(value)
         return cut
 
     def close(self) -> None:

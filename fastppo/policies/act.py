@@ -6,8 +6,11 @@ are computed afterwards, for all rows at once.
 
 from __future__ import annotations
 
+import copy
+import statistics
+import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from torch import Tensor, nn
 from fastppo.functional.distributions import Categorical, Gaussian, bound_log_std
 from fastppo.policies.api import Policy
 from fastppo.policies.mlp import MLP
+from fastppo.spaces import ObsSpec
 
 _Array = np.ndarray[Any, Any]
 _CHUNK = 4096  # rows of one pass: what stays in a core's cache
@@ -63,9 +67,51 @@ def make_actor(policy: Policy, decisions: Decisions, *, recorded: bool = False) 
     On the CPU, plain BLAS on numpy's views of the parameters beats torch, whose operations cost 3 us each: 13 against
     35 us at N=1, 32 against 59 at N=64, 150 against 145 at N=512 (two 64-wide layers; benchmarks/act.py).
     """
-    if not recorded and decisions.obs.device.type == "cpu" and (layers := _plain_layers(policy)) is not None:
+    if (
+        not recorded
+        and not policy.bf16
+        and decisions.obs.device.type == "cpu"
+        and (layers := _plain_layers(policy)) is not None
+    ):
         return _NumpyActor(policy, layers, decisions)
     return _ModuleActor(policy, decisions)
+
+
+def choose_act_device(
+    wanted: Literal["auto", "cpu", "cuda"], policy: Policy, obs_spec: ObsSpec, n_envs: int, device: torch.device
+) -> tuple[Literal["cpu", "cuda"], str]:
+    """Where to act for environments on the host while `policy` learns on `device`, a GPU; and why.
+
+    `auto` times a step both ways: here, and there with the way over and back.
+    """
+    if wanted != "auto":
+        return wanted, "asked for"
+    cpu = torch.device("cpu")
+    here, noise_size = copy.deepcopy(policy).cpu(), policy.distribution.noise_size
+    obs, noise = obs_spec.blank(2, n_envs), torch.zeros(1, n_envs, noise_size)
+    dist = policy.distribution
+    actions = torch.zeros(1, n_envs, *dist.action_shape, dtype=dist.action_dtype)
+    scalars = torch.zeros(1, n_envs)
+    params = torch.zeros(1, n_envs, dist.n_params)
+    actor = make_actor(here, Decisions(obs, noise, actions, scalars, params, scalars.clone()))
+    obs_there, noise_there = obs[0].to(device), noise[0].to(device)
+
+    def there() -> None:
+        obs_there.copy_(obs[0])
+        policy.act(obs_there, noise_there).actions.to(cpu)
+
+    times = {"cpu": _seconds(lambda: actor.act(0)), "cuda": _seconds(there)}
+    figures = ", ".join(f"{name} {seconds * 1e6:,.0f} us" for name, seconds in times.items())
+    return ("cpu" if times["cpu"] < times["cuda"] else "cuda"), f"a step of {n_envs} takes {figures}"
+
+
+def _seconds(call: Callable[[], None]) -> float:
+    times = []
+    for _ in range(30):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def complete(policy: Policy, d: Decisions) -> None:

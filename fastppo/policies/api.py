@@ -70,7 +70,12 @@ class Encoder(nn.Module):
 
 
 class Policy(nn.Module):
-    """Encoder, network and distribution: acts, judges stored actions, estimates values."""
+    """Encoder, network and distribution: acts, judges stored actions, estimates values.
+
+    Attributes:
+        bf16: whether the network runs under bfloat16 autocast, acting and learning alike. Its outputs become float32
+            before anything is computed from them: log-probabilities and losses are float32 always.
+    """
 
     def __init__(self, encoder: Encoder, network: nn.Module, distribution: Distribution) -> None:
         """Join the parts and try the network on two rows.
@@ -82,12 +87,19 @@ class Policy(nn.Module):
         self.encoder = encoder
         self.network = network
         self.distribution = distribution
+        self.bf16 = False
         self._check()
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Distribution parameters [B, P] and values [B] for raw obs [B, *obs]."""
-        params, values = self.network(self.encoder(obs))
-        return params, values
+        x = self.encoder(obs)
+        with self._precision(x.device):
+            params, values = self.network(x)
+        return params.float(), values.float()
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        # no cache of cast weights: a recording would keep the first ones
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Action:
@@ -105,7 +117,9 @@ class Policy(nn.Module):
     def value(self, obs: Tensor) -> Tensor:
         """V of each row of obs, [B]."""
         if type(self.network) is MLP:  # which need not ask its policy
-            return self.network.value(self.encoder(obs))
+            x = self.encoder(obs)
+            with self._precision(x.device):
+                return self.network.value(x).float()
         values: Tensor = self(obs)[1]
         return values
 
