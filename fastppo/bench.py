@@ -26,6 +26,7 @@ from fastppo.errors import FastPPOError
 WARM_UP = 2  # iterations
 _RESULT = "fastppo bench: "
 PARTS = {"env": "the environments", "act": "acting", "update": "the update"}
+_PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log")
 _LONG = 10**12  # steps that are planned: nothing is annealed away
 _FEWEST = 5  # iterations measured
 
@@ -113,9 +114,12 @@ def verdict(point: Point, points: Sequence[Point]) -> str:
     """What limits `point`, what would make it faster, and what the next n_envs among `points` gave."""
     if point.failure:
         return point.failure
-    most = max(PARTS, key=lambda part: point.phases[part])
-    others = ", ".join(f"{PARTS[part]} {point.gain(part):+.0%}" for part in PARTS if part != most)
-    text = f"{most}-bound ({point.phases[most]:.0%} of the time): twice as fast, {PARTS[most]} would give "
+    parts = PARTS
+    if point.phases.get("rollout", 0.0) > 0:  # one graph: environments and acting can't be told apart
+        parts = {"rollout": "the rollout", "update": PARTS["update"]}
+    most = max(parts, key=lambda part: point.phases[part])
+    others = ", ".join(f"{parts[part]} {point.gain(part):+.0%}" for part in parts if part != most)
+    text = f"{most}-bound ({point.phases[most]:.0%} of the time): twice as fast, {parts[most]} would give "
     text += f"{point.gain(most):+.0%} ({others})"
     larger = [p for p in points if p.vectorization == point.vectorization and p.n_envs > point.n_envs and not p.failure]
     if larger:
@@ -161,6 +165,8 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         seconds: of real iterations, five at least.
         started: time.time() when this process was started.
     """
+    import torch
+
     from fastppo.runtime.device import choose_device
     from fastppo.runtime.preflight import peak_memory
     from fastppo.trainer import Trainer
@@ -179,6 +185,8 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         )
         trainer = Trainer(plan)
         setup = time.time() - started - trainer.compile_seconds
+        if trainer.device.type == "cuda":
+            trainer.clock.wait = torch.cuda.synchronize
         ticks: list[tuple[float, int, dict[str, float]]] = []
         for stats in trainer.iterations():
             if stats.iteration >= WARM_UP:
@@ -189,10 +197,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
     spent = [after[0] - before[0] for before, after in itertools.pairwise(ticks)]
     steps = [after[1] - before[1] for before, after in itertools.pairwise(ticks)]
     low, middle, high = statistics.quantiles([n / s for n, s in zip(steps, spent, strict=True)], n=4)
-    phases = {
-        phase: sum(scalars[f"time/{phase}"] for _, _, scalars in ticks[1:]) / sum(spent)
-        for phase in ("env", "act", "store", "advantages", "update", "log")
-    }
+    phases = {phase: sum(scalars[f"time/{phase}"] for _, _, scalars in ticks[1:]) / sum(spent) for phase in _PHASES}
     return Point(
         n_envs=trainer.env.n_envs,
         vectorization=trainer.config.vectorization,
@@ -237,10 +242,18 @@ def _ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401
     def learn() -> None:
         trainer.update(rollout.batch(), trainer.coefs, math.inf)
 
+    def waited(call: Callable[[], None]) -> Callable[[], None]:
+        def both() -> None:
+            call()
+            if trainer.clock.wait is not None:
+                trainer.clock.wait()
+
+        return both
+
     parts = {"act": decide_all, "update": learn, "env": step_all}  # env last: its actions are the rollout's own
     valid = rollout.valid
     real = rollout.rewards.numel() if valid is None else int(valid.sum())
-    return {part: real / _seconds_of(call, seconds) for part, call in parts.items()}
+    return {part: real / _seconds_of(waited(call), seconds) for part, call in parts.items()}
 
 
 def _seconds_of(call: Callable[[], None], seconds: float) -> float:

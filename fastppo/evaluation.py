@@ -154,8 +154,8 @@ def evaluate(
     returns: list[list[float]] = [[] for _ in range(n)]
     lengths: list[list[int]] = [[] for _ in range(n)]
     try:
-        take_step = stepper(env, torch.device("cpu"))
         obs = env.reset(env_seeds(seed_stream(seed, "eval"), n))
+        take_step = stepper(env, obs.device)
         while any(len(mine) < k for mine, k in zip(returns, share, strict=True)):
             raw = obs.to(saved.device, saved.spec.obs.dtype)
             noise = torch.zeros((n, saved.policy.distribution.noise_size), device=saved.device)

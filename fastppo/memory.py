@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastppo.envs.api import Cuts
 from fastppo.errors import ConfigError
 from fastppo.functional.losses import Coefficients
 from fastppo.rollout import Rollout
@@ -61,6 +62,7 @@ class Shape:
     obs_spec: ObsSpec
     action_spec: ActionSpec
     fillers: bool = True
+    max_steps: int | None = None  # of environments on the device, which keep last observations of a whole rollout
 
 
 def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: Callable[..., Any]) -> MemoryPlan:
@@ -77,17 +79,24 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         learner = update()
         device, before = learner.parameters.vector.device, live.bytes
         rollout = Rollout.allocate(n_steps, env, learner.policy, device)  # type: ignore[arg-type]
+        cuts = None
+        if env.max_steps is not None:
+            cuts = Cuts.allocate(n_steps, env.n_envs, env.obs_spec, env.max_steps, device)
         storage = live.bytes - before
         coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         r = rollout
         gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
         batch = rollout.batch()
+        data = learner.fill(batch)
+        learner.allocate(len(batch.logprobs))
+        learner.scales(batch)
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
         rows = order[: max(1, len(order) // learner.n_minibatches)]
-        learner.minibatch(learner.fill(batch), rows, coefs, rollout.advantages.new_zeros(2))
+        learner.minibatch(data, rows, coefs, rollout.advantages.new_zeros(2))
         if (normalizer := learner.policy.encoder.normalizer) is not None:
             normalizer.update(batch.obs)  # in float64, and so larger than what it reads
         highest = live.highest - storage
+        del cuts  # alive until here
     statistics = n_steps * env.n_envs * _STATISTICS
     return MemoryPlan(storage, 3 * obs, max(highest, statistics))
 

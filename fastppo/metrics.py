@@ -178,10 +178,12 @@ class Metrics:
             r, broken = self._rollout, self._broken()
             if not broken.any():
                 raise EnvError("another process stopped: its environment returned what is not finite; see its message.")
+            before = self.global_step // (len(r.rewards[0]) * self._world.size)
+            where = f" of process {self._world.rank}" if self._world.size > 1 else ""
             t, n = broken.any(0).nonzero()[0].tolist()
             what = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
             raise EnvError(
-                f"environment {n} returned {what} at step {self.global_step // len(r.rewards[0]) + t} of its run; "
+                f"environment {n}{where} returned {what} at step {before + t} of its run; "
                 "the model so far is saved. Mend the environment, or wrap it to replace such values."
             )
         return found
@@ -254,10 +256,8 @@ def _merge(everyone: _Array) -> _Array:
     for name in ("broken", "steps", "episodes", "returns", "lengths"):
         found[at(name)] = everyone[:, at(name)].sum()
     latest = everyone[:, len(NAMES) :].reshape(len(everyone), 3, -1)
-    columns = np.concatenate(list(latest), axis=1)
+    # latest first; of one step, later environments first, as if they were all in one process
+    columns = np.concatenate(list(latest[::-1]), axis=1)
     columns = columns[:, ~np.isnan(columns[2])]
-    columns = columns[:, np.argsort(-columns[2], kind="stable")][:, : latest.shape[2]]
-    merged = np.full(latest.shape[1:], np.nan)
-    merged[:, : columns.shape[1]] = columns
-    found[len(NAMES) :] = merged.reshape(-1)
-    return found
+    columns = columns[:, np.argsort(-columns[2], kind="stable")][:, :WINDOW]
+    return np.concatenate((found[: len(NAMES)], columns.reshape(-1)))

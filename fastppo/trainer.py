@@ -22,6 +22,7 @@ from fastppo.envs.choose import env_key, recall
 from fastppo.envs.host import HostEnv
 from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
 from fastppo.envs.tensor.driver import TensorEnv
+from fastppo.envs.tensor.foreign import SimulatorEnv
 from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError
 from fastppo.functional.gae import choose_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
@@ -46,7 +47,7 @@ from fastppo.runtime.device import (
     seed_stream,
     set_threads,
 )
-from fastppo.runtime.distributed import join_world
+from fastppo.runtime.distributed import join_world, local_processes
 from fastppo.runtime.graphs import record
 from fastppo.runtime.preflight import free_memory
 from fastppo.runtime.signals import on_interrupt
@@ -130,6 +131,8 @@ class Trainer:
         self.clock = Clock()
         keep_freed_memory()
         self.device = choose_device(config.device)
+        if self.device.type == "cuda":  # kernels and graphs go to the current device
+            torch.cuda.set_device(self.device)
         self.world = join_world(self.device)
         found = probe(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
@@ -203,7 +206,7 @@ class Trainer:
                 raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
             load_model(c.init_from, self.parts, optional=("rewards",))
         self._parameters = FlatParameters(self.policy.network)
-        for tensor in (self._parameters.vector, *self.policy.buffers()):
+        for tensor in (self._parameters.vector, *self.policy.state_dict().values()):  # frozen parameters too
             self.world.from_main_(tensor)
         for moments in (self.rewards, self.policy.encoder.normalizer):
             if moments is not None:
@@ -214,11 +217,18 @@ class Trainer:
 
     def _plan_memory(self, c: Config, found: Probe) -> MemoryPlan:
         def plan(n_envs: int) -> MemoryPlan:
-            shape = Shape(n_envs, found.obs_spec, found.action_spec)
+            # a simulator may cut at any step
+            max_steps = 1 if isinstance(found.vector, SimulatorEnv) else None
+            if c.vectorization == "tensor":
+                max_steps = found.max_steps
+            shape = Shape(n_envs, found.obs_spec, found.action_spec, max_steps=max_steps)
             return plan_memory(_int(c.n_steps), shape, lambda: self._make_update(c), gae_doubling)
 
+        free = free_memory(self.device)
+        if self.device.type == "cpu":  # shared by all processes here
+            free //= local_processes()
         try:
-            return check_memory(plan, _int(c.n_envs), _int(c.n_steps), free_memory(self.device))
+            return check_memory(plan, _int(c.n_envs), _int(c.n_steps), free)
         except ConfigError:
             raise
         except Exception as error:  # a network whose forward looks at values, which a plan doesn't have
@@ -340,11 +350,6 @@ class Trainer:
             device=self.device,
         )
 
-        def replay_learn() -> Tensor:
-            with self.clock.phase("update"):
-                return learn()
-
-        self.learn = replay_learn
         if self.env.state is not None:
             roll = record(
                 self.collect.roll,
@@ -358,6 +363,12 @@ class Trainer:
                     roll()
 
             self.collect.roll = replay_roll
+
+        def replay_learn() -> Tensor:
+            with self.clock.phase("update"):
+                return learn()
+
+        self.learn = replay_learn
 
     def _open_run(self, c: Config, console: Console | None) -> None:
         self.notes += self.env.notes

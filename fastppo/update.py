@@ -168,13 +168,17 @@ class PPOUpdate:
 
     def prepare(self, n: int, kl_limit: float) -> None:
         """Set the limit, and draw the permutation of the `n` rows for every epoch, run or not."""
-        if self._orders.shape != (self.update_epochs, n):
-            self._orders = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self._sums.device)
+        self.allocate(n)
         for order in self._orders:
             order.copy_(torch.randperm(n, generator=self.generator, device=self.generator.device))
         by_epoch = self.kl_stop == "epoch"
         self._epoch_limit.fill_(kl_limit if by_epoch else math.inf)
         self._limit.fill_(math.inf if by_epoch else kl_limit)
+
+    def allocate(self, n: int) -> None:
+        """Room for the permutations of `n` rows, once."""
+        if self._orders.shape != (self.update_epochs, n):
+            self._orders = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self._sums.device)
 
     def learn(self, batch: Batch, coefs: Coefficients, *, watched: bool) -> Tensor:
         """Every epoch, as `prepare` set it up.
@@ -186,7 +190,7 @@ class PPOUpdate:
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
         data = self.fill(batch)
         orders = self._orders.view(self.update_epochs, self.n_minibatches, -1)
-        scales = self._scales(batch, orders)
+        scales = self.scales(batch)
         self._sums.zero_()
         self._stop_kl.zero_()
         each_minibatch = watched and self.kl_stop == "minibatch" and self._limit.device.type == "cpu"
@@ -225,8 +229,9 @@ class PPOUpdate:
             self._rows = Rows(batch)
         return self._rows.fill(batch)
 
-    def _scales(self, batch: Batch, orders: Tensor) -> Tensor:
-        """Mean and divisor of the advantages of each minibatch, [E, M, 2]."""
+    def scales(self, batch: Batch) -> Tensor:
+        """Mean and divisor of the advantages of each minibatch that `prepare` drew, [E, M, 2]."""
+        orders = self._orders.view(self.update_epochs, self.n_minibatches, -1)
         if self.normalize != "minibatch":
             return self._sums.new_zeros(*orders.shape[:2], 2)  # not used
         valid = None if batch.valid is None else batch.valid[orders]
@@ -250,7 +255,8 @@ class PPOUpdate:
         figures, (taken, within, _) = self._sums[: len(FIGURES)], self._sums[len(FIGURES) :]
         stopped = (self._limit == -math.inf).float()
         begun = within + stopped if self.kl_stop == "minibatch" else within
-        epochs = torch.ceil(begun / self.n_minibatches)
+        # less a half: on CUDA a division is a product with the rounded inverse, and may end above a whole number
+        epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
         rest = torch.stack((within - taken, within, epochs, stopped, self._stop_kl))
         return torch.cat((figures / taken, rest))
 
@@ -271,7 +277,7 @@ class PPOUpdate:
     def _step_eagerly(self, *tensors: Tensor) -> None:
         """The step that follows from the state, the coefficients and the sum of what `_differentiate` gave."""
         learned = tensors[-1]
-        mean = learned[:-1] / learned[-1]
+        mean = learned[:-1] / learned[-1].clamp(min=1)  # 0 rows: all of them fillers
         gradient, diagnostics = torch.split(mean, [self.parameters.vector.numel(), len(DIAGNOSTICS)])
         self._take_step(tensors[:_STATE], Coefficients(*tensors[_STATE:-1]), gradient, diagnostics)
 

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import tyro
 
-from fastppo.cli import Bench, Eval, Train
+from fastppo.cli import Bench, Doctor, Eval, Train
 from fastppo.config import Config, load_toml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-FLAGS = {f"--{field.name.replace('_', '-')}" for kind in (Train, Bench, Eval) for field in dataclasses.fields(kind)}
+FLAGS = {
+    f"--{field.name.replace('_', '-')}" for kind in (Train, Bench, Eval, Doctor) for field in dataclasses.fields(kind)
+}
 FLAGS |= {"--num-envs", "--num-steps", "--num-minibatches", "--no-anneal-lr", "--help"}
+TORCHRUN = {"--standalone", "--nproc-per-node", "--nnodes", "--node-rank", "--master-addr", "--master-port"}
 
 
 def blocks(language):
@@ -26,7 +29,7 @@ def blocks(language):
 
 
 def test_every_flag_in_the_readme_exists_and_every_setting_is_in_the_readme():
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--logdir"}
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", README)) - {"--logdir"} - TORCHRUN
     assert mentioned <= FLAGS
     missing = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)} - mentioned
     assert not missing
@@ -37,8 +40,10 @@ def test_every_command_in_the_readme_can_be_parsed():
     seen = 0
     for command in commands:
         words = shlex.split(command)
+        if words[:1] == ["torchrun"]:
+            words = words[words.index("-m") + 1 :]
         if words[:1] == ["fastppo"]:
-            kind = {"train": Train, "bench": Bench, "eval": Eval}[words[1]]
+            kind = {"train": Train, "bench": Bench, "eval": Eval, "doctor": Doctor}[words[1]]
             assert tyro.cli(kind, args=words[2:])
             seen += 1
         elif words[:1] and words[0].startswith("scripts/"):
@@ -87,14 +92,24 @@ def test_the_settings_file_is_valid(tmp_path):
 
 def examples():
     """README's Python, whole programs each: shorter runs, and the run just made where it names one of its own."""
-    first, loop, own, saved = (re.sub(r"\d+_000", "2_000", block) for block in blocks("python"))
+    first, loop, own, saved, simulator = (re.sub(r"\d+(_000)+", "2_100", block) for block in blocks("python"))
     imports = first.splitlines()[0] + "\n"
     saved = re.sub(r'load_policy\("runs/.*"\)', "load_policy(trainer.run_dir, Network())", saved)
-    return {"first": first, "loop": imports + loop, "own": imports + own + textwrap.indent(saved, "    ")}
+    return {
+        "first": first,
+        "loop": imports + loop,
+        "own": imports + own + textwrap.indent(saved, "    "),
+        "simulator": simulator,
+    }
 
 
-@pytest.mark.parametrize("name", ["first", "loop", "own"])
+@pytest.mark.parametrize("name", ["first", "loop", "own", "simulator"])
 def test_the_python_code_runs(tmp_path, name):
+    if name == "simulator":
+        pytest.importorskip("mujoco_warp")
+        from tests.envs.tensor.warp_pendulum import XML
+
+        (tmp_path / "pendulum.xml").write_text(XML)
     (tmp_path / "example.py").write_text(examples()[name])
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # `rollout` is env, act and store where they are one graph and can't be told apart
@@ -15,16 +15,19 @@ WINDOW = 10
 class _Phase:
     """A reusable timer; a plain class as a generator-based one costs several times more, and it runs every step."""
 
-    __slots__ = ("_begin", "total")
+    __slots__ = ("_begin", "_clock", "total")
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.total = 0.0
         self._begin = 0.0
+        self._clock = clock
 
     def __enter__(self) -> None:
         self._begin = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
+        if self._clock.wait is not None:
+            self._clock.wait()
         self.total += time.perf_counter() - self._begin
 
 
@@ -34,11 +37,16 @@ class Clock:
     All four figures count real environment steps over wall seconds, rollout and update and logging together:
     cumulative (since `start`), window (last 10 iterations), steady (without the first iteration, in which warm-up and
     compilation lie) and total (since this object was made, so that setting up counts too).
+
+    Attributes:
+        wait: called at the end of each phase, so that it holds what the GPU did in it; None: phases are the host's
+            time, and what the GPU does late counts where the host waits for it. For measurements: waiting costs speed.
     """
 
     def __init__(self) -> None:
         """Begin with setting up."""
-        self._phases = {name: _Phase() for name in PHASES}
+        self.wait: Callable[[], None] | None = None
+        self._phases = {name: _Phase(self) for name in PHASES}
         self._made = time.perf_counter()
         self._begun = self._made
         self._paused = 0.0

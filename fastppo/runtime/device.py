@@ -11,7 +11,7 @@ import threadpoolctl
 import torch
 
 from fastppo.errors import ConfigError
-from fastppo.runtime.distributed import local_rank
+from fastppo.runtime.distributed import local_rank, processes
 
 _CORES = torch.get_num_threads()  # as torch found it: the machine's, or OMP_NUM_THREADS
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
@@ -43,6 +43,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     # under torchrun each process of a machine takes a GPU of its own
     device = torch.device(f"cuda:{local_rank()}" if name == "cuda" and local_rank() else name)
+    if device.index is not None and name != "cuda" and processes() > 1:
+        raise ConfigError(f"device={name} under torchrun: each process takes a GPU of its own; use device=cuda.")
     if device.type == "cuda":
         n = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if n == 0:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, FastPPOError
 
 T = TypeVar("T")
 _PATIENCE = datetime.timedelta(minutes=10)  # for the slowest process, whose environments may take long to start
@@ -68,11 +68,20 @@ class World:
         return bool(self.sum_(torch.full((), float(flag), device=device))) if self.size > 1 else flag
 
     def shared(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the main process, in every one."""
-        values = [make() if self.is_main else None]
-        if self.size > 1:
-            dist.broadcast_object_list(values, 0)
-        return values[0]  # type: ignore[return-value]
+        """What `make` returns, or raises, in the main process, in every one."""
+        if self.size == 1:
+            return make()
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = make()
+            except FastPPOError as error:
+                found[1] = error
+        dist.broadcast_object_list(found, 0)
+        if found[1] is not None:
+            raise found[1]
+        value: T = found[0]
+        return value
 
     def close(self) -> None:
         """Leave."""
@@ -88,13 +97,11 @@ def join_world(device: torch.device) -> World:
     """
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
-    if os.environ.get("WORLD_SIZE", "1") == "1":
+    if processes() == 1:
         return World()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun.")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
     return World(dist.get_rank(), dist.get_world_size(), owned=True)
 
@@ -102,6 +109,16 @@ def join_world(device: torch.device) -> World:
 def is_main_process() -> bool:
     """Whether this is the process that talks, before any group is joined."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def processes() -> int:
+    """How many are meant to train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_processes() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:

@@ -11,12 +11,13 @@ is not run again, and `fresh` tensors are spoilt after each replay, so that one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.errors import CaptureError
 
@@ -42,7 +43,7 @@ def record(
     try:
         with torch.no_grad():
             return _on_cuda(work) if device.type == "cuda" else _on_cpu(work, list(fresh))
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(
             f"it can't be recorded as a graph ({first.strip()}); a network must not look at values on the host "
@@ -72,7 +73,8 @@ def _on_cuda(work: Callable[[], Result]) -> Callable[[], Result]:
 
 
 def _on_cpu(work: Callable[[], Result], fresh: list[Tensor]) -> Callable[[], Result]:
-    recording = make_fx(lambda: work())()  # a plain function: it looks at the signature
+    with _Strict():  # type: ignore[no-untyped-call]
+        recording = make_fx(lambda: work())()  # a plain function: it looks at the signature
     out: list[Result] = []
 
     def replay() -> Result:
@@ -87,3 +89,34 @@ def _on_cpu(work: Callable[[], Result], fresh: list[Tensor]) -> Callable[[], Res
         return out[0]
 
     return replay
+
+
+class _Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what CUDA refuses in a capture, or would freeze: results of unknown size, constants, random numbers.
+
+    Not seen: .tolist() and .numpy(), which go past torch's dispatcher.
+    """
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - an operator
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - what it returns
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if torch.Tag.dynamic_output_shape in func.tags and not _plain_index(args):
+            raise RuntimeError(f"{name} gives a result whose size only the values tell")
+        if torch.Tag.data_dependent_output in func.tags:
+            raise RuntimeError(f"{name} reads values on the host")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(f"{name} draws random numbers")
+        if name == "lift_fresh":
+            raise RuntimeError("torch.tensor(...) makes a constant on the host; make it before, or by torch.full")
+        return func(*args, **(kwargs or {}))
+
+
+def _plain_index(args: Sequence[Any]) -> bool:
+    """Whether the arguments are those of indexing without masks, whose result has the size of the indices."""
+    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
+    return indices is not None and all(x is None or x.dtype not in (torch.bool, torch.uint8) for x in indices)

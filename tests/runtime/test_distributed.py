@@ -155,4 +155,13 @@ def test_figures_of_processes_are_merged():
     rows[1, len(NAMES) :] = [9, np.nan, 90, np.nan, 5, np.nan]
     merged = _merge(rows)
     assert [merged[at(n)] for n in ("steps", "clipped_actions", "episodes", "returns", "broken")] == [40, 0.2, 3, 12, 1]
-    assert merged[len(NAMES) :].tolist() == [1, 9, 10, 90, 7, 5]
+    assert merged[len(NAMES) :].tolist() == [1, 9, 2, 10, 90, 20, 7, 5, 3], "none is lost, latest first"
+
+
+def test_episodes_that_end_together_come_from_every_process():
+    latest = [np.stack((np.full(100, 10.0 * rank), np.ones(100), np.repeat([7.0, 6.0], 50))) for rank in (1, 2)]
+    rows = np.stack([np.concatenate((np.ones(len(NAMES)), x.reshape(-1))) for x in latest])
+    returns, _, steps = _merge(rows)[len(NAMES) :].reshape(3, -1)
+    assert sorted(set(returns)) == [10, 20]
+    assert set(steps) == {7}
+    assert len(returns) == 100

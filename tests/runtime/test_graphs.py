@@ -45,7 +45,21 @@ def test_inputs_that_are_not_written_again_show():
         replay()
 
 
-@pytest.mark.parametrize("work", [lambda x: x.mul_(x.sum().item()), lambda x: x.mul_(2) if (x * 2).sum() > 0 else x])
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.mul_(x.sum().item()),
+        lambda x: x.mul_(x[0].item()),
+        lambda x: x.mul_(2) if (x * 2).sum() > 0 else x,
+        lambda x: x[x > 0].sum(),
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: x + torch.tensor([1.0, 2.0]),
+        lambda x: x.normal_(generator=torch.Generator()),
+        lambda x: torch.randperm(2),
+    ],
+    ids=["item", "item of an input", "if", "mask", "nonzero", "unique", "constant", "normal", "randperm"],
+)
 def test_reading_back_is_refused_with_what_to_change(work):
     x = torch.ones(2)
     with pytest.raises(CaptureError, match=r"can't be recorded as a graph \(.*\); a network must not look at values"):

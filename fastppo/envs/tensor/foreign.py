@@ -116,11 +116,16 @@ class SimulatorEnv:
             raise EnvError(
                 f"step's extras hold no {self._final_key!r}, but {', '.join(map(repr, extras)) or 'nothing'}."
             )
+        if self._final_key is not None and last.untyped_storage().data_ptr() == obs.untyped_storage().data_ptr():
+            raise EnvError(
+                f"step's extras give {self._final_key!r} in the memory of the next observations, which overwrite it; "
+                "have the simulator copy it."
+            )
         cuts.obs[t].copy_(last)
         terminated, truncated = terminated.bool(), truncated.bool()
         cuts.steps[t].copy_(torch.where(truncated & ~terminated, t, len(to.rewards)))
         to.obs[t + 1].copy_(obs)
-        to.rewards[t].copy_(rewards)
+        to.rewards[t].copy_(rewards.detach())
         to.terminated[t].copy_(terminated)
         to.truncated[t].copy_(truncated)
 
@@ -141,7 +146,8 @@ class SimulatorEnv:
             actions = actions.clamp(*self._bounds)
         elif any(self.action_spec.start):
             actions = actions + self._start
-        return actions.reshape(self.n_envs, *self.action_spec.shape)
+        # a copy: what a simulator does to its actions must not reach the rollout
+        return actions.reshape(self.n_envs, *self.action_spec.shape).clone()
 
     def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them
         if isinstance(found, Mapping):
@@ -152,7 +158,11 @@ class SimulatorEnv:
         if not isinstance(found, Tensor) or found.shape != expected:
             what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"as {type(found).__name__}"
             raise EnvError(f"{where} gave observations {what}; its space says a tensor of {expected}.")
-        return found
+        if hasattr(self, "_to") and found.device != self._to.rewards.device:
+            raise EnvError(
+                f"{where} gave observations on {found.device}; the rollout lies on {self._to.rewards.device}."
+            )
+        return found.detach()
 
     def _check(self, rewards: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         rows = {"rewards": rewards, "terminated": terminated, "truncated": truncated}

@@ -29,6 +29,7 @@ class Counting:
 
     def step(self, actions):
         assert set(actions.tolist()) <= {1, 2}, "actions as the space has them"
+        actions.mul_(0)  # its own copy
         self.steps = self.steps + 1
         last, over = self._obs(self.steps), self.steps >= self.limit + self.number
         real = over & (self.number == 1)  # the second one really ends
@@ -91,6 +92,9 @@ def test_what_is_wrong_with_a_simulator_is_one_line(tmp_path):
         train(final_obs_key="last")
     with pytest.raises(EnvError, match=r"observations of reset are 'policy', 'critic'; name one with obs_key"):
         train(mapping=True, obs_key="state")
+    shared, flags = torch.zeros(3, 2), [torch.zeros(3).bool()] * 2
+    with pytest.raises(EnvError, match=r"give 'final_obs' in the memory of the next observations"):
+        train(step=lambda actions: (shared, torch.zeros(3), *flags, {"final_obs": shared}))
     with pytest.raises(
         EnvError, match=r"reset gave observations of shape \(3, 1\); its space says a tensor of \(3, 2\)"
     ):
