@@ -30,6 +30,13 @@ def test_cartpole_is_solved_within_100k_steps_on_4_of_5_seeds(tmp_path):
     assert evaluate(solved[0].run_dir, 10).mean > 450
 
 
+def test_a_tensor_environment_is_learned_as_gymnasiums_is(tmp_path):
+    settings = {"env_id": "CartPole-v1", "vectorization": "tensor", "target_return": "threshold"}
+    results = over_seeds(tmp_path, range(1, 3), **settings)
+    assert all(r.ended == "target" and r.mean_return >= 475 for r in results), [r.global_step for r in results]
+    assert evaluate(results[0].run_dir, 10).mean > 450, "on Gymnasium's own environment"
+
+
 def test_pendulum_passes_minus_300_within_300k_steps_on_2_of_3_seeds(tmp_path):
     results = over_seeds(tmp_path, range(1, 4), env_id="Pendulum-v1", target_return=-300.0, total_timesteps=300_000)
     solved = [r for r in results if r.ended == "target" and r.global_step <= 300_000]

@@ -110,13 +110,13 @@ def build(factory: EnvFactory) -> gym.Env[Any, Any]:
     """Call `factory` in this process, telling a user's mistake from a defect.
 
     Raises:
-        ConfigError: a missing package, or keyword arguments that the environment refuses.
+        ConfigError: a missing package, or keyword arguments that the environment or gymnasium.make refuses.
     """
     try:
         return factory()
     except gym.error.DependencyNotInstalled as error:
         raise ConfigError(f"env_id={factory.env_id!r} needs a package that isn't installed: {error}") from None
-    except (TypeError, gym.error.Error) as error:
+    except (TypeError, ValueError, gym.error.Error) as error:
         if factory.make is not None:
             raise
         message = str(error).splitlines()[0]

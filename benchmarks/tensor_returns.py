@@ -1,0 +1,70 @@
+"""Whether training on a tensor environment ends where training on Gymnasium's own does.
+
+    python -m benchmarks.tensor_returns
+
+Not timed. For each environment the same settings with `sync` and with `tensor`, seeds 1-5, two runs side by side: mean
+return of the last 100 episodes, its mean over seeds and the standard error of that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import statistics
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from benchmarks import report
+
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "CartPole-v1": {"preset": "tuned", "total_timesteps": 50_000},
+    "Pendulum-v1": {"preset": "tuned", "total_timesteps": 40_000},
+    "Acrobot-v1": {"n_envs": 16, "n_steps": 128, "learning_rate": 1e-3, "total_timesteps": 60_000},
+    "MountainCarContinuous-v0": {"n_envs": 8, "n_steps": 256, "n_minibatches": 8, "total_timesteps": 40_000},
+    "fastppo/Catch-v0": {"n_envs": 32, "n_steps": 22, "learning_rate": 1e-3, "total_timesteps": 7_040},
+}
+
+
+@dataclasses.dataclass
+class Options:
+    """Returns on tensor environments beside Gymnasium's."""
+
+    env_id: tuple[str, ...] = tuple(_SETTINGS)
+    """Environments."""
+    seeds: int = 5
+    """Seeds 1 to this."""
+    output: Path | None = None
+    """JSON file for the results."""
+
+
+def train(job: tuple[str, str, int]) -> float:
+    from fastppo import Config, Trainer
+
+    env_id, vectorization, seed = job
+    with tempfile.TemporaryDirectory() as folder:
+        where = {"env_id": env_id, "vectorization": vectorization, "run_dir": Path(folder) / "run"}
+        return Trainer(Config(seed=seed, threads=1, compile="off", **where, **_SETTINGS[env_id])).run().mean_return
+
+
+def main(options: Options) -> None:
+    rows = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        for env_id in options.env_id:
+            row: dict[str, Any] = {"env_id": env_id, "steps": _SETTINGS[env_id]["total_timesteps"]}
+            for vectorization in ("sync", "tensor"):
+                jobs = [(env_id, vectorization, seed) for seed in range(1, options.seeds + 1)]
+                returns = list(pool.map(train, jobs))
+                row[vectorization] = statistics.mean(returns)
+                row[f"{vectorization} s.e."] = statistics.stdev(returns) / len(returns) ** 0.5
+                row[f"{vectorization} by seed"] = " ".join(f"{x:.4g}" for x in returns)
+            rows.append(row)
+            print(row, flush=True)
+    report(rows, options.output)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
