@@ -93,8 +93,8 @@ def updates(options: Options) -> Iterator[Row]:
                 trainer.collect()
 
                 def once(trainer: Trainer = trainer) -> None:
-                    trainer._anneal(0.0)
-                    trainer.learn()
+                    trainer.learner.anneal(0.0)
+                    trainer.learner()
                     _wait(trainer.device)
 
                 ms = median_ms(once, 0.2 if options.quick else 1.0)

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from fastppo.errors import ConfigError as ConfigError
     from fastppo.errors import EnvError as EnvError
     from fastppo.errors import FastPPOError as FastPPOError
-    from fastppo.evaluation import Evaluation as Evaluation
     from fastppo.evaluation import SavedPolicy as SavedPolicy
     from fastppo.evaluation import evaluate as evaluate
     from fastppo.evaluation import load_policy as load_policy
     from fastppo.metrics import Stats as Stats
+    from fastppo.play import Evaluation as Evaluation
+    from fastppo.resuming import resume as resume
     from fastppo.trainer import Result as Result
     from fastppo.trainer import Trainer as Trainer
 
@@ -38,7 +39,8 @@ _HOMES = {
     "load_policy": "evaluation",
     "evaluate": "evaluation",
     "SavedPolicy": "evaluation",
-    "Evaluation": "evaluation",
+    "Evaluation": "play",
+    "resume": "resuming",
 }
 __all__ = list(_HOMES)
 

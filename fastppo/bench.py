@@ -240,7 +240,7 @@ def _ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401
         collect.evaluate()
 
     def learn() -> None:
-        trainer.update(rollout.batch(), trainer.coefs, math.inf)
+        trainer.update(rollout.batch(), trainer.learner.coefs, math.inf)
 
     def waited(call: Callable[[], None]) -> Callable[[], None]:
         def both() -> None:

@@ -7,21 +7,23 @@ import math
 import os
 import shutil
 import sys
+import traceback
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import tyro
 
-from fastppo.config import Config, load_toml
-from fastppo.errors import ConfigError, FastPPOError
+from fastppo.config import Config, EnvKwargs, load_toml
+from fastppo.errors import ConfigError, FastPPOError, FinishedError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fastppo.bench import Point
-    from fastppo.trainer import Result
+    from fastppo.doctor import Finding
+    from fastppo.trainer import Result, Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,28 @@ class Bench(Train):
 
 
 @dataclasses.dataclass(frozen=True)
+class Resume:
+    """Go on with a run from its newest checkpoint."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    total_timesteps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as planned)")] = (
+        None
+    )
+    """Environment steps in all, to go on beyond what was planned."""
+    allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Let the run's env id import its module (ids of the form module:Env-v0)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """Run again, on the CPU, what a capsule holds, and name the first tensor that is not finite."""
+
+    capsule: Annotated[Path, tyro.conf.Positional]
+    """The folder that a run left when its gradients were not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
     """Play whole episodes with the policy of a run folder."""
 
@@ -98,6 +122,28 @@ class Eval:
     """Seed of the environments and of sampling."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Let the run's env id import its module (ids of the form module:Env-v0)."""
+    best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Take the checkpoint that evaluated best while it trained, not the last model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyEnv:
+    """Step an environment and say what it really does: dtypes, autoreset, seeds, speed, and how it can be resumed."""
+
+    env_id: str = "CartPole-v1"
+    """What to look at."""
+    env_kwargs: EnvKwargs = dataclasses.field(default_factory=dict)
+    """Keyword arguments of the environment, as a JSON object."""
+    steps: int = 300
+    """How many steps of four environments to compare."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyResume(Train):
+    """Train a little with these settings, once in one go and once interrupted and resumed, and compare every bit."""
+
+    iterations: int = 6
+    """How many; the interruption comes after half of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +200,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = tyro.cli(
             Annotated[Train, tyro.conf.subcommand("train", default=_defaults(Train, given))]
             | Annotated[Bench, tyro.conf.subcommand("bench", default=_defaults(Bench, given))]
+            | Annotated[Resume, tyro.conf.subcommand("resume")]
             | Annotated[Eval, tyro.conf.subcommand("eval")]
-            | Annotated[Doctor, tyro.conf.subcommand("doctor")],
+            | Annotated[Doctor, tyro.conf.subcommand("doctor")]
+            | Annotated[VerifyEnv, tyro.conf.subcommand("verify-env")]
+            | Annotated[VerifyResume, tyro.conf.subcommand("verify-resume", default=_defaults(VerifyResume, given))]
+            | Annotated[Replay, tyro.conf.subcommand("replay")],
             prog="fastppo",
             description="A vectorised, high-throughput PPO trainer.",
             args=_spell_out_switches(given),
         )
-        if isinstance(command, Doctor):
-            return _doctor(command)
-        if isinstance(command, Bench):
-            return _bench(command)
-        return _train(command) if isinstance(command, Train) else _eval(command)
+        run: Callable[[Any], int] = _COMMANDS[type(command)]
+        return run(command)
     except FastPPOError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if error.__cause__ is not None:  # an environment's own error, with the place in its code
+            cause = error.__cause__
+            plain = isinstance(cause, RuntimeError) and cause.__traceback__ is None  # a worker's, as text
+            print(cause if plain else "".join(traceback.format_exception(cause)), file=sys.stderr)
+        rank = os.environ.get("RANK")
+        where = f"process {rank}: " if rank is not None else ""
+        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -216,23 +269,57 @@ def _spell_out_switches(arguments: Sequence[str]) -> list[str]:
 
 def _train(command: Train) -> int:
     config = command.settings()  # before torch is imported: mistakes answer at once
-    from fastppo.runtime.distributed import is_main_process
+    from fastppo.resuming import continue_run, resumable_run
     from fastppo.trainer import Trainer
+
+    run = resumable_run(config) if config.resume == "auto" else None
+    if run is not None:
+        return _run(lambda console: continue_run(config, run, console))
+    return _run(lambda console: Trainer(config, console=console))
+
+
+def _resume(command: Resume) -> int:
+    if command.total_timesteps is not None and command.total_timesteps < 1:
+        raise ConfigError(f"total_timesteps={command.total_timesteps} must be at least 1.")
+    from fastppo.resuming import resume
+
+    return _run(
+        lambda console: resume(
+            command.run,
+            total_timesteps=command.total_timesteps,
+            console=console,
+            allow_import=command.allow_import,
+        )
+    )
+
+
+def _run(make: Callable[[Console], Trainer]) -> int:
+    """Make a trainer and run it, under signals that stop it at the end of an iteration."""
+    from fastppo.runtime.distributed import is_main_process
+    from fastppo.runtime.signals import StopSignals
 
     console = _console()
     console.quiet = not is_main_process()
-    trainer = Trainer(config, console=console)
-    settings = "  ".join(f"{key}={value}" for key, value in trainer.config.to_dict().items() if value is not None)
-    console.print(f"{settings}\n", highlight=False, markup=False)
-    result = trainer.run()
+    with StopSignals() as signals:
+        try:
+            trainer = make(console)
+        except FinishedError as error:
+            console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+            return 0
+        settings = "  ".join(f"{key}={value}" for key, value in trainer.config.to_dict().items() if value is not None)
+        console.print(f"{settings}\n", highlight=False, markup=False)
+        result = trainer.run(signals)
     _print_result(console, result, trainer.config)
-    return 130 if result.ended == "interrupted" else 0
+    if result.unsaved is not None:
+        print(f"error: {result.unsaved}", file=sys.stderr)
+        return 1
+    return signals.exit_status if result.ended == "interrupted" else 0
 
 
 def _print_result(console: Console, result: Result, config: Config) -> None:
     from rich.table import Table
 
-    endings = {"target": f"target of {config.target_return} reached", "interrupted": "interrupted; the model is saved"}
+    endings = {"target": f"target of {config.target_return} reached", "interrupted": "interrupted; all is saved"}
     table = Table(
         title=f"{config.env_id}: {endings.get(result.ended, result.ended)}", title_justify="left", show_header=False
     )
@@ -240,8 +327,8 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table.add_row("steps", f"{result.global_step:,} in {result.seconds:.1f} s, {result.iterations:,} iterations")
     table.add_row("steps per second", f"{result.sps_steady:,.0f} steady, {result.sps_total:,.0f} total")
     whole = sum(result.phases.values()) or 1.0
-    shares = sorted(result.phases.items(), key=lambda item: -item[1])
-    table.add_row("time went to", "  ".join(f"{name} {seconds / whole:.0%}" for name, seconds in shares))
+    shares = sorted(((name, s / whole) for name, s in result.phases.items()), key=lambda item: -item[1])
+    table.add_row("time went to", "  ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005))
     compiled = (
         f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "nothing"
     )
@@ -316,20 +403,25 @@ def _measured(configs: Sequence[Config], seconds: float, console: Console) -> It
 def _doctor(command: Doctor) -> int:
     if not 0 < command.seconds < math.inf:
         raise ConfigError(f"seconds={command.seconds} must be more than 0; 5 is enough.")
-    from rich.markup import escape
-
     from fastppo.doctor import examine
+
+    return _print_findings(examine(command.env_id, command.seconds), "everything essential works here")
+
+
+def _print_findings(findings: Iterable[Finding], good: str) -> int:
+    """A line for each as it is found; exit status 1 if one is bad."""
+    from rich.markup import escape
 
     console, bad = _console(), 0
     colours = {"ok": "green", "note": "yellow", "bad": "red"}
-    for finding in examine(command.env_id, command.seconds):
+    for finding in findings:
         bad += finding.state == "bad"
         advice = f"\n{'':22}{finding.advice}" if finding.advice else ""
         text = f"{finding.name:<16} {finding.value}{advice}"
         console.print(
             f"[{colours[finding.state]}]{finding.state:<4}[/] {escape(text)}", highlight=False, soft_wrap=True
         )
-    console.print("something won't work here, see above" if bad else "everything essential works here")
+    console.print("something is wrong, see above" if bad else good)
     return 1 if bad else 0
 
 
@@ -338,6 +430,49 @@ def _program(name: str) -> str:
     path = Path(sys.executable).with_name(name)
     found = shutil.which(name)
     return name if found and Path(found) == path else os.path.relpath(path)
+
+
+def _replay(command: Replay) -> int:
+    from fastppo.replay import replay
+
+    found, console = replay(command.capsule), _console()
+    bad = found.first_bad
+    if bad is None:
+        console.print(
+            f"all numbers of all {found.minibatches} minibatches are finite here, on the CPU", highlight=False
+        )
+        return 0
+    where = f"epoch {found.epoch}, minibatch {found.minibatch}"
+    console.print(
+        f"first not finite: {bad.name} {list(bad.shape)}, {bad.bad} numbers of it, first at {list(bad.first)}; {where}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    for finding in found.findings:
+        state = f"{finding.bad} not finite" if finding.bad else "finite"
+        text = f"{finding.name:<48} {state:<18} largest {finding.largest:.3g}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return 1
+
+
+def _verify_env(command: VerifyEnv) -> int:
+    if command.steps < 1:
+        raise ConfigError(f"steps={command.steps} must be at least 1.")
+    from fastppo.verify import verify_env
+
+    return _print_findings(
+        verify_env(command.env_id, command.env_kwargs, command.steps), "this environment keeps its promises"
+    )
+
+
+def _verify_resume(command: VerifyResume) -> int:
+    if command.iterations < 2:
+        raise ConfigError(f"iterations={command.iterations} must be at least 2, to be interrupted between.")
+    config = command.settings()
+    from fastppo.verify import verify_resume
+
+    return _print_findings(verify_resume(config, command.iterations), "a resumed run is the same run")
 
 
 def _eval(command: Eval) -> int:
@@ -351,6 +486,7 @@ def _eval(command: Eval) -> int:
         deterministic=not command.sampled,
         seed=command.seed,
         allow_import=command.allow_import,
+        best=command.best,
     )
     how = "sampled" if command.sampled else "greedy"
     lengths = played.lengths
@@ -362,3 +498,15 @@ def _eval(command: Eval) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+_COMMANDS: dict[type, Any] = {
+    Train: _train,
+    Resume: _resume,
+    Bench: _bench,
+    Eval: _eval,
+    Doctor: _doctor,
+    VerifyEnv: _verify_env,
+    VerifyResume: _verify_resume,
+    Replay: _replay,
+}

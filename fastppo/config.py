@@ -40,7 +40,7 @@ def _arg(*aliases: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - ty
     return tyro.conf.arg(aliases=aliases or None, metavar=metavar, help_behavior_hint=_hint)
 
 
-_Kwargs = Annotated[
+EnvKwargs = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
@@ -76,7 +76,7 @@ class Config:
 
     env_id: str = "CartPole-v1"
     """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""
-    env_kwargs: _Kwargs = dataclasses.field(default_factory=dict)
+    env_kwargs: EnvKwargs = dataclasses.field(default_factory=dict)
     """Keyword arguments of the environment, as a JSON object."""
     seed: int = 1
     """Seed of the environments, the initial weights, the action noise and the shuffling."""
@@ -179,6 +179,35 @@ class Config:
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: networks under bfloat16 autocast, log-probabilities and losses in float32; pays for wide ones on hardware
     made for it. `fp32` multiplies in TF32 on CUDA."""
+    checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: by time)")] = (
+        None
+    )
+    """Save a checkpoint after so many environment steps, at the end of an iteration; beside --checkpoint-minutes."""
+    checkpoint_minutes: float = 10.0
+    """Save a checkpoint after so many minutes; 0: never. One is saved at the end, and on Ctrl-C or SIGTERM, anyway."""
+    keep_checkpoints: int = 3
+    """How many checkpoints to keep, the one that evaluated best aside."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto`: go on from the newest checkpoint in --run-dir (or in the latest runs/<env>/<name>-<seed>-...), if there
+    is one; for jobs that are started again."""
+    exact_resume: bool = False
+    """Refuse to train where a resumed run would not continue bit for bit."""
+    eval_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: never)")] = None
+    """Play whole episodes in environments of their own after so many steps, and keep the best checkpoint."""
+    eval_episodes: int = 10
+    """How many."""
+    on_env_error: Literal["fail", "restart"] = "fail"
+    """An environment that raises, or a pool worker that dies or hangs: end the run, or make it anew and cut its
+    episode. For sync and pool."""
+    env_restarts: int = 10
+    """How many times that may happen in a run."""
+    env_timeout: Annotated[float | None, tyro.conf.arg(metavar="SECONDS", help_behavior_hint="(default: none)")] = None
+    """Seconds that a step or reset of a pool worker's (or all async) environments may take."""
+    strict_obs: bool = False
+    """End the run when an observation lies outside its observation_space, instead of one warning."""
+    max_skipped: int = 20
+    """End the run after so many minibatches in a row whose gradient was not finite; what led there is kept for
+    `fastppo replay`."""
     name: str = "ppo"
     """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
@@ -422,12 +451,23 @@ _RANGES: dict[str, tuple[float, float]] = {
     "obs_clip": (0, math.inf),
     "reward_clip": (0, math.inf),
     "target_return": (-math.inf, math.inf),
+    "checkpoint_every": (1, math.inf),
+    "checkpoint_minutes": (0, math.inf),
+    "keep_checkpoints": (2, math.inf),
+    "eval_every": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "env_restarts": (1, math.inf),
+    "env_timeout": (0, math.inf),
+    "max_skipped": (1, math.inf),
 }
-_POSITIVE = ("max_grad_norm", "target_kl", "kl_stop_factor", "adam_eps", "obs_clip", "reward_clip")
+_POSITIVE: tuple[str, ...] = ("max_grad_norm", "target_kl", "kl_stop_factor", "adam_eps", "obs_clip", "reward_clip")
+_POSITIVE += ("env_timeout",)
 
 
 def _check_number(name: str, given: object, number: float) -> None:
     low, high = _RANGES[name]
+    if isinstance(number, int) and abs(number) >= 2**1000:  # no float can hold it
+        raise ConfigError(f"{name} has {len(str(number)):,} digits; it must be a number that means something.")
     if math.isnan(number) or math.isinf(number):
         raise ConfigError(f"{name}={given!r} must be a finite number.")
     if name in _POSITIVE and number <= 0:
@@ -472,6 +512,15 @@ def _check_combinations(config: Config) -> None:
         name = "workers" if config.workers else "half_batches"
         raise ConfigError(
             f"{name} is for vectorization=pool, not {config.vectorization}; leave it out or use the pool."
+        )
+    if config.on_env_error == "restart" and config.vectorization not in ("auto", "sync", "pool"):
+        raise ConfigError(
+            f"on_env_error=restart is for vectorization=sync and pool, not {config.vectorization}; leave it out."
+        )
+    if config.env_timeout is not None and config.vectorization not in ("auto", "pool", "async"):
+        raise ConfigError(
+            f"env_timeout is for worker processes, not vectorization={config.vectorization}; "
+            "use the pool, or leave it out."
         )
     if config.act_device == "cpu" and config.vectorization == "tensor":
         raise ConfigError("act_device=cpu with vectorization=tensor: those environments live where the policy learns.")

@@ -17,5 +17,9 @@ class CheckpointError(FastPPOError):
     """A run folder or a saved model that can't be read, or can't be used here."""
 
 
+class FinishedError(CheckpointError):
+    """A run that is asked to go on has nothing left to do."""
+
+
 class CaptureError(FastPPOError):
     """Work that can't be recorded as a graph; the text says why and what to change."""

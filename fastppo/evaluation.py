@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastppo.checkpoint import load_model, read_spec
+from fastppo.checkpoint import best_checkpoint, load_model, read_spec
 from fastppo.config import Config
-from fastppo.envs.api import env_seeds, stepper
 from fastppo.envs.registry import Maker, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
+from fastppo.play import Evaluation, Player
 from fastppo.policies.api import Policy
 from fastppo.policies.build import PolicySpec
 from fastppo.runtime.device import choose_device, generator, seed_stream
@@ -64,29 +63,6 @@ class SavedPolicy:
         return out[0] if single else out
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Whole episodes of a saved policy.
-
-    Attributes:
-        returns: undiscounted, raw.
-        lengths: in steps.
-    """
-
-    returns: list[float]
-    lengths: list[int]
-
-    @property
-    def mean(self) -> float:
-        """Mean return."""
-        return float(np.mean(self.returns))
-
-    @property
-    def std(self) -> float:
-        """Standard deviation of the returns over episodes."""
-        return float(np.std(self.returns))
-
-
 def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = "cpu", seed: int = 0) -> SavedPolicy:
     """The policy saved in the folder `run`; `policy` is your own network, if the run trained one.
 
@@ -115,19 +91,19 @@ def evaluate(
     make_env: Maker | None = None,
     policy: nn.Module | None = None,
     allow_import: bool = False,
+    best: bool = False,
 ) -> Evaluation:
     """Play `episodes` whole episodes of the environment that `run` was trained on.
 
-    Each of several environments plays its share from its first episode on, so that short episodes are not preferred.
-
     Args:
-        run: the run folder.
+        run: the run folder, or one of its checkpoints.
         episodes: how many.
         deterministic: the most probable actions; else sampled ones.
         seed: of the environments and of sampling.
         make_env: makes one environment, where the run's came from Python.
         policy: your own network, where the run trained one.
         allow_import: the run's env id names a module that may be imported.
+        best: the checkpoint that evaluated best while it trained, in place of the last model.
 
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
@@ -135,6 +111,11 @@ def evaluate(
     if episodes < 1:
         raise ConfigError(f"episodes={episodes} must be at least 1.")
     run_dir = Path(run)
+    if best:
+        found_best = best_checkpoint(run_dir)
+        if found_best is None:
+            raise CheckpointError(f"{run_dir} has no best checkpoint; train with --eval-every to have one.")
+        run_dir = found_best
     saved = load_policy(run_dir, policy, seed=seed)
     config = _read_config(run_dir)
     if ":" in config.env_id and make_env is None and not allow_import:
@@ -148,44 +129,17 @@ def evaluate(
     if (found.obs_spec, found.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {run_dir}; give its make_env.")
     n = found.vector.num_envs if found.vector else min(episodes, 8)
-    env = make_vec_env(found, n, "sync")
-    share = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
-    total, length = np.zeros(n), np.zeros(n, int)
-    returns: list[list[float]] = [[] for _ in range(n)]
-    lengths: list[list[int]] = [[] for _ in range(n)]
+    player = Player(make_vec_env(found, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
     try:
-        obs = env.reset(env_seeds(seed_stream(seed, "eval"), n))
-        take_step = stepper(env, obs.device)
-        while any(len(mine) < k for mine, k in zip(returns, share, strict=True)):
-            raw = obs.to(saved.device, saved.spec.obs.dtype)
-            noise = torch.zeros((n, saved.policy.distribution.noise_size), device=saved.device)
-            if deterministic:
-                actions = saved.policy.mode(raw)
-            else:
-                saved.policy.distribution.fill_noise(noise, saved._generator)
-                actions = saved.policy.act(raw, noise).actions
-            step = take_step(actions)
-            done = (step.terminated | step.truncated).numpy(force=True)
-            real = np.ones(n, bool) if step.valid is None else step.valid.numpy(force=True)
-            total[real] += step.rewards.numpy(force=True)[real]
-            length += real
-            for i in np.flatnonzero(done):
-                returns[i].append(float(total[i]))
-                lengths[i].append(int(length[i]))
-                total[i] = length[i] = 0
-            obs = step.obs
+        return player(episodes, None if deterministic else saved._generator)
     finally:
-        env.close()
-    pairs = [
-        (r, k)
-        for mine, theirs, q in zip(returns, lengths, share, strict=True)
-        for r, k in list(zip(mine, theirs, strict=True))[:q]
-    ]
-    return Evaluation([r for r, _ in pairs], [k for _, k in pairs])
+        player.close()
 
 
 def _read_config(run_dir: Path) -> Config:
     path = run_dir / "config.json"
+    if not path.exists() and run_dir.parent.name == "checkpoints":
+        path = run_dir.parents[1] / "config.json"
     try:
         return Config.from_dict(json.loads(path.read_text()), str(path))
     except OSError as error:

@@ -23,7 +23,8 @@ _Array = np.ndarray[Any, Any]
 
 WINDOW = 100  # episodes that means are taken over
 # What an iteration brings to the host, all of it in one transfer; then the latest episodes' returns and lengths
-NAMES = (*REPORT, "explained_variance", "clipped_actions", "broken", "steps", "episodes", "returns", "lengths")
+NAMES: tuple[str, ...] = (*REPORT, "explained_variance", "clipped_actions", "broken", "outside", "steps")
+NAMES += ("episodes", "returns", "lengths")
 
 
 class EpisodeStats:
@@ -136,11 +137,24 @@ class Metrics:
         global_step: real environment steps so far.
     """
 
-    def __init__(self, rollout: Rollout, clock: Clock, spec: ActionSpec, *, n_iterations: int, world: World) -> None:
-        """For the rollouts in `rollout`, timed by `clock`, of a run of `n_iterations`, and those of all in `world`."""
+    def __init__(
+        self,
+        rollout: Rollout,
+        clock: Clock,
+        spec: ActionSpec,
+        *,
+        n_iterations: int,
+        world: World,
+        obs_bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """For the rollouts in `rollout`, timed by `clock`, of a run of `n_iterations`, and those of all in `world`.
+
+        `obs_bounds`: what observations should lie between, [*obs] each; None: anything is right.
+        """
         self._rollout, self._clock, self._n_iterations, self._world = rollout, clock, n_iterations, world
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
+        self._obs_bounds = None if obs_bounds is None else tuple(x.to(device) for x in obs_bounds)
         self._seconds = clock.phase_seconds()
         self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
         self.global_step = 0
@@ -148,6 +162,22 @@ class Metrics:
     def state(self) -> list[Tensor]:
         """What `measure` changes and the next iteration needs."""
         return [self.episodes.open]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and episodes so far, those that are open among them."""
+        e = self.episodes
+        latest = {"returns": list(e.recent_returns), "lengths": list(e.recent_lengths)}
+        return {"open": e.open, "global_step": self.global_step, "episodes": e.count, **latest}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        e = self.episodes
+        e.open.copy_(saved["open"])
+        self.global_step, e.count = int(saved["global_step"]), int(saved["episodes"])
+        e.recent_returns.clear()
+        e.recent_lengths.clear()
+        e.recent_returns.extend(float(x) for x in saved["returns"])
+        e.recent_lengths.extend(int(x) for x in saved["lengths"])
 
     def measure(self, report: Tensor) -> Tensor:
         """The figures of an iteration, NAMES and then the latest episodes, as one vector on the device.
@@ -163,7 +193,7 @@ class Metrics:
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
         steps = torch.full_like(variance, r.rewards.numel()) if r.valid is None else r.valid.sum()
         # float64: float32 can't count beyond 2^24
-        scalars = [x.double() for x in (variance, clipped, self._broken().any(), steps)]
+        scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, figures: Tensor) -> _Array:
@@ -178,15 +208,35 @@ class Metrics:
             r, broken = self._rollout, self._broken()
             if not broken.any():
                 raise EnvError("another process stopped: its environment returned what is not finite; see its message.")
-            before = self.global_step // (len(r.rewards[0]) * self._world.size)
-            where = f" of process {self._world.rank}" if self._world.size > 1 else ""
             t, n = broken.any(0).nonzero()[0].tolist()
             what = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
             raise EnvError(
-                f"environment {n}{where} returned {what} at step {before + t} of its run; "
+                f"{self._name(t, n, f'returned {what}')} of its run; "
                 "the model so far is saved. Mend the environment, or wrap it to replace such values."
             )
         return found
+
+    def outside(self) -> str | None:
+        """Which environment of this process was the first in the last rollout to leave its observation space."""
+        outside = self._outside()
+        if not outside.any():
+            return None
+        t, n = outside.nonzero()[0].tolist()
+        # its steps are counted already
+        return self._name(t - len(outside), n, "returned an observation outside its observation_space")
+
+    def _name(self, t: int, n: int, did: str) -> str:
+        before = self.global_step // (len(self._rollout.rewards[0]) * self._world.size)
+        where = f" of process {self._world.rank}" if self._world.size > 1 else ""
+        return f"environment {n}{where} {did} at step {before + t}"
+
+    def _outside(self) -> Tensor:
+        """Where the observation that followed a row lies outside its space: [T, N] bool."""
+        r = self._rollout
+        if self._obs_bounds is None:
+            return torch.zeros_like(r.done)
+        low, high = self._obs_bounds
+        return ((r.obs[1:] < low) | (r.obs[1:] > high)).flatten(2).any(-1)
 
     def _broken(self) -> Tensor:
         """Where a real row's reward [0] or the observation that followed it [1] is not finite: [2, T, N] bool."""
@@ -204,7 +254,7 @@ class Metrics:
         clock = self._clock
         planned = self._n_iterations * self._rollout.rewards.numel() * self._world.size
         named = dict(zip(NAMES, figures.tolist(), strict=False))
-        steps, episodes = int(named.pop("steps")), int(named.pop("episodes"))
+        steps, episodes, outside = (int(named.pop(name)) for name in ("steps", "episodes", "outside"))
         self.global_step += steps
         clock.tick(self.global_step)
         self.episodes.add(episodes, figures[len(NAMES) :])
@@ -212,7 +262,7 @@ class Metrics:
         spent = {name: total - before[name] for name, total in self._seconds.items()}
         clipped, returns, lengths = (named.pop(name) for name in ("clipped_actions", "returns", "lengths"))
         stopped, stop_kl = named.pop("stopped"), named.pop("stop_kl")
-        del named["broken"]
+        del named["broken"], named["skipped_in_a_row"]
         scalars = {f"losses/{name}": value for name, value in named.items()}
         scalars |= {
             "charts/SPS": clock.sps_cumulative,
@@ -225,6 +275,8 @@ class Metrics:
         }
         if self._bounds is not None:
             scalars["charts/clipped_actions"] = clipped
+        if self._obs_bounds is not None:
+            scalars["charts/obs_outside_space"] = outside
         if episodes:
             scalars["charts/episodic_return"] = returns / episodes
             scalars["charts/episodic_length"] = lengths / episodes
@@ -253,7 +305,7 @@ def _merge(everyone: _Array) -> _Array:
     found: _Array = everyone[0].copy()
     steps = everyone[:, at("steps")]
     found[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
-    for name in ("broken", "steps", "episodes", "returns", "lengths"):
+    for name in ("broken", "outside", "steps", "episodes", "returns", "lengths"):
         found[at(name)] = everyone[:, at(name)].sum()
     latest = everyone[:, len(NAMES) :].reshape(len(everyone), 3, -1)
     # latest first; of one step, later environments first, as if they were all in one process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastppo.functional.losses import Batch
 from fastppo.policies.act import Decisions, complete, make_actor
 from fastppo.policies.api import Policy
 from fastppo.runtime.clock import Clock
+from fastppo.runtime.graphs import record
 
 
 @dataclasses.dataclass
@@ -163,6 +164,7 @@ class Collector:
     """Fills a rollout by T steps of a policy in an environment.
 
     Attributes:
+        rollout: what is filled.
         actors: one for each group of environments.
         roll: the steps; may be replaced by a recording of them.
     """
@@ -175,21 +177,21 @@ class Collector:
         generator: torch.Generator,
         clock: Clock,
         *,
-        recorded: bool = False,
+        torch_only: bool = False,
         handover: Handover | None = None,
     ) -> None:
         """Bind the environment and an actor for each of its groups to the storage; noise comes from `generator`.
 
-        `recorded`: `roll` is going to be recorded as a graph. `handover`: learning happens elsewhere.
+        `torch_only`: so that `record` can record whole rollouts. `handover`: learning happens elsewhere.
         """
         self._handover = handover
-        r = self._rollout = rollout
+        r = self.rollout = rollout
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(Transitions(r.obs, r.actions, r.rewards, r.terminated, r.truncated, r.valid))
         self._decided = Decisions(r.obs, r.noise, r.actions, r.logprobs, r.params, r.values)
         self._finals = FinalValues(r, policy.value)
         self.actors = [
-            make_actor(policy, Decisions(*(x[:, group] for x in self._decided)), recorded=recorded)
+            make_actor(policy, Decisions(*(x[:, group] for x in self._decided)), torch_only=torch_only)
             for group in env.groups
         ]
         self.roll: Callable[[], None] = self._roll
@@ -213,7 +215,7 @@ class Collector:
                 self._handover.send_rollout()
 
     def _roll(self) -> None:
-        r, env = self._rollout, self._env
+        r, env = self.rollout, self._env
         acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
         n_steps = len(r.rewards)
         with acting:
@@ -238,15 +240,44 @@ class Collector:
         with acting:
             self.evaluate()
 
+    def record(self) -> None:
+        """Replace the rollout by a recording, where the environment can be recorded; else the decisions alone.
+
+        Raises:
+            CaptureError: it can't be recorded.
+        """
+        r, env = self.rollout, self._env
+        device = r.rewards.device
+        if env.state is None:
+            for actor in self.actors:
+                actor.record(lambda work, keep: record(work, keep=keep, fresh=[], device=device))
+            return
+        roll = record(self._roll, keep=[*env.state.values(), r.obs[-1]], fresh=[r.noise], device=device)
+
+        def replay() -> None:
+            with self._clock.phase("rollout"):
+                roll()
+
+        self.roll = replay
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Where the environments stand, and the random stream of the noise."""
+        return {"obs": self.rollout.obs[-1], "noise": self._generator.get_state()}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        self.rollout.obs[-1].copy_(saved["obs"])
+        self._generator.set_state(saved["noise"].cpu())
+
     def prepare(self) -> None:
         """Draw the rollout's noise and let the actors take up the policy as it is now."""
-        self._policy.distribution.fill_noise(self._rollout.noise, self._generator)
+        self._policy.distribution.fill_noise(self.rollout.noise, self._generator)
         for actor in self.actors:
             actor.begin()
 
     def evaluate(self) -> None:
         """What the policy says of the rollout as a whole: what acting left out, and values of the true successors."""
-        r = self._rollout
+        r = self.rollout
         if not self.actors[0].complete:
             complete(self._policy, self._decided)
         if (cuts := self._env.cuts) is None:

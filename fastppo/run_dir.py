@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import glob
 import importlib.metadata
 import json
 import os
@@ -10,7 +12,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -29,12 +31,11 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Pa
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
-            if any(wanted.iterdir()):
+            if {path.name for path in wanted.iterdir()} - {".lock"}:
                 raise ConfigError(f"run_dir={wanted} is not empty and runs are never overwritten; name a new folder.")
             return wanted
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in env_id).lstrip(".")
-        base = Path("runs") / (safe or "env") / f"{name}-{seed}-{stamp}"
+        base = Path("runs") / _safe(env_id) / f"{name}-{seed}-{stamp}"
         for attempt in range(1, 1000):
             path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
             try:
@@ -52,17 +53,71 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Pa
         ) from None
 
 
+class RunLock:
+    """A run folder has one trainer at a time; the kernel lets go of the lock when the process ends, however it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            ConfigError: another process has it, on which machine and with which number.
+        """
+        self._file: TextIO | None = None
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            self._file = (run_dir / ".lock").open("a+")
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            assert self._file is not None
+            self._file.seek(0)
+            who = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise ConfigError(
+                f"{run_dir} is in use by another trainer ({who}); stop that one, or wait for it."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"{run_dir} can't be locked ({error.strerror}); is it a folder that can be written?"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"pid {os.getpid()} on {platform.node()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def find_run(env_id: str, name: str, seed: int) -> Path | None:
+    """The latest folder under runs/<env>/ of that name and seed that holds checkpoints."""
+    base = Path("runs") / _safe(env_id)
+    found = [path for path in base.glob(f"{glob.escape(name)}-{seed}-*") if any(path.glob("checkpoints/step-*"))]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _safe(env_id: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in env_id).lstrip(".") or "env"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def surroundings(device: torch.device) -> dict[str, Any]:
     """Versions, machine, command and git commit of this process, as JSON-able values."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
-        "versions": versions,
+        "versions": versions(),
         "device": str(device),
         "device_name": gpu or cpu_name(),
         "cpu_count": os.cpu_count(),

@@ -11,34 +11,40 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
-from fastppo.checkpoint import load_model, read_spec, save_model
-from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
+from fastppo.capsule import save_capsule
+from fastppo.checkpoint import freeze, load_model, model_files, read_spec, save_model, state_files, tidy
+from fastppo.choices import schedule_of, settle, target_of
+from fastppo.config import SCHEDULED, Config
 from fastppo.envs.api import VecEnv, env_seeds
-from fastppo.envs.choose import env_key, recall
 from fastppo.envs.host import HostEnv
-from fastppo.envs.registry import Maker, Probe, choose_vectorization, make_vec_env, probe
+from fastppo.envs.pool import usable_cores
+from fastppo.envs.registry import Maker, Probe, make_vec_env, probe, resumability
+from fastppo.envs.serial import Care
 from fastppo.envs.tensor.driver import TensorEnv
 from fastppo.envs.tensor.foreign import SimulatorEnv
-from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError
-from fastppo.functional.gae import choose_gae, gae_doubling
-from fastppo.functional.losses import Coefficients
-from fastppo.functional.schedules import scheduled
+from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError, FinishedError
+from fastppo.functional.gae import gae_doubling
+from fastppo.learn import Learner
 from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
-from fastppo.metrics import Metrics, Stats
+from fastppo.metrics import NAMES, Metrics, Stats
+from fastppo.play import Player
 from fastppo.policies.act import choose_act_device
-from fastppo.policies.build import PolicySpec, default_network
+from fastppo.policies.build import PolicySpec
 from fastppo.policies.flat import FlatParameters
 from fastppo.policies.normalizers import RewardNormalizer
+from fastppo.restore import Part, Progress, about_run, restore
 from fastppo.rollout import Collector, Handover, Rollout
-from fastppo.run_dir import create_run_dir, surroundings, write_json
+from fastppo.run_dir import RunLock, create_run_dir, surroundings, versions, write_json
 from fastppo.runtime import accelerate
 from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
+    GlobalRandomness,
     choose_device,
     choose_threads,
     generator,
@@ -48,9 +54,9 @@ from fastppo.runtime.device import (
     set_threads,
 )
 from fastppo.runtime.distributed import join_world, local_processes
-from fastppo.runtime.graphs import record
-from fastppo.runtime.preflight import free_memory
-from fastppo.runtime.signals import on_interrupt
+from fastppo.runtime.preflight import check_descriptors, check_disk, free_memory
+from fastppo.runtime.signals import StopSignals
+from fastppo.saver import Saver
 from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
 from fastppo.update import PPOUpdate
 
@@ -73,6 +79,7 @@ class Result:
         compilations: functions that were compiled, all of them before the first iteration.
         phases: seconds in each phase.
         run_dir: where it lies.
+        unsaved: why the last save failed; None: everything is saved.
     """
 
     mean_return: float
@@ -88,6 +95,7 @@ class Result:
     compilations: int
     phases: dict[str, float]
     run_dir: Path
+    unsaved: str | None = None
 
 
 class Trainer:
@@ -99,7 +107,8 @@ class Trainer:
         rollout: storage, its tensors the same from first to last.
         run_dir: where everything is written.
         metrics: episode statistics and the step counter.
-        values: this iteration's scheduled coefficients.
+        learner: what follows each rollout.
+        progress: how far it has come.
         memory: what it was planned to take.
         world: the processes that train together.
         n_iterations: planned.
@@ -114,6 +123,7 @@ class Trainer:
         make_env: Maker | None = None,
         policy: nn.Module | None = None,
         console: Console | None = None,
+        resume_from: Path | None = None,
     ) -> None:
         """Make environments (and reset them), policy, storage and run folder.
 
@@ -122,6 +132,7 @@ class Trainer:
             make_env: makes one gymnasium Env (vectorised here), or returns a VectorEnv; instead of config.env_id.
             policy: your own network, x -> (params [B, P], value [B]); see fastppo.policies.api.
             console: where progress goes; None for silence.
+            resume_from: a verified checkpoint to go on from, in its own run folder; see `fastppo.resume`.
 
         Raises:
             ConfigError, EnvError, CheckpointError: see their texts.
@@ -137,18 +148,26 @@ class Trainer:
         found = probe(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
-        self.notes: list[str] = []
         self.compile_seconds, self._compiled_before = 0.0, accelerate.compilations
-        c = _resolve_all(config, found, self.device, custom_policy=policy is not None)
-        if c.vectorization == "auto":
-            c = self._choose_vectorization(c, found)
-        assert c.vectorization != "auto"
+        self._signals: StopSignals | None = None
+        self._doing = "nothing"
         with contextlib.ExitStack() as undo:
             undo.callback(self.world.close)
+            c, self.notes = settle(config, found, self.device, custom_policy=policy is not None)
+            assert c.vectorization != "auto"
             if found.vector is not None:
                 undo.callback(found.vector.close)
             self._build_policy(c, found, policy)
             self.memory = self._plan_memory(c, found)
+            if c.vectorization == "async":  # a pipe and a process each
+                check_descriptors(4, _int(c.n_envs), "n_envs")
+            if c.vectorization == "pool":
+                check_descriptors(8, c.workers or usable_cores(), "workers")
+            how = resumability(found, _int(c.n_envs), c.vectorization)
+            self.notes.append(f"resume: {how.way} ({how.why}).")
+            if c.exact_resume and how.way == "restart":
+                raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
+            restarts = c.env_restarts if c.on_env_error == "restart" else 0
             self.env: VecEnv = make_vec_env(
                 found,
                 _int(c.n_envs),
@@ -157,25 +176,26 @@ class Trainer:
                 n_workers=c.workers,
                 half_batches=c.half_batches,
                 device=self.device,
+                care=Care(how.way, restarts, c.env_timeout),
+                resumable=how,
             )
             undo.callback(self.env.close)
             self._build_loop(c)
-            self.run_dir = self.world.shared(lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed))
+            self._player = self._make_player(c, found)
+            if resume_from is None:
+                self.run_dir = self.world.shared(lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed))
+            else:
+                self.run_dir = resume_from.parents[1]
+            self._lock: RunLock | None = None
+            self.world.shared(self._take_lock)
+            undo.callback(self._let_go)
+            if resume_from is not None:
+                self._restore(resume_from)
+            state = sum(x.numel() * x.element_size() for x in (self.update.parameters.vector, *self.update.adam))
+            check_disk(self.run_dir, (c.keep_checkpoints + 2) * state, f"{c.keep_checkpoints + 2} checkpoints")
             self.config = self._compile(self.config, console)
-            self._open_run(self.config, console)
+            self._open_run(self.config, console, resumed=resume_from is not None)
             undo.pop_all()
-
-    def _choose_vectorization(self, c: Config, found: Probe) -> Config:
-        """What `fastppo bench --save` found on this machine, or else what a short measurement says."""
-        key = env_key(found.name, c.env_kwargs)
-        saved = None if found.factory is None or found.factory.make else recall(key, machine_name(), _int(c.n_envs))
-        if saved is not None:
-            self.notes.append(f"vectorization {saved['vectorization']}: {saved['reason']}")
-            kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
-            return dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))
-        vectorization, why = choose_vectorization(found, _int(c.n_envs))
-        self.notes.append(why)
-        return dataclasses.replace(c, vectorization=vectorization)
 
     def _build_policy(self, c: Config, found: Probe, network: nn.Module | None) -> None:
         self.spec = PolicySpec(
@@ -196,15 +216,15 @@ class Trainer:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
         self.rewards = RewardNormalizer(_int(c.n_envs), c.reward_clip).to(self.device) if c.normalize_rewards else None
-        self.parts: dict[str, nn.Module] = {"policy": self.policy}
+        self.models: dict[str, nn.Module] = {"policy": self.policy}
         if self.rewards is not None:
-            self.parts["rewards"] = self.rewards
+            self.models["rewards"] = self.rewards
         if c.init_from is not None:
             saved, about = read_spec(c.init_from)
             if differing := self.spec.differences(saved):
                 name = f"{c.init_from} (trained on {about.get('env')})"
                 raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
-            load_model(c.init_from, self.parts, optional=("rewards",))
+            load_model(c.init_from, self.models, optional=("rewards",))
         self._parameters = FlatParameters(self.policy.network)
         for tensor in (self._parameters.vector, *self.policy.state_dict().values()):  # frozen parameters too
             self.world.from_main_(tensor)
@@ -261,11 +281,6 @@ class Trainer:
         seeds = env_seeds(seed_stream(c.seed, "envs"), _int(c.n_envs), self.world.rank, self.world.size)
         self.rollout.obs[-1].copy_(self.env.reset(seeds))
         self.update = self._make_update(c)
-        n_steps, n_envs = self.rollout.rewards.shape
-        self.gae = choose_gae(n_steps, n_envs, self.device)
-        self.coefs = Coefficients(*(torch.zeros((), device=self.device) for _ in Coefficients._fields))
-        self._schedules = {name: _schedule(c, name) for name in SCHEDULED}
-        self.values: dict[str, float] = {}
         acting, here, handover = self.policy, self.rollout, None
         if self.device.type == "cuda" and isinstance(self.env, HostEnv):
             wanted, why = choose_act_device(c.act_device, self.policy, self.env.obs_spec, self.env.n_envs, self.device)
@@ -277,17 +292,78 @@ class Trainer:
                 handover = Handover(acting, here, self.policy, self.rollout)
                 here.obs[-1].copy_(self.rollout.obs[-1])
         noise = generator(c.seed, "noise", here.rewards.device, self.world.rank)
-        recorded = c.compile == "graph" and self.env.state is not None
-        self.collect = Collector(self.env, acting, here, noise, self.clock, recorded=recorded, handover=handover)
-        self.learn: Callable[[], Tensor] = self._learn
+        whole = c.compile == "graph" and self.env.state is not None
+        self.collect = Collector(self.env, acting, here, noise, self.clock, torch_only=whole, handover=handover)
         # an iteration is one rollout of every process; at least one is run
         self.n_iterations = max(1, _int(c.total_timesteps) // (c.batch_size * self.world.size))
         self.metrics = Metrics(
-            self.rollout, self.clock, self.env.action_spec, n_iterations=self.n_iterations, world=self.world
+            self.rollout,
+            self.clock,
+            self.env.action_spec,
+            n_iterations=self.n_iterations,
+            world=self.world,
+            obs_bounds=self.env.obs_bounds,
         )
-        self.iteration = 0
+        self.learner = Learner(
+            self.rollout,
+            self.policy,
+            self.update,
+            self.metrics,
+            self.clock,
+            rewards=self.rewards,
+            sign_rewards=bool(c.sign_rewards),
+            schedules={name: schedule_of(c, name) for name in SCHEDULED},
+            kl_stop_factor=c.kl_stop_factor,
+        )
+        self.progress = Progress()
+        self._parts: dict[str, Part] = {
+            "update": self.update,
+            "progress": self.progress,
+            "metrics": self.metrics,
+            "collector": self.collect,
+            "learner": self.learner,
+            "randomness": GlobalRandomness(),
+        }
+        self._evaluated, self._told_outside = 0, False
         self.stop_requested = False
         self.result: Result | None = None
+
+    def _take_lock(self) -> None:
+        self._lock = RunLock(self.run_dir)
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def _make_player(self, c: Config, found: Probe) -> Player | None:
+        """Environments of their own to evaluate in, so that training's are not disturbed."""
+        if c.eval_every is None or not self.world.is_main:
+            return None
+        env = make_vec_env(found, min(c.eval_episodes, 8), "sync")
+        return Player(env, self.policy, self.device, seed_stream(c.seed, "eval"))
+
+    def _restore(self, path: Path) -> None:
+        self.notes += restore(
+            path,
+            about_run(self.config, self.env, self.world, versions(), machine_name()),
+            spec=self.spec,
+            models=self.models,
+            parts=self._parts,
+            env=self.env,
+            obs=self.collect.rollout.obs[-1],
+            world=self.world,
+        )
+        self._evaluated = self.metrics.global_step
+        if self.config.exact_resume and any("start new episodes" in note for note in self.notes):
+            raise CheckpointError(f"exact_resume: {self.notes[-1]}")
+        steps, target = self.metrics.global_step, target_of(self.config)
+        if self.metrics.episodes.reached(target):
+            raise FinishedError(f"{self.run_dir} has reached its target of {target} after {steps:,} steps.")
+        if self.progress.iteration >= self.n_iterations:
+            raise FinishedError(
+                f"{self.run_dir} has run all of its {steps:,} steps; to go on, give more: "
+                f"fastppo resume {self.run_dir} --total-timesteps {2 * steps}"
+            )
 
     def _compile(self, c: Config, console: Console | None) -> Config:
         """Compile or record the work, if that was asked for or pays; the config then says what was done."""
@@ -303,7 +379,9 @@ class Trainer:
         begin = time.perf_counter()
         if chosen == "on" or (chosen == "graph" and self.device.type == "cuda"):
             try:
-                self._compile_kernels()
+                self.learner.compile()
+                if isinstance(self.env, TensorEnv):
+                    self.env.compile(compile_graph)
             except CompileError as error:
                 if chosen == "on":
                     chosen, why = "off", f"it can't be compiled: {error}"
@@ -311,7 +389,10 @@ class Trainer:
                     self.notes.append(f"kernels are eager: they can't be compiled: {error}.")
         if chosen == "graph":
             try:
-                self._record()
+                if self.world.size > 1 and self.device.type == "cpu":
+                    raise CaptureError("several processes on the CPU can't be recorded; use compile on or off.")
+                self.learner.record()
+                self.collect.record()
             except CaptureError as error:
                 if c.compile == "graph":
                     raise
@@ -323,65 +404,29 @@ class Trainer:
             self.notes.append(f"compile {chosen}: {why}.")
         return dataclasses.replace(c, compile=chosen)
 
-    def _compile_kernels(self) -> None:
-        gae = self.gae
-        if gae is gae_doubling:  # the loop wins where it was chosen, compiled doubling or not
-            gae = compile_graph(gae, self._gae_inputs(self.rollout.rewards))
-        self.update.compile(self.rollout.batch(), self.coefs)
-        if isinstance(self.env, TensorEnv):
-            self.env.compile(compile_graph)
-        self.gae = gae
-
-    def _record(self) -> None:
-        """Replace the rollout, where the environment lives on the device, and everything after it by recordings."""
-        if reason := self.policy.uncompilable():
-            raise CaptureError(reason)
-        if self.world.size > 1 and self.device.type == "cpu":
-            raise CaptureError("several processes on the CPU can't be recorded; use compile on or off.")
-        shuffles = self.update.generator.get_state()
-        self._anneal(0.0)
-        self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is recorded
-        rewards = [] if self.rewards is None else list(self.rewards.buffers())
-        keep = [*self.update.state(), *self.metrics.state(), *rewards]
-        learn = record(
-            lambda: self._learn(watched=False),
-            keep=keep,
-            fresh=[*self.coefs, *self.update.inputs()],
-            device=self.device,
-        )
-
-        if self.env.state is not None:
-            roll = record(
-                self.collect.roll,
-                keep=[*self.env.state.values(), self.rollout.obs[-1]],
-                fresh=[self.rollout.noise],
-                device=self.device,
-            )
-
-            def replay_roll() -> None:
-                with self.clock.phase("rollout"):
-                    roll()
-
-            self.collect.roll = replay_roll
-
-        def replay_learn() -> Tensor:
-            with self.clock.phase("update"):
-                return learn()
-
-        self.learn = replay_learn
-
-    def _open_run(self, c: Config, console: Console | None) -> None:
+    def _open_run(self, c: Config, console: Console | None, *, resumed: bool) -> None:
         self.notes += self.env.notes
         self._console, self.sinks = None, list[Sink]()
+        self._saver = Saver(
+            self.run_dir,
+            keep=c.keep_checkpoints,
+            every_steps=c.checkpoint_every,
+            every_minutes=c.checkpoint_minutes,
+            world=self.world,
+            device=self.device,
+            say=self._say,
+        )
         if not self.world.is_main:
             return
+        tidy(self.run_dir)
         write_json(self.run_dir / "config.json", c.to_dict())
         write_json(
             self.run_dir / "run.json",
             surroundings(self.device)
             | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size},
         )
-        self.sinks += [TensorBoardSink(self.run_dir, c.to_dict()), JsonlSink(self.run_dir)]
+        at = self.metrics.global_step if resumed else None
+        self.sinks += [TensorBoardSink(self.run_dir, c.to_dict(), at), JsonlSink(self.run_dir, at)]
         self._console = console
         if console is not None:
             for note in self.notes:
@@ -396,15 +441,15 @@ class Trainer:
                     highlight=False,
                 )
 
-    def run(self) -> Result:
-        """Train to the end of the plan, the target, or the first Ctrl-C, and save the model."""
+    def run(self, signals: StopSignals | None = None) -> Result:
+        """Train to the end of the plan, the target, or the first Ctrl-C, SIGTERM or SIGUSR1, and save.
 
-        def stop() -> None:
-            self.request_stop()
-            if self._console is not None:
-                self._console.print("stopping after this iteration; Ctrl-C again stops at once")
-
-        with on_interrupt(stop):
+        Args:
+            signals: open since before this trainer was made; None: they are listened to from now on.
+        """
+        with contextlib.ExitStack() as stack:
+            self._signals = signals or stack.enter_context(StopSignals())
+            self._signals.on_first = lambda: self._say("stopping after this iteration; once more stops at once")
             for _ in self.iterations():
                 pass
         assert self.result is not None
@@ -418,75 +463,160 @@ class Trainer:
         """Train, giving the figures of each iteration; leaving the loop early saves and closes as its end does."""
         if self.result is not None:
             raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
-        c = self.config
         if self._console is not None:
             self.sinks.append(ConsoleSink(self._console, self.n_iterations))
+        progress = self.progress
         try:
-            self.clock.start()
-            while self.iteration < self.n_iterations and not self.world.any(self.stop_requested, self.device):
-                self._anneal(self.iteration / self.n_iterations)
+            self.clock.start(progress.seconds, self.metrics.global_step)
+            self._saver.start(self.metrics.global_step)
+            while progress.iteration < self.n_iterations and not self._asked_to_stop():
+                self._doing = "rollout"
+                self.learner.anneal(progress.iteration / self.n_iterations)
                 self.collect()
-                figures = self.learn()
+                self._doing = "update"
+                figures = self.learner()
                 with self.clock.phase("update"):
                     found = self.metrics.read(figures)
-                    self._update_obs_moments()
-                self.iteration += 1
+                    self._stop_what_skips(found)
+                    self.learner.update_obs_moments()
+                progress.iteration += 1
                 with self.clock.phase("log"):
-                    stats = self.metrics.stats(self.iteration, found, self.values)
-                    for sink in self.sinks:
-                        sink.write(stats)
+                    stats = self.metrics.stats(progress.iteration, found, self.learner.values)
+                    progress.seconds = stats.seconds
+                self._doing = "nothing"
+                self._look_after_envs(stats)
+                best = self._evaluate(stats)
+                with self.clock.phase("log"):
+                    self._log(stats)
+                with self.clock.phase("save"):
+                    if best or self._saver.due(stats.global_step):
+                        self._save_checkpoint(best)
                 with self.clock.paused():
                     yield stats
-                if self.metrics.episodes.reached(_target(c)):
+                if self.metrics.episodes.reached(target_of(self.config)):
                     break
+        except KeyboardInterrupt:
+            self._doing = "leaving"  # asked twice: what is saved is saved
+            raise
         finally:
             self._finish()
 
-    def _anneal(self, progress: float) -> None:
-        self.values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
-        for name, tensor in self.coefs._asdict().items():
-            tensor.fill_(self.values[name])
-        with self.clock.phase("update"):
-            self.update.prepare(self.rollout.rewards.numel(), self.values["target_kl"] * self.config.kl_stop_factor)
+    def _asked_to_stop(self) -> bool:
+        asked = self.stop_requested or (self._signals is not None and self._signals.received is not None)
+        return self.world.any(asked, self.device)
 
-    def _learn(self, *, watched: bool = True) -> Tensor:
-        """Advantages, epochs, and the figures of both, on the device; for `watched` see `PPOUpdate.learn`."""
-        with self.clock.phase("advantages"):
-            self._set_targets()
-        with self.clock.phase("update"):
-            watched = watched and self.values["target_kl"] != math.inf
-            return self.metrics.measure(self.update.learn(self.rollout.batch(), self.coefs, watched=watched))
+    def _stop_what_skips(self, figures: np.ndarray[Any, Any]) -> None:
+        """End a run in which no gradient is finite any longer, and keep what shows why."""
+        skipped = int(figures[NAMES.index("skipped_in_a_row")])
+        if skipped < self.config.max_skipped:
+            return
+        folder = self.run_dir / f"capsule-{self.world.rank}-{self.progress.iteration:06d}"
+        about = {"iteration": self.progress.iteration + 1, "config": self.config.to_dict()}
+        batch, coefs = self.rollout.batch(), self.learner.coefs
+        save_capsule(folder, self.spec, self.models, batch, coefs, self.update, about)
+        raise EnvError(
+            f"{skipped} minibatches in a row had a gradient that is not finite; their steps were left out, but nothing "
+            f"is learned any longer. Where it begins: fastppo replay {folder}"
+        )
 
-    def _set_targets(self) -> None:
-        r, rewards = self.rollout, self.rollout.rewards
-        if self.rewards is not None:
-            self.rewards.update_from_rollout(rewards, r.done, r.valid, self.coefs.gamma)
-            rewards = self.rewards(rewards)
-        elif self.config.sign_rewards:
-            rewards = rewards.sign()
-        advantages, returns = self.gae(*self._gae_inputs(rewards))
-        r.advantages.copy_(advantages)
-        r.returns.copy_(returns)
+    def _look_after_envs(self, stats: Stats) -> None:
+        """Say which environments left their space, or failed and were made anew; too many are an error."""
+        c = self.config
+        if stats.scalars.get("charts/obs_outside_space") and not self._told_outside:
+            self._told_outside = True
+            where = self.metrics.outside() or "another process's environment left its observation_space"
+            if c.strict_obs:
+                raise EnvError(f"{where} of its run (--strict-obs).")
+            self._say(f"warning: {where} of its run; charts/obs_outside_space counts how often, this is said once.")
+        if c.on_env_error == "fail":
+            return
+        stats.scalars["charts/env_restarts"] = self.env.restarts
+        for line in self.env.complaints():
+            self._say(f"{line} {self.env.restarts} of {c.env_restarts} (--env-restarts).")
+        if self.env.restarts > c.env_restarts:
+            raise EnvError(
+                f"environments failed {self.env.restarts} times; {c.env_restarts} are allowed (--env-restarts)."
+            )
 
-    def _gae_inputs(self, rewards: Tensor) -> tuple[Tensor, ...]:
-        r = self.rollout
-        return rewards, r.values, r.next_values, r.terminated, r.done, self.coefs.gamma, self.coefs.gae_lambda
+    def _evaluate(self, stats: Stats) -> bool:
+        """Play whole episodes, where that is due; returns whether they went better than ever."""
+        every, step = self.config.eval_every, stats.global_step
+        due = every is not None and step // every > self._evaluated // every
+        self._evaluated = step
+        better = False
+        if due and self._player is not None:
+            with self.clock.paused():
+                played = self._player(self.config.eval_episodes)
+            lengths = sum(played.lengths) / len(played.lengths)
+            stats.scalars.update(
+                {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": lengths}
+            )
+            better = self.progress.best is None or played.mean > self.progress.best
+            if better:
+                self.progress.best = played.mean
+            note = ", the best so far" if better else ""
+            self._say(f"evaluation at {step:,} steps: return {played.mean:.2f} +- {played.std:.2f}{note}")
+        return self.world.any(better, self.device)
 
-    def _update_obs_moments(self) -> None:
-        if (normalizer := self.policy.encoder.normalizer) is not None:
-            batch = self.rollout.batch()
-            normalizer.update(batch.obs, batch.valid)
+    def _log(self, stats: Stats) -> None:
+        """Hand the figures to every sink; one that fails is dropped, and training goes on."""
+        for sink in list(self.sinks):
+            try:
+                sink.write(stats)
+            except OSError as error:
+                self.sinks.remove(sink)
+                _quietly(sink.close)
+                self._say(f"{type(sink).__name__} can't write ({error.strerror or error}); its figures end here.")
+
+    def _save_checkpoint(self, best: bool = False, *, env_lost: bool = False) -> None:
+        """Copy the run's state, and have it written."""
+        about = about_run(self.config, self.env, self.world, versions(), machine_name())
+        if env_lost:
+            about["way"] = "restart"
+        model = freeze(self.models)
+        mine = freeze(self._parts if env_lost else {**self._parts, "env": self.env})
+        self._saver.save(
+            self.metrics.global_step,
+            lambda: model_files(model, self.spec, self._about_model()),
+            lambda: state_files(self.world.rank, mine, about),
+            self.progress.best if best else None,
+        )
+
+    def _about_model(self) -> dict[str, Any]:
+        return {"global_step": self.metrics.global_step, "env": self.env_name, "make_env": self._custom_env}
+
+    def _say(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _finish(self) -> None:
+        # last, for closing is what fails when a worker has died
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.world.close)
+            stack.callback(self._let_go)
+            stack.callback(self.env.close)
+            if self._player is not None:
+                stack.callback(self._player.close)
+            for sink in self.sinks:
+                stack.callback(_quietly, sink.close)
+            stack.callback(self._saver.close)
+            self._save_the_end()
+
+    def _save_the_end(self) -> None:
+        """Save what is whole: a checkpoint where an iteration has ended, the model anyway, and how it ended."""
         c, clock = self.config, self.clock
-        target = self.metrics.episodes.reached(_target(c))
+        target = self.metrics.episodes.reached(target_of(c))
+        if self._doing in ("nothing", "rollout") and not self._saver.has(self.metrics.global_step):
+            # an error in a rollout leaves all that is learned as the last iteration left it
+            self._save_checkpoint(env_lost=self._doing == "rollout")
+        self._saver.wait()
         self.result = Result(
             mean_return=self.metrics.episodes.mean_return,
             mean_length=self.metrics.episodes.mean_length,
             episodes=self.metrics.episodes.count,
             global_step=self.metrics.global_step,
-            iterations=self.iteration,
-            ended="target" if target else "finished" if self.iteration == self.n_iterations else "interrupted",
+            iterations=self.progress.iteration,
+            ended="target" if target else "finished" if self.progress.iteration == self.n_iterations else "interrupted",
             sps_steady=clock.sps_steady,
             sps_total=clock.sps_total,
             seconds=clock.seconds,
@@ -494,47 +624,24 @@ class Trainer:
             compilations=accelerate.compilations - self._compiled_before,
             phases=clock.phase_seconds(),
             run_dir=self.run_dir,
+            unsaved=self._saver.failure,
         )
-        if self.world.is_main:
-            self._save()
-        # last, for closing is what fails when a worker has died
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.world.close)
-            stack.callback(self.env.close)
-            for sink in self.sinks:
-                stack.callback(sink.close)
-
-    def _save(self) -> None:
-        assert self.result is not None
-        about = {"global_step": self.metrics.global_step, "env": self.env_name, "make_env": self._custom_env}
-        save_model(self.run_dir, self.spec, self.parts, about)
-        values = dataclasses.asdict(self.result) | {"run_dir": str(self.run_dir)}
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        write_json(self.run_dir / "result.json", finite)
+        if self.world.is_main and self._doing != "leaving":
+            try:
+                save_model(self.run_dir, self.spec, self.models, self._about_model())
+                values = dataclasses.asdict(self.result) | {"run_dir": str(self.run_dir)}
+                finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+                write_json(self.run_dir / "result.json", finite)
+            except OSError as error:
+                trouble = f"the model could not be saved ({error.strerror or error})"
+                self.result = dataclasses.replace(self.result, unsaved=trouble)
+                self._say(f"{trouble}.")
 
 
-def _resolve_all(config: Config, found: Probe, device: torch.device, *, custom_policy: bool) -> Config:
-    """The config with every choice made: from the spaces, and from this machine."""
-    if found.vector is not None and config.n_envs is None:
-        config = dataclasses.replace(config, n_envs=found.vector.num_envs)
-    resolved = resolve(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
-    changes: dict[str, Any] = {"device": str(device)}
-    if config.network == "auto" and not custom_policy:
-        changes["network"] = default_network(found.obs_spec)
-    if custom_policy and config.network != "auto":
-        raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
-    if found.obs_spec.kind != "vector" and config.normalize_obs is None:
-        changes["normalize_obs"] = False
-    return dataclasses.replace(resolved, **changes)
-
-
-def _schedule(c: Config, name: str) -> tuple[str, float, float]:
-    value = c.schedule(name)
-    return parse_schedule(value, name) if isinstance(value, str) else ("constant", value, value)
-
-
-def _target(c: Config) -> float | None:
-    return c.target_return if isinstance(c.target_return, (int, float)) else None
+def _quietly(close: Callable[[], None]) -> None:
+    """A file that can't be closed has been complained about already, or lost its last lines with its disk."""
+    with contextlib.suppress(OSError):
+        close()
 
 
 def _int(value: int | None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -34,10 +34,10 @@ from fastppo.runtime.distributed import World
 FIGURES = (*DIAGNOSTICS, "grad_norm")
 # What an update tells of itself: means of FIGURES (the gradient norm before clipping) over the steps that were taken;
 # minibatches left out because their gradient was not finite; minibatches and epochs run; whether the KL ended it (0
-# or 1), and that KL
-REPORT = (*FIGURES, "skipped_minibatches", "minibatches_run", "epochs_run", "stopped", "stop_kl")
+# or 1), and that KL; the most minibatches that were left out one after the other, updates before included
+REPORT = (*FIGURES, "skipped_minibatches", "minibatches_run", "epochs_run", "stopped", "stop_kl", "skipped_in_a_row")
 _KL = FIGURES.index("approx_kl")
-_STATE = 8  # tensors that a minibatch changes, the first of its arguments
+_STATE = 9  # tensors that a minibatch changes, the first of its arguments
 _WIDEST = 64  # numbers of an observation that are still packed with the rest of their row
 
 
@@ -123,6 +123,8 @@ class PPOUpdate:
         # the KL that a minibatch may have (inf: any; -inf: the update is over), that an epoch's mean may have, and that
         # ended the update
         self._limit, self._epoch_limit, self._stop_kl = scalar(), scalar(), scalar()
+        # minibatches that were left out one after the other: until now, and the most of this update
+        self._streak = torch.zeros(2, device=vector.device)
         self._orders = torch.zeros(0, 0, dtype=torch.int64, device=vector.device)
         self._rows: Rows | None = None
         trained = {id(p) for p in self.parameters.parameters}
@@ -189,10 +191,11 @@ class PPOUpdate:
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
         data = self.fill(batch)
-        orders = self._orders.view(self.update_epochs, self.n_minibatches, -1)
+        orders = self.orders
         scales = self.scales(batch)
         self._sums.zero_()
         self._stop_kl.zero_()
+        self._streak[1].zero_()
         each_minibatch = watched and self.kl_stop == "minibatch" and self._limit.device.type == "cpu"
         for order, scale in zip(orders, scales, strict=True):
             for i in range(self.n_minibatches):
@@ -206,7 +209,23 @@ class PPOUpdate:
 
     def state(self) -> list[Tensor]:
         """What an update changes and the next one needs."""
-        return [self.parameters.vector, *self.adam]
+        return [self.parameters.vector, *self.adam, self._streak]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Adam's memory, and the random stream of the permutations; parameters are the policy's."""
+        return {**self.adam._asdict(), "streak": self._streak, "shuffles": self.generator.get_state()}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Go on from there, in the tensors that are there."""
+        for name, tensor in self.adam._asdict().items():
+            tensor.copy_(saved[name])
+        self._streak.copy_(saved["streak"])
+        self.generator.set_state(saved["shuffles"].cpu())
+
+    @property
+    def orders(self) -> Tensor:
+        """[E, M, B] rows of each minibatch of each epoch, as `prepare` drew them."""
+        return self._orders.view(self.update_epochs, self.n_minibatches, -1)
 
     def inputs(self) -> list[Tensor]:
         """What `prepare` writes before each update."""
@@ -231,7 +250,7 @@ class PPOUpdate:
 
     def scales(self, batch: Batch) -> Tensor:
         """Mean and divisor of the advantages of each minibatch that `prepare` drew, [E, M, 2]."""
-        orders = self._orders.view(self.update_epochs, self.n_minibatches, -1)
+        orders = self.orders
         if self.normalize != "minibatch":
             return self._sums.new_zeros(*orders.shape[:2], 2)  # not used
         valid = None if batch.valid is None else batch.valid[orders]
@@ -257,15 +276,15 @@ class PPOUpdate:
         begun = within + stopped if self.kl_stop == "minibatch" else within
         # less a half: on CUDA a division is a product with the rounded inverse, and may end above a whole number
         epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
-        rest = torch.stack((within - taken, within, epochs, stopped, self._stop_kl))
+        rest = torch.stack((within - taken, within, epochs, stopped, self._stop_kl, self._streak[1]))
         return torch.cat((figures / taken, rest))
 
     def _arguments(self, data: Sequence[Tensor], rows: Tensor, coefs: Coefficients, scale: Tensor) -> list[Tensor]:
-        state = (self.parameters.vector, *self.adam, self._sums, self._limit, self._stop_kl)
+        state = (self.parameters.vector, *self.adam, self._sums, self._limit, self._stop_kl, self._streak)
         return [*state, scale, rows, *coefs, *self._fixed.values(), *data]
 
     def _minibatch_eagerly(self, *tensors: Tensor) -> None:
-        """One minibatch as a function of `_arguments`, which writes into the first eight of them."""
+        """One minibatch as a function of `_arguments`, which writes into the first nine of them."""
         gradient, diagnostics, _ = self._loss_gradient(*tensors)
         self._take_step(tensors[:_STATE], self._coefs(tensors), gradient, diagnostics)
 
@@ -308,7 +327,7 @@ class PPOUpdate:
 
     def _take_step(self, state: Sequence[Tensor], coefs: Coefficients, gradient: Tensor, diagnostics: Tensor) -> None:
         """Clip, and move by Adam; left out where the gradient is not finite, or once the KL has passed its limit."""
-        vector, mean, square, left1, left2, sums, limit, stop_kl = state
+        vector, mean, square, left1, left2, sums, limit, stop_kl, streak = state
         gradient, norm = clip_by_norm(gradient, coefs.max_grad_norm)
         figures = torch.cat((diagnostics, norm.unsqueeze(0)))
         kl = diagnostics[_KL]
@@ -321,5 +340,8 @@ class PPOUpdate:
             old.copy_(torch.where(take, value, old))
         counts = torch.stack((take.to(kl.dtype), within.to(kl.dtype), kl))
         sums.add_(torch.cat((torch.where(take, figures, 0.0), counts)))
+        in_a_row = torch.where(norm.isfinite(), 0.0, streak[0] + 1)
+        in_a_row = torch.where(limit == -math.inf, streak[0], in_a_row)  # the update was over before
+        streak.copy_(torch.stack((in_a_row, torch.maximum(in_a_row, streak[1]))))
         stop_kl.copy_(torch.where(within | (limit == -math.inf), stop_kl, kl))
         limit.copy_(torch.where(within, limit, -math.inf))

@@ -22,11 +22,20 @@ FLOORS = {
     "sinks.py": 2,
     "run_dir.py": 2,
     "checkpoint.py": 2,
+    "capsule.py": 2,
+    "learn.py": 2,
+    "play.py": 2,
+    "saver.py": 2,
+    "choices.py": 3,
+    "restore.py": 3,
     "trainer.py": 3,
     "evaluation.py": 4,
     "bench.py": 4,
     "bench_report.py": 4,
     "doctor.py": 4,
+    "replay.py": 4,
+    "resuming.py": 4,
+    "verify.py": 4,
     "cli.py": 4,
     "__init__.py": 4,
     "__main__.py": 4,
@@ -48,7 +57,22 @@ BESIDE |= {
     ("cli.py", "doctor.py"),
     ("cli.py", "bench_report.py"),
 }
-BESIDE |= {("__init__.py", "evaluation.py"), ("__main__.py", "cli.py"), ("cli.py", "evaluation.py")}
+BESIDE |= {("learn.py", "metrics.py"), ("learn.py", "rollout.py"), ("learn.py", "update.py")}
+BESIDE |= {("capsule.py", "checkpoint.py"), ("capsule.py", "update.py"), ("saver.py", "checkpoint.py")}
+BESIDE |= {("trainer.py", "choices.py"), ("trainer.py", "restore.py")}
+BESIDE |= {
+    ("replay.py", "evaluation.py"),
+    ("resuming.py", "evaluation.py"),
+    ("verify.py", "resuming.py"),
+    ("verify.py", "doctor.py"),
+}
+BESIDE |= {("cli.py", "replay.py"), ("cli.py", "resuming.py"), ("cli.py", "verify.py")}
+BESIDE |= {
+    ("__init__.py", "evaluation.py"),
+    ("__init__.py", "resuming.py"),
+    ("__main__.py", "cli.py"),
+    ("cli.py", "evaluation.py"),
+}
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 
 

@@ -86,24 +86,24 @@ def test_graphs_train_as_eager_code_does(tmp_path, settings):
 
 def test_rollout_and_update_never_wait_for_the_gpu(tmp_path):
     trainer, _ = train(tmp_path, "run", compile="graph", target_kl=0.01)
-    trainer._anneal(0.0)
+    trainer.learner.anneal(0.0)
     trainer.collect()
-    trainer.learn()
+    trainer.learner()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         trainer.collect()
-        trainer.learn()
+        trainer.learner()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_an_eager_update_never_waits_within_its_minibatches(tmp_path):
     trainer, _ = train(tmp_path, "run", compile="off")
-    trainer._anneal(0.0)
+    trainer.learner.anneal(0.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.update.learn(trainer.rollout.batch(), trainer.coefs, watched=False)
+        trainer.update.learn(trainer.rollout.batch(), trainer.learner.coefs, watched=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -89,12 +89,12 @@ def test_another_seed_gives_other_numbers(tmp_path):
 
 def test_the_callers_random_state_is_left_alone(tmp_path):
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002 - the global state is what is looked at
+    np.random.seed(5)
     expected = torch.rand(1, generator=torch.Generator().manual_seed(5))
-    state = np.random.get_state()[1].copy()  # noqa: NPY002
+    state = np.random.get_state()[1].copy()
     Trainer(short(tmp_path)).run()
     assert torch.equal(torch.rand(1), expected)
-    assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], state)
 
 
 def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(tmp_path):
@@ -299,9 +299,9 @@ def test_schedules_reach_the_tensors_that_the_update_reads(tmp_path):
     trainer = Trainer(short(tmp_path, **changes, gamma="linear:0.9:0.99", target_kl="linear:0.5:0.1"))
     seen = []
     for _ in trainer.iterations():
-        c = trainer.coefs
+        c = trainer.learner.coefs
         seen.append([x.item() for x in (c.learning_rate, c.clip_coef, c.ent_coef, c.gamma, c.value_clip_coef)])
-        assert trainer.values["target_kl"] == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
+        assert trainer.learner.values["target_kl"] == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
     assert seen[0] == pytest.approx([1e-3, 0.3, 0.1, 0.9, 0.3])
     assert seen[1] == pytest.approx([0.75e-3, 0.2, 0.1 * 2 / 3, 0.93, 0.2])
 
@@ -340,8 +340,8 @@ def test_the_sign_of_rewards_is_the_learners_and_storage_stays_raw(tmp_path, sig
     r = trainer.rollout
     r.rewards.copy_(torch.tensor([[5.0], [-7.0]]).repeat(4, 2))
     raw = r.rewards.clone()
-    trainer._anneal(0.0)
-    trainer._set_targets()
+    trainer.learner.anneal(0.0)
+    trainer.learner.set_targets()
     assert torch.equal(r.advantages, raw.sign() if sign else raw)
     assert torch.equal(r.rewards, raw)
     trainer.request_stop()

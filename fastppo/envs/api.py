@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastppo.envs.snapshot import Resumable
 from fastppo.spaces import ActionSpec, ObsSpec
 
 
@@ -106,6 +107,31 @@ class VecEnv(Protocol):
     fillers: bool
     notes: Sequence[str]
     final_obs: Tensor
+
+    @property
+    def obs_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """Lowest and highest observations [*obs] that the space allows; None: it says no more than their type."""
+
+    @property
+    def resumable(self) -> Resumable:
+        """How these environments go on after a resume."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What that takes: tensors and JSON-able values; empty where they restart."""
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Go on from there, where the observations were `obs` [N, *obs].
+
+        Raises:
+            EnvError: what is no such state, or leads to other observations.
+        """
+
+    def complaints(self) -> Sequence[str]:
+        """Lines about environments that failed and were made anew since the last call."""
+
+    @property
+    def restarts(self) -> int:
+        """How many were made anew so far."""
 
     @property
     def cuts(self) -> Cuts | None:

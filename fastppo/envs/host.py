@@ -7,7 +7,8 @@ disabled:  driven from here with `reset_mask`, and so the same as same-step to w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -20,10 +21,14 @@ from torch import Tensor
 from fastppo.envs.api import Transitions
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.serial import Outcome, SerialVectorEnv
+from fastppo.envs.snapshot import Resumable, set_state, state_of
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _Array = np.ndarray[Any, Any]
+
+
+UNKNOWN = Resumable("restart", "its state can't be asked for")
 
 
 class _Stage:
@@ -76,13 +81,28 @@ class HostEnv:
     cuts: None = None
     state: None = None
 
-    def __init__(self, venv: VectorEnv[Any, Any, Any], *, seeded: bool = False) -> None:
-        """Take over `venv`; `seeded` if it got its seed when it was made and wants none in reset.
+    def __init__(
+        self,
+        venv: VectorEnv[Any, Any, Any],
+        *,
+        seeded: bool = False,
+        resumable: Resumable = UNKNOWN,
+        timeout: float | None = None,
+    ) -> None:
+        """Take over `venv`.
+
+        Args:
+            venv: any vector environment.
+            seeded: it got its seed when it was made and wants none in reset.
+            resumable: how it goes on after a resume.
+            timeout: seconds that a step of an AsyncVectorEnv may take; a pool has its own.
 
         Raises:
             EnvError: an unsupported space, or no declared autoreset mode.
         """
-        self.venv, self._seeded = venv, seeded
+        self.venv, self._seeded, self._timeout = venv, seeded, timeout
+        self.resumable = resumable
+        self._keeper = venv if isinstance(venv, (SerialVectorEnv, PoolVectorEnv)) else None
         self.n_envs = venv.num_envs
         self.obs_spec = ObsSpec.from_space(venv.single_observation_space)
         self.action_spec = ActionSpec.from_space(venv.single_action_space)
@@ -107,6 +127,19 @@ class HostEnv:
         self.final_obs = torch.from_numpy(self._final)
         self._out: list[Outcome] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked = self._broken = False
+
+    @property
+    def obs_bounds(self) -> tuple[Tensor, Tensor] | None:
+        """What observations should lie between, where their space says more than their type."""
+        space = self.venv.single_observation_space
+        if (
+            not isinstance(space, gym.spaces.Box)
+            or space.dtype.kind != "f"
+            or not (np.isfinite(space.low).any() or np.isfinite(space.high).any())
+        ):
+            return None
+        low, high = (torch.from_numpy(np.asarray(x, np.float32)) for x in (space.low, space.high))
+        return low, high
 
     def reset(self, seeds: _Array) -> Tensor:
         """Start every environment with its seed, where the vectoriser takes several."""
@@ -142,7 +175,17 @@ class HostEnv:
             self.venv.send(group, actions)
             return
         try:
-            self._out[group] = self.venv.step(actions)
+            if isinstance(self.venv, AsyncVectorEnv):
+                self.venv.step_async(actions)
+                self._out[group] = self.venv.step_wait(self._timeout)
+            else:
+                self._out[group] = self.venv.step(actions)
+        except multiprocessing.TimeoutError:
+            self._broken = True
+            raise EnvError(
+                f"the environments have not answered for {self._timeout:.0f} s (--env-timeout); "
+                "vectorization=pool would say which, and where it is."
+            ) from None
         except (EOFError, ConnectionError):  # all that a dead worker leaves of itself
             processes = getattr(self.venv.unwrapped, "processes", [])
             wait([p.sentinel for p in processes], timeout=1.0)  # its pipe closes a moment before it is gone
@@ -197,6 +240,36 @@ class HostEnv:
             if row is not None and value is not None:
                 row.copy_(value)
         return cut
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each environment's state, or the whole vector environment's, and who ended in the last step."""
+        if self.resumable.way == "restart":
+            return {}
+        states = state_of(self.venv) if self._keeper is None else self._keeper.env_states()
+        return {"envs": states, "ended": torch.from_numpy(self._ended.copy())}
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Go on from there.
+
+        Raises:
+            EnvError: what is no such state, or leads to other observations than `obs`.
+        """
+        self._ended[:] = saved["ended"].numpy()
+        if self._keeper is None:
+            set_state(self.venv, saved["envs"])
+            return
+        there = self._keeper.load_env_states(saved["envs"])
+        if self.resumable.way == "replay" and not torch.equal(torch.from_numpy(there).to(obs.dtype), obs.cpu()):
+            raise EnvError("the open episodes, played again, led to other observations.")
+
+    def complaints(self) -> Sequence[str]:
+        """Lines about environments that failed and were made anew since the last call."""
+        return () if self._keeper is None or not self._keeper.care.restarts else self._keeper.complaints()
+
+    @property
+    def restarts(self) -> int:
+        """How many were made anew so far."""
+        return 0 if self._keeper is None else self._keeper.restarts
 
     def close(self) -> None:
         """Close the vector environment, by force where a worker no longer answers."""

@@ -6,33 +6,40 @@ Nobody spins: who has nothing to do sleeps on a semaphore.
 
 Rollouts equal those of Gymnasium's SyncVectorEnv bit for bit, for any number of workers (same-step autoreset). Infos
 other than `final_obs` stay in the workers.
+
+Workers are watched. One that dies or takes too long is ended, and is an error or is replaced, the episodes of its
+environments being cut. A replaced worker's late answers reach nobody: its successor has semaphores of its own. When the
+trainer dies, by whatever signal, the kernel ends the workers, also those that are stuck in a C loop.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.serial import Outcome, Share, layout, outcome, seeds
+from fastppo.envs.serial import NO_CARE, Care, Outcome, Share, cut, fresh_seed, layout, outcome, same_spaces, seeds
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
-_STEP, _RESET, _CLOSE = range(3)
+_STEP, _RESET, _CLOSE, _STATE, _LOAD, _COMPLAIN = range(6)
 _MOST = 8000  # characters of a report
-_POLL = 1.0  # seconds between looks at whether the workers live
+_POLL = 0.5  # seconds between looks at whether the workers live
+_STACKS = getattr(signal, "SIGUSR2", None)  # has a worker write down where it is; not on Windows
 
 
 class _Shared:
@@ -63,6 +70,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
     Attributes:
         groups: slices of 0..num_envs-1.
         n_workers: processes.
+        care: what is done for environments beside stepping.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         n_workers: int | None = None,
         n_groups: int = 1,
         start_method: str = "forkserver",
+        care: Care = NO_CARE,
     ) -> None:
         """Start the workers and make the environments in them.
 
@@ -80,6 +89,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             n_workers: processes; None: one for each core this process may run on, at most one for each environment.
             n_groups: groups of environments that are stepped apart; each worker has a share of each.
             start_method: of multiprocessing. Plain fork and a trainer's threads don't go together.
+            care: what to do beside stepping.
 
         Raises:
             ConfigError: fewer environments than groups.
@@ -88,32 +98,35 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         n = len(env_fns)
         if not 1 <= n_groups <= n:
             raise ConfigError(f"n_groups={n_groups} with {n} environments; give each group at least one.")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.n_workers = max(1, min(n_workers or cores, n // n_groups))
+        self.n_workers = max(1, min(n_workers or usable_cores(), n // n_groups))
         probe = env_fns[0]()
         self.single_observation_space, self.single_action_space = probe.observation_space, probe.action_space
         self.metadata = {**probe.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.spec = probe.spec
         probe.close()
-        self.num_envs = n
+        self.num_envs, self.care = n, care
         self.observation_space = batch_space(self.single_observation_space, n)
         self.action_space = batch_space(self.single_action_space, n)
         self.groups = [slice(*_share(n, n_groups, g)) for g in range(n_groups)]
-        self.closed = self._broken = False
-        ctx: Any = get_context(start_method)
-        shared = _Shared(ctx, n, self.single_observation_space, self.single_action_space)
-        self._arrays = shared.arrays()
-        # one order at a time for each group and worker; the worker says that it is done group by group
-        self._done = [ctx.Semaphore(0) for _ in self.groups]
+        self.closed = False
+        self._env_fns = env_fns
+        self._ctx: Any = get_context(start_method)
+        self._shared = _Shared(self._ctx, n, self.single_observation_space, self.single_action_space)
+        self._arrays = self._shared.arrays()
+        self._complaints: list[str] = []
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _stop, self._workers)
-        with _single_threaded():
-            for w in range(self.n_workers):
-                parts = [_part(group, self.n_workers, w) for group in self.groups]
-                fns = {i: env_fns[i] for part in parts for i in range(part.start, part.stop)}
-                self._workers.append(_Worker(ctx, shared, parts, fns, self._done))
+        for w in range(self.n_workers):
+            self._workers.append(self._start(w))
         for g in range(n_groups):
             self._finish(g)
+
+    def _start(self, w: int) -> _Worker:
+        parts = [_part(group, self.n_workers, w) for group in self.groups]
+        makers = {i: self._env_fns[i] for part in parts for i in range(part.start, part.stop)}
+        with _single_threaded():
+            spaces = self.single_observation_space, self.single_action_space
+            return _Worker(self._ctx, self._shared, parts, makers, self.care, spaces)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -157,40 +170,150 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._finish(group)
         return outcome(self._arrays, self.groups[group])
 
+    def env_states(self) -> list[Any]:
+        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way."""
+        states: dict[int, Any] = {}
+        for worker in self._workers:
+            for g, part in enumerate(worker.parts):
+                states.update(zip(range(part.start, part.stop), self._ask(worker, _STATE, g), strict=False))
+        return [states[i] for i in sorted(states)]
+
+    def load_env_states(self, states: Sequence[Any]) -> _Array:
+        """Bring each environment to where `env_states` found it; returns the observations.
+
+        Raises:
+            EnvError: what is no such state.
+        """
+        for worker in self._workers:
+            for g, part in enumerate(worker.parts):
+                self._ask(worker, _LOAD, g, list(states[part]))
+        return self._arrays["obs"]
+
+    def complaints(self) -> list[str]:
+        """Lines about environments that were made anew since the last call."""
+        found, self._complaints = self._complaints, []
+        for worker in self._workers:
+            found += self._ask(worker, _COMPLAIN, 0)
+        return found
+
+    @property
+    def restarts(self) -> int:
+        """How many environments were made anew so far."""
+        return int(self._arrays["restarts"].sum())
+
     def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
         """End the workers."""
         self._finalizer()
+
+    def _ask(self, worker: _Worker, what: int, group: int, given: Any = None) -> Any:  # noqa: ANN401 - JSON-able
+        """Have a worker that has nothing to do answer through its pipe."""
+        worker.order(what, group)
+        if what == _LOAD:
+            worker.talk.send(given)
+        while not worker.talk.poll(_POLL):
+            if not worker.process.is_alive():
+                self._fail(self._obituary(worker))
+        if worker.failed.value:
+            self._report(worker)
+        return worker.talk.recv()
 
     def _order(self, what: int, group: int) -> None:
         if not self._workers:
             raise EnvError("the pool is closed, or a worker failed before; make another.")
         for worker in self._workers:
-            worker.order(what, group)
+            if group in worker.lost:
+                self._start_anew(worker, group)
+            else:
+                worker.order(what, group)
 
     def _finish(self, group: int) -> None:
-        for _ in self._workers:
-            while not self._done[group].acquire(True, _POLL):
-                self._look_for_the_dead()
-        for worker in self._workers:
+        for w in range(self.n_workers):
+            while not self._workers[w].done[group].acquire(True, _POLL):
+                if trouble := self._trouble(self._workers[w]):
+                    self._replace(w, trouble)
+            worker = self._workers[w]
             if worker.failed.value:
-                self._broken = True
-                self._finalizer()
-                line, remote = worker.report()
-                raise EnvError(line) from RuntimeError(remote)
+                self._report(worker)
+            worker.under_way.discard(group)
+            if group in worker.lost:
+                part = worker.parts[group]
+                last = worker.lost.pop(group)
+                obs = self._arrays["obs"][part].copy()
+                self._arrays["obs"][part] = last
+                cut(self._arrays, part)
+                self._arrays["obs"][part] = obs
 
-    def _look_for_the_dead(self) -> None:
-        for w, worker in enumerate(self._workers):
-            if not worker.process.is_alive() and not worker.failed.value:
-                envs = ", ".join(f"{part.start}-{part.stop - 1}" for part in worker.parts)
-                self._broken = True
-                code = worker.process.exitcode
-                self._finalizer()
-                how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
-                raise EnvError(f"worker process {w} (environments {envs}) {how}.")
+    def _trouble(self, worker: _Worker) -> str | None:
+        """What is wrong with a worker that hasn't finished: it is dead, or too slow; None: nothing."""
+        if worker.failed.value:
+            return None  # it has something to say
+        if not worker.process.is_alive():
+            return self._obituary(worker)
+        slow = time.monotonic() - worker.since
+        # environments are made one after the other
+        patience = (self.care.timeout or 0.0) * (1 if worker.ready else self.num_envs // self.n_workers + 1)
+        if self.care.timeout is None or slow < patience:
+            return None
+        return f"{worker.name} has not answered for {slow:.0f} s (--env-timeout). Where it is:\n{worker.stacks()}"
+
+    def _obituary(self, worker: _Worker) -> str:
+        worker.process.join(0.1)
+        code = worker.process.exitcode
+        how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
+        hint = " (the kernel kills what takes too much memory: see dmesg)" if code == -signal.SIGKILL else ""
+        return f"{worker.name} {how}{hint}."
+
+    def _replace(self, w: int, trouble: str) -> None:
+        """Put a new worker in the place of one that is in trouble, or raise."""
+        old, restarts = self._workers[w], self._arrays["restarts"]
+        mine = [i for part in old.parts for i in range(part.start, part.stop)]
+        if not old.ready or max(restarts[mine]) >= self.care.restarts:
+            self._fail(trouble)
+        old.end()
+        self._complaints.append(f"{trouble} Started anew, the episodes of its environments cut.")
+        restarts[mine] += 1
+        new = self._workers[w] = self._start(w)
+        for g in range(len(self.groups)):
+            while not new.done[g].acquire(True, _POLL):
+                if worse := self._trouble(new):
+                    self._fail(worse)
+            if new.failed.value:
+                self._report(new)
+            new.under_way.discard(g)
+            new.lost[g] = self._arrays["obs"][new.parts[g]].copy()
+            if g in old.under_way:
+                self._start_anew(new, g)
+
+    def _start_anew(self, worker: _Worker, group: int) -> None:
+        """Reset the environments of a new worker's share, in the place of a step."""
+        part, seeds, restarts = worker.parts[group], self._arrays["seeds"], self._arrays["restarts"]
+        for i in range(part.start, part.stop):
+            seeds[i] = fresh_seed(int(seeds[i]), int(restarts[i]))
+        worker.order(_RESET, group)
+
+    def _report(self, worker: _Worker) -> NoReturn:
+        """Raise what a worker says that went wrong in it."""
+        line, remote = worker.report()
+        self._fail(line, remote)
+
+    def _fail(self, line: str, remote: str = "") -> NoReturn:
+        self._finalizer()
+        raise EnvError(line) from (RuntimeError(remote) if remote else None)
 
 
 class _Worker:
-    """The trainer's end of one worker process."""
+    """The trainer's end of one worker process.
+
+    Attributes:
+        name: what to call it.
+        parts: its share of each group.
+        talk: for what is too long for shared memory.
+        done: a semaphore for each group.
+        since: when the last order was given.
+        under_way: groups with an order that isn't done.
+        lost: groups whose episodes ended with the worker before, and where they last stood.
+        ready: whether its environments are made.
+    """
 
     def __init__(
         self,
@@ -198,48 +321,81 @@ class _Worker:
         shared: _Shared,
         parts: list[slice],
         env_fns: dict[int, Callable[[], gym.Env[Any, Any]]],
-        done: list[Any],
+        care: Care,
+        spaces: tuple[gym.Space[Any], gym.Space[Any]],
     ) -> None:
         from cloudpickle import dumps
 
-        self.parts = parts
+        self.parts, self.done = parts, [ctx.Semaphore(0) for _ in parts]
+        self.lost: dict[int, _Array] = {}
+        self.ready = False
         self._go = ctx.Semaphore(0)
         # orders in a ring: at most one for each group is open, and one to close
         self._ring = ctx.RawArray("i", 2 * (len(parts) + 2))
         self._at = 0
         self.failed = ctx.Value("b", 0, lock=False)
-        self._reports, theirs = ctx.Pipe(duplex=False)
-        arguments = (shared, parts, dumps(env_fns), self._go, self._ring, done, self.failed, theirs)
-        self.process = ctx.Process(target=_work, args=arguments, daemon=True)
+        self.talk, talk = ctx.Pipe()
+        self._stacks, stacks = ctx.Pipe(duplex=False)
+        lifeline, self._lifeline = ctx.Pipe(duplex=False)  # this end closes when the trainer is gone
+        arguments = (shared, parts, dumps(env_fns), care, spaces, self._go, self._ring, self.done, self.failed)
+        self.process = ctx.Process(target=_work, args=(*arguments, talk, stacks, lifeline), daemon=True)
         self.process.start()
-        theirs.close()
+        for theirs in (talk, stacks, lifeline):
+            theirs.close()
+        self.since, self.under_way = time.monotonic(), set(range(len(parts)))
+        envs = ", ".join(f"{part.start}-{part.stop - 1}" for part in parts)
+        self.name = f"the worker process of environments {envs} (pid {self.process.pid})"
 
     def order(self, what: int, group: int) -> None:
         """Queue an order and wake the worker."""
         slot = 2 * (self._at % (len(self._ring) // 2))
         self._ring[slot], self._ring[slot + 1] = what, group
         self._at += 1
+        self.ready = True
+        if what in (_STEP, _RESET):
+            self.since = time.monotonic()
+            self.under_way.add(group)
         self._go.release()
 
     def report(self) -> tuple[str, str]:
         """What went wrong in it: a line, and its traceback."""
         with contextlib.suppress(EOFError, OSError):
-            if self._reports.poll(_POLL):
-                line, remote = self._reports.recv()
+            if self.talk.poll(_POLL):
+                line, remote = self.talk.recv()
                 return line, remote
         return "a worker process failed without saying why.", ""
+
+    def stacks(self) -> str:
+        """Where its threads are."""
+        with contextlib.suppress(OSError, TypeError):
+            os.kill(self.process.pid or 0, _STACKS)  # type: ignore[arg-type]
+            if self._stacks.poll(_POLL):
+                time.sleep(0.1)
+                return os.read(self._stacks.fileno(), _MOST).decode(errors="replace")
+        return "(it does not say; it may be stopped)"
+
+    def end(self) -> None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.join()
+        for connection in (self.talk, self._stacks, self._lifeline):
+            connection.close()
 
 
 def _stop(workers: list[_Worker]) -> None:
     for worker in workers:
         with contextlib.suppress(ValueError, OSError):
             worker.order(_CLOSE, 0)
+    deadline = time.monotonic() + 2.0  # for all of them together
     for worker in workers:
-        worker.process.join(1.0)
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
+        worker.process.join(max(0.0, deadline - time.monotonic()))
+        worker.end()
     workers.clear()
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _share(n: int, parts: int, i: int) -> tuple[int, int]:
@@ -271,24 +427,40 @@ def _work(
     shared: _Shared,
     parts: list[slice],
     pickled: bytes,
+    care: Care,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
     go: Any,  # noqa: ANN401 - multiprocessing's semaphore
     ring: Any,  # noqa: ANN401 - multiprocessing's array
     done: list[Any],
     failed: Any,  # noqa: ANN401 - multiprocessing's value
-    reports: Connection,
+    talk: Connection,
+    stacks: Connection,
+    lifeline: Connection,
 ) -> None:
     """A worker's life: make its environments, then follow orders until told to close or left alone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the trainer decides
+    # sent to whole process groups and job steps; the trainer decides when a worker ends
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if _STACKS is not None:
+        faulthandler.register(_STACKS, file=stacks.fileno(), all_threads=True)
+    _die_with(lifeline)
     trainer = multiprocessing.parent_process()  # not getppid: that is the fork server
     a = shared.arrays()
     envs: dict[int, gym.Env[Any, Any]] = {}
-    making, share, doing = -1, None, "its construction"
+    making = -1
     try:
         import cloudpickle
 
-        for making, make in cloudpickle.loads(pickled).items():
+        makers = cloudpickle.loads(pickled)
+        for making, make in makers.items():
             envs[making] = make()
-        shares = [Share([envs[i] for i in range(part.start, part.stop)], a, part) for part in parts]
+        for i, env in envs.items():
+            same_spaces(i, env, *spaces)
+        making, shares = -1, list[Share]()
+        for part in parts:
+            mine = range(part.start, part.stop)
+            shares.append(Share([envs[i] for i in mine], [makers[i] for i in mine], a, part, care))
         for semaphore in done:
             semaphore.release()
         at = 0
@@ -298,20 +470,49 @@ def _work(
                     return
             slot = 2 * (at % (len(ring) // 2))
             what, group, at = ring[slot], ring[slot + 1], at + 1
+            share = shares[group]
             if what == _CLOSE:
                 return
-            share, doing = shares[group], "reset" if what == _RESET else "step"
-            share.reset() if what == _RESET else share.step()
-            done[group].release()
+            if what == _STEP:
+                share.step()
+            elif what == _RESET:
+                share.reset()
+            elif what == _STATE:
+                talk.send(share.state())
+            elif what == _LOAD:
+                share.load(talk.recv())
+                talk.send(None)
+            elif what == _COMPLAIN:
+                talk.send([line for s in shares for line in s.complaints])
+                for s in shares:
+                    s.complaints.clear()
+            if what in (_STEP, _RESET):
+                done[group].release()
     except Exception as error:
         failed.value = 1
-        which = making if share is None else parts[group].start + share.at
         text = "".join(traceback.format_exception(error))
-        line = f"environment {which} failed in {doing}: {type(error).__name__}: {error}"
-        reports.send((line[:_MOST], text[-_MOST:]))  # what the pipe holds though nobody reads yet
+        line = str(error)
+        if not isinstance(error, EnvError):
+            line = f"{type(error).__name__}: {error}"
+        if making >= 0:
+            line = f"environment {making} failed in its construction: {line}"
+        talk.send((line[:_MOST], text[-_MOST:]))  # what the pipe holds though nobody reads yet
         for semaphore in done:  # nobody must wait for what will not come
             semaphore.release()
     finally:
         for env in envs.values():
             with contextlib.suppress(Exception):
                 env.close()
+
+
+def _die_with(lifeline: Connection) -> None:
+    """Have the kernel kill this process when the other end of `lifeline` closes: no loop in C can prevent that."""
+    try:
+        import fcntl
+
+        fcntl.F_SETSIG  # noqa: B018 - looks whether it is there
+    except (ImportError, AttributeError):
+        return  # not Linux: the worker looks for its trainer between orders
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)

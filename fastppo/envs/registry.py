@@ -19,8 +19,9 @@ from fastppo.envs.api import VecEnv
 from fastppo.envs.choose import Vectorization
 from fastppo.envs.host import HostEnv
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.serial import SerialVectorEnv
+from fastppo.envs.serial import NO_CARE, Care, SerialVectorEnv
 from fastppo.envs.single import EnvFactory
+from fastppo.envs.snapshot import Resumable, how_resumable, how_resumable_together
 from fastppo.envs.tensor.acrobot import Acrobot
 from fastppo.envs.tensor.cartpole import CartPole
 from fastppo.envs.tensor.catch import Catch
@@ -126,6 +127,8 @@ def make_vec_env(
     n_workers: int | None = None,
     half_batches: bool = False,
     device: torch.device | None = None,
+    care: Care = NO_CARE,
+    resumable: Resumable | None = None,
 ) -> VecEnv:
     """N environments of the kind that was probed.
 
@@ -137,6 +140,8 @@ def make_vec_env(
         n_workers: processes of the pool; None: one for each core.
         half_batches: step the pool's environments in two groups.
         device: where tensor environments live.
+        care: what is done for environments in this process and in the pool beside stepping.
+        resumable: how they go on after a resume, as `resumability` found.
 
     Raises:
         ConfigError: there is no such vector version, or a given vector environment has another N.
@@ -162,8 +167,24 @@ def make_vec_env(
         return HostEnv(found.vector)
     if vectorization == "tensor":
         return _tensor(found, n_envs, device or torch.device("cpu"))
-    venv = _make(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1)
-    return HostEnv(venv, seeded=vectorization == "envpool")
+    venv = make_vectorized(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1, care)
+    how = {} if resumable is None else {"resumable": resumable}
+    return HostEnv(venv, seeded=vectorization == "envpool", timeout=care.timeout, **how)
+
+
+def resumability(found: Probe, n_envs: int, vectorization: Vectorization) -> Resumable:
+    """How N environments of the kind that was probed will go on after a resume: tried out, on some of them."""
+    if found.factory is None:
+        return Resumable("restart", "make_env's own vector environment keeps its state to itself")
+    if vectorization == "tensor":
+        return TensorEnv.resumable
+    if vectorization in ("async", "envpool"):
+        other = "; sync and pool can ask for it" if vectorization == "async" else ""
+        return Resumable("restart", f"{vectorization} keeps the environments' state to itself{other}")
+    if vectorization == "native":
+        factory, atari = found.factory, found.atari
+        return how_resumable_together(lambda: _native(factory, min(n_envs, 4), atari))
+    return how_resumable(found.factory)
 
 
 def choose_vectorization(found: Probe, n_envs: int, seconds: float = 1.0) -> tuple[Vectorization, str]:
@@ -176,14 +197,25 @@ def choose_vectorization(found: Probe, n_envs: int, seconds: float = 1.0) -> tup
     candidates: list[Vectorization] = ["sync", "pool"]
     if spec is not None and spec.vector_entry_point is not None:
         candidates.insert(1, "native")
-    makers = {name: functools.partial(_make, found, n_envs, name, 0, None, 1) for name in candidates}
+    makers = {name: functools.partial(make_vectorized, found, n_envs, name, 0, None, 1) for name in candidates}
     speeds, failures = choose.measure(makers, n_envs, seconds)
     return choose.choose(n_envs, speeds, failures)
 
 
-def _make(
-    found: Probe, n_envs: int, vectorization: Vectorization, seed: int, n_workers: int | None, n_groups: int
+def make_vectorized(
+    found: Probe,
+    n_envs: int,
+    vectorization: Vectorization,
+    seed: int = 0,
+    n_workers: int | None = None,
+    n_groups: int = 1,
+    care: Care = NO_CARE,
 ) -> VectorEnv[Any, Any, Any]:
+    """N of the environments that were probed, as a Gymnasium vector environment; arguments as in `make_vec_env`.
+
+    Raises:
+        ConfigError: there is no such vector version.
+    """
     assert found.factory is not None
     if vectorization == "native":
         return _native(found.factory, n_envs, found.atari)
@@ -191,9 +223,10 @@ def _make(
         return _envpool(found.factory, n_envs, found.atari, seed)
     factories = [found.factory] * n_envs
     if vectorization == "sync":
-        return SerialVectorEnv(factories)
+        return SerialVectorEnv(factories, care)
     if vectorization == "pool":
-        return PoolVectorEnv(factories, n_workers=n_workers, n_groups=n_groups, start_method=_start_method())
+        method = _start_method()
+        return PoolVectorEnv(factories, n_workers=n_workers, n_groups=n_groups, start_method=method, care=care)
     return AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
 
 

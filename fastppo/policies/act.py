@@ -45,6 +45,10 @@ class Decisions(NamedTuple):
     values: Tensor
 
 
+# Makes a recording of work that keeps some tensors
+Recorder = Callable[[Callable[[], None], Sequence[Tensor]], Callable[[], None]]
+
+
 class Actor(Protocol):
     """Acts for one group of environments.
 
@@ -54,6 +58,9 @@ class Actor(Protocol):
 
     complete: bool
 
+    def record(self, recorder: Recorder) -> None:
+        """Replace what decides by a recording, where that is torch."""
+
     def begin(self) -> None:
         """A rollout begins: parameters and moments may have changed."""
 
@@ -61,14 +68,14 @@ class Actor(Protocol):
         """Decide step t from obs[t] and noise[t]."""
 
 
-def make_actor(policy: Policy, decisions: Decisions, *, recorded: bool = False) -> Actor:
-    """The cheapest actor for `policy` where the rollout lies; in torch alone if it will be `recorded` as a graph.
+def make_actor(policy: Policy, decisions: Decisions, *, torch_only: bool = False) -> Actor:
+    """The cheapest actor for `policy` where the rollout lies; `torch_only` for a rollout that is recorded as a graph.
 
     On the CPU, plain BLAS on numpy's views of the parameters beats torch, whose operations cost 3 us each: 13 against
     35 us at N=1, 32 against 59 at N=64, 150 against 145 at N=512 (two 64-wide layers; benchmarks/act.py).
     """
     if (
-        not recorded
+        not torch_only
         and not policy.bf16
         and decisions.obs.device.type == "cpu"
         and (layers := _plain_layers(policy)) is not None
@@ -132,17 +139,37 @@ class _ModuleActor:
 
     def __init__(self, policy: Policy, decisions: Decisions) -> None:
         self._policy, self._d = policy, decisions
+        # the step that a recording is at: it finds its rows by itself, so that a step is one launch
+        self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
+        self._recording: Callable[[], None] | None = None
 
     def begin(self) -> None:
-        """Nothing to prepare."""
+        """Back to the first row."""
+        self._row.zero_()
 
     def act(self, t: int) -> None:
-        """Decide step t."""
+        """Decide step t; a recording takes the steps in their order."""
+        if self._recording is not None:
+            self._recording()
+            return
         d, action = self._d, self._policy.act(self._d.obs[t], self._d.noise[t])
         d.actions[t].copy_(action.actions)
         d.logprobs[t].copy_(action.logprobs)
         d.params[t].copy_(action.params)
         d.values[t].copy_(action.values)
+
+    def record(self, recorder: Recorder) -> None:
+        """Have a recording decide from now on."""
+        self._recording = recorder(self._decide, [self._row])
+
+    def _decide(self) -> None:
+        d, row = self._d, self._row
+        action = self._policy.act(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0])
+        d.actions.index_copy_(0, row, action.actions.unsqueeze(0).to(d.actions.dtype))
+        d.logprobs.index_copy_(0, row, action.logprobs.unsqueeze(0))
+        d.params.index_copy_(0, row, action.params.unsqueeze(0))
+        d.values.index_copy_(0, row, action.values.unsqueeze(0))
+        row.add_(1)
 
 
 def _plain_layers(policy: Policy) -> list[nn.Linear] | None:
@@ -194,6 +221,9 @@ class _NumpyActor:
         if normalizer is not None:
             mean, scale = normalizer.mean.numpy(), (normalizer.var + 1e-8).rsqrt().numpy()
             self._moments = mean.reshape(-1), scale.reshape(-1), normalizer.clip
+
+    def record(self, recorder: Recorder) -> None:
+        """Nothing to record: numpy is not launched."""
 
     def act(self, t: int) -> None:
         """Fill params[t] and actions[t] from obs[t] and noise[t]."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # `rollout` is env, act and store where they are one graph and can't be told apart
-PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log")
+PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log", "save")
 WINDOW = 10
 
 
@@ -52,11 +52,18 @@ class Clock:
         self._paused = 0.0
         # (seconds, steps) at the ends of the last iterations
         self._ticks: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=WINDOW + 1)
-        self._first = (0.0, 0)
+        self._start = (0.0, 0)
+        self._first: tuple[float, int] | None = None
 
-    def start(self) -> None:
-        """Setting up is over, with whatever phases were run in it to compile or record them."""
-        self._begun = time.perf_counter()
+    def start(self, seconds: float = 0.0, steps: int = 0) -> None:
+        """Setting up is over, with whatever phases were run in it to compile or record them.
+
+        A resumed run had `seconds` and `steps` behind it: the cumulative rate counts them, the others don't.
+        """
+        self._start = (seconds, steps)
+        self._ticks.append(self._start)
+        self._ticks.popleft()
+        self._begun = time.perf_counter() - seconds
         for phase in self._phases.values():
             phase.total = 0.0
 
@@ -67,7 +74,7 @@ class Clock:
     def tick(self, steps: int) -> None:
         """An iteration's update is done; `steps` real environment steps so far."""
         self._ticks.append((time.perf_counter() - self._begun - self._paused, steps))
-        if self._first[1] == 0:
+        if self._first is None:
             self._first = self._ticks[-1]
 
     @contextmanager
@@ -98,12 +105,12 @@ class Clock:
     def sps_steady(self) -> float:
         """Steps per second without the first iteration; with it, as long as there is no other."""
         last = self._ticks[-1]
-        return _rate(self._first if last != self._first else (0.0, 0), last)
+        return _rate(self._start if self._first is None or last == self._first else self._first, last)
 
     @property
     def sps_total(self) -> float:
         """Steps per second, setting up included."""
-        return _rate((self._made - self._begun, 0), self._ticks[-1])
+        return _rate((self._made - self._begun, self._start[1]), self._ticks[-1])
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds in each phase so far."""

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
+import random
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import threadpoolctl
@@ -87,12 +90,39 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def seed_stream(seed: int, use: str, rank: int = 0) -> np.random.SeedSequence:
-    """The random stream of one use ("envs", "weights", "noise", "shuffle", "eval") in a process, from a run's seed."""
-    return np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(use), *([rank] if rank else [])))
+def seed_stream(seed: int, use: str, rank: int = 0, restart: int = 0) -> np.random.SeedSequence:
+    """The random stream of one use ("envs", "weights", "noise", "shuffle", "eval") in a process, from a run's seed.
+
+    `restart`: the iteration from which a run goes on with other streams than it began with.
+    """
+    key = (rank, restart) if restart else (rank,) if rank else ()
+    return np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(use), *key))
 
 
-def generator(seed: int, use: str, device: torch.device, rank: int = 0) -> torch.Generator:
+def generator(seed: int, use: str, device: torch.device, rank: int = 0, restart: int = 0) -> torch.Generator:
     """A torch generator on `device` for one use in one process."""
-    state = int(seed_stream(seed, use, rank).generate_state(1, np.uint64)[0])
+    state = int(seed_stream(seed, use, rank, restart).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state >> 1)
+
+
+class GlobalRandomness:
+    """The random states that a process has anyway: training draws from none of them, but a user's code may."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of torch on the CPU, numpy and Python."""
+        name, words, *rest = np.random.get_state()  # noqa: NPY002 - that one is meant
+        version, numbers, gauss = random.getstate()
+        return {
+            "torch": torch.get_rng_state(),
+            "numpy": torch.from_numpy(np.asarray(words).astype(np.int64)),
+            "numpy_rest": [name, *rest],
+            "python": [version, list(numbers), gauss],
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Set them."""
+        name, *rest = saved["numpy_rest"]
+        np.random.set_state((name, saved["numpy"].numpy().astype(np.uint32), *rest))  # noqa: NPY002
+        version, numbers, gauss = saved["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        torch.set_rng_state(saved["torch"])

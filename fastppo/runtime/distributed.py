@@ -6,19 +6,22 @@ that two processes of N environments compute what one of 2 N does, but for round
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fastppo.errors import ConfigError, FastPPOError
 
 T = TypeVar("T")
-_PATIENCE = datetime.timedelta(minutes=10)  # for the slowest process, whose environments may take long to start
+_PATIENCE = float(os.environ.get("FASTPPO_PATIENCE", 600))  # seconds for the slowest process: environments start slowly
 
 
 class World:
@@ -46,7 +49,8 @@ class World:
     def sum_(self, x: Tensor) -> Tensor:
         """`x` summed over all processes, in place; the same bits in each of them."""
         if self.size > 1:
-            dist.all_reduce(x)
+            with self._waiting():
+                dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
@@ -54,13 +58,15 @@ class World:
         if self.size == 1:
             return x.unsqueeze(0)
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
+        with self._waiting():
+            dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
 
     def from_main_(self, x: Tensor) -> Tensor:
         """`x` as the main process has it, in place."""
         if self.size > 1:
-            dist.broadcast(x, 0)
+            with self._waiting():
+                dist.broadcast(x, 0)
         return x
 
     def any(self, flag: bool, device: torch.device) -> bool:
@@ -77,11 +83,22 @@ class World:
                 found[0] = make()
             except FastPPOError as error:
                 found[1] = error
-        dist.broadcast_object_list(found, 0)
+        with self._waiting():
+            dist.broadcast_object_list(found, 0)
         if found[1] is not None:
             raise found[1]
         value: T = found[0]
         return value
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise FastPPOError(
+                f"process {self.rank} of {self.size} waited in vain for another: it ended (see its message) or has not "
+                f"answered for {_PATIENCE:.0f} s ({str(error).splitlines()[0]})."
+            ) from None
 
     def close(self) -> None:
         """Leave."""
@@ -102,7 +119,12 @@ def join_world(device: torch.device) -> World:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun.")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    patience = datetime.timedelta(seconds=_PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    # torchrun may keep its store over restarts, and with it addresses of processes that are gone
+    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
     return World(dist.get_rank(), dist.get_world_size(), owned=True)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import shutil
 from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
+
+from fastppo.errors import ConfigError
 
 # Names of a control group's limit, usage and page cache that the kernel gives up first, in both versions of groups
 _V2 = ("memory.max", "memory.current", "inactive_file")
@@ -50,6 +53,50 @@ def _room(folder: Path, limit: str, usage: str, cache: str) -> int:
     if most == "max":
         return plenty
     return max(0, int(most) - int(used) + int(stat.get(cache, 0)))
+
+
+_SPARE = 64  # descriptors for log files, libraries and the interpreter
+
+
+def check_descriptors(each: int, n: int, what: str, root: Path = Path("/")) -> None:
+    """Refuse what takes more file descriptors than this process may open.
+
+    Args:
+        each: how many one of them takes.
+        n: how many of them there are.
+        what: their name in the message, such as "n_envs".
+        root: where /proc is found.
+
+    Raises:
+        ConfigError: with the need, the limit and the largest number that fits.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY:
+        return
+    try:
+        open_now = len(list((root / "proc/self/fd").iterdir()))
+    except OSError:
+        open_now = 0
+    room = max(0, limit - open_now - _SPARE)
+    if each * n > room:
+        raise ConfigError(
+            f"{what}={n} takes {each * n} file descriptors, {each} each; {open_now} are open and {limit} are allowed. "
+            f"At most {what}={room // each} fits; or raise the limit with ulimit -n."
+        )
+
+
+def check_disk(folder: Path, need: int, what: str) -> None:
+    """Refuse to begin where the disk has no room for what will be written.
+
+    Raises:
+        ConfigError: with the need and what is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ConfigError(
+            f"{folder} has {free / 2**20:,.0f} MB left; {what} take {need / 2**20:,.0f} MB. "
+            "Name another --run-dir, or keep fewer (--keep-checkpoints)."
+        )
 
 
 def peak_memory() -> int:

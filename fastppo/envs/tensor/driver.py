@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo.envs.api import Cuts, Transitions
+from fastppo.envs.snapshot import Resumable
 from fastppo.envs.tensor.task import Task, uniforms
 from fastppo.spaces import ActionSpec, ObsSpec
 
@@ -23,6 +24,9 @@ class TensorEnv:
 
     fillers = False
     notes: Sequence[str] = ()
+    obs_bounds: None = None
+    restarts = 0
+    resumable = Resumable("exact", "its state is tensors")
 
     def __init__(
         self,
@@ -78,6 +82,19 @@ class TensorEnv:
 
     def store(self, t: int, group: int) -> Sequence[int]:
         """Nothing to store: `send` wrote it. Who was cut stays on the device, in `cuts`."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seeds, episodes, steps and columns."""
+        return dict(self.state)
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Go on from there."""
+        for name, column in self.state.items():
+            column.copy_(saved[name])
+
+    def complaints(self) -> Sequence[str]:
+        """None: tensors don't fail."""
         return ()
 
     def close(self) -> None:

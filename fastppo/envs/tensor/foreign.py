@@ -14,6 +14,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from fastppo.envs.api import Cuts, Transitions
+from fastppo.envs.snapshot import Resumable
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
@@ -44,6 +45,9 @@ class SimulatorEnv:
 
     fillers = False
     state: None = None
+    obs_bounds: None = None
+    restarts = 0
+    resumable = Resumable("restart", "a simulator's state can't be asked for")
 
     def __init__(
         self,
@@ -134,6 +138,17 @@ class SimulatorEnv:
 
     def store(self, t: int, group: int) -> Sequence[int]:
         """Nothing to store: `send` wrote it. Who was cut stays on the device, in `cuts`."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what a simulator is can't be asked."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Nothing to go on from."""
+
+    def complaints(self) -> Sequence[str]:
+        """None."""
         return ()
 
     def close(self) -> None:

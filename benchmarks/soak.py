@@ -1,0 +1,243 @@
+"""What long runs must survive: kill -9 at any time, and a day's events without growing.
+
+    python -m benchmarks.soak --kills 300 --output benchmarks/results/kills_2core-cpu_2026-11-21.json
+    python -m benchmarks.soak --hours-of-events 24 --output benchmarks/results/soak_2core-cpu_2026-11-21.json
+
+Kills: a run is killed at random times, in whatever it is doing, and started again with --resume auto, until it has been
+killed so often; then it is left to finish, and compared bit by bit with one that was never killed. Processes are forked
+from one that has imported everything, so that kills fall into training and not into imports.
+
+Events: 24 hours stand for 200,000 iterations, a million episodes and 2,000 checkpoints of an environment that costs
+nothing, in one process. Memory, descriptors, threads, children and shared memory are read a hundred times.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import tyro
+from gymnasium import spaces
+
+from benchmarks import report
+
+ITERATIONS_PER_HOUR = 200_000 / 24
+SAVE_EVERY = 100  # iterations
+STEPS = 512  # of an iteration of the run that is killed
+
+
+class Quick(gym.Env[Any, Any]):
+    """Episodes of six steps that cost nothing."""
+
+    observation_space = spaces.Box(-1, 1, (3,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin."""
+        super().reset(seed=seed)
+        self.left = 6
+        return self.np_random.random(3, np.float32), {}
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """One step."""
+        self.left -= 1
+        return self.np_random.random(3, np.float32), float(action), self.left == 0, False, {}
+
+
+gym.register("Quick-v0", entry_point=Quick)
+
+
+def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str = "sync") -> dict[str, Any]:
+    """Kill a run so many times; what that cost. In a process of its own, which forks."""
+    command = [sys.executable, "-m", "benchmarks.soak", "--kills-in", str(folder), "--kills", str(kills)]
+    command += ["--seed", str(seed), "--vectorization", vectorization]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, Any]:
+    import torch
+
+    from fastppo.checkpoint import list_checkpoints, newest_checkpoint
+    from fastppo.errors import CheckpointError
+    from fastppo.verify import run_hashes
+
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    # about 0.15 s of training between two kills
+    total = STEPS * max(40, 8 * kills)
+    arguments = ["train", "--env-id", "CartPole-v1", "--n-envs", "8", "--n-steps", str(STEPS // 8), "--threads", "1"]
+    arguments += ["--checkpoint-every", str(STEPS), "--total-timesteps", str(total), "--compile", "off"]
+    arguments += ["--vectorization", vectorization, "--normalize-obs", "--normalize-rewards", "--target-kl", "0.02"]
+    whole, run = folder / "whole", folder / "killed"
+    begin = time.perf_counter()
+    assert _wait(_start([*arguments, "--run-dir", str(whole)])) == 0
+    alone = time.perf_counter() - begin
+    figures: dict[str, Any] = {"vectorization": vectorization, "kills": 0, "unloadable": 0, "finished early": 0}
+    figures |= {
+        "lost past the last checkpoint": 0,
+        "killed before the first checkpoint": 0,
+        "most iterations redone": 0,
+    }
+    newest = 0
+    while figures["kills"] < kills:
+        pid = _start([*arguments, "--run-dir", str(run), "--resume", "auto"])
+        time.sleep(rng.uniform(0.1, 0.1 + 2 * alone / kills + 0.3))
+        os.kill(pid, signal.SIGKILL)
+        if _wait(pid) == 0:
+            figures["finished early"] += 1
+            break
+        figures["kills"] += 1
+        if not list_checkpoints(run):
+            figures["killed before the first checkpoint"] += 1
+            shutil.rmtree(run, ignore_errors=True)
+            continue
+        try:
+            path, problems = newest_checkpoint(run)
+            figures["unloadable"] += len(problems)
+            figures["lost past the last checkpoint"] += int(path.name[5:]) < newest
+            newest = int(path.name[5:])
+            redone = (_last_step(run) - newest) // STEPS
+            figures["most iterations redone"] = max(figures["most iterations redone"], redone)
+        except CheckpointError:
+            figures["unloadable"] += 1
+            break
+    assert _wait(_start([*arguments, "--run-dir", str(run), "--resume", "auto"])) == 0
+    expected, found = run_hashes(whole), run_hashes(run)
+    figures["tensors and rows compared"] = len(expected)
+    figures["hash differences"] = sum(found.get(name) != x for name, x in expected.items())
+    return figures
+
+
+def _last_step(run: Path) -> int:
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["global_step"])
+        except ValueError:
+            continue
+    return 0
+
+
+def _start(arguments: list[str]) -> int:
+    """A forked child that runs the command line."""
+    pid = os.fork()
+    if pid:
+        return pid
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    from fastppo.cli import main
+
+    code = 99
+    try:
+        code = main(arguments)
+    finally:
+        os._exit(code)
+
+
+def _wait(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def soak(hours: float, folder: Path) -> dict[str, Any]:
+    """A day's events, or a part of them; what grew."""
+    from fastppo import Config, Trainer
+
+    iterations = int(hours * ITERATIONS_PER_HOUR)
+    batch = 4 * 8
+    config = Config(
+        env_id="Quick-v0",
+        n_envs=4,
+        n_steps=8,
+        n_minibatches=1,
+        update_epochs=1,
+        total_timesteps=iterations * batch,
+        checkpoint_every=SAVE_EVERY * batch,
+        normalize_obs=True,
+        compile="off",
+        vectorization="sync",
+        run_dir=folder / "run",
+    )
+    this, samples = psutil.Process(), list[dict[str, float]]()
+    trainer, begin, at = Trainer(config), time.perf_counter(), 0
+    for stats in trainer.iterations():
+        if stats.iteration % max(1, iterations // 100):
+            continue
+        now = time.perf_counter()
+        samples.append(
+            {
+                "iteration": stats.iteration,
+                "steps_per_second": (stats.iteration - at) * batch / (now - begin),
+                "memory_mib": this.memory_info().rss / 2**20,
+                "descriptors": this.num_fds(),
+                "threads": this.num_threads(),
+                "children": len(this.children(recursive=True)),
+                "shared_memory_files": len(list(Path("/dev/shm").iterdir())) if Path("/dev/shm").exists() else 0,
+                "checkpoint_folders": len(list((folder / "run" / "checkpoints").glob("*"))),
+            }
+        )
+        begin, at = time.perf_counter(), stats.iteration
+    settled = samples[len(samples) // 5 :]
+    x = np.array([s["iteration"] for s in settled])
+    slopes = {
+        name: float(np.polyfit(x, [s[name] for s in settled], 1)[0] * 10_000)
+        for name in ("memory_mib", "descriptors", "threads", "children", "shared_memory_files")
+    }
+    sps = [s["steps_per_second"] for s in samples]
+    tenth = max(1, len(sps) // 10)
+    summary = {
+        "hours of events": hours,
+        "iterations": iterations,
+        "episodes": trainer.metrics.episodes.count,
+        "saves": iterations // SAVE_EVERY,
+        **{f"{name} per 10k iterations": slope for name, slope in slopes.items()},
+        "steps/s, last tenth / second tenth": float(np.median(sps[-tenth:]) / np.median(sps[tenth : 2 * tenth])),
+        "most checkpoint folders": max(s["checkpoint_folders"] for s in samples),
+    }
+    return {"summary": summary, "samples": samples}
+
+
+def main(
+    kills: int = 0,
+    hours_of_events: float = 0.0,
+    seed: int = 0,
+    vectorization: Annotated[
+        str, tyro.conf.arg(help="of the run that is killed; `all`: sync, pool and native")
+    ] = "all",
+    output: Path | None = None,
+    kills_in: Annotated[Path | None, tyro.conf.arg(help="used by itself")] = None,
+) -> None:
+    """Kill a run so many times, or go through so many hours of events."""
+    if kills_in is not None:
+        print(json.dumps(_kill(kills_in, kills, seed, vectorization)))
+        return
+    with tempfile.TemporaryDirectory(prefix="fastppo-soak-") as name:
+        folder = Path(name)
+        if kills:
+            ways = ["sync", "pool", "native"] if vectorization == "all" else [vectorization]
+            for way in ways:
+                (folder / way).mkdir()
+            rows = [kill_and_resume(folder / way, kills // len(ways), seed, way) for way in ways]
+            report(rows, output)
+        if hours_of_events:
+            figures = soak(hours_of_events, folder)
+            report([figures.pop("summary")], output, **figures)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,124 @@
+"""Numbers that are none: left out, counted, and kept for a replay. Rows N of the README here."""
+
+import json
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from fastppo import Trainer
+from fastppo.checkpoint import newest_checkpoint
+from fastppo.errors import CheckpointError, EnvError
+from fastppo.replay import replay
+from tests.worlds import short
+
+
+class Huge(gym.Env):
+    """From its step `at` on, rewards that are numbers, but whose squares are not."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, at=20, size=3e38):
+        self.at, self.size, self.life = at, size, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.random(2, np.float32), {}
+
+    def step(self, action):
+        self.life += 1
+        reward = self.size if self.life >= self.at else 1.0
+        return self.np_random.random(2, np.float32), reward, self.life % 7 == 0, False, {}
+
+
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_n1_steps_are_left_out_counted_and_end_the_run_after_so_many(tmp_path, compile):
+    trainer = Trainer(short(tmp_path, max_skipped=6, total_timesteps=320, compile=compile), make_env=Huge)
+    seen = []
+    with pytest.raises(
+        EnvError, match=r"\d+ minibatches in a row had a gradient that is not finite.*fastppo replay"
+    ) as e:
+        for stats in trainer.iterations():
+            seen.append(stats.scalars["losses/skipped_minibatches"])
+            last = trainer.update.parameters.vector.clone()
+    assert seen == [0, 0, 4]  # 16 clean steps, 3 more and then huge ones; the next four make eight in a row
+    assert torch.equal(trainer.update.parameters.vector, last)
+    assert trainer.update.parameters.vector.isfinite().all()
+    folder = str(e.value).rpartition(" ")[2]
+    found = replay(folder)
+    assert (found.epoch, found.minibatch) == (1, 1)
+    assert found.first_bad is not None
+    names = [finding.name for finding in found.findings]
+    first = names.index(found.first_bad.name)
+    assert names.index("batch: values") < first <= names.index("loss")
+    assert all(finding.bad == 0 for finding in found.findings[:first])
+    done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"first not finite: {found.first_bad.name}" in done.stdout
+    newest_checkpoint(tmp_path / "run") if (tmp_path / "run" / "checkpoints").exists() else None
+
+
+def test_n1_a_streak_that_ends_ends_nothing(tmp_path):
+    class Once(Huge):
+        def step(self, action):
+            obs, _, *rest = super().step(action)
+            return obs, (self.size if self.life == self.at else 1.0), *rest
+
+    trainer = Trainer(short(tmp_path, max_skipped=5, total_timesteps=160), make_env=Once)
+    skipped = [stats.scalars["losses/skipped_minibatches"] for stats in trainer.iterations()]
+    assert 0 < sum(skipped) <= 4
+    assert trainer.result.ended == "finished"
+
+
+def test_n1_one_look_at_the_device_for_each_iteration(tmp_path, monkeypatch):
+    trainer = Trainer(short(tmp_path, max_skipped=3, env_id="CartPole-v1", target_kl=None))
+    looks = []
+    before = torch.Tensor.numpy
+    monkeypatch.setattr(
+        torch.Tensor, "numpy", lambda self, **kw: (looks.append(1) if kw else None, before(self, **kw))[1]
+    )
+    for _ in trainer.iterations():
+        looks.append("iteration")
+    text = "".join("i" if look == "iteration" else "." for look in looks)
+    assert set(text.strip("i").split("i")) <= {"."}, text
+
+
+def test_a_capsule_of_healthy_numbers_says_so(tmp_path):
+    from fastppo.capsule import save_capsule
+
+    trainer = Trainer(short(tmp_path, env_id="CartPole-v1"))
+    trainer.run()
+    folder = tmp_path / "capsule"
+    save_capsule(
+        folder, trainer.spec, trainer.models, trainer.rollout.batch(), trainer.learner.coefs, trainer.update, {}
+    )
+    assert replay(folder).first_bad is None
+    done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "all numbers of all 4 minibatches are finite here" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["capsule.json", "batch.safetensors", "model.json"])
+def test_a_damaged_capsule_is_refused_in_a_sentence(tmp_path, name):
+    trainer = Trainer(short(tmp_path, max_skipped=2), make_env=lambda: Huge(at=1))
+    with pytest.raises(EnvError) as e:
+        trainer.run()
+    folder = tmp_path / "run" / "capsule-0-000000"
+    assert str(e.value).endswith(str(folder))
+    about = json.loads((folder / "capsule.json").read_text())
+    assert about["iteration"] == 1
+    (folder / name).write_text("{}")
+    with pytest.raises(CheckpointError):
+        replay(folder)
+
+
+def test_n6_rewards_beyond_float32s_whole_numbers_are_counted_exactly(tmp_path):
+    trainer = Trainer(short(tmp_path, normalize_rewards=True), make_env=lambda: Huge(at=1, size=2.0**26 + 4))
+    trainer.run()
+    assert trainer.metrics.episodes.mean_return % 4 == 0
+    assert trainer.metrics.episodes.mean_return > 2**26

@@ -1,0 +1,57 @@
+"""What won't fit is said before the first step, with the numbers. Rows P8 to P10 of the README here."""
+
+import resource
+import shutil
+from collections import namedtuple
+
+import pytest
+
+from fastppo import Trainer
+from fastppo.errors import ConfigError
+from fastppo.runtime.preflight import check_descriptors, check_disk
+from tests.worlds import short
+
+
+@pytest.fixture
+def few_descriptors():
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_NOFILE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_p8_too_few_descriptors_are_told_with_what_fits(few_descriptors, tmp_path):
+    few_descriptors(300)
+    with pytest.raises(ConfigError, match=r"n_envs=200 takes 800 file descriptors, 4 each; \d+ are open and 300") as e:
+        Trainer(short(tmp_path, env_id="CartPole-v1", vectorization="async", n_envs=200))
+    fits = int(str(e.value).split("At most n_envs=")[1].split()[0])
+    assert 20 < fits < 60
+    check_descriptors(4, fits, "n_envs")
+    with pytest.raises(ConfigError):
+        check_descriptors(4, fits + 1, "n_envs")
+    few_descriptors(80)
+    with pytest.raises(ConfigError, match="workers=2 takes 16 file descriptors"):
+        Trainer(short(tmp_path, env_id="CartPole-v1", vectorization="pool", workers=2))
+
+
+def test_a_full_disk_is_told_before_the_start(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(ConfigError, match=r"has 0 MB left; 5 checkpoints take \d+ MB"):
+        Trainer(short(tmp_path, env_id="CartPole-v1"))
+    check_disk(tmp_path, 999, "x")
+
+
+def test_p10_a_small_shared_memory_is_no_obstacle(monkeypatch):
+    """multiprocessing looks for room in /dev/shm, and takes a file elsewhere where there is none."""
+    import multiprocessing.heap
+
+    import numpy as np
+
+    from fastppo.envs.pool import PoolVectorEnv
+    from tests.faults.worlds import makers
+
+    monkeypatch.setattr(multiprocessing.heap.Arena, "_dir_candidates", [])
+    venv = PoolVectorEnv(makers(4), n_workers=2)
+    venv.reset(seed=0)
+    assert venv.step(np.zeros(4, np.int64))[0].shape == (4, 2)
+    venv.close()

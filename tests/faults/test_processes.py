@@ -1,0 +1,112 @@
+"""Several processes of which one dies, stops or is asked to end. Rows D of the README here; and what listens."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fastppo import Trainer
+from fastppo.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from tests.faults.test_resume import rows_of, wait_for
+from tests.worlds import short
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(run, *, restarts=0, total=200_000_000, patience=60):
+    command = [*TORCHRUN, "--max-restarts", str(restarts), "-m", "fastppo", "train", "--env-id", "CartPole-v1"]
+    command += ["--n-envs", "4", "--n-steps", "32", "--compile", "off", "--run-dir", str(run), "--resume", "auto"]
+    command += ["--checkpoint-every", "256", "--total-timesteps", str(total)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTPPO_PATIENCE": str(patience)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ranks(process):
+    """The training processes, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            rank = child.environ().get("RANK")
+            if rank is not None:
+                found[int(rank)] = child
+    return [found[rank] for rank in sorted(found)]
+
+
+def test_d1_a_killed_rank_ends_the_others_and_torchrun_resumes(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(run, restarts=1, total=12_800)
+    wait_for(lambda: len(list_checkpoints(run)) > 1)
+    before = ranks(process)
+    os.kill(before[1].pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "resumed from step-" in " ".join(out.split())
+    assert not any(child.is_running() for child in before)
+    steps = [row["global_step"] for row in rows_of(run)]
+    assert steps == list(range(256, 12_801, 256))
+    path, problems = newest_checkpoint(run)
+    assert not problems
+    assert path.name == "step-000000012800"
+    assert read_state(path, 1) is not None
+
+
+def test_d3_a_stopped_rank_is_a_named_time_out(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(run, patience=3)
+    wait_for(lambda: len(list_checkpoints(run)) > 0)
+    stopped = ranks(process)[1]
+    stopped.suspend()
+    begin = time.monotonic()
+    wait_for(lambda: len(ranks(process)) < 2 or process.poll() is not None, 40)
+    stopped.resume() if stopped.is_running() else None
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "process 0 of 2 waited in vain for another" in out
+    assert time.monotonic() - begin < 60
+
+
+def test_d4_a_signal_to_one_rank_is_one_whole_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(run)
+    wait_for(lambda: len(list_checkpoints(run)) > 1)
+    children = ranks(process)
+    children[1].send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert "waited in vain" not in out
+    path, problems = newest_checkpoint(run)
+    assert not problems
+    last = rows_of(run)[-1]["global_step"]
+    assert path.name == f"step-{last:012d}"
+    assert {file.name for file in path.iterdir()} >= {"state-0.json", "state-1.json"}
+
+
+def test_x6_nothing_listens(tmp_path):
+    for _ in Trainer(short(tmp_path, env_id="CartPole-v1")).iterations():
+        listening = [c for c in psutil.Process().net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+        assert listening == []
+
+
+@pytest.mark.parametrize("total", [4096])
+def test_two_processes_that_are_interrupted_are_the_two_that_were_not(tmp_path, total):
+    from fastppo.verify import run_hashes
+
+    ends = []
+    for name, stops in (("whole", [total]), ("parted", [1024, total])):
+        run = tmp_path / name
+        for stop in stops:
+            process = torchrun(run, total=total)
+            if stop < total:
+                wait_for(lambda run=run, stop=stop: len(list_checkpoints(run)) > 1 and len(rows_of(run)) >= stop // 256)
+                ranks(process)[0].send_signal(signal.SIGTERM)
+            out, _ = process.communicate(timeout=90)
+        ends.append(run_hashes(run))
+    assert ends[0] == ends[1], out

@@ -1,0 +1,395 @@
+"""A run that was interrupted and resumed is the run that was not: every bit of it."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fastppo import Config, Trainer, resume
+from fastppo.checkpoint import list_checkpoints, newest_checkpoint
+from fastppo.errors import CheckpointError, ConfigError, FinishedError
+from fastppo.verify import TIMED, run_hashes
+from tests.worlds import short
+
+LONG = {"n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 8, "checkpoint_every": 64, "keep_checkpoints": 20}
+
+
+def rows_of(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows]
+
+
+def interrupted(config, after):
+    """Train, leaving after so many iterations."""
+    for stats in Trainer(config).iterations():
+        if stats.iteration == after:
+            break
+
+
+EVERYTHING = {
+    "normalize_obs": True,
+    "normalize_rewards": True,
+    "target_kl": 0.02,
+    "anneal_clip": True,
+    "eval_every": 128,
+    "eval_episodes": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"env_id": "CartPole-v1"},
+        {"env_id": "CartPole-v1", "vectorization": "pool", "workers": 2, **EVERYTHING},
+        {"env_id": "CartPole-v1", "vectorization": "pool", "workers": 2, "half_batches": True, **EVERYTHING},
+        {"env_id": "CartPole-v1", "vectorization": "native", **EVERYTHING},
+        {"env_id": "CartPole-v1", "vectorization": "tensor", **EVERYTHING},
+        {"env_id": "CartPole-v1", "vectorization": "tensor", "compile": "graph"},
+        {"env_id": "CartPole-v1", "compile": "on", **EVERYTHING},
+        {"env_id": "Pendulum-v1", **EVERYTHING, "kl_stop": "minibatch"},
+        {"env_id": "FrozenLake-v1"},
+        {"env_id": "LunarLander-v3"},
+        {"env_id": "HalfCheetah-v5", "vectorization": "pool", "workers": 2, **EVERYTHING},
+    ],
+    ids=lambda changes: "-".join(str(v) for k, v in changes.items() if k in ("env_id", "vectorization", "compile")),
+)
+def test_s2_a_resumed_run_is_the_same_run(tmp_path, changes):
+    config = short(tmp_path, **LONG | changes)
+    whole, parted = dataclasses.replace(config, run_dir=tmp_path / "whole"), config
+    Trainer(whole).run()
+    interrupted(parted, 3)
+    resumed = resume(parted.run_dir)
+    assert any("exact" in note for note in resumed.notes)
+    resumed.run()
+    assert run_hashes(tmp_path / "whole") == run_hashes(parted.run_dir)
+    assert rows_of(tmp_path / "whole") == rows_of(parted.run_dir)
+
+
+def test_an_interruption_anywhere_leads_to_the_same_end(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    Trainer(config).run()
+    expected = run_hashes(config.run_dir)
+    for path in list_checkpoints(config.run_dir)[:-1]:
+        copy = tmp_path / path.name
+        shutil.copytree(config.run_dir, copy)
+        for later in list_checkpoints(copy):
+            if later.name > path.name:
+                shutil.rmtree(later)
+        resume(copy).run()
+        assert run_hashes(copy) == expected
+
+
+def test_two_interruptions_lead_to_the_same_end_too(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    Trainer(dataclasses.replace(config, run_dir=tmp_path / "whole")).run()
+    interrupted(config, 2)
+    for stats in resume(config.run_dir).iterations():
+        if stats.iteration == 5:
+            break
+    resume(config.run_dir).run()
+    assert run_hashes(config.run_dir) == run_hashes(tmp_path / "whole")
+
+
+def test_async_restarts_says_so_and_two_resumes_are_equal(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", vectorization="async", **LONG)
+    interrupted(config, 3)
+    shutil.copytree(config.run_dir, tmp_path / "again")
+    ends = []
+    for run in (config.run_dir, tmp_path / "again"):
+        trainer = resume(run)
+        assert any("start new episodes with new seeds" in note for note in trainer.notes)
+        trainer.run()
+        ends.append(run_hashes(run))
+    assert ends[0] == ends[1]
+
+
+def test_exactness_that_is_asked_for_and_not_to_be_had_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="exact_resume.*async"):
+        Trainer(short(tmp_path, env_id="CartPole-v1", vectorization="async", exact_resume=True))
+
+
+def test_the_curves_go_on_without_a_seam(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    interrupted(config, 5)
+    for later in list_checkpoints(config.run_dir)[3:]:  # as if it had been killed after 5, its last checkpoint at 3
+        shutil.rmtree(later)
+    with (config.run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 6, "global_st')  # a line that was cut
+    resume(config.run_dir).run()
+    assert [row["iteration"] for row in rows_of(config.run_dir)] == list(range(1, 9))
+    events = EventAccumulator(str(config.run_dir))
+    events.Reload()
+    points = events.Scalars("losses/value_loss")
+    assert [point.step for point in points] == [64 * i for i in range(1, 9)]
+
+
+def test_steps_per_second_are_right_after_a_resume(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    interrupted(config, 4)
+    before = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    time.sleep(1.0)  # the pause between is not training
+    trainer = resume(config.run_dir)
+    stats = next(iter(trainer.iterations()))
+    assert stats.seconds >= before["seconds"]
+    assert stats.scalars["charts/SPS"] == pytest.approx(stats.global_step / stats.seconds, rel=1e-6)
+    taken = stats.seconds - before["seconds"]
+    assert stats.sps == pytest.approx(64 / taken, rel=0.05)
+    trainer.request_stop()
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    Trainer(config).run()
+    with pytest.raises(FinishedError, match="has run all of its 512 steps.*--total-timesteps 1024"):
+        resume(config.run_dir)
+    done = fastppo("resume", config.run_dir)
+    assert done.returncode == 0, done.stderr
+    assert "has run all" in " ".join(done.stdout.split())
+    assert resume(config.run_dir, total_timesteps=1024).run().global_step == 1024
+
+
+def test_c1_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    interrupted(config, 2)
+    path, _ = newest_checkpoint(config.run_dir)
+    other = dataclasses.replace(config, gamma=0.9, n_minibatches=4)
+    with pytest.raises(CheckpointError, match=r"gamma was 0.99, is 0.9; *|n_minibatches was 2, is 4"):
+        Trainer(other, resume_from=path)
+    with pytest.raises(CheckpointError, match="another policy.*hidden"):
+        Trainer(dataclasses.replace(config, hidden_sizes=(8,)), resume_from=path)
+    with pytest.raises(CheckpointError, match="another policy"):
+        Trainer(dataclasses.replace(config, env_id="Acrobot-v1"), resume_from=path)
+
+
+def test_s11_other_versions_are_named(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    interrupted(config, 2)
+    path, _ = newest_checkpoint(config.run_dir)
+    rewrite(path, lambda state: state["about"]["versions"].update(torch="1.0"))
+    assert any("torch 1.0, now" in note for note in resume(config.run_dir).notes)
+
+
+def test_d6_other_processes_than_before_keep_what_is_learned(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    interrupted(config, 2)
+    path, _ = newest_checkpoint(config.run_dir)
+    rewrite(path, lambda state: state["about"].update(world_size=2))
+    trainer = resume(config.run_dir)
+    assert any("2 processes trained before, 1 now" in note for note in trainer.notes)
+    assert trainer.progress.iteration == 2
+    trainer.run()
+
+
+def test_an_environment_that_failed_costs_no_more_than_its_episodes(tmp_path):
+    from tests.faults.worlds import FaultEnv
+
+    config = short(tmp_path, **LONG | {"checkpoint_every": None})
+    file = tmp_path / "once"
+
+    def make():
+        return FaultEnv(kind="raises", at_step=60, once=str(file))
+
+    with pytest.raises(Exception, match="the ball left the table"):
+        Trainer(config, make_env=make).run()
+    trainer = resume(config.run_dir, make_env=make)
+    assert trainer.progress.iteration == 3
+    assert any("start new episodes" in note for note in trainer.notes)
+    assert trainer.run().ended == "finished"
+
+
+def test_evaluation_disturbs_nothing_and_keeps_the_best(tmp_path):
+    runs = []
+    for name, changes in (("with", {"eval_every": 64, "eval_episodes": 4}), ("without", {})):
+        config = short(tmp_path, env_id="CartPole-v1", **LONG | changes | {"run_dir": tmp_path / name})
+        Trainer(config).run()
+        runs.append(rows_of(tmp_path / name))
+    evaluated = [row.pop("eval/return_mean") for row in runs[0]]
+    for row in runs[0]:
+        assert row.pop("eval/return_std") >= 0
+        assert row.pop("eval/length_mean") > 0
+    assert runs[0] == runs[1]
+    best = json.loads((tmp_path / "with" / "checkpoints" / "best.json").read_text())
+    assert best["mean_return"] == max(evaluated)
+    first_best = evaluated.index(max(evaluated)) + 1
+    assert best["checkpoint"] == f"step-{64 * first_best:012d}"
+    done = fastppo("eval", tmp_path / "with", "--best", "--episodes", "2")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_best_checkpoint_outlives_later_ones(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG | {"keep_checkpoints": 2, "eval_every": 64})
+    trainer = Trainer(config)
+    trainer.progress.best = None
+    for stats in trainer.iterations():
+        if stats.iteration == 1:
+            trainer.progress.best = 1e9  # nothing will be better
+    names = [path.name for path in list_checkpoints(config.run_dir)]
+    assert names == [f"step-{64 * i:012d}" for i in (1, 7, 8)]
+
+
+def test_global_random_states_come_back(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    random.seed(3)
+    np.random.seed(4)
+    torch.manual_seed(5)
+    interrupted(config, 2)
+    expected = (random.random(), np.random.rand(), torch.rand(1).item())
+    random.seed(0)
+    resume(config.run_dir)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def fastppo(*arguments, **kwargs):
+    command = [sys.executable, "-m", "fastppo", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def rewrite(path, change):
+    """Alter a checkpoint's state file, and its manifest with it."""
+    import hashlib
+
+    file = path / "state-0.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    data = file.read_bytes()
+    manifest["files"]["state-0.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+RUN = ["train", "--env-id", "CartPole-v1", "--n-envs", "4", "--n-steps", "64", "--compile", "off"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_p4_p5_a_signal_saves_at_the_next_boundary(tmp_path, number, status):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run), "--total-timesteps", "100_000_000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    path, problems = newest_checkpoint(run)
+    assert not problems
+    assert path.name == f"step-{rows_of(run)[-1]['global_step']:012d}"
+
+
+def test_p4_a_signal_while_setting_up_ends_before_the_first_step(tmp_path):
+    run = tmp_path / "run"
+    script = (
+        "import os, signal, sys\n"
+        "from fastppo import trainer\n"
+        "before = trainer.make_vec_env\n"
+        "def make(*a, **k):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return before(*a, **k)\n"
+        "trainer.make_vec_env = make\n"
+        "from fastppo.cli import main\n"
+        f"sys.exit(main({[*RUN, '--run-dir', str(run)]!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 143, done.stdout + done.stderr
+    assert (run / "model.safetensors").exists()
+
+
+def test_p4_a_second_signal_exits_at_once(tmp_path):
+    run = tmp_path / "run"
+    steps = ["--total-timesteps", "100_000_000", "--checkpoint-every", "256", "--n-steps", "4096"]
+    command = [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run), *steps]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(list_checkpoints(run)) > 0)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=30)
+    assert process.returncode in (-signal.SIGTERM, 143)
+    assert time.monotonic() - begin < 2
+    newest_checkpoint(run)
+
+
+def test_resume_auto_begins_and_then_goes_on(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
+    script = (
+        "import sys\nfrom fastppo.trainer import Trainer\nbefore = Trainer._log\n"
+        "def log(self, stats):\n    before(self, stats)\n    self.stop_requested = stats.iteration == 3\n"
+        "Trainer._log = log\nfrom fastppo.cli import main\n"
+        f"sys.exit(main({arguments!r}))\n"
+    )
+    first = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert first.returncode == 0, first.stderr
+    second = fastppo(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert "resumed from step-000000000768" in second.stdout
+    assert [row["iteration"] for row in rows_of(run)] == list(range(1, 9))
+    third = fastppo(*arguments)
+    assert third.returncode == 0
+    assert "has run all of its 2,048 steps" in " ".join(third.stdout.split())
+    changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
+    assert changed.returncode == 2
+    assert "gamma was 0.99, is 0.5" in changed.stderr
+
+
+def test_resume_auto_without_a_folder_takes_the_latest_of_that_name_and_seed(tmp_path):
+    arguments = [*RUN, "--total-timesteps", "512", "--resume", "auto", "--name", "job"]
+    for total in ("512", "1024"):
+        done = fastppo(*arguments, "--total-timesteps", total, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs" / "CartPole-v1").iterdir())) == 1
+
+
+def test_x4_a_resume_imports_code_only_when_told_so(tmp_path):
+    (tmp_path / "my_envs.py").write_text(
+        "import gymnasium\n"
+        "where = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
+        "gymnasium.register('Mine-v0', entry_point=where, max_episode_steps=50)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    train = ["train", "--env-id", "my_envs:Mine-v0", "--n-envs", "2", "--n-steps", "16", "--run-dir", "run"]
+    first = fastppo(*train, "--total-timesteps", "64", cwd=tmp_path, env=environment)
+    assert first.returncode == 0, first.stderr
+    refused = fastppo("resume", "run", "--total-timesteps", "128", cwd=tmp_path, env=environment)
+    assert refused.returncode == 2
+    assert "--allow-import" in refused.stderr
+    allowed = fastppo("resume", "run", "--total-timesteps", "128", "--allow-import", cwd=tmp_path, env=environment)
+    assert allowed.returncode == 0, allowed.stderr
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come to pass")
+
+
+def test_verify_resume_says_what_holds(tmp_path):
+    settings = ["--n-envs", "2", "--n-steps", "16", "--normalize-obs"]
+    done = fastppo("verify-resume", "--env-id", "CartPole-v1", *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a resumed run is the same run" in done.stdout
+    assert "exact" in done.stdout
+    restarting = fastppo("verify-resume", "--env-id", "CartPole-v1", "--vectorization", "async", *settings)
+    assert restarting.returncode == 0, restarting.stdout + restarting.stderr
+    assert "start new episodes" in restarting.stdout
+
+
+def test_configs_default_keeps_a_checkpoint_at_the_end(tmp_path):
+    Trainer(short(tmp_path, env_id="CartPole-v1")).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000000000048"]
+    assert Config().checkpoint_minutes == 10

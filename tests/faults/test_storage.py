@@ -1,0 +1,498 @@
+"""Saving and loading when the process, the disk or somebody's hands interfere. Rows S and X of the README here."""
+
+import ast
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastppo import Config, Trainer, load_policy, resume
+from fastppo.checkpoint import list_checkpoints, newest_checkpoint, tidy, verify_checkpoint
+from fastppo.errors import CheckpointError, ConfigError, FastPPOError
+from fastppo.restore import about_run, restore
+from fastppo.run_dir import RunLock, versions
+from fastppo.runtime.device import machine_name
+from fastppo.verify import run_hashes
+from tests.faults.test_resume import LONG, RUN, fastppo, interrupted, rows_of
+from tests.worlds import short
+
+ROOT = Path(__file__).parents[2]
+
+# Saves two checkpoints in a child, which is killed at the k-th call that touches the disk; for every k that there is
+TRACER = """
+import os, pathlib, shutil, signal, sys
+sys.path.insert(0, {root!r})
+import torch
+torch.set_num_threads(1)
+from safetensors.torch import save
+from fastppo import checkpoint
+run = pathlib.Path({run!r})
+
+def files(step):
+    tensors = save({{"x": torch.full((600_000,), float(step))}})  # more than one chunk
+    text = str(step).encode()
+    return {{"model.safetensors": tensors, "model.json": text, "state-0.safetensors": tensors, "state-0.json": text}}
+
+def save_one(step):
+    folder = checkpoint.begin_checkpoint(run, step)
+    checkpoint.write_files(folder, files(step))
+    checkpoint.end_checkpoint(folder)
+    checkpoint.prune_checkpoints(run, 2)
+
+def child(k, log):
+    calls = []
+    def count(name, path=""):
+        calls.append(f"{{name}} {{path}}")
+        if len(calls) == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+    names = {{}}
+    for name in ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir"):
+        def patched(*args, _before=getattr(os, name), _name=name, **kwargs):
+            about = args[0] if _name != "fsync" else names.get(args[0], "?")
+            count(f"before {{_name}}", about)
+            out = _before(*args, **kwargs)
+            if _name == "open":
+                names[out] = args[0]
+            if _name in ("rename", "fsync", "write"):
+                count(f"after {{_name}}", about)
+            return out
+        setattr(os, name, patched)
+    checkpoint.tidy(run)
+    save_one(30)
+    save_one(30)  # again, over itself
+    if log:
+        pathlib.Path(log).write_text(chr(10).join(calls))
+    os._exit(0)
+
+save_one(10)
+save_one(20)
+start = str(run) + "-start"
+shutil.copytree(run, start)
+bad, k = [], 0
+while True:
+    k += 1
+    shutil.rmtree(run)
+    shutil.copytree(start, run)
+    pid = os.fork()
+    if pid == 0:
+        child(k, {log!r})
+    done = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if done == 0:
+        break
+    checkpoint.tidy(run)
+    path, problems = checkpoint.newest_checkpoint(run)
+    left = [p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith("step-0000")]
+    odd = [p.name for p in (run / "checkpoints").iterdir() if p.suffix]
+    if problems or path.name not in ("step-000000000020", "step-000000000030") or left or odd:
+        bad.append((k, path.name, problems, left, odd))
+    x = (path / "state-0.json").read_text()
+    if int(path.name[5:]) != int(x):
+        bad.append((k, path.name, x))
+print(k - 1, "points", bad)
+"""
+
+
+def test_s1_s12_killed_at_every_point_of_a_save(tmp_path):
+    log = tmp_path / "calls"
+    script = TRACER.format(root=str(ROOT), run=str(tmp_path / "run"), log=str(log))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    points, _, bad = done.stdout.partition(" points ")
+    assert bad.strip() == "[]"
+    assert int(points) > 60
+    calls = log.read_text().splitlines()
+    # power loss: each file is on the disk before the folder is, and the folder before it has its name; then its parent
+    renamed = next(i for i, call in enumerate(calls) if call.startswith("after rename") and call.endswith("30.tmp"))
+    synced = [call.split("/")[-1] for call in calls[:renamed] if call.startswith("after fsync")]
+    needed = {"model.safetensors", "model.json", "state-0.safetensors", "state-0.json", "manifest.json"}
+    assert set(synced[:-1]) == needed
+    assert synced[-2:] == ["manifest.json", "step-000000000030.tmp"]
+    after = [call.split("/")[-1] for call in calls[renamed:] if call.startswith("after fsync")]
+    assert after[0] == "checkpoints"
+
+
+def test_s2_killed_at_random_times(tmp_path):
+    from benchmarks.soak import kill_and_resume
+
+    figures = kill_and_resume(tmp_path, kills=10, seed=5)
+    assert figures["kills"] == 10
+    assert figures["unloadable"] == figures["lost past the last checkpoint"] == figures["hash differences"] == 0
+
+
+def test_s3_a_full_disk_is_loud_and_training_goes_on(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*RUN, "--run-dir", run, "--total-timesteps", "2560", "--checkpoint-every", "256"]
+    environment = os.environ | {"FASTPPO_FAULT": "write:8:enospc"}  # in the second of ten
+    done = fastppo(*arguments, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "could not be written (No space left on device); training goes on" in " ".join(done.stdout.split())
+    assert not list((run / "checkpoints").glob("*.tmp"))
+    assert [p.name for p in list_checkpoints(run)] == [f"step-{256 * i:012d}" for i in (8, 9, 10)]
+
+
+def test_s3_a_last_save_that_fails_is_an_error(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*RUN, "--run-dir", run, "--total-timesteps", "512"]
+    for point in ("write:1:enospc", "fsync:2:enospc"):
+        done = fastppo(*arguments, env=os.environ | {"FASTPPO_FAULT": point})
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "could not be" in done.stderr
+        assert not list((run / "checkpoints").glob("*"))
+        shutil.rmtree(run)
+
+
+def test_s3_a_limit_on_file_sizes_is_no_traceback(tmp_path):
+    run = tmp_path / "run"
+    limit = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nfrom fastppo.cli import main\n"
+    arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "512"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limit}sys.exit(main({arguments!r}))"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints after each of four iterations."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = short(folder, env_id="CartPole-v1", **LONG)
+    interrupted(config, 4)
+    return config.run_dir
+
+
+DAMAGES = {
+    "cut": lambda data: data[: len(data) // 2],
+    "flipped": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "zeroed": lambda data: bytes(len(data)),
+    "longer": lambda data: data + b"x",
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["model.safetensors", "state-0.safetensors", "state-0.json", "manifest.json"])
+def test_s5_a_damaged_checkpoint_is_passed_over(trained, tmp_path, damage, name):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    newest = list_checkpoints(run)[-1]
+    (newest / name).write_bytes(DAMAGES[damage]((newest / name).read_bytes()))
+    path, problems = newest_checkpoint(run)
+    assert path.name == "step-000000000192"
+    assert len(problems) == 1
+
+
+def test_s5_the_run_goes_on_from_the_one_before_with_a_warning_and_writes_it_anew(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    newest = list_checkpoints(run)[-1]
+    (newest / "state-0.json").unlink()
+    done = fastppo("resume", run)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "state-0.json is missing. Going on from step-000000000192" in text
+    verify_checkpoint(newest)
+    whole = tmp_path / "whole"
+    shutil.copytree(trained, whole)
+    resume(whole).run()
+    assert run_hashes(whole) == run_hashes(run)
+
+
+def test_s6_when_all_are_bad_nothing_is_begun(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for path in list_checkpoints(run):
+        (path / "model.safetensors").write_bytes(b"")
+    for command in (["resume", run], [*RUN, "--run-dir", run, "--resume", "auto"]):
+        done = fastppo(*command)
+        assert done.returncode == 2
+        assert "no checkpoint in" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert len(rows_of(run)) == 4
+
+
+def test_s7_leftovers_are_cleaned_and_what_is_foreign_stays(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    folder = run / "checkpoints"
+    (folder / "step-000000000999.tmp").mkdir()
+    (folder / "step-000000000064.gone").mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "step-12").mkdir()
+    (folder / "step-000000000256").rename(folder / "step-000000000256.old")  # killed between two renames
+    assert newest_checkpoint(run)[0].name == "step-000000000192"
+    tidy(run)
+    assert newest_checkpoint(run)[0].name == "step-000000000256"
+    names = {path.name for path in folder.iterdir()}
+    assert {"notes.txt", "step-12"} <= names
+    assert not any(name.endswith((".tmp", ".gone", ".old")) for name in names)
+
+
+def test_s8_two_trainers_on_one_folder(tmp_path):
+    run = tmp_path / "run"
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    trainer = Trainer(config)
+    with pytest.raises(ConfigError, match=rf"in use by another trainer \(pid {os.getpid()} on .+\)"):
+        RunLock(run)
+    steps = iter(trainer.iterations())
+    next(steps)
+    next(steps)
+    done = fastppo("resume", run)
+    assert done.returncode == 2
+    assert f"in use by another trainer (pid {os.getpid()}" in done.stderr
+    steps.close()
+    RunLock(run).release()
+
+
+def test_s9_a_run_is_never_overwritten(trained):
+    with pytest.raises(ConfigError, match="not empty and runs are never overwritten"):
+        Trainer(Config(env_id="CartPole-v1", run_dir=trained, vectorization="sync"))
+
+
+def test_s10_a_folder_deleted_in_mid_run_stops_nothing(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    trainer = Trainer(config)
+    for stats in trainer.iterations():
+        if stats.iteration == 3:
+            shutil.rmtree(config.run_dir)
+    assert trainer.result.ended == "finished"
+    assert trainer.result.unsaved is None
+    assert newest_checkpoint(config.run_dir)[0].name == "step-000000000512"
+
+
+def test_s10_a_full_log_is_one_warning(tmp_path, monkeypatch):
+    from rich.console import Console
+
+    console = Console(record=True, width=200, file=io.StringIO())
+    trainer = Trainer(short(tmp_path, env_id="CartPole-v1", **LONG), console=console)
+    jsonl = trainer.sinks[1]
+    jsonl._file.close()
+    jsonl._file = open("/dev/full", "w", buffering=1)
+    trainer.run()
+    assert console.export_text().count("JsonlSink can't write (No space left on device)") == 1
+    assert trainer.result.ended == "finished"
+
+
+def test_x1_nothing_is_unpickled_from_files():
+    for path in sorted((ROOT / "fastppo").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            assert not {n.split(".")[0] for n in names} & {"pickle", "shelve", "marshal", "dill", "yaml"}, path
+            if isinstance(node, ast.Attribute) and node.attr == "load" and isinstance(node.value, ast.Name):
+                assert node.value.id not in ("torch", "np", "numpy"), path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec"), path
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_x1_a_canary_in_place_of_a_file_is_never_let_out(trained, tmp_path):
+    import pickle
+
+    run, canary = tmp_path / "run", tmp_path / "canary"
+    for name in ("model.safetensors", "model.json", "state-0.safetensors", "state-0.json"):
+        shutil.copytree(trained, run)
+        for path in list_checkpoints(run):
+            torch.save({"x": Canary(str(canary))}, path / name)
+            seal(path)
+        with pytest.raises(FastPPOError):
+            resume(run)
+        (list_checkpoints(run)[0] / name).write_bytes(pickle.dumps(Canary(str(canary))))
+        with pytest.raises(FastPPOError):
+            load_policy(list_checkpoints(run)[0]) if name.startswith("model") else verify_checkpoint(
+                list_checkpoints(run)[0]
+            )
+        shutil.rmtree(run)
+    assert not canary.exists()
+
+
+def seal(path):
+    """Give altered files a manifest that agrees with them."""
+    names = [file.name for file in path.iterdir() if file.name != "manifest.json"]
+    entries = {
+        name: {"bytes": (path / name).stat().st_size, "sha256": hashlib.sha256((path / name).read_bytes()).hexdigest()}
+        for name in names
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+
+
+def bombs(rng, data):
+    """A safetensors file that lies about itself."""
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    entry = header[rng.choice(names)]
+    match rng.randrange(8):
+        case 0:
+            return struct.pack("<Q", 2**62) + data[8:]
+        case 1:
+            entry["shape"] = [2**31, 2**31]
+        case 2:
+            entry["data_offsets"] = [0, 2**50]
+        case 3:
+            entry["data_offsets"] = list(header[rng.choice(names)]["data_offsets"])
+        case 4:
+            entry["dtype"] = rng.choice(["F99", "F8_E4M3", "BOOL", "I64", 7, None])
+        case 5:
+            entry["shape"] = rng.choice([[-1], [1.5], "many", None, [0], [[1]]])
+        case 6:
+            header[rng.choice(["policy.extra", "__metadata__", ""])] = rng.choice([{}, [], "x", {"format": 3}])
+        case 7:
+            del header[rng.choice(names)]
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + length :]
+
+
+ODD = [None, True, -1, 0, 10**400, 1e308, float("nan"), "", "x", "../../etc/passwd", [], {}, [[]], {"a": {}}]
+ODD += [{"array": ["O", [1], ""]}, {"generator": ["__class__", {}]}, {"array": ["<f8", [10**12], ""]}, "\ud800"]
+
+
+def odd_json(rng, data):
+    """JSON with one value replaced, or text that is none."""
+    if rng.random() < 0.15:
+        return rng.choice([b"[" * 200_000, b'{"format": 1', b"\xff\xfe", b"", b"9" * 100_000, b"NaN", b'{"a":1}' * 9])
+    value = json.loads(data)
+    holder, key = value, None
+    while True:
+        keys = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+        if not keys:
+            break
+        key = rng.choice(keys)
+        if rng.random() < 0.4 or not isinstance(holder[key], (dict, list)) or not holder[key]:
+            break
+        holder = holder[key]
+    if key is not None:
+        if rng.random() < 0.2:
+            del holder[key]
+        else:
+            holder[key] = rng.choice(ODD)
+    return json.dumps(value).encode()
+
+
+def test_x2_500_malformed_checkpoints_are_refused_in_a_sentence(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    source = list_checkpoints(run)[-1]
+    trainer = Trainer(short(tmp_path, env_id="CartPole-v1", **LONG | {"run_dir": tmp_path / "other"}))
+    about = about_run(trainer.config, trainer.env, trainer.world, versions(), machine_name())
+    rng, refused, slowest = random.Random(11), 0, 0.0
+    originals = {file.name: file.read_bytes() for file in source.iterdir()}
+    for case in range(500):
+        name = rng.choice(sorted(originals))
+        alter = bombs if name.endswith("safetensors") else odd_json
+        for file, data in originals.items():
+            (source / file).write_bytes(data)
+        (source / name).write_bytes(alter(rng, originals[name]))
+        if name != "manifest.json":
+            seal(source)
+        begin = time.monotonic()
+        try:
+            verify_checkpoint(source)
+            restore(
+                source,
+                about,
+                spec=trainer.spec,
+                models=trainer.models,
+                parts=trainer._parts,
+                env=trainer.env,
+                obs=trainer.rollout.obs[-1],
+                world=trainer.world,
+            )
+        except FastPPOError as error:
+            assert str(error), case
+            refused += 1
+        slowest = max(slowest, time.monotonic() - begin)
+    assert refused > 300
+    assert slowest < 5
+
+
+def test_x2_200_malformed_settings_are_refused_in_a_sentence():
+    rng, refused = random.Random(7), 0
+    names = list(Config().to_dict())
+    for _ in range(200):
+        values = {
+            rng.choice([*names, "lerning_rate", "", "__class__"]): rng.choice(ODD) for _ in range(rng.randrange(1, 3))
+        }
+        begin = time.monotonic()
+        try:
+            Config.from_dict(values)
+        except ConfigError as error:
+            refused += 1
+            assert "\n" not in str(error)
+        assert time.monotonic() - begin < 5
+    assert refused > 100
+
+
+def test_x5_names_that_lead_elsewhere_are_refused():
+    for name in ("..", "a/b", "/tmp", "a\0b", "", ".hidden"):
+        with pytest.raises(ConfigError, match="name="):
+            Config(name=name)
+
+
+def test_x5_a_manifest_that_leads_elsewhere_is_refused(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    path = list_checkpoints(run)[-1]
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["../../../x"] = {"bytes": 1, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="which is no file of a checkpoint"):
+        verify_checkpoint(path)
+    seal(path)
+    data = (path / "model.json").read_bytes()
+    (tmp_path / "elsewhere").write_bytes(data)
+    (path / "model.json").unlink()
+    (path / "model.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="which is no file of a checkpoint"):
+        verify_checkpoint(path)
+
+
+def test_x8_tokens_in_the_environment_reach_no_file(tmp_path):
+    run = tmp_path / "run"
+    secret = "hunter2-is-not-a-good-one"
+    done = fastppo(*RUN, "--run-dir", run, "--total-timesteps", "512", env=os.environ | {"WANDB_API_KEY": secret})
+    assert done.returncode == 0
+    for file in run.rglob("*"):
+        if file.is_file():
+            assert secret.encode() not in file.read_bytes(), file
+
+
+def test_a_state_cant_replace_an_environments_methods(trained, tmp_path):
+    from fastppo.envs.single import EnvFactory
+    from fastppo.envs.snapshot import set_state, state_of
+    from fastppo.errors import EnvError
+
+    env = EnvFactory("CartPole-v1", {})()
+    env.reset(seed=0)
+    state = state_of(env)
+    state[-1]["attributes"]["step"] = "no function"
+    with pytest.raises(EnvError, match="would replace its step"):
+        set_state(env, state)
+    state = state_of(env)
+    state[-1]["attributes"]["action_space"] = 3
+    with pytest.raises(EnvError, match="would replace its action_space"):
+        set_state(env, state)

@@ -1,0 +1,122 @@
+"""Environments that break in one known way, at one known step."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class TwoArgumentsError(Exception):
+    """Can be pickled, but not unpickled."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class FaultEnv(gym.Env):
+    """Observation = steps since the reset, times 10, plus the environment's index; ends after 20 steps.
+
+    In environment `env_index`, after `at_step` steps of its life, `kind` happens. `once` names a file that is made when
+    it does, and then it doesn't happen again.
+    """
+
+    observation_space = spaces.Box(-1e6, 1e6, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, index=0, kind="none", env_index=0, at_step=5, once=None):
+        self.index, self.kind, self.at_step, self.once = index, kind, at_step, once
+        self.mine = index == env_index
+        self.life = self.steps = 0
+        if kind == "constructor" and self.mine and _in_worker():
+            raise RuntimeError("no licence for this simulator")
+
+    def _obs(self):
+        return np.array([10 * self.steps + self.index, self.np_random.random()], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        if self.kind == "reset raises" and self.mine and self.life >= self.at_step:
+            raise RuntimeError("reset went wrong")
+        return self._obs(), {}
+
+    def step(self, action):
+        self.life += 1
+        self.steps += 1
+        obs, reward, over = self._obs(), 1.0, self.steps >= 20
+        if self.mine and self.life == self.at_step and not (self.once and os.path.exists(self.once)):
+            if self.once:
+                open(self.once, "w").close()
+            obs, reward, over = self._break(obs, reward, over)
+        return obs, reward, over, False, {}
+
+    def _break(self, obs, reward, over):
+        match self.kind:
+            case "raises":
+                raise ValueError("the ball left the table")
+            case "two arguments":
+                raise TwoArgumentsError("one", "two")
+            case "unpicklable":
+                error = RuntimeError("holds what can't be pickled")
+                error.thing = lambda: None
+                raise error
+            case "sleeps":
+                time.sleep(1000)
+            case "loops in C":
+                ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the lock: no Python thread runs either
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "segfault":
+                os.kill(os.getpid(), signal.SIGSEGV)
+            case "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            case "nan obs":
+                obs = obs * np.float32(np.nan)
+            case "nan reward":
+                reward = float("nan")
+            case "no reward":
+                reward = None
+            case "wide obs":
+                obs = obs.astype(np.float64)
+            case "one number":
+                obs = obs[:1]
+            case "reward array":
+                reward = np.array([reward])
+            case "done as int":
+                over = 1
+            case "outside":
+                obs = obs + np.float32(1e7)
+            case "huge reward":
+                reward = 3e38
+        return obs, reward, over
+
+
+def _in_worker():
+    import multiprocessing
+
+    return multiprocessing.parent_process() is not None
+
+
+def makers(n, **changes):
+    """A maker for each of n environments."""
+    return [lambda i=i: FaultEnv(i, **changes) for i in range(n)]
+
+
+class Numbered:
+    """Makes FaultEnvs with indices 0, 1, ... in the order in which it is called; for make_env of a Trainer."""
+
+    def __init__(self, **changes):
+        self.changes, self.made = changes, -4  # one is made for a look, and two to probe how it resumes
+
+    def __call__(self):
+        self.made += 1
+        return FaultEnv(max(self.made, 0), **self.changes)
+
+
+gym.register("Fault-v0", entry_point=FaultEnv, max_episode_steps=50)
