@@ -11,8 +11,10 @@ import os
 import platform
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
@@ -54,7 +56,11 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Pa
 
 
 class RunLock:
-    """A run folder has one trainer at a time; the kernel lets go of the lock when the process ends, however it ends."""
+    """A run folder has one trainer at a time; the kernel lets go of the lock when the process ends, however it ends.
+
+    Attributes:
+        release: lets go of it; may be called twice.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         """Take the lock.
@@ -62,19 +68,19 @@ class RunLock:
         Raises:
             ConfigError: another process has it, on which machine and with which number.
         """
-        self._file: TextIO | None = None
+        self.release: Callable[[], object] = lambda: None
         try:
             import fcntl
         except ImportError:  # Windows
             return
+        path = run_dir / ".lock"
         try:
-            self._file = (run_dir / ".lock").open("a+")
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.release = weakref.finalize(self, os.close, file)  # also where nobody does
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            assert self._file is not None
-            self._file.seek(0)
-            who = self._file.read().strip() or "unknown"
-            self._file.close()
+            who = path.read_text().strip() or "unknown"
+            self.release()
             raise ConfigError(
                 f"{run_dir} is in use by another trainer ({who}); stop that one, or wait for it."
             ) from None
@@ -82,15 +88,8 @@ class RunLock:
             raise ConfigError(
                 f"{run_dir} can't be locked ({error.strerror}); is it a folder that can be written?"
             ) from None
-        self._file.truncate(0)
-        self._file.write(f"pid {os.getpid()} on {platform.node()}\n")
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let go."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        os.truncate(file, 0)
+        os.write(file, f"pid {os.getpid()} on {platform.node()}\n".encode())
 
 
 def find_run(env_id: str, name: str, seed: int) -> Path | None:

@@ -194,7 +194,8 @@ class Trainer:
             state = sum(x.numel() * x.element_size() for x in (self.update.parameters.vector, *self.update.adam))
             check_disk(self.run_dir, (c.keep_checkpoints + 2) * state, f"{c.keep_checkpoints + 2} checkpoints")
             self.config = self._compile(self.config, console)
-            self._open_run(self.config, console, resumed=resume_from is not None)
+            self._resumed = resume_from is not None
+            self._open_run(self.config, console)
             undo.pop_all()
 
     def _build_policy(self, c: Config, found: Probe, network: nn.Module | None) -> None:
@@ -404,7 +405,7 @@ class Trainer:
             self.notes.append(f"compile {chosen}: {why}.")
         return dataclasses.replace(c, compile=chosen)
 
-    def _open_run(self, c: Config, console: Console | None, *, resumed: bool) -> None:
+    def _open_run(self, c: Config, console: Console | None) -> None:
         self.notes += self.env.notes
         self._console, self.sinks = None, list[Sink]()
         self._saver = Saver(
@@ -425,8 +426,6 @@ class Trainer:
             surroundings(self.device)
             | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size},
         )
-        at = self.metrics.global_step if resumed else None
-        self.sinks += [TensorBoardSink(self.run_dir, c.to_dict(), at), JsonlSink(self.run_dir, at)]
         self._console = console
         if console is not None:
             for note in self.notes:
@@ -463,10 +462,9 @@ class Trainer:
         """Train, giving the figures of each iteration; leaving the loop early saves and closes as its end does."""
         if self.result is not None:
             raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
-        if self._console is not None:
-            self.sinks.append(ConsoleSink(self._console, self.n_iterations))
         progress = self.progress
         try:
+            self._open_sinks()
             self.clock.start(progress.seconds, self.metrics.global_step)
             self._saver.start(self.metrics.global_step)
             while progress.iteration < self.n_iterations and not self._asked_to_stop():
@@ -498,8 +496,19 @@ class Trainer:
         except KeyboardInterrupt:
             self._doing = "leaving"  # asked twice: what is saved is saved
             raise
+        except Exception:
+            if self.world.size > 1:  # a checkpoint takes all processes, and the others know of nothing
+                self._doing = "failing"
+            raise
         finally:
             self._finish()
+
+    def _open_sinks(self) -> None:
+        if self.world.is_main:
+            at = self.metrics.global_step if self._resumed else None
+            self.sinks += [TensorBoardSink(self.run_dir, self.config.to_dict(), at), JsonlSink(self.run_dir, at)]
+        if self._console is not None:
+            self.sinks.append(ConsoleSink(self._console, self.n_iterations))
 
     def _asked_to_stop(self) -> bool:
         asked = self.stop_requested or (self._signals is not None and self._signals.received is not None)
@@ -573,11 +582,11 @@ class Trainer:
         about = about_run(self.config, self.env, self.world, versions(), machine_name())
         if env_lost:
             about["way"] = "restart"
-        model = freeze(self.models)
+        model, about_model = freeze(self.models), self._about_model()
         mine = freeze(self._parts if env_lost else {**self._parts, "env": self.env})
         self._saver.save(
             self.metrics.global_step,
-            lambda: model_files(model, self.spec, self._about_model()),
+            lambda: model_files(model, self.spec, about_model),
             lambda: state_files(self.world.rank, mine, about),
             self.progress.best if best else None,
         )

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastppo.envs.api import Transitions
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.serial import Outcome, SerialVectorEnv
-from fastppo.envs.snapshot import Resumable, set_state, state_of
+from fastppo.envs.snapshot import NotPlainError, Resumable, set_state, state_of
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
@@ -245,8 +245,17 @@ class HostEnv:
         """Each environment's state, or the whole vector environment's, and who ended in the last step."""
         if self.resumable.way == "restart":
             return {}
-        states = state_of(self.venv) if self._keeper is None else self._keeper.env_states()
-        return {"envs": states, "ended": torch.from_numpy(self._ended.copy())}
+        ended = {"ended": torch.from_numpy(self._ended)}
+        if self._keeper is None:
+            try:
+                return {"envs": state_of(self.venv), **ended}
+            except NotPlainError:  # it was when it was tried out
+                return {}
+        states = self._keeper.env_states()
+        if len(states) < self.n_envs:
+            return {}
+        seeds, restarts = (torch.from_numpy(x) for x in self._keeper.seeding)
+        return {"envs": states, "seeds": seeds, "restarts": restarts, **ended}
 
     def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
         """Go on from there.
@@ -258,6 +267,8 @@ class HostEnv:
         if self._keeper is None:
             set_state(self.venv, saved["envs"])
             return
+        for mine, theirs in zip(self._keeper.seeding, (saved["seeds"], saved["restarts"]), strict=True):
+            mine[:] = theirs.numpy()
         there = self._keeper.load_env_states(saved["envs"])
         if self.resumable.way == "replay" and not torch.equal(torch.from_numpy(there).to(obs.dtype), obs.cpu()):
             raise EnvError("the open episodes, played again, led to other observations.")
@@ -269,7 +280,7 @@ class HostEnv:
     @property
     def restarts(self) -> int:
         """How many were made anew so far."""
-        return 0 if self._keeper is None else self._keeper.restarts
+        return 0 if self._keeper is None else int(self._keeper.seeding[1].sum())
 
     def close(self) -> None:
         """Close the vector environment, by force where a worker no longer answers."""

@@ -197,9 +197,9 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return found
 
     @property
-    def restarts(self) -> int:
-        """How many environments were made anew so far."""
-        return int(self._arrays["restarts"].sum())
+    def seeding(self) -> tuple[_Array, _Array]:
+        """Seeds [N] that environments began with, and how many times each was made anew [N]; not copies."""
+        return self._arrays["seeds"], self._arrays["restarts"]
 
     def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
         """End the workers."""

@@ -16,7 +16,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.snapshot import EpisodeLog, Way, play_again, set_state, state_of
+from fastppo.envs.snapshot import EpisodeLog, NotPlainError, Way, play_again, set_state, state_of
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
@@ -230,10 +230,15 @@ class Share:
         self._put(i, obs)
 
     def state(self) -> list[Any]:
-        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way."""
-        if self._care.way == "exact":
-            return [state_of(env) for env in self.envs]
-        return [] if self._log is None else [self._log.episode(i) for i in range(len(self.envs))]
+        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way any longer."""
+        try:
+            if self._care.way == "exact":
+                return [state_of(env) for env in self.envs]
+        except NotPlainError:  # it was when it was tried out
+            return []
+        if self._log is None or self._log.too_long:
+            return []
+        return [self._log.episode(i) for i in range(len(self.envs))]
 
     def load(self, states: Sequence[Any]) -> None:
         """Bring each environment to where `state` found it; those that play again leave their observation in obs.
@@ -312,9 +317,9 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return found
 
     @property
-    def restarts(self) -> int:
-        """How many environments were made anew so far."""
-        return int(self._arrays["restarts"].sum())
+    def seeding(self) -> tuple[_Array, _Array]:
+        """Seeds [N] that environments began with, and how many times each was made anew [N]; not copies."""
+        return self._arrays["seeds"], self._arrays["restarts"]
 
     def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
         """Close every environment."""

@@ -35,6 +35,7 @@ _BUILT: tuple[Any, ...] = (gym.Space, EnvSpec, gym.Env, VectorEnv, type, types.F
 _BUILT += (types.MethodType, types.ModuleType, np.dtype)
 _ARGUMENTS = "_saved_kwargs"  # wrappers' constructor arguments, as Gymnasium keeps them
 _KINDS = "biufcSU"  # of arrays: no objects
+_LONGEST = 100_000  # steps of an episode that would be played again
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
@@ -210,10 +211,18 @@ class EpisodeLog:
     def add(self, actions: _Array) -> None:
         """A step of all was taken with `actions` [n, ...], which is kept."""
         self._actions.append(actions)
-        if len(self._actions) % 256 == 0:  # forget what every episode has left behind
-            first = min(start for *_, start in self.starts)
-            del self._actions[: first - self._dropped]
-            self._dropped = max(first, self._dropped)
+        if len(self._actions) % 256:
+            return
+        # forget what every episode has left behind, or that nobody would want to play again
+        end = self._dropped + len(self._actions)
+        first = end if len(self._actions) > _LONGEST else max(self._dropped, min(start for *_, start in self.starts))
+        del self._actions[: first - self._dropped]
+        self._dropped = first
+
+    @property
+    def too_long(self) -> bool:
+        """Whether an open episode has gone on for so long that its actions are no longer kept."""
+        return any(start < self._dropped for *_, start in self.starts)
 
     def episode(self, i: int) -> dict[str, Any]:
         """The open episode of environment i, JSON-able."""

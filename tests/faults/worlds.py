@@ -1,8 +1,9 @@
-"""Environments that break in one known way, at one known step."""
+"""Environments that break in one known way, at one known step. Imports no torch, so that workers start fast."""
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import time
@@ -97,9 +98,60 @@ class FaultEnv(gym.Env):
         return obs, reward, over
 
 
-def _in_worker():
-    import multiprocessing
+class Dice(FaultEnv):
+    """Draws from a stream that no seed reaches."""
 
+    def _obs(self):
+        return np.array([np.random.default_rng().random(), 0], np.float32)
+
+
+class Gravity(FaultEnv):
+    """Rewards that depend on the process."""
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        return obs, reward + (self.steps == 3 and _in_worker()), *rest
+
+
+class Reusing(FaultEnv):
+    """Hands out one array."""
+
+    buffer = np.zeros(2, np.float32)
+
+    def _obs(self):
+        self.buffer[:] = super()._obs()
+        return self.buffer
+
+
+class Growing(FaultEnv):
+    """Its info dict has new keys at each step."""
+
+    def step(self, action):
+        *rest, _ = super().step(action)
+        return *rest, {f"key {self.life}": np.zeros(1000)}
+
+
+class Odd(gym.Env):
+    """Two numbers observed, or three."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, n):
+        self.observation_space = spaces.Box(-1, 1, (n,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(self.observation_space.shape, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(self.observation_space.shape, np.float32), 0.0, False, False, {}
+
+
+def odd(n):
+    """A maker."""
+    return lambda: Odd(n)
+
+
+def _in_worker():
     return multiprocessing.parent_process() is not None
 
 

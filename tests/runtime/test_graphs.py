@@ -121,6 +121,25 @@ def test_host_environments_learn_from_a_recording_too(tmp_path):
     torch.testing.assert_close(*vectors, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "in halves"])
+def test_decisions_for_host_environments_are_recorded_too(tmp_path, halves):
+    """With an activation that the numpy actor doesn't know, torch decides: eagerly, or by a recording."""
+    runs = []
+    pool = {"vectorization": "pool", "workers": 2, "half_batches": True} if halves else {}
+    for compile in ("off", "graph"):
+        changes = {"run_dir": tmp_path / compile, "compile": compile, "activation": "elu", "n_envs": 4, **pool}
+        trainer = Trainer(short(tmp_path, **changes), make_env=Counter)
+        assert all((actor._recording is not None) == (compile == "graph") for actor in trainer.collect.actors)
+        trainer.run()
+        runs.append(trainer)
+    eager, graph = (run.rollout for run in runs)
+    assert torch.equal(eager.actions, graph.actions)
+    assert torch.equal(eager.obs, graph.obs)
+    for name in ("logprobs", "values", "params"):
+        torch.testing.assert_close(getattr(eager, name), getattr(graph, name), atol=1e-5, rtol=0)
+    torch.testing.assert_close(*(run.update.parameters.vector for run in runs), atol=1e-5, rtol=0)
+
+
 class Deciding(torch.nn.Module):
     """Looks at the values of its input."""
 

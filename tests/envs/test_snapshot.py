@@ -1,0 +1,151 @@
+"""Environments' state as plain data: what goes in comes out, and what can't go in is said."""
+
+import json
+import random
+from collections import deque
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from fastppo.envs import snapshot
+from fastppo.envs.serial import Care, SerialVectorEnv
+from fastppo.envs.single import EnvFactory
+from fastppo.envs.snapshot import EpisodeLog, NotPlainError, decode, encode, how_resumable, set_state, state_of
+from fastppo.errors import EnvError
+from tests.worlds import Counter
+
+PLAIN = [
+    None,
+    True,
+    7,
+    2**200,
+    0.1,
+    float("inf"),
+    "text",
+    b"bytes",
+    [1, [2, 3]],
+    (1, (2.5, None)),
+    {3, 4},
+    frozenset({5}),
+    {1: "a", "b": (2,), (3, 4): [5]},
+    deque([1, 2, 3], maxlen=5),
+    np.float32(0.1),
+    np.int64(-3),
+    np.bool_(True),
+    np.array([[1.5, np.nan]], np.float32),
+    np.array([b"SF", b"HG"]),
+    np.zeros((0, 3), np.uint8),
+    np.array(7),
+]
+
+
+@pytest.mark.parametrize("x", PLAIN, ids=lambda x: type(x).__name__)
+def test_plain_data_survives_json(x):
+    back = decode(json.loads(json.dumps(encode(x))))
+    assert type(back) is type(x)
+    if isinstance(x, (np.ndarray, np.generic)):
+        assert (back.dtype, back.shape) == (x.dtype, x.shape)
+        assert back.tobytes() == x.tobytes()
+    else:
+        assert back == x
+    if isinstance(x, deque):
+        assert back.maxlen == x.maxlen
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [np.random.default_rng(3), np.random.Generator(np.random.MT19937(4)), np.random.RandomState(5), random.Random(6)],
+    ids=lambda stream: type(stream).__name__,
+)
+def test_random_streams_go_on(stream):
+    stream.random()
+    twin = decode(json.loads(json.dumps(encode(stream))))
+    assert [stream.random() for _ in range(5)] == [twin.random() for _ in range(5)]
+
+
+@pytest.mark.parametrize("x", [object(), np.array([object()]), lambda: None, {"a": object()}, gym.spaces.Discrete(2)])
+def test_what_is_not_plain_is_said(x):
+    with pytest.raises(NotPlainError):
+        encode(x)
+
+
+def test_what_is_no_encoding_is_an_error_and_no_code():
+    for x in ({"array": ["O", [1], ""]}, {"generator": ["Generator", {}]}, {"eval": "1"}, {"a": 1, "b": 2}):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            decode(x)
+
+
+def test_another_kind_of_environment_is_refused():
+    state = state_of(EnvFactory("CartPole-v1", {})())
+    with pytest.raises(EnvError, match="the saved environment is .*CartPoleEnv, this one .*AcrobotEnv"):
+        set_state(EnvFactory("Acrobot-v1", {})(), state)
+
+
+class Clock(Counter):
+    """Keeps a helper object: no plain data."""
+
+    def __init__(self, seeded=True):
+        super().__init__()
+        self.helper, self.seeded = object(), seeded
+
+    def _obs(self):
+        stream = self.np_random if self.seeded else np.random.default_rng()
+        return np.array([self.steps, stream.random()], np.float32)
+
+
+def test_ways_are_told_apart():
+    assert how_resumable(Counter).way == "exact"
+    found = how_resumable(Clock)
+    assert found.way == "replay"
+    assert "Clock.helper (object) is no plain data" in found.why
+    assert how_resumable(lambda: Clock(seeded=False)).way == "restart"
+
+    def broken():
+        raise RuntimeError("no display")
+
+    assert how_resumable(broken) == ("restart", "the probe failed: RuntimeError: no display")
+
+
+def test_open_episodes_are_played_again_and_only_they():
+    venv = SerialVectorEnv([Clock, Clock, Clock], Care("replay"))
+    twin = SerialVectorEnv([Clock, Clock, Clock], Care("replay"))
+    obs, _ = venv.reset(seed=3)
+    twin.reset(seed=99)
+    rng = np.random.default_rng(0)
+    for steps in (3, 4, 1, 700):
+        for _ in range(steps):
+            obs = venv.step(rng.integers(0, 2, 3))[0].copy()
+        states = json.loads(json.dumps(venv.env_states()))
+        assert all(len(decode(state["actions"])) < 5 for state in states)
+        assert np.array_equal(twin.load_env_states(states), obs)
+        assert json.loads(json.dumps(twin.env_states())) == states
+        for _ in range(6):
+            actions = rng.integers(0, 2, 3)
+            mine, theirs = venv.step(actions)[0].copy(), twin.step(actions)[0].copy()
+            assert np.array_equal(mine, theirs)
+
+
+def test_an_episode_that_never_ends_is_let_go(monkeypatch):
+    monkeypatch.setattr(snapshot, "_LONGEST", 1000)
+    log, env = EpisodeLog(2), Counter()
+    env.reset()
+    for i in (0, 1):
+        log.begin(i, env, None)
+    for t in range(3000):
+        log.add(np.zeros(2, np.int64))
+        if t % 10 == 9:
+            log.begin(1, env, None)
+        assert len(log._actions) <= 1280
+    assert log.too_long
+    log.begin(0, env, None)
+    assert not log.too_long
+    assert len(decode(log.episode(0)["actions"])) == 0
+
+
+def test_counters_of_restarts_come_back_too():
+    venv = SerialVectorEnv([Counter, Counter], Care("exact", restarts=2))
+    venv.reset(seed=1)
+    seeds, restarts = venv.seeding
+    assert seeds.tolist() == [1, 2]
+    assert restarts.tolist() == [0, 0]
