@@ -79,8 +79,7 @@ def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, 
 
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    # about 0.15 s of training between two kills
-    total = STEPS * max(40, 8 * kills)
+    total = STEPS * 12 * kills  # twice of what it comes to between kills
     arguments = ["train", "--env-id", "CartPole-v1", "--n-envs", "8", "--n-steps", str(STEPS // 8), "--threads", "1"]
     arguments += ["--checkpoint-every", str(STEPS), "--total-timesteps", str(total), "--compile", "off"]
     arguments += ["--vectorization", vectorization, "--normalize-obs", "--normalize-rewards", "--target-kl", "0.02"]
@@ -97,7 +96,7 @@ def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, 
     newest = 0
     while figures["kills"] < kills:
         pid = _start([*arguments, "--run-dir", str(run), "--resume", "auto"])
-        time.sleep(rng.uniform(0.1, 0.1 + 2 * alone / kills + 0.3))
+        time.sleep(rng.uniform(0.1, 0.4 + alone / kills))
         os.kill(pid, signal.SIGKILL)
         if _wait(pid) == 0:
             figures["finished early"] += 1

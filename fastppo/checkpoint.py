@@ -30,7 +30,6 @@ from torch import Tensor, nn
 
 from fastppo.errors import CheckpointError
 from fastppo.policies.build import PolicySpec
-from fastppo.run_dir import write_json
 from fastppo.runtime.faults import fault_point
 
 FORMAT = 1
@@ -110,6 +109,7 @@ def begin_checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / "checkpoints" / f"step-{step:012d}.tmp"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    _sync(run_dir)  # that there are checkpoints
     return folder
 
 
@@ -119,12 +119,15 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         _write(folder / name, data)
 
 
-def end_checkpoint(folder: Path) -> None:
-    """Seal the files in `folder` with a manifest, and give it its name."""
+def end_checkpoint(folder: Path, processes: int = 1) -> None:
+    """Seal the files in `folder`, among them the states of so many processes, with a manifest, and name it."""
     entries = {}
     for path in sorted(folder.iterdir()):
         entries[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
-    _write(folder / "manifest.json", json.dumps({"format": FORMAT, "files": entries}, indent=1).encode())
+    _write(
+        folder / "manifest.json",
+        json.dumps({"format": FORMAT, "processes": processes, "files": entries}, indent=1).encode(),
+    )
     _sync(folder)
     path = folder.with_suffix("")
     fault_point("rename")
@@ -155,8 +158,16 @@ def abandon_checkpoint(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def tidy(run_dir: Path) -> None:
-    """Remove what an earlier process left half done; only for who holds the run's lock."""
+def tidy(run_dir: Path, resumed_at: int | None = None) -> None:
+    """Remove what an earlier process left half done; only for who holds the run's lock.
+
+    Checkpoints after the step `resumed_at` are damaged, or the run would have gone on from them: they are put aside, so
+    that they don't count among those that are kept.
+    """
+    for path in list_checkpoints(run_dir) if resumed_at is not None else ():
+        if int(path.name.removeprefix("step-")) > (resumed_at or 0):
+            shutil.rmtree(path.with_suffix(".bad"), ignore_errors=True)
+            path.rename(path.with_suffix(".bad"))
     for path in _entries(run_dir):
         if _LEFTOVER.fullmatch(path.name):
             if path.suffix == ".old" and not path.with_suffix("").exists():
@@ -177,7 +188,11 @@ def _entries(run_dir: Path) -> Iterable[Path]:
 
 def mark_best(run_dir: Path, step: int, mean_return: float) -> None:
     """Remember which checkpoint evaluated best: it is kept, whatever comes after."""
-    write_json(run_dir / "checkpoints" / "best.json", {"checkpoint": f"step-{step:012d}", "mean_return": mean_return})
+    path = run_dir / "checkpoints" / "best.json"
+    text = json.dumps({"checkpoint": f"step-{step:012d}", "mean_return": mean_return})
+    _write(path.with_name(".best.json.tmp"), text.encode())
+    path.with_name(".best.json.tmp").replace(path)
+    _sync(path.parent)
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -219,9 +234,13 @@ def verify_checkpoint(path: Path) -> None:
         if manifest["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {manifest['format']!r}; this version reads format {FORMAT}.")
         entries = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        processes = int(manifest["processes"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path}/manifest.json can't be understood ({type(error).__name__}: {error}).") from None
-    needed = {"model.safetensors", "model.json", "state-0.safetensors", "state-0.json"}
+    if not 1 <= processes <= len(entries):
+        raise CheckpointError(f"{path}/manifest.json speaks of {processes} processes, and of {len(entries)} files.")
+    needed = {"model.safetensors", "model.json"}
+    needed |= {f"state-{rank}.{kind}" for rank in range(processes) for kind in ("safetensors", "json")}
     if missing := sorted(needed - entries.keys()):
         raise CheckpointError(f"{path}/manifest.json names no {', '.join(missing)}.")
     for name, (size, digest) in entries.items():

@@ -319,7 +319,8 @@ def _run(make: Callable[[Console], Trainer]) -> int:
 def _print_result(console: Console, result: Result, config: Config) -> None:
     from rich.table import Table
 
-    endings = {"target": f"target of {config.target_return} reached", "interrupted": "interrupted; all is saved"}
+    saved = "all is saved" if result.unsaved is None else "not all is saved"
+    endings = {"target": f"target of {config.target_return} reached", "interrupted": f"interrupted; {saved}"}
     table = Table(
         title=f"{config.env_id}: {endings.get(result.ended, result.ended)}", title_justify="left", show_header=False
     )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastppo.checkpoint import best_checkpoint, load_model, read_spec
+from fastppo.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint
 from fastppo.config import Config
 from fastppo.envs.registry import Maker, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
@@ -115,6 +115,7 @@ def evaluate(
         found_best = best_checkpoint(run_dir)
         if found_best is None:
             raise CheckpointError(f"{run_dir} has no best checkpoint; train with --eval-every to have one.")
+        verify_checkpoint(found_best)
         run_dir = found_best
     saved = load_policy(run_dir, policy, seed=seed)
     config = _read_config(run_dir)

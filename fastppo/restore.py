@@ -80,7 +80,7 @@ def restore(
     obs: torch.Tensor,
     world: World,
     env_lost: bool = False,
-) -> list[str]:
+) -> tuple[bool, list[str]]:
     """Bring a trainer's parts to where the checkpoint `path` found them.
 
     Where the environments can't go on, or other processes train now, they are reset by seeds of their own; everything
@@ -98,7 +98,7 @@ def restore(
         env_lost: restart the environments whatever could be had.
 
     Returns:
-        notes: what goes on how.
+        whether the environments go on too, and notes about what goes on how.
 
     Raises:
         CheckpointError: it can't be read, or holds another kind of run.
@@ -112,7 +112,10 @@ def restore(
     try:
         for name in ("update", "progress", "metrics"):
             parts[name].load_state_dict(shared.part(name))
-        iteration = parts["progress"].state_dict()["iteration"]
+        progress = dict(parts["progress"].state_dict())
+        # an iteration is one rollout of every process
+        iteration = progress["iteration"] = round(progress["iteration"] * int(saved["world_size"]) / world.size)
+        parts["progress"].load_state_dict(progress)
         mine = read_state(path, world.rank) if saved["world_size"] == world.size else None
         if mine is not None:
             own = mine[0]
@@ -123,14 +126,14 @@ def restore(
             if not env_lost and (trouble := _go_on(own, saved, parts, env)) is None:
                 way = env.resumable.way
                 how = "exact" if way == "exact" else "exact, its open episodes played again"
-                return [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
+                return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
             reason = "they were lost" if env_lost else trouble
         else:
             reason = f"{saved['world_size']} processes trained before, {world.size} now"
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, RecursionError, OverflowError) as error:
+        _restart(config, iteration, parts, env, obs, world)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} doesn't fit this run ({type(error).__name__}: {error}).") from None
-    _restart(config, iteration, parts, env, obs, world)
-    return [
+    return False, [
         f"resumed from {path.name} at iteration {iteration:,}: network, optimiser, normalisers, schedules are exact; "
         f"the environments start new episodes with new seeds ({reason}).",
         *notes,
@@ -190,13 +193,14 @@ def _restart(
     """New episodes, with seeds and random streams that follow from the run's seed and the iteration."""
     seeds = env_seeds(seed_stream(c.seed, "envs", 0, iteration + 1), env.n_envs, world.rank, world.size)
     obs.copy_(env.reset(seeds))
-    device = obs.device
-    noise = generator(c.seed, "noise", device, world.rank, iteration + 1).get_state()
+    noise = generator(c.seed, "noise", obs.device, world.rank, iteration + 1).get_state()
     parts["collector"].load_state_dict({"obs": obs.clone(), "noise": noise})
     metrics = dict(parts["metrics"].state_dict())
     metrics["open"] = torch.zeros_like(metrics["open"])
     parts["metrics"].load_state_dict(metrics)
     learner = {name: torch.zeros_like(x) for name, x in parts["learner"].state_dict().items()}
     parts["learner"].load_state_dict(learner)
-    shuffles = generator(c.seed, "shuffle", device, world.rank, iteration + 1).get_state()
-    parts["update"].load_state_dict({**parts["update"].state_dict(), "shuffles": shuffles})
+    update = dict(parts["update"].state_dict())
+    learning_on = update["mean"].device
+    update["shuffles"] = generator(c.seed, "shuffle", learning_on, world.rank, iteration + 1).get_state()
+    parts["update"].load_state_dict(update)

@@ -93,7 +93,8 @@ def _go_on(
 ) -> Trainer:
     if console is not None:
         for problem in problems:
-            console.print(f"warning: {problem} Going on from {path.name}.", highlight=False, soft_wrap=True)
+            text = f"warning: {problem} Going on from {path.name}."
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
     return Trainer(config, make_env, policy, console, resume_from=path)
 
 

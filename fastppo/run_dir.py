@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import weakref
@@ -24,8 +25,10 @@ from fastppo.runtime.device import cpu_name
 _PACKAGES = ("fastppo", "torch", "gymnasium", "numpy", "ale-py", "mujoco", "envpool")
 
 
-def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Path:
+def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, again: bool = False) -> Path:
     """A new folder: `wanted`, or runs/<env>/<name>-<seed>-<time>.
+
+    `again`: `wanted` may hold a run that ended before its first checkpoint.
 
     Raises:
         ConfigError: `wanted` is in use, or the folder can't be made.
@@ -33,7 +36,8 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Pa
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
-            if {path.name for path in wanted.iterdir()} - {".lock"}:
+            names = {path.name for path in wanted.iterdir()} - {".lock"}
+            if names and not (again and all(map(_OWN.fullmatch, names))):
                 raise ConfigError(f"run_dir={wanted} is not empty and runs are never overwritten; name a new folder.")
             return wanted
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -53,6 +57,12 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int) -> Pa
         raise ConfigError(
             f"run_dir: can't make {where} ({error.strerror}); name a folder that can be written."
         ) from None
+
+
+# What a run leaves that ended before its first checkpoint
+_OWN = re.compile(
+    r"(config|run|result|model)\.json|model\.safetensors|metrics\.(jsonl|tmp)|events\..*|checkpoints|\..*\.tmp"
+)
 
 
 class RunLock:
@@ -78,6 +88,8 @@ class RunLock:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             self.release = weakref.finalize(self, os.close, file)  # also where nobody does
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.truncate(file, 0)
+            os.write(file, f"pid {os.getpid()} on {platform.node()}\n".encode())
         except BlockingIOError:
             who = path.read_text().strip() or "unknown"
             self.release()
@@ -88,14 +100,16 @@ class RunLock:
             raise ConfigError(
                 f"{run_dir} can't be locked ({error.strerror}); is it a folder that can be written?"
             ) from None
-        os.truncate(file, 0)
-        os.write(file, f"pid {os.getpid()} on {platform.node()}\n".encode())
 
 
 def find_run(env_id: str, name: str, seed: int) -> Path | None:
     """The latest folder under runs/<env>/ of that name and seed that holds checkpoints."""
     base = Path("runs") / _safe(env_id)
-    found = [path for path in base.glob(f"{glob.escape(name)}-{seed}-*") if any(path.glob("checkpoints/step-*"))]
+    found = [
+        path
+        for path in base.glob(f"{glob.escape(name)}-{seed}-*")
+        if any(path.glob(f"checkpoints/step-{12 * '[0-9]'}"))
+    ]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

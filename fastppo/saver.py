@@ -47,6 +47,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if world.size == 1 else None
         self._pending: Future[None] | None = None
         self._saved: tuple[float, int] = (time.monotonic(), 0)
+        self._unmarked: float | None = None  # the best mean return of an evaluation whose checkpoint isn't done
         self.failure: str | None = None
 
     def start(self, step: int) -> None:
@@ -77,6 +78,8 @@ class Saver:
         """
         self.wait()
         self._saved = (time.monotonic(), step)
+        best = self._unmarked if best is None else best
+        self._unmarked = best  # until it is done
         if self._thread is not None:
             self._pending = self._thread.submit(self._write, step, shared, own, best)
         else:
@@ -84,9 +87,9 @@ class Saver:
 
     def wait(self) -> None:
         """Until nothing is on its way any longer."""
-        if self._pending is not None:
-            self._pending.result()
-            self._pending = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Finish, and end the thread."""
@@ -100,8 +103,7 @@ class Saver:
             folder = begin_checkpoint(self._run_dir, step)
             write_files(folder, shared() | own())
             self._seal(folder, step, best)
-            self.failure = None
-        except OSError as error:
+        except Exception as error:  # also memory: training goes on
             self._fail(step, error)
             if folder is not None:
                 abandon_checkpoint(folder)
@@ -126,14 +128,15 @@ class Saver:
                 if self._world.is_main:
                     abandon_checkpoint(folder)
                 return
-        self.failure = None
 
     def _seal(self, folder: Path, step: int, best: float | None) -> None:
-        end_checkpoint(folder)
+        end_checkpoint(folder, self._world.size)
         if best is not None:
             mark_best(self._run_dir, step, best)
+        self.failure = self._unmarked = None
         prune_checkpoints(self._run_dir, self._keep)
 
-    def _fail(self, step: int, error: OSError) -> None:
-        self.failure = f"the checkpoint at step {step:,} could not be written ({error.strerror or error})"
+    def _fail(self, step: int, error: Exception) -> None:
+        why = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
+        self.failure = f"the checkpoint at step {step:,} could not be written ({why})"
         self._say(f"{self.failure}; training goes on and tries again in {_RETRY:.0f} s.")

@@ -82,7 +82,7 @@ class JsonlSink:
         """Write RUN/metrics.jsonl; a run resumed at a global step keeps the lines up to there."""
         path = run_dir / "metrics.jsonl"
         if resumed_at is not None and path.exists():
-            with path.open() as before, path.with_suffix(".tmp").open("w") as kept:
+            with path.open(errors="replace") as before, path.with_suffix(".tmp").open("w") as kept:
                 kept.writelines(line for line in before if _step_of(line) <= resumed_at)
             path.with_suffix(".tmp").replace(path)
         self._file = path.open("a" if resumed_at is not None else "w", buffering=1)
@@ -107,7 +107,7 @@ def _step_of(line: str) -> float:
     """The global step of a line; infinite where the line was cut."""
     try:
         return int(json.loads(line)["global_step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 

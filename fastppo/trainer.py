@@ -52,6 +52,7 @@ from fastppo.runtime.device import (
     machine_name,
     seed_stream,
     set_threads,
+    untouched_randomness,
 )
 from fastppo.runtime.distributed import join_world, local_processes
 from fastppo.runtime.preflight import check_descriptors, check_disk, free_memory
@@ -168,11 +169,13 @@ class Trainer:
             if c.exact_resume and how.way == "restart":
                 raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
             restarts = c.env_restarts if c.on_env_error == "restart" else 0
+            restart = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
             self.env: VecEnv = make_vec_env(
                 found,
                 _int(c.n_envs),
                 c.vectorization,
-                seed=int(seed_stream(c.seed, "envs", self.world.rank).generate_state(1)[0] >> 1),
+                # an own random stream where it can't be set later; another one where a run goes on
+                seed=int(seed_stream(c.seed, "envs", self.world.rank, restart).generate_state(1)[0] >> 1),
                 n_workers=c.workers,
                 half_batches=c.half_batches,
                 device=self.device,
@@ -183,7 +186,9 @@ class Trainer:
             self._build_loop(c)
             self._player = self._make_player(c, found)
             if resume_from is None:
-                self.run_dir = self.world.shared(lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed))
+                self.run_dir = self.world.shared(
+                    lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, again=c.resume == "auto")
+                )
             else:
                 self.run_dir = resume_from.parents[1]
             self._lock: RunLock | None = None
@@ -344,7 +349,7 @@ class Trainer:
         return Player(env, self.policy, self.device, seed_stream(c.seed, "eval"))
 
     def _restore(self, path: Path) -> None:
-        self.notes += restore(
+        goes_on, notes = restore(
             path,
             about_run(self.config, self.env, self.world, versions(), machine_name()),
             spec=self.spec,
@@ -355,8 +360,9 @@ class Trainer:
             world=self.world,
         )
         self._evaluated = self.metrics.global_step
-        if self.config.exact_resume and any("start new episodes" in note for note in self.notes):
-            raise CheckpointError(f"exact_resume: {self.notes[-1]}")
+        self.notes += notes
+        if self.config.exact_resume and not goes_on:
+            raise CheckpointError(f"exact_resume: {notes[0]}")
         steps, target = self.metrics.global_step, target_of(self.config)
         if self.metrics.episodes.reached(target):
             raise FinishedError(f"{self.run_dir} has reached its target of {target} after {steps:,} steps.")
@@ -419,7 +425,7 @@ class Trainer:
         )
         if not self.world.is_main:
             return
-        tidy(self.run_dir)
+        tidy(self.run_dir, self.metrics.global_step if self._resumed else None)
         write_json(self.run_dir / "config.json", c.to_dict())
         write_json(
             self.run_dir / "run.json",
@@ -429,7 +435,7 @@ class Trainer:
         self._console = console
         if console is not None:
             for note in self.notes:
-                console.print(f"note: {note}", highlight=False)
+                console.print(f"note: {note}", highlight=False, markup=False)
             batch = c.batch_size * self.world.size
             rest = _int(c.total_timesteps) - self.n_iterations * batch
             if rest:
@@ -505,7 +511,8 @@ class Trainer:
 
     def _open_sinks(self) -> None:
         if self.world.is_main:
-            at = self.metrics.global_step if self._resumed else None
+            again = self._resumed or any(self.run_dir.glob("events.*"))  # or begun before, without a checkpoint
+            at = self.metrics.global_step if again else None
             self.sinks += [TensorBoardSink(self.run_dir, self.config.to_dict(), at), JsonlSink(self.run_dir, at)]
         if self._console is not None:
             self.sinks.append(ConsoleSink(self._console, self.n_iterations))
@@ -522,10 +529,14 @@ class Trainer:
         folder = self.run_dir / f"capsule-{self.world.rank}-{self.progress.iteration:06d}"
         about = {"iteration": self.progress.iteration + 1, "config": self.config.to_dict()}
         batch, coefs = self.rollout.batch(), self.learner.coefs
-        save_capsule(folder, self.spec, self.models, batch, coefs, self.update, about)
+        try:
+            save_capsule(folder, self.spec, self.models, batch, coefs, self.update, about)
+            how = f"Where it begins: fastppo replay {folder}"
+        except OSError as error:
+            how = f"What led there could not be kept ({error.strerror or error})."
         raise EnvError(
             f"{skipped} minibatches in a row had a gradient that is not finite; their steps were left out, but nothing "
-            f"is learned any longer. Where it begins: fastppo replay {folder}"
+            f"is learned any longer. {how}"
         )
 
     def _look_after_envs(self, stats: Stats) -> None:
@@ -554,13 +565,13 @@ class Trainer:
         self._evaluated = step
         better = False
         if due and self._player is not None:
-            with self.clock.paused():
+            with self.clock.paused(), untouched_randomness():
                 played = self._player(self.config.eval_episodes)
             lengths = sum(played.lengths) / len(played.lengths)
             stats.scalars.update(
                 {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": lengths}
             )
-            better = self.progress.best is None or played.mean > self.progress.best
+            better = math.isfinite(played.mean) and (self.progress.best is None or played.mean > self.progress.best)
             if better:
                 self.progress.best = played.mean
             note = ", the best so far" if better else ""
@@ -617,7 +628,12 @@ class Trainer:
         target = self.metrics.episodes.reached(target_of(c))
         if self._doing in ("nothing", "rollout") and not self._saver.has(self.metrics.global_step):
             # an error in a rollout leaves all that is learned as the last iteration left it
-            self._save_checkpoint(env_lost=self._doing == "rollout")
+            env_lost = self._doing == "rollout"
+            try:
+                self._save_checkpoint(env_lost=env_lost)
+            except EnvError:  # what is wrong with them will be said, or has been
+                if self.world.size == 1:
+                    self._save_checkpoint(env_lost=True)
         self._saver.wait()
         self.result = Result(
             mean_return=self.metrics.episodes.mean_return,

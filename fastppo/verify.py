@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from fastppo.resuming import resume
 from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
 
+_RESULTS = ("reward", "terminated", "truncated")
 _N = 4  # environments that are compared
 _Array = np.ndarray[Any, Any]
 
@@ -58,13 +59,21 @@ def verify_env(
     yield Finding(
         "environment", f"{found.name}: {found.obs_spec.kind} {found.obs_spec.shape}, {found.action_spec.kind}"
     )
-    yield from _one(factory, steps)
-    yield _seeds(factory, steps)
+    yield from _whatever_happens("steps", lambda: _one(factory, steps))
+    yield from _whatever_happens("seeds", lambda: [_seeds(factory, steps)])
     yield _pickles(factory)
     yield from _vectorized(found, steps)
     how = resumability(found, _N, "sync")
     advice = {"exact": "", "replay": "resuming takes the actions of open episodes again", "restart": "see README"}
     yield Finding("resume", f"{how.way}: {how.why}", "ok" if how.way == "exact" else "note", advice[how.way])
+
+
+def _whatever_happens(name: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+    """What a look finds; an error in the environment is a finding too."""
+    try:
+        yield from look()
+    except Exception as error:
+        yield Finding(name, f"it fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}", "bad")
 
 
 def _one(factory: EnvFactory, steps: int) -> Iterator[Finding]:
@@ -138,8 +147,8 @@ def _seeds(factory: EnvFactory, steps: int) -> Finding:
             action = a.action_space.sample()
             mine, *rest, _ = a.step(action)
             theirs, *others, _ = b.step(action)
-            for name, x, y in zip(("reward", "terminated", "truncated"), rest, others, strict=True):
-                if x != y:
+            for name, x, y in zip(_RESULTS, map(np.asarray, rest), map(np.asarray, others), strict=True):
+                if not np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
                     return Finding(
                         "seeds", f"two environments with one seed differ: {name} at step {step}", "note", _SEEDS
                     )

@@ -131,7 +131,7 @@ class VecEnv(Protocol):
 
     @property
     def restarts(self) -> int:
-        """How many were made anew so far."""
+        """How many times an environment failed and was made anew, or a worker was lost and replaced."""
 
     @property
     def cuts(self) -> Cuts | None:

@@ -270,8 +270,11 @@ class HostEnv:
         for mine, theirs in zip(self._keeper.seeding, (saved["seeds"], saved["restarts"]), strict=True):
             mine[:] = theirs.numpy()
         there = self._keeper.load_env_states(saved["envs"])
-        if self.resumable.way == "replay" and not torch.equal(torch.from_numpy(there).to(obs.dtype), obs.cpu()):
-            raise EnvError("the open episodes, played again, led to other observations.")
+        if self.resumable.way == "replay":
+            if not torch.equal(torch.from_numpy(there).to(obs.dtype), obs.cpu()):
+                raise EnvError("the open episodes, played again, led to other observations.")
+        else:
+            there[:] = obs.cpu().numpy()  # where an environment last stood, should it fail in its first step
 
     def complaints(self) -> Sequence[str]:
         """Lines about environments that failed and were made anew since the last call."""
@@ -279,8 +282,8 @@ class HostEnv:
 
     @property
     def restarts(self) -> int:
-        """How many were made anew so far."""
-        return 0 if self._keeper is None else int(self._keeper.seeding[1].sum())
+        """How many times an environment failed and was made anew, or a worker was lost and replaced."""
+        return 0 if self._keeper is None else self._keeper.failures
 
     def close(self) -> None:
         """Close the vector environment, by force where a worker no longer answers."""

@@ -32,12 +32,25 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.serial import NO_CARE, Care, Outcome, Share, cut, fresh_seed, layout, outcome, same_spaces, seeds
+from fastppo.envs.serial import (
+    NO_CARE,
+    Care,
+    Outcome,
+    Share,
+    cut,
+    fresh_seed,
+    layout,
+    outcome,
+    same_spaces,
+    seeds,
+    told,
+)
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
 _STEP, _RESET, _CLOSE, _STATE, _LOAD, _COMPLAIN = range(6)
 _MOST = 8000  # characters of a report
+_START = 60.0  # seconds for a process to start and import
 _POLL = 0.5  # seconds between looks at whether the workers live
 _STACKS = getattr(signal, "SIGUSR2", None)  # has a worker write down where it is; not on Windows
 
@@ -110,10 +123,13 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.groups = [slice(*_share(n, n_groups, g)) for g in range(n_groups)]
         self.closed = False
         self._env_fns = env_fns
+        if start_method == "forkserver":
+            prepare_fork_server()
         self._ctx: Any = get_context(start_method)
         self._shared = _Shared(self._ctx, n, self.single_observation_space, self.single_action_space)
         self._arrays = self._shared.arrays()
         self._complaints: list[str] = []
+        self._lost_workers = 0
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _stop, self._workers)
         for w in range(self.n_workers):
@@ -171,11 +187,14 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return outcome(self._arrays, self.groups[group])
 
     def env_states(self) -> list[Any]:
-        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way."""
+        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way just now."""
         states: dict[int, Any] = {}
-        for worker in self._workers:
-            for g, part in enumerate(worker.parts):
-                states.update(zip(range(part.start, part.stop), self._ask(worker, _STATE, g), strict=False))
+        for w in range(self.n_workers):
+            for g, part in enumerate(self._workers[w].parts):
+                found = self._ask(w, _STATE, g)
+                if found is None or self._workers[w].lost:
+                    return []
+                states.update(zip(range(part.start, part.stop), found, strict=False))
         return [states[i] for i in sorted(states)]
 
     def load_env_states(self, states: Sequence[Any]) -> _Array:
@@ -184,17 +203,22 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: what is no such state.
         """
-        for worker in self._workers:
-            for g, part in enumerate(worker.parts):
-                self._ask(worker, _LOAD, g, list(states[part]))
+        for w in range(self.n_workers):
+            for g, part in enumerate(self._workers[w].parts):
+                if (trouble := self._ask(w, _LOAD, g, list(states[part]))) is not None:
+                    raise EnvError(trouble)
         return self._arrays["obs"]
 
     def complaints(self) -> list[str]:
         """Lines about environments that were made anew since the last call."""
+        asked = [self._ask(w, _COMPLAIN, 0) for w in range(self.n_workers)]
         found, self._complaints = self._complaints, []
-        for worker in self._workers:
-            found += self._ask(worker, _COMPLAIN, 0)
-        return found
+        return [*found, *(line for lines in asked for line in lines or ())]
+
+    @property
+    def failures(self) -> int:
+        """How many times an environment failed and was made anew, or a worker was lost and replaced."""
+        return self._lost_workers + int(self._arrays["failures"].sum())
 
     @property
     def seeding(self) -> tuple[_Array, _Array]:
@@ -205,17 +229,27 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """End the workers."""
         self._finalizer()
 
-    def _ask(self, worker: _Worker, what: int, group: int, given: Any = None) -> Any:  # noqa: ANN401 - JSON-able
-        """Have a worker that has nothing to do answer through its pipe."""
-        worker.order(what, group)
-        if what == _LOAD:
-            worker.talk.send(given)
-        while not worker.talk.poll(_POLL):
-            if not worker.process.is_alive():
-                self._fail(self._obituary(worker))
-        if worker.failed.value:
-            self._report(worker)
-        return worker.talk.recv()
+    def _ask(self, w: int, what: int, group: int, given: Any = None) -> Any:  # noqa: ANN401 - JSON-able
+        """Have a worker that has nothing to do answer through its pipe; None: it was lost, and replaced."""
+        if not self._workers:
+            raise EnvError("the pool is closed, or a worker failed before; make another.")
+        worker = self._workers[w]
+        try:
+            worker.order(what, group)
+            if what == _LOAD:
+                worker.talk.send(given)
+            while not worker.talk.poll(_POLL):
+                if trouble := self._trouble(worker):
+                    break
+            else:
+                answer = worker.talk.recv()
+                if worker.failed.value:
+                    self._fail(*answer)
+                return answer
+        except (EOFError, OSError):  # its end of the pipe is closed
+            trouble = self._obituary(worker)
+        self._replace(w, trouble)
+        return None
 
     def _order(self, what: int, group: int) -> None:
         if not self._workers:
@@ -245,13 +279,14 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
 
     def _trouble(self, worker: _Worker) -> str | None:
         """What is wrong with a worker that hasn't finished: it is dead, or too slow; None: nothing."""
-        if worker.failed.value:
+        if worker.failed.value and worker.talk.poll():
             return None  # it has something to say
         if not worker.process.is_alive():
             return self._obituary(worker)
         slow = time.monotonic() - worker.since
-        # environments are made one after the other
-        patience = (self.care.timeout or 0.0) * (1 if worker.ready else self.num_envs // self.n_workers + 1)
+        # environments are made and reset one after the other, the first after Python has started
+        patience = (self.care.timeout or 0.0) * (self.num_envs // self.n_workers + 1 if worker.patiently else 1)
+        patience += 0.0 if worker.ready else _START
         if self.care.timeout is None or slow < patience:
             return None
         return f"{worker.name} has not answered for {slow:.0f} s (--env-timeout). Where it is:\n{worker.stacks()}"
@@ -267,8 +302,9 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """Put a new worker in the place of one that is in trouble, or raise."""
         old, restarts = self._workers[w], self._arrays["restarts"]
         mine = [i for part in old.parts for i in range(part.start, part.stop)]
-        if not old.ready or max(restarts[mine]) >= self.care.restarts:
+        if not old.ready or self.failures >= self.care.restarts:
             self._fail(trouble)
+        self._lost_workers += 1
         old.end()
         self._complaints.append(f"{trouble} Started anew, the episodes of its environments cut.")
         restarts[mine] += 1
@@ -280,7 +316,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             if new.failed.value:
                 self._report(new)
             new.under_way.discard(g)
-            new.lost[g] = self._arrays["obs"][new.parts[g]].copy()
+            new.lost[g] = old.lost.get(g, self._arrays["obs"][new.parts[g]].copy())
             if g in old.under_way:
                 self._start_anew(new, g)
 
@@ -313,6 +349,7 @@ class _Worker:
         under_way: groups with an order that isn't done.
         lost: groups whose episodes ended with the worker before, and where they last stood.
         ready: whether its environments are made.
+        patiently: whether its order takes a while for each of its environments.
     """
 
     def __init__(
@@ -328,7 +365,7 @@ class _Worker:
 
         self.parts, self.done = parts, [ctx.Semaphore(0) for _ in parts]
         self.lost: dict[int, _Array] = {}
-        self.ready = False
+        self.ready, self.patiently = False, True
         self._go = ctx.Semaphore(0)
         # orders in a ring: at most one for each group is open, and one to close
         self._ring = ctx.RawArray("i", 2 * (len(parts) + 2))
@@ -351,9 +388,9 @@ class _Worker:
         slot = 2 * (self._at % (len(self._ring) // 2))
         self._ring[slot], self._ring[slot + 1] = what, group
         self._at += 1
-        self.ready = True
+        self.ready, self.patiently = True, what != _STEP
+        self.since = time.monotonic()
         if what in (_STEP, _RESET):
-            self.since = time.monotonic()
             self.under_way.add(group)
         self._go.release()
 
@@ -391,6 +428,11 @@ def _stop(workers: list[_Worker]) -> None:
         worker.process.join(max(0.0, deadline - time.monotonic()))
         worker.end()
     workers.clear()
+
+
+def prepare_fork_server() -> None:
+    """Have the fork server, once it starts, import what workers need, and outlive signals to the whole group."""
+    multiprocessing.set_forkserver_preload(["fastppo.envs.forkserver", "fastppo.envs.single"])
 
 
 def usable_cores() -> int:
@@ -480,8 +522,11 @@ def _work(
             elif what == _STATE:
                 talk.send(share.state())
             elif what == _LOAD:
-                share.load(talk.recv())
-                talk.send(None)
+                try:
+                    share.load(talk.recv())
+                    talk.send(None)
+                except EnvError as error:  # what was saved is at fault, not the environments
+                    talk.send(str(error))
             elif what == _COMPLAIN:
                 talk.send([line for s in shares for line in s.complaints])
                 for s in shares:
@@ -489,13 +534,12 @@ def _work(
             if what in (_STEP, _RESET):
                 done[group].release()
     except Exception as error:
-        failed.value = 1
-        text = "".join(traceback.format_exception(error))
-        line = str(error)
+        text, line = "".join(traceback.format_exception(error)), told(error)
         if not isinstance(error, EnvError):
-            line = f"{type(error).__name__}: {error}"
+            line = f"{type(error).__name__}: {line}"
         if making >= 0:
             line = f"environment {making} failed in its construction: {line}"
+        failed.value = 1
         talk.send((line[:_MOST], text[-_MOST:]))  # what the pipe holds though nobody reads yet
         for semaphore in done:  # nobody must wait for what will not come
             semaphore.release()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import multiprocessing
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from fastppo.envs import choose, single
 from fastppo.envs.api import VecEnv
 from fastppo.envs.choose import Vectorization
 from fastppo.envs.host import HostEnv
-from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
 from fastppo.envs.serial import NO_CARE, Care, SerialVectorEnv
 from fastppo.envs.single import EnvFactory
 from fastppo.envs.snapshot import Resumable, how_resumable, how_resumable_together
@@ -249,7 +248,7 @@ def _start_method() -> str:
     """Never plain fork: torch has threads, and a forked lock stays locked."""
     if sys.platform == "win32":
         return "spawn"
-    multiprocessing.set_forkserver_preload(["fastppo.envs.single"])
+    prepare_fork_server()
     return "forkserver"
 
 

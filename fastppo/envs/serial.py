@@ -56,7 +56,8 @@ def layout(n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> dict[str, tup
         "terminated": ((n,), np.bool_),
         "truncated": ((n,), np.bool_),
         "seeds": ((n,), np.int64),
-        "restarts": ((n,), np.int64),
+        "restarts": ((n,), np.int64),  # how often each was made anew, for whatever reason: part of its seed
+        "failures": ((n,), np.int64),  # how often each failed
     }
 
 
@@ -96,6 +97,14 @@ def cut(arrays: Mapping[str, _Array], rows: slice | int) -> None:
 def fresh_seed(seed: int, restarts: int) -> int:
     """The seed of an environment that began with `seed`, once it has been made anew; negative ones stay."""
     return seed if seed < 0 else int(np.random.SeedSequence((seed, restarts)).generate_state(1)[0] >> 1)
+
+
+def told(error: Exception) -> str:
+    """An error's text, whatever its class makes of that."""
+    try:
+        return str(error)
+    except Exception:
+        return "(it has no text)"
 
 
 class Share:
@@ -188,7 +197,7 @@ class Share:
         """`error` as one that names the environment."""
         which = f"environment {self._first + self.at} (seed {self._seeds[self.at]})"
         kind = "" if isinstance(error, EnvError) else f"{type(error).__name__}: "
-        return EnvError(f"{which} failed in {doing}: {kind}{error}")
+        return EnvError(f"{which} failed in {doing}: {kind}{told(error)}")
 
     def _put(self, i: int, obs: Any) -> None:  # noqa: ANN401 - an observation
         np.copyto(self._obs[i, ...], obs, self._casting)
@@ -216,11 +225,12 @@ class Share:
 
     def _replace(self, i: int, error: Exception) -> None:
         """Make environment i anew after `error`, or raise that again."""
-        restarts = self._arrays["restarts"]
-        if isinstance(error, EnvError) or restarts[i] >= self._care.restarts:
+        restarts, failures = self._arrays["restarts"], self._arrays["failures"]
+        if isinstance(error, EnvError) or failures.sum() >= self._care.restarts:
             raise error
         restarts[i] += 1
-        text = f"environment {self._first + i} failed ({type(error).__name__}: {error})"
+        failures[i] += 1
+        text = f"environment {self._first + i} failed ({type(error).__name__}: {told(error)})"
         self.complaints.append(f"{text[:_MOST]}; made anew, its episode cut.")
         with contextlib.suppress(Exception):
             self.envs[i].close()
@@ -315,6 +325,11 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """Lines about environments that were made anew since the last call."""
         found, self._share.complaints[:] = list(self._share.complaints), []
         return found
+
+    @property
+    def failures(self) -> int:
+        """How many times an environment failed and was made anew."""
+        return int(self._arrays["failures"].sum())
 
     @property
     def seeding(self) -> tuple[_Array, _Array]:

@@ -33,7 +33,8 @@ Way = Literal["exact", "replay", "restart"]
 
 _BUILT: tuple[Any, ...] = (gym.Space, EnvSpec, gym.Env, VectorEnv, type, types.FunctionType, types.BuiltinFunctionType)
 _BUILT += (types.MethodType, types.ModuleType, np.dtype)
-_ARGUMENTS = "_saved_kwargs"  # wrappers' constructor arguments, as Gymnasium keeps them
+# what Gymnasium's wrappers keep of their construction: arguments, and the spec that is made of them when asked for
+_ARGUMENTS = ("_saved_kwargs", "_cached_spec")
 _KINDS = "biufcSU"  # of arrays: no objects
 _LONGEST = 100_000  # steps of an episode that would be played again
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
@@ -109,11 +110,11 @@ def decode(x: Any) -> Any:  # noqa: ANN401 - any plain data
         if name not in _BIT_GENERATORS:
             raise ValueError(f"{name!r} is no bit generator")
         bits = getattr(np.random, name)(0)
-        bits.state = decode(state)
+        bits.state = _within(decode(state))
         return np.random.Generator(bits)
     if kind == "randomstate":
         legacy = np.random.RandomState(0)
-        legacy.set_state(decode(value))
+        legacy.set_state(_within(decode(value)))
         return legacy
     if kind == "random":
         stream = random.Random(0)
@@ -128,6 +129,16 @@ def decode(x: Any) -> Any:  # noqa: ANN401 - any plain data
         return {decode(key): decode(item) for key, item in value}
     container = {"tuple": tuple, "set": set, "frozenset": frozenset}[kind]
     return container(decode(item) for item in value)
+
+
+def _within(state: Any) -> Any:  # noqa: ANN401 - a mapping as numpy gives it
+    """A bit generator's state, its position within its words: numpy doesn't look, and reads what lies there."""
+    inner = state["state"]
+    if "pos" in inner and not 0 <= int(inner["pos"]) <= len(inner["key"]) == 624:
+        raise ValueError("a position outside the state")
+    if "buffer_pos" in state and not 0 <= int(state["buffer_pos"]) <= len(state["buffer"]) == 4:
+        raise ValueError("a position outside the buffer")
+    return state
 
 
 def _text(data: bytes) -> str:
@@ -157,7 +168,7 @@ def state_of(env: Any, *, all_of_it: bool = True) -> list[Any]:  # noqa: ANN401 
     for layer in _layers(env):
         attributes = {}
         for name, value in vars(layer).items():
-            if isinstance(value, _BUILT) or name == _ARGUMENTS:
+            if isinstance(value, _BUILT) or name in _ARGUMENTS:
                 continue
             try:
                 attributes[name] = encode(value)
@@ -187,7 +198,7 @@ def set_state(env: Any, state: Sequence[Mapping[str, Any]]) -> None:  # noqa: AN
                 if callable(getattr(type(layer), name, None)) or isinstance(vars(layer).get(name), _BUILT):
                     raise EnvError(f"the saved state of {type(layer).__name__} would replace its {name}.")
                 vars(layer)[name] = decode(value)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EnvError(f"the saved state of an environment can't be understood ({error}).") from None
 
 
@@ -239,7 +250,7 @@ class EpisodeLog:
         for i, mine in enumerate(actions):
             if len(mine):
                 rows[-len(mine) :, i] = mine
-        self._actions, self._dropped = list(rows), 0
+        self._actions, self._dropped = [row.copy() for row in rows], 0
         self.starts = [
             (episode["before"], episode["seed"], len(rows) - len(mine))
             for episode, mine in zip(episodes, actions, strict=True)
@@ -294,19 +305,27 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> Resumable:
     after = _outputs(env, actions[steps:])
     env.close()
     if state is not None:
-        if _outputs(_twin(make, lambda twin: set_state(twin, state)), actions[steps:]) == after:
+        if _twins_outputs(make, lambda twin: set_state(twin, state), actions[steps:]) == after:
             return Resumable("exact", "its state is plain data, and a copy took the same steps")
         why = "a copy of its attributes took other steps"
-    if _outputs(_twin(make, lambda twin: play_again(twin, episode)), actions[steps:]) == after:
+    if _twins_outputs(make, lambda twin: play_again(twin, episode), actions[steps:]) == after:
         return Resumable("replay", f"{why}, but its episodes can be played again from their actions")
     return Resumable("restart", f"{why}, and playing its episode again led elsewhere")
 
 
-def _twin(make: Callable[[], gym.Env[Any, Any]], prepare: Callable[[gym.Env[Any, Any]], Any]) -> gym.Env[Any, Any]:
+def _twins_outputs(
+    make: Callable[[], gym.Env[Any, Any]], prepare: Callable[[gym.Env[Any, Any]], Any], actions: Sequence[Any]
+) -> list[Any] | None:
+    """What `actions` bring about in another environment that was prepared; None: it can't be."""
     twin = make()
-    twin.reset(seed=11)  # attributes that only a reset makes
-    prepare(twin)
-    return twin
+    try:
+        twin.reset(seed=11)  # attributes that only a reset makes
+        prepare(twin)
+        return _outputs(twin, actions)
+    except EnvError:
+        return None
+    finally:
+        twin.close()
 
 
 def _step(env: gym.Env[Any, Any], action: Any) -> tuple[Any, float, bool]:  # noqa: ANN401 - an action

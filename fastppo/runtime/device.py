@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import platform
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -105,15 +105,27 @@ def generator(seed: int, use: str, device: torch.device, rank: int = 0, restart:
     return torch.Generator(device).manual_seed(state >> 1)
 
 
+@contextlib.contextmanager
+def untouched_randomness() -> Iterator[None]:
+    """Around what may draw from the process's own random states: they come out as they went in."""
+    states = GlobalRandomness()
+    before = states.state_dict()
+    try:
+        yield
+    finally:
+        states.load_state_dict(before)
+
+
 class GlobalRandomness:
     """The random states that a process has anyway: training draws from none of them, but a user's code may."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Of torch on the CPU, numpy and Python."""
+        """Of torch on the CPU and on each GPU that is in use, numpy and Python."""
         name, words, *rest = np.random.get_state()  # noqa: NPY002 - that one is meant
         version, numbers, gauss = random.getstate()
         return {
             "torch": torch.get_rng_state(),
+            **{f"cuda{k}": torch.cuda.get_rng_state(k) for k in _gpus()},
             "numpy": torch.from_numpy(np.asarray(words).astype(np.int64)),
             "numpy_rest": [name, *rest],
             "python": [version, list(numbers), gauss],
@@ -121,8 +133,18 @@ class GlobalRandomness:
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Set them."""
-        name, *rest = saved["numpy_rest"]
-        np.random.set_state((name, saved["numpy"].numpy().astype(np.uint32), *rest))  # noqa: NPY002
+        name, position, *rest = saved["numpy_rest"]
+        words = saved["numpy"].numpy().astype(np.uint32)
+        if name != "MT19937" or not 0 <= position <= len(words) == 624:  # numpy doesn't look, and reads what lies there
+            raise ValueError("no random state of numpy")
+        np.random.set_state((name, words, position, *rest))  # noqa: NPY002
         version, numbers, gauss = saved["python"]
         random.setstate((version, tuple(numbers), gauss))
         torch.set_rng_state(saved["torch"])
+        for k in _gpus():
+            if f"cuda{k}" in saved:
+                torch.cuda.set_rng_state(saved[f"cuda{k}"], k)
+
+
+def _gpus() -> range:
+    return range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)  # type: ignore[no-untyped-call]

@@ -76,6 +76,32 @@ def test_what_is_no_encoding_is_an_error_and_no_code():
             decode(x)
 
 
+@pytest.mark.parametrize("position", [-(10**9), 625, 10**9])
+def test_positions_outside_a_random_state_are_refused(position):
+    """numpy would read what lies there."""
+    streams = [np.random.Generator(np.random.MT19937(4)), np.random.RandomState(5)]
+    for stream in streams:
+        plain = json.loads(json.dumps(encode(stream)))
+        text = json.dumps(plain).replace('["pos", 624]', f'["pos", {position}]')
+        assert str(position) in text
+        with pytest.raises(ValueError, match="a position outside"):
+            decode(json.loads(text))
+    philox = json.dumps(encode(np.random.Generator(np.random.Philox(4)))).replace(
+        '["buffer_pos", 4]', '["buffer_pos", -9]'
+    )
+    with pytest.raises(ValueError, match="a position outside"):
+        decode(json.loads(philox))
+
+
+def test_a_spec_that_was_asked_for_is_no_state():
+    asked, fresh = EnvFactory("CartPole-v1", {})(), EnvFactory("CartPole-v1", {})()
+    asked.reset(seed=0)
+    fresh.reset(seed=0)
+    assert asked.spec is not None
+    set_state(fresh, state_of(asked))
+    set_state(asked, state_of(fresh))
+
+
 def test_another_kind_of_environment_is_refused():
     state = state_of(EnvFactory("CartPole-v1", {})())
     with pytest.raises(EnvError, match="the saved environment is .*CartPoleEnv, this one .*AcrobotEnv"):

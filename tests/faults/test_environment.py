@@ -14,7 +14,7 @@ import psutil
 import pytest
 from gymnasium import spaces
 
-from fastppo import Trainer
+from fastppo import Trainer, resume
 from fastppo.envs.api import env_seeds
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.serial import NO_CARE, Care, SerialVectorEnv, fresh_seed
@@ -337,6 +337,84 @@ def alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_p4_signals_to_all_processes_of_a_job_leave_the_fork_server_alive(number):
+    venv = pool(care=Care(restarts=1))
+    venv.reset(seed=0)
+    server = psutil.Process(venv._workers[0].process.pid).parent()
+    server.send_signal(number)
+    time.sleep(0.2)
+    assert server.is_running()
+    assert venv._trouble(venv._workers[0]) is None
+    venv.close()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_p1_p2_a_worker_that_is_lost_between_two_rollouts(tmp_path, how):
+    """It is found when it is asked for complaints, or for the state of its environments."""
+    config = short(
+        tmp_path,
+        vectorization="pool",
+        workers=2,
+        on_env_error="restart",
+        env_timeout=1.0,
+        checkpoint_every=16,
+        n_envs=4,
+        total_timesteps=320,
+    )
+    trainer = Trainer(config, make_env=FaultEnv)
+    for stats in trainer.iterations():
+        if stats.iteration == 3:
+            os.kill(trainer.env.venv._workers[1].process.pid, how)
+    assert trainer.result.ended == "finished"
+    assert stats.scalars["charts/env_restarts"] == 1
+    assert trainer.env.venv.seeding[1].sum() == 2
+
+
+def test_p1_without_restarts_everything_learned_is_saved(tmp_path):
+    config = short(tmp_path, vectorization="pool", workers=2, checkpoint_every=16, total_timesteps=320)
+    trainer = Trainer(config, make_env=FaultEnv)
+    with pytest.raises(EnvError, match="was killed by SIGKILL"):
+        for stats in trainer.iterations():
+            if stats.iteration == 3:
+                os.kill(trainer.env.venv._workers[1].process.pid, signal.SIGKILL)
+    assert (tmp_path / "run" / "result.json").exists()
+    resumed = resume(tmp_path / "run", make_env=FaultEnv)
+    assert resumed.progress.iteration == 3
+    assert resumed.run().ended == "finished"
+
+
+def test_a_lost_worker_counts_once(tmp_path):
+    venv = pool(16, 2, Care(restarts=2), kind="killed", env_index=3, at_step=3, once=str(tmp_path / "once"))
+    drive(venv, 8)
+    assert venv.failures == 1
+    assert venv.seeding[1].sum() == 8
+    venv.close()
+
+
+def test_e2_an_error_that_has_no_text():
+    venv = pool(kind="no text", env_index=3, at_step=2)
+    with pytest.raises(EnvError, match="environment 3"):
+        drive(venv, 5)
+
+
+@pytest.mark.parametrize("vectorization", ["sync", "pool"])
+def test_a_state_that_cant_be_taken_back_restarts_the_environments(tmp_path, vectorization):
+    from fastppo.checkpoint import list_checkpoints
+    from tests.faults.test_resume import rewrite
+
+    config = short(tmp_path, env_id="CartPole-v1", vectorization=vectorization, total_timesteps=320)
+    trainer = Trainer(config)
+    for stats in trainer.iterations():
+        if stats.iteration == 3:
+            break
+    (path,) = list_checkpoints(config.run_dir)
+    rewrite(path, lambda state: state["values"]["env"]["envs"][1][0].update(type="Other"))
+    resumed = resume(config.run_dir)
+    assert any("start new episodes with new seeds (the saved environment is Other" in note for note in resumed.notes)
+    assert resumed.run().ended == "finished"
 
 
 def test_p5_workers_ignore_what_is_sent_to_the_whole_group():

@@ -186,23 +186,23 @@ def test_d6_other_processes_than_before_keep_what_is_learned(tmp_path):
     rewrite(path, lambda state: state["about"].update(world_size=2))
     trainer = resume(config.run_dir)
     assert any("2 processes trained before, 1 now" in note for note in trainer.notes)
-    assert trainer.progress.iteration == 2
+    assert trainer.progress.iteration == 4, "what two processes did in one iteration takes one process two"
     trainer.run()
 
 
 def test_an_environment_that_failed_costs_no_more_than_its_episodes(tmp_path):
     from tests.faults.worlds import FaultEnv
 
-    config = short(tmp_path, **LONG | {"checkpoint_every": None})
+    config = short(tmp_path, **LONG | {"checkpoint_every": None, "total_timesteps": 4 * 16 * 14})
     file = tmp_path / "once"
 
     def make():
-        return FaultEnv(kind="raises", at_step=60, once=str(file))
+        return FaultEnv(kind="raises", at_step=180, once=str(file))
 
     with pytest.raises(Exception, match="the ball left the table"):
         Trainer(config, make_env=make).run()
     trainer = resume(config.run_dir, make_env=make)
-    assert trainer.progress.iteration == 3
+    assert trainer.progress.iteration == 11
     assert any("start new episodes" in note for note in trainer.notes)
     assert trainer.run().ended == "finished"
 
@@ -308,7 +308,7 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
     run = tmp_path / "run"
     steps = ["--total-timesteps", "100_000_000", "--checkpoint-every", "256", "--n-steps", "4096"]
     command = [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run), *steps]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: len(list_checkpoints(run)) > 0)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
@@ -341,6 +341,28 @@ def test_resume_auto_begins_and_then_goes_on(tmp_path):
     changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
     assert changed.returncode == 2
     assert "gamma was 0.99, is 0.5" in changed.stderr
+
+
+def test_resume_auto_begins_again_where_nothing_was_saved(tmp_path):
+    run = tmp_path / "run"
+    arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "1024", "--resume", "auto"]
+    command = [sys.executable, "-m", "fastppo", *arguments, "--total-timesteps", "100_000_000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(rows_of(run)) > 2)
+    process.kill()
+    process.wait()
+    assert not list_checkpoints(run)
+    done = fastppo(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert [row["iteration"] for row in rows_of(run)] == [1, 2, 3, 4]
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [point.step for point in events.Scalars("losses/value_loss")] == [256, 512, 768, 1024]
+    (run / "thesis.tex").write_text("mine")
+    shutil.rmtree(run / "checkpoints")
+    refused = fastppo(*arguments)
+    assert refused.returncode == 2
+    assert "not empty" in refused.stderr
 
 
 def test_resume_auto_without_a_folder_takes_the_latest_of_that_name_and_seed(tmp_path):

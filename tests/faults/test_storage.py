@@ -1,6 +1,7 @@
 """Saving and loading when the process, the disk or somebody's hands interfere. Rows S and X of the README here."""
 
 import ast
+import dataclasses
 import hashlib
 import io
 import json
@@ -16,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastppo import Config, Trainer, load_policy, resume
-from fastppo.checkpoint import list_checkpoints, newest_checkpoint, tidy, verify_checkpoint
+from fastppo import Config, Trainer, evaluate, load_policy, resume
+from fastppo.checkpoint import best_checkpoint, list_checkpoints, newest_checkpoint, tidy, verify_checkpoint
 from fastppo.errors import CheckpointError, ConfigError, FastPPOError
 from fastppo.restore import about_run, restore
 from fastppo.run_dir import RunLock, versions
@@ -117,7 +118,8 @@ def test_s1_s12_killed_at_every_point_of_a_save(tmp_path):
     renamed = next(i for i, call in enumerate(calls) if call.startswith("after rename") and call.endswith("30.tmp"))
     synced = [call.split("/")[-1] for call in calls[:renamed] if call.startswith("after fsync")]
     needed = {"model.safetensors", "model.json", "state-0.safetensors", "state-0.json", "manifest.json"}
-    assert set(synced[:-1]) == needed
+    assert synced[0] == "run"
+    assert set(synced[1:-1]) == needed
     assert synced[-2:] == ["manifest.json", "step-000000000030.tmp"]
     after = [call.split("/")[-1] for call in calls[renamed:] if call.startswith("after fsync")]
     assert after[0] == "checkpoints"
@@ -256,6 +258,49 @@ def test_s7_leftovers_are_cleaned_and_what_is_foreign_stays(trained, tmp_path):
     assert not any(name.endswith((".tmp", ".gone", ".old")) for name in names)
 
 
+def test_s5_damaged_ones_dont_count_among_those_that_are_kept(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for path in list_checkpoints(run)[2:]:
+        (path / "model.json").write_text("{}")
+    trainer = resume(run)
+    trainer.config = dataclasses.replace(trainer.config, keep_checkpoints=2)
+    trainer._saver._keep = 2
+    for stats in trainer.iterations():
+        if stats.iteration == 3:
+            break
+    assert [path.name for path in list_checkpoints(run)] == ["step-000000000128", "step-000000000192"]
+    verify_checkpoint(list_checkpoints(run)[-1])
+
+
+def test_a_missing_process_is_a_checkpoint_that_is_not_whole(trained, tmp_path):
+    path = tmp_path / "step"
+    shutil.copytree(list_checkpoints(trained)[-1], path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"processes": 2}))
+    with pytest.raises(CheckpointError, match=r"names no state-1\.json, state-1\.safetensors"):
+        verify_checkpoint(path)
+
+
+def test_the_best_is_verified_before_it_is_played(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG | {"eval_every": 64})
+    Trainer(config).run()
+    best = best_checkpoint(config.run_dir)
+    data = (best / "model.safetensors").read_bytes()
+    (best / "model.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is not what was written"):
+        evaluate(config.run_dir, 2, best=True)
+
+
+def test_a_damaged_byte_among_the_figures_stops_no_resume(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\xfe{"global_step": 1e999}\n')
+    assert resume(run).run().ended == "finished"
+    assert [row["iteration"] for row in rows_of(run)] == list(range(1, 9))
+
+
 def test_s8_two_trainers_on_one_folder(tmp_path):
     run = tmp_path / "run"
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
@@ -352,7 +397,7 @@ def seal(path):
         name: {"bytes": (path / name).stat().st_size, "sha256": hashlib.sha256((path / name).read_bytes()).hexdigest()}
         for name in names
     }
-    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "processes": 1, "files": entries}))
 
 
 def bombs(rng, data):

@@ -20,6 +20,13 @@ class TwoArgumentsError(Exception):
         super().__init__(f"{first} and {second}")
 
 
+class NoTextError(Exception):
+    """Can't be told."""
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
 class FaultEnv(gym.Env):
     """Observation = steps since the reset, times 10, plus the environment's index; ends after 20 steps.
 
@@ -67,6 +74,8 @@ class FaultEnv(gym.Env):
                 error = RuntimeError("holds what can't be pickled")
                 error.thing = lambda: None
                 raise error
+            case "no text":
+                raise NoTextError
             case "sleeps":
                 time.sleep(1000)
             case "loops in C":
