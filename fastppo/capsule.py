@@ -1,7 +1,7 @@
 """What led to gradients that are not finite, kept so that it can be run again elsewhere.
 
 RUN/capsule-0-000123/     of process 0, after iteration 123
-    model.safetensors, model.json   the policy as it was; steps that were left out have changed nothing
+    model.safetensors, model.json   the policy after the update; steps that were left out have changed nothing
     batch.safetensors               the rollout's rows, and the order of each epoch
     capsule.json                    coefficients, settings, iteration
 """

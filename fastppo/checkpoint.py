@@ -220,7 +220,8 @@ def newest_checkpoint(run_dir: Path) -> tuple[Path, list[str]]:
             problems.append(str(error))
     if problems:
         raise CheckpointError(f"no checkpoint in {run_dir} can be used: {' '.join(problems)}")
-    raise CheckpointError(f"{run_dir} holds no checkpoint; start from its model with train --init-from {run_dir}.")
+    hint = f"; start from its model with train --init-from {run_dir}" if (run_dir / "model.json").exists() else ""
+    raise CheckpointError(f"{run_dir} holds no checkpoint{hint}.")
 
 
 def verify_checkpoint(path: Path) -> None:

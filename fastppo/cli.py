@@ -336,6 +336,8 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table.add_row("threads", f"{config.threads} of torch; compiled {compiled}")
     table.add_row("run folder", str(result.run_dir))
     console.print(table)
+    if result.ended == "interrupted":
+        console.print(f"go on:   {_program('fastppo')} resume {result.run_dir}", highlight=False, soft_wrap=True)
     console.print(f"curves:  {_program('tensorboard')} --logdir {result.run_dir}", highlight=False, soft_wrap=True)
     console.print(
         f"play:    {_program('fastppo')} eval {result.run_dir} --episodes 20", highlight=False, soft_wrap=True

@@ -155,36 +155,16 @@ class Trainer:
         with contextlib.ExitStack() as undo:
             undo.callback(self.world.close)
             c, self.notes = settle(config, found, self.device, custom_policy=policy is not None)
-            assert c.vectorization != "auto"
             if found.vector is not None:
                 undo.callback(found.vector.close)
             self._build_policy(c, found, policy)
             self.memory = self._plan_memory(c, found)
-            if c.vectorization == "async":  # a pipe and a process each
-                check_descriptors(4, _int(c.n_envs), "n_envs")
-            if c.vectorization == "pool":
-                check_descriptors(8, c.workers or usable_cores(), "workers")
-            how = resumability(found, _int(c.n_envs), c.vectorization)
-            self.notes.append(f"resume: {how.way} ({how.why}).")
-            if c.exact_resume and how.way == "restart":
-                raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
-            restarts = c.env_restarts if c.on_env_error == "restart" else 0
-            restart = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
-            self.env: VecEnv = make_vec_env(
-                found,
-                _int(c.n_envs),
-                c.vectorization,
-                # an own random stream where it can't be set later; another one where a run goes on
-                seed=int(seed_stream(c.seed, "envs", self.world.rank, restart).generate_state(1)[0] >> 1),
-                n_workers=c.workers,
-                half_batches=c.half_batches,
-                device=self.device,
-                care=Care(how.way, restarts, c.env_timeout),
-                resumable=how,
-            )
+            self.env = self._make_env(c, found, resume_from)
             undo.callback(self.env.close)
             self._build_loop(c)
             self._player = self._make_player(c, found)
+            if self._player is not None:
+                undo.callback(self._player.close)
             if resume_from is None:
                 self.run_dir = self.world.shared(
                     lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, again=c.resume == "auto")
@@ -202,6 +182,31 @@ class Trainer:
             self._resumed = resume_from is not None
             self._open_run(self.config, console)
             undo.pop_all()
+
+    def _make_env(self, c: Config, found: Probe, resume_from: Path | None) -> VecEnv:
+        assert c.vectorization != "auto", "settled"
+        if c.vectorization == "async":  # a pipe and a process each
+            check_descriptors(4, _int(c.n_envs), "n_envs")
+        if c.vectorization == "pool":
+            check_descriptors(8, c.workers or usable_cores(), "workers")
+        how = resumability(found, _int(c.n_envs), c.vectorization)
+        self.notes.append(f"resume: {how.way} ({how.why}).")
+        if c.exact_resume and how.way == "restart":
+            raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
+        restarts = c.env_restarts if c.on_env_error == "restart" else 0
+        restart = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
+        return make_vec_env(
+            found,
+            _int(c.n_envs),
+            c.vectorization,
+            # an own random stream where it can't be set later; another one where a run goes on
+            seed=int(seed_stream(c.seed, "envs", self.world.rank, restart).generate_state(1)[0] >> 1),
+            n_workers=c.workers,
+            half_batches=c.half_batches,
+            device=self.device,
+            care=Care(how.way, restarts, c.env_timeout),
+            resumable=how,
+        )
 
     def _build_policy(self, c: Config, found: Probe, network: nn.Module | None) -> None:
         self.spec = PolicySpec(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import deque
 
 import gymnasium as gym
@@ -82,7 +83,7 @@ def test_positions_outside_a_random_state_are_refused(position):
     streams = [np.random.Generator(np.random.MT19937(4)), np.random.RandomState(5)]
     for stream in streams:
         plain = json.loads(json.dumps(encode(stream)))
-        text = json.dumps(plain).replace('["pos", 624]', f'["pos", {position}]')
+        text = re.sub(r'\["pos", \d+\]', f'["pos", {position}]', json.dumps(plain))
         assert str(position) in text
         with pytest.raises(ValueError, match="a position outside"):
             decode(json.loads(text))
