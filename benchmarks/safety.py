@@ -69,14 +69,18 @@ def train(settings: dict[str, Any], seconds: float, *, safe: bool) -> dict[str, 
 
 
 def main(
-    rounds: int = 5, seconds: float = 25.0, output: Path | None = None, one: tuple[str, str] | None = None
+    rounds: int = 5,
+    seconds: float = 25.0,
+    settings: tuple[str, ...] = tuple(SETTINGS),
+    output: Path | None = None,
+    one: tuple[str, str] | None = None,
 ) -> None:
     """Measure each setting so many times, each time for so long."""
     if one is not None:
         print(json.dumps(train(SETTINGS[one[0]], seconds, safe=one[1] == "on")))
         return
     rows = []
-    for name in SETTINGS:
+    for name in settings:
         pairs = []
         for k in range(rounds):
             pair = {}

@@ -236,7 +236,7 @@ class Metrics:
         if self._obs_bounds is None:
             return torch.zeros_like(r.done)
         low, high = self._obs_bounds
-        return ((r.obs[1:] < low) | (r.obs[1:] > high)).flatten(2).any(-1)
+        return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
 
     def _broken(self) -> Tensor:
         """Where a real row's reward [0] or the observation that followed it [1] is not finite: [2, T, N] bool."""
