@@ -65,6 +65,13 @@ class Bench(Train):
     target_return: Annotated[float | None, tyro.conf.Suppress] = None
     init_from: Annotated[Path | None, tyro.conf.Suppress] = None
     name: Annotated[str, tyro.conf.Suppress] = "bench"
+    checkpoint_every: Annotated[int | None, tyro.conf.Suppress] = None
+    checkpoint_minutes: Annotated[float, tyro.conf.Suppress] = 0.0
+    keep_checkpoints: Annotated[int, tyro.conf.Suppress] = Config.keep_checkpoints
+    resume: Annotated[Literal["never", "auto"], tyro.conf.Suppress] = "never"
+    exact_resume: Annotated[bool, tyro.conf.Suppress] = False
+    eval_every: Annotated[int | None, tyro.conf.Suppress] = None
+    eval_episodes: Annotated[int, tyro.conf.Suppress] = Config.eval_episodes
 
     def points(self) -> list[Config]:
         """The settings of each point, checked."""
@@ -144,6 +151,13 @@ class VerifyResume(Train):
 
     iterations: int = 6
     """How many; the interruption comes after half of them."""
+    # what the verification itself decides
+    total_timesteps: Annotated[int | None, tyro.conf.Suppress] = None
+    target_return: Annotated[float | None, tyro.conf.Suppress] = None
+    run_dir: Annotated[Path | None, tyro.conf.Suppress] = None
+    checkpoint_every: Annotated[int | None, tyro.conf.Suppress] = None
+    checkpoint_minutes: Annotated[float, tyro.conf.Suppress] = 0.0
+    resume: Annotated[Literal["never", "auto"], tyro.conf.Suppress] = "never"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,8 @@ _Array = np.ndarray[Any, Any]
 
 WINDOW = 100  # episodes that means are taken over
 # What an iteration brings to the host, all of it in one transfer; then the latest episodes' returns and lengths
-NAMES: tuple[str, ...] = (*REPORT, "explained_variance", "clipped_actions", "broken", "outside", "steps")
-NAMES += ("episodes", "returns", "lengths")
+_MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
+NAMES: tuple[str, ...] = (*REPORT, *_MEASURED)
 
 
 class EpisodeStats:

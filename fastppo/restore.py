@@ -79,7 +79,6 @@ def restore(
     env: VecEnv,
     obs: torch.Tensor,
     world: World,
-    env_lost: bool = False,
 ) -> tuple[bool, list[str]]:
     """Bring a trainer's parts to where the checkpoint `path` found them.
 
@@ -95,7 +94,6 @@ def restore(
         env: the environments, reset already.
         obs: [N, *obs] row of the rollout where the next one begins.
         world: the processes that train now.
-        env_lost: restart the environments whatever could be had.
 
     Returns:
         whether the environments go on too, and notes about what goes on how.
@@ -123,11 +121,10 @@ def restore(
             parts["update"].load_state_dict(own.part("update"))
             parts["metrics"].load_state_dict(_own_episodes(shared, own))
             parts["randomness"].load_state_dict(own.part("randomness"))
-            if not env_lost and (trouble := _go_on(own, saved, parts, env)) is None:
+            if (reason := _go_on(own, saved, parts, env)) is None:
                 way = env.resumable.way
                 how = "exact" if way == "exact" else "exact, its open episodes played again"
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
-            reason = "they were lost" if env_lost else trouble
         else:
             reason = f"{saved['world_size']} processes trained before, {world.size} now"
         _restart(config, iteration, parts, env, obs, world)

@@ -472,7 +472,7 @@ class Trainer:
     def iterations(self) -> Iterator[Stats]:
         """Train, giving the figures of each iteration; leaving the loop early saves and closes as its end does."""
         if self.result is not None:
-            raise RuntimeError("this trainer has run already; make another, with init_from to go on from its model")
+            raise RuntimeError("this trainer has run already; fastppo.resume makes one that goes on")
         progress = self.progress
         try:
             self._open_sinks()
@@ -568,8 +568,10 @@ class Trainer:
         every, step = self.config.eval_every, stats.global_step
         due = every is not None and step // every > self._evaluated // every
         self._evaluated = step
+        if not due:
+            return False
         better = False
-        if due and self._player is not None:
+        if self._player is not None:
             with self.clock.paused(), untouched_randomness():
                 played = self._player(self.config.eval_episodes)
             lengths = sum(played.lengths) / len(played.lengths)

@@ -488,21 +488,9 @@ def _work(
         faulthandler.register(_STACKS, file=stacks.fileno(), all_threads=True)
     _die_with(lifeline)
     trainer = multiprocessing.parent_process()  # not getppid: that is the fork server
-    a = shared.arrays()
     envs: dict[int, gym.Env[Any, Any]] = {}
-    making = -1
     try:
-        import cloudpickle
-
-        makers = cloudpickle.loads(pickled)
-        for making, make in makers.items():
-            envs[making] = make()
-        for i, env in envs.items():
-            same_spaces(i, env, *spaces)
-        making, shares = -1, list[Share]()
-        for part in parts:
-            mine = range(part.start, part.stop)
-            shares.append(Share([envs[i] for i in mine], [makers[i] for i in mine], a, part, care))
+        shares = _make_shares(pickled, envs, shared.arrays(), parts, care, spaces)
         for semaphore in done:
             semaphore.release()
         at = 0
@@ -512,33 +500,20 @@ def _work(
                     return
             slot = 2 * (at % (len(ring) // 2))
             what, group, at = ring[slot], ring[slot + 1], at + 1
-            share = shares[group]
             if what == _CLOSE:
                 return
             if what == _STEP:
-                share.step()
-            elif what == _RESET:
-                share.reset()
-            elif what == _STATE:
-                talk.send(share.state())
-            elif what == _LOAD:
-                try:
-                    share.load(talk.recv())
-                    talk.send(None)
-                except EnvError as error:  # what was saved is at fault, not the environments
-                    talk.send(str(error))
-            elif what == _COMPLAIN:
-                talk.send([line for s in shares for line in s.complaints])
-                for s in shares:
-                    s.complaints.clear()
-            if what in (_STEP, _RESET):
+                shares[group].step()
                 done[group].release()
+            elif what == _RESET:
+                shares[group].reset()
+                done[group].release()
+            else:
+                talk.send(_answer(what, shares, group, talk))
     except Exception as error:
         text, line = "".join(traceback.format_exception(error)), told(error)
         if not isinstance(error, EnvError):
             line = f"{type(error).__name__}: {line}"
-        if making >= 0:
-            line = f"environment {making} failed in its construction: {line}"
         failed.value = 1
         talk.send((line[:_MOST], text[-_MOST:]))  # what the pipe holds though nobody reads yet
         for semaphore in done:  # nobody must wait for what will not come
@@ -547,6 +522,48 @@ def _work(
         for env in envs.values():
             with contextlib.suppress(Exception):
                 env.close()
+
+
+def _make_shares(
+    pickled: bytes,
+    envs: dict[int, gym.Env[Any, Any]],
+    arrays: dict[str, _Array],
+    parts: list[slice],
+    care: Care,
+    spaces: tuple[gym.Space[Any], gym.Space[Any]],
+) -> list[Share]:
+    """Make a worker's environments, into `envs`, and its share of each group."""
+    import cloudpickle
+
+    makers = cloudpickle.loads(pickled)
+    for i, make in makers.items():
+        try:
+            envs[i] = make()
+        except Exception as error:
+            kind = type(error).__name__
+            raise EnvError(f"environment {i} failed in its construction: {kind}: {told(error)}") from error
+        same_spaces(i, envs[i], *spaces)
+    ranges = [range(part.start, part.stop) for part in parts]
+    return [
+        Share([envs[i] for i in mine], [makers[i] for i in mine], arrays, part, care)
+        for part, mine in zip(parts, ranges, strict=True)
+    ]
+
+
+def _answer(what: int, shares: list[Share], group: int, talk: Connection) -> Any:  # noqa: ANN401 - JSON-able
+    """What a worker says to an order that is no step."""
+    if what == _STATE:
+        return shares[group].state()
+    if what == _LOAD:
+        try:
+            shares[group].load(talk.recv())
+        except EnvError as error:  # what was saved is at fault, not the environments
+            return str(error)
+        return None
+    complaints = [line for share in shares for line in share.complaints]
+    for share in shares:
+        share.complaints.clear()
+    return complaints
 
 
 def _die_with(lifeline: Connection) -> None:
