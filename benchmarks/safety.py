@@ -1,108 +1,116 @@
-"""What looking after a run costs: training speed with every check on against every check off.
+"""What looking after a run costs, toggled at random from one iteration to the next within one run.
 
     python -m benchmarks.safety --output benchmarks/results/safety_2core-cpu_2026-11-21.json
 
-On: a checkpoint every 10 s (far more often than the default of ten minutes), the state of environments kept for it,
-restarts of failed environments, a time limit for workers, observations held against their space, results of every step
-checked, gradients and rewards looked at. Off: no checkpoints, and the checks replaced by nothing. `stall` is the share
-of training's time that saving took. Interleaved pairs of fresh processes in alternating order; the median of the
-ratios with their range.
+checks: observations held against their space, shapes and types of every step's results, finite observations and
+rewards; on, or replaced by nothing. In the pool only what the trainer's process does is toggled; its workers run the
+same lines as sync does. Gradients are checked within the compiled update, which always does it.
+sample: one update looked into (`--record-ratios`), once in 20 iterations here and `share` of the time at the default of
+20 times in a run of 1,000 iterations; with `--log-histograms` too.
+save: share of the time that saving takes with a checkpoint every 10 s, far more often than the default.
+
+Each ratio is that of two medians over a thousand iterations or so, with a 95 % interval from resampling them: runs one
+after the other differ by 15 % on a shared machine, neighbouring iterations don't.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import tyro
 
 from benchmarks import report
+from fastppo import Config, Trainer
+from fastppo.envs import serial
+from fastppo.envs.serial import Share
+from fastppo.metrics import Metrics
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "CartPole, 4 sync": {"env_id": "CartPole-v1", "n_envs": 4, "vectorization": "sync"},
     "CartPole, 64 sync": {"env_id": "CartPole-v1", "n_envs": 64, "vectorization": "sync"},
     "CartPole, 64 pool": {"env_id": "CartPole-v1", "n_envs": 64, "vectorization": "pool"},
     "CartPole, 512 native": {"env_id": "CartPole-v1", "n_envs": 512, "vectorization": "native"},
-    "HalfCheetah, 8 pool": {"env_id": "HalfCheetah-v5", "n_envs": 8, "vectorization": "pool", "n_steps": 256},
+    "HalfCheetah, 8 sync": {"env_id": "HalfCheetah-v5", "n_envs": 8, "vectorization": "sync", "n_steps": 128},
 }
 
 
-def train(settings: dict[str, Any], seconds: float, *, safe: bool) -> dict[str, float]:
-    """Steps per second after the first iterations, and the share of saving."""
-    import torch
+class _Anything:
+    """Checks nothing."""
 
-    from fastppo import Config, Trainer
-    from fastppo.envs.serial import Share
-    from fastppo.metrics import Metrics
+    def issuperset(self, types: object) -> bool:
+        return True
 
-    changes: dict[str, Any] = {"checkpoint_minutes": 10 / 60, "keep_checkpoints": 2}
-    if safe and settings["vectorization"] in ("sync", "pool"):
-        changes["on_env_error"] = "restart"
-    if safe and settings["vectorization"] == "pool":
-        changes["env_timeout"] = 60.0
-    if not safe:
-        changes = {"checkpoint_minutes": 0.0}
+
+def measure(name: str, seconds: float) -> dict[str, Any]:
+    """One run of one setting."""
+    rng = np.random.default_rng(1)
+    originals = (Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS)
+
+    def toggle(on: bool) -> None:
         nothing = torch.zeros(1)
-        unchecked: Any = Metrics
-        unchecked._broken = unchecked._outside = lambda self: nothing
-        share: Any = Share
-        share._checked = lambda self, what, values: values
-        share._check_shape = lambda self, where, obs: None
-    with tempfile.TemporaryDirectory() as folder:
-        config = Config(**settings, **changes, total_timesteps=10**9, compile="on", run_dir=Path(folder) / "run")
-        trainer, first = Trainer(config), None
-        for stats in trainer.iterations():
-            if first is None and stats.iteration >= 3:
-                first = stats
-                saved = trainer.clock.phase_seconds()["save"]
-            if first is not None and stats.seconds - first.seconds > seconds:
-                break
-        assert first is not None
-        spent = stats.seconds - first.seconds
-        stall = (trainer.clock.phase_seconds()["save"] - saved) / spent
-        return {"sps": (stats.global_step - first.global_step) / spent, "stall": stall}
-
-
-def main(
-    rounds: int = 5,
-    seconds: float = 25.0,
-    settings: tuple[str, ...] = tuple(SETTINGS),
-    output: Path | None = None,
-    one: tuple[str, str] | None = None,
-) -> None:
-    """Measure each setting so many times, each time for so long."""
-    if one is not None:
-        print(json.dumps(train(SETTINGS[one[0]], seconds, safe=one[1] == "on")))
-        return
-    rows = []
-    for name in settings:
-        pairs = []
-        for k in range(rounds):
-            pair = {}
-            for way in ("on", "off") if k % 2 else ("off", "on"):
-                command = [sys.executable, "-m", "benchmarks.safety", "--seconds", str(seconds), "--one", name, way]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                pair[way] = json.loads(done.stdout.splitlines()[-1])
-            pairs.append(pair)
-        ratios = [pair["on"]["sps"] / pair["off"]["sps"] for pair in pairs]
-        rows.append(
-            {
-                "setting": name,
-                "steps/s off": statistics.median(pair["off"]["sps"] for pair in pairs),
-                "steps/s on": statistics.median(pair["on"]["sps"] for pair in pairs),
-                "on / off": statistics.median(ratios),
-                "from": min(ratios),
-                "to": max(ratios),
-                "stall": statistics.median(pair["on"]["stall"] for pair in pairs),
-            }
+        without: Any = (
+            lambda self: nothing,
+            lambda self: nothing,
+            lambda self, where, obs: None,
+            _Anything(),
+            _Anything(),
         )
-        print(json.dumps(rows[-1]), flush=True)
-    report(rows, output)
+        chosen: Any = originals if on else without
+        Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS = chosen
+
+    times: dict[tuple[bool, str], list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        config = Config(
+            **SETTINGS[name],
+            checkpoint_minutes=10 / 60,
+            total_timesteps=10**9,
+            compile="on",
+            log_histograms=True,
+            run_dir=Path(folder) / "run",
+        )
+        trainer = Trainer(config)
+        sampler, kind = trainer._sampler, "none"
+        sampler.due = lambda iteration: kind != "none"  # type: ignore[method-assign]
+        began, before = time.monotonic(), float("inf")
+        toggle(on := True)
+        for stats in trainer.iterations():
+            took, before = trainer.clock.seconds - before, trainer.clock.seconds
+            saves = stats.scalars["time/save"] > 1e-4  # measured by itself
+            if stats.iteration > 5 and took > 0 and not saves:
+                times.setdefault((on, kind), []).append(took)
+            if time.monotonic() - began > seconds:
+                break
+            kind = str(rng.choice(["none", "sample", "histograms"], p=[0.9, 0.05, 0.05]))
+            sampler._histograms = kind == "histograms"
+            toggle(on := bool(rng.integers(2)) or kind != "none")
+        spent = trainer.clock.phase_seconds()
+    toggle(True)
+    plain = np.array(times[True, "none"])
+    out: dict[str, Any] = {"setting": name, "iterations": sum(map(len, times.values()))}
+    out["iteration ms"] = float(np.median(plain) * 1e3)
+    out["checks: on / off"] = _ratio(rng, plain, np.array(times[False, "none"]))
+    for what in ("sample", "histograms"):
+        extra = (np.median(times[True, what]) - np.median(plain)) / np.median(plain)
+        out[f"{what}: an iteration's worth"] = round(float(extra), 3)
+        out[f"{what}: share, 20 in 1,000"] = f"{extra * 20 / 1000:.2%}"
+    out["save: share, each 10 s"] = f"{spent['save'] / sum(spent.values()):.2%}"
+    return out
+
+
+def _ratio(rng: np.random.Generator, on: np.ndarray, off: np.ndarray) -> str:
+    draws = [np.median(rng.choice(on, len(on))) / np.median(rng.choice(off, len(off))) for _ in range(500)]
+    low, high = np.quantile(draws, (0.025, 0.975))
+    return f"{np.median(on) / np.median(off):.3f} ({low:.3f}-{high:.3f})"
+
+
+def main(seconds: float = 60.0, settings: tuple[str, ...] = tuple(SETTINGS), output: Path | None = None) -> None:
+    """Measure each setting for so long."""
+    report([measure(name, seconds) for name in settings], output)
 
 
 if __name__ == "__main__":

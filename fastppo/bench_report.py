@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,13 @@ import plotly.graph_objects as go
 from rich.table import Table
 
 from fastppo.bench import PARTS, Point, verdict
+from fastppo.page import LAYOUT, PHASE_COLORS, Figures, heading, items, paragraphs, table
+from fastppo.page import page as html_page
 from fastppo.run_dir import write_json
 
 _SHOWN = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
 
-_COLORS = {
-    "env": "#4c78a8",
-    "act": "#f58518",
-    "store": "#eeca3b",
-    "advantages": "#b279a2",
-    "update": "#54a24b",
-    "log": "#9d755d",
-    "other": "#bab0ac",
-}
+_PHASES = ("env", "act", "store", "advantages", "update", "log", "other")
 
 
 def tables(points: Sequence[Point]) -> list[Table]:
@@ -102,23 +95,20 @@ def page(title: str, points: Sequence[Point], about: Sequence[str]) -> str:
     """
     good = [p for p in points if not p.failure]
     figures = [_speed(good), _phases(good)] if good else []
-    # the library once, inside the page, so that it opens without a network
-    drawn = [
-        figure.to_html(full_html=False, include_plotlyjs=i == 0, config={"responsive": True, "displaylogo": False})
-        for i, figure in enumerate(figures)
-    ]
-    rows = [_row("th", ("n_envs", "how", "steps/s", *(f"{part} alone" for part in PARTS), "MB"))]
+    drawing = Figures()
+    head = ("n_envs", "how", "steps/s", *(f"{part} alone" for part in PARTS), "MB")
+    rows = []
     for p in points:
         alone = (f"{p.ceilings[part]:,.0f}" for part in PARTS) if not p.failure else ("-" for _ in PARTS)
         figures_of = (f"{p.sps:,.0f}", *alone, f"{p.memory_mb:,.0f}") if not p.failure else ("failed", *alone, "-")
-        rows.append(_row("td", (f"{p.n_envs:,}", p.vectorization, *figures_of)))
-    said = "".join(
-        f"<li><b>n_envs {p.n_envs}, {html.escape(p.vectorization)}</b>: {html.escape(verdict(p, points))}</li>"
-        for p in points
-    )
-    lines = "".join(f"<p>{html.escape(line)}</p>" for line in about)
-    return _PAGE.format(
-        title=html.escape(title), about=lines, figures="".join(drawn), rows="".join(rows), verdicts=said
+        rows.append((f"{p.n_envs:,}", p.vectorization, *figures_of))
+    return html_page(
+        title,
+        paragraphs(about),
+        *map(drawing.draw, figures),
+        table(head, rows),
+        heading("What limits each"),
+        items((f"n_envs {p.n_envs}, {p.vectorization}", verdict(p, points)) for p in points),
     )
 
 
@@ -139,7 +129,7 @@ def _speed(points: Sequence[Point]) -> go.Figure:
             hovertemplate="n_envs %{x}<br>%{y:,.0f} steps/s",
         )
     sizes = sorted({p.n_envs for p in points})
-    figure.update_layout(title="Training speed over n_envs", **_LAYOUT)
+    figure.update_layout(title="Training speed over n_envs", **LAYOUT)
     figure.update_xaxes(title="n_envs", type="log", tickvals=sizes, ticktext=[f"{n:,}" for n in sizes])
     figure.update_yaxes(title="steps per second", rangemode="tozero", tickformat=",")
     return figure
@@ -148,23 +138,19 @@ def _speed(points: Sequence[Point]) -> go.Figure:
 def _phases(points: Sequence[Point]) -> go.Figure:
     figure = go.Figure()
     labels = [[f"{p.n_envs:,}" for p in points], [p.vectorization for p in points]]
-    for phase, color in _COLORS.items():
+    for phase in _PHASES:
         share = [p.phases.get(phase, 1 - sum(p.phases.values())) for p in points]
         figure.add_bar(
             x=labels,
             y=[s / p.sps * 1e6 for s, p in zip(share, points, strict=True)],
             customdata=share,
             name=phase,
-            marker_color=color,
+            marker_color=PHASE_COLORS[phase],
             hovertemplate="%{y:.2f} us, %{customdata:.0%}",
         )
-    figure.update_layout(title="Where an environment step's time goes", barmode="stack", **_LAYOUT)
+    figure.update_layout(title="Where an environment step's time goes", barmode="stack", **LAYOUT)
     figure.update_yaxes(title="microseconds per step")
     return figure
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _short(rate: float) -> str:
@@ -173,23 +159,3 @@ def _short(rate: float) -> str:
         if rate >= size:
             return f"{rate / size:.3g}{unit}" if rate < 999.5 * size else f"{rate / size:.0f}{unit}"
     return f"{rate:.0f}"
-
-
-_LAYOUT: dict[str, Any] = {
-    "template": "plotly_white",
-    "margin": {"l": 60, "r": 15, "t": 50, "b": 50},
-    "legend": {"orientation": "h", "y": -0.25},
-}
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 0 auto; padding: 1rem; color: #222 }}
-h1 {{ font-size: 1.4rem }} h2 {{ font-size: 1.1rem }} p {{ margin: .3rem 0; color: #555; overflow-wrap: anywhere }}
-.table {{ overflow-x: auto }} table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
-td:nth-child(2), th:nth-child(2) {{ text-align: left }} li {{ margin: .4rem 0 }} ul {{ padding-left: 1.2rem }}
-</style></head><body>
-<h1>{title}</h1>{about}{figures}<div class="table"><table>{rows}</table></div>
-<h2>What limits each</h2><ul>{verdicts}</ul>
-</body></html>
-"""

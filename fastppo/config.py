@@ -208,6 +208,16 @@ class Config:
     max_skipped: int = 20
     """End the run after so many minibatches in a row whose gradient was not finite; what led there is kept for
     `fastppo replay`."""
+    record_ratios: Annotated[
+        int | None, tyro.conf.arg(metavar="ITERATIONS", help_behavior_hint="(default: 20 times in a run)")
+    ] = None
+    """Look into one update of so many, for the report's plots of ratios; 0: into none."""
+    log_histograms: bool = False
+    """Log histograms of weights, gradients, actions and ratios of those updates."""
+    video_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: never)")] = None
+    """Film an episode after so many steps, for TensorBoard (extra `video`)."""
+    track: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Log to these too (extras `wandb`, `mlflow`), set up by their own environment variables."""
     name: str = "ppo"
     """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
@@ -275,8 +285,9 @@ class Config:
             if name in given:
                 raise ConfigError(f"{source}: {name} is given twice, once by another of its names; keep one.")
             given[name] = value
-        if "hidden_sizes" in given and isinstance(given["hidden_sizes"], list):
-            given["hidden_sizes"] = tuple(given["hidden_sizes"])
+        for name in ("hidden_sizes", "track"):
+            if isinstance(given.get(name), list):
+                given[name] = tuple(given[name])
         for name in ("run_dir", "init_from"):
             if isinstance(given.get(name), str):
                 given[name] = Path(given[name])
@@ -403,7 +414,7 @@ def _describe(hint: object) -> str:
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin is tuple:
-        return "a list of int"
+        return f"a list of {_describe(args[0])}"
     if origin is dict:
         return 'a table of keyword arguments, as JSON: {"gravity": 9.81}'
     return "a path" if hint is Path else "text" if hint is str else str(getattr(hint, "__name__", hint))
@@ -459,6 +470,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "env_restarts": (1, math.inf),
     "env_timeout": (0, math.inf),
     "max_skipped": (1, math.inf),
+    "record_ratios": (0, math.inf),
+    "video_every": (1, math.inf),
 }
 _POSITIVE: tuple[str, ...] = ("max_grad_norm", "target_kl", "kl_stop_factor", "adam_eps", "obs_clip", "reward_clip")
 _POSITIVE += ("env_timeout",)

@@ -30,6 +30,7 @@ class Learner:
         values: the same and all others that are scheduled, as numbers.
         gae: the kernel of advantages.
         update: the epochs.
+        rewards: [T, N] as they were last learned from.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Learner:
             kl_stop_factor: times target_kl is the limit of an update.
         """
         self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
-        self._rewards, self._sign_rewards = rewards, sign_rewards
+        self._rewards, self._sign_rewards, self.rewards = rewards, sign_rewards, rollout.rewards
         self._schedules, self._kl_stop_factor = schedules, kl_stop_factor
         self.update = update
         device = rollout.rewards.device
@@ -78,17 +79,18 @@ class Learner:
             limit = self.values["target_kl"] * self._kl_stop_factor
             self.update.prepare(self._rollout.rewards.numel(), limit)
 
-    def __call__(self) -> Tensor:
-        """Learn, as `anneal` set it up: eagerly, compiled, or by a recording."""
-        return self._learn()
+    def __call__(self, look: Callable[[], None] | None = None) -> Tensor:
+        """Learn, as `anneal` set it up: by a recording, which can't be looked into, or step by step."""
+        return self._learn() if look is None else self.learn(look=look)
 
-    def learn(self, *, watched: bool = True) -> Tensor:
-        """Advantages, epochs, and the figures of both; for `watched` see `PPOUpdate.learn`."""
+    def learn(self, *, watched: bool = True, look: Callable[[], None] | None = None) -> Tensor:
+        """Advantages, epochs, and the figures of both; for `watched` and `look` see `PPOUpdate.learn`."""
         with self._clock.phase("advantages"):
             self.set_targets()
         with self._clock.phase("update"):
             watched = watched and self.values["target_kl"] != math.inf
-            return self._metrics.measure(self.update.learn(self._rollout.batch(), self.coefs, watched=watched))
+            report = self.update.learn(self._rollout.batch(), self.coefs, watched=watched, look=look)
+            return self._metrics.measure(report)
 
     def set_targets(self) -> None:
         """Advantages and returns of the rollout, from rewards as they are learned from."""
@@ -98,6 +100,7 @@ class Learner:
             rewards = self._rewards(rewards)
         elif self._sign_rewards:
             rewards = rewards.sign()
+        self.rewards = rewards
         advantages, returns = self.gae(*self._gae_inputs(rewards))
         r.advantages.copy_(advantages)
         r.returns.copy_(returns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from fastppo.errors import EnvError
 from fastppo.functional.diagnostics import explained_variance, masked_mean
+from fastppo.health import Finding
 from fastppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
+from fastppo.samples import Sample
 from fastppo.spaces import ActionSpec
 from fastppo.update import REPORT
 
 _Array = np.ndarray[Any, Any]
 
 WINDOW = 100  # episodes that means are taken over
+_RETURNS = 32  # of episodes that an iteration is logged with
 # What an iteration brings to the host, all of it in one transfer; then the latest episodes' returns and lengths
 _MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
 NAMES: tuple[str, ...] = (*REPORT, *_MEASURED)
@@ -82,6 +86,10 @@ class EpisodeStats:
         self.recent_lengths.extend(lengths.astype(int).tolist())
         self.count += count
 
+    def latest(self, n: int) -> list[float]:
+        """Returns of the latest `n` episodes, latest last."""
+        return list(self.recent_returns)[len(self.recent_returns) - n :]
+
     @property
     def mean_return(self) -> float:
         """Mean return of the last episodes (100 at most); NaN before the first ends."""
@@ -114,6 +122,10 @@ class Stats:
         kl: mean k3 of this update.
         stop: why the update ended early, or "".
         scalars: every figure by its TensorBoard tag.
+        returns: of the episodes that ended in it, the latest last, 32 at most.
+        sample: a look into its update, if this iteration was chosen for one.
+        findings: what health last found wrong with the run.
+        images: animations (GIF) by tag.
     """
 
     iteration: int
@@ -127,6 +139,10 @@ class Stats:
     kl: float
     stop: str
     scalars: dict[str, float]
+    returns: list[float] = dataclasses.field(default_factory=list)
+    sample: Sample | None = None
+    findings: list[Finding] = dataclasses.field(default_factory=list)
+    images: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
 class Metrics:
@@ -249,7 +265,7 @@ class Metrics:
         )
         return torch.stack((rewards, obs))
 
-    def stats(self, iteration: int, figures: _Array, coefs: Mapping[str, float]) -> Stats:
+    def stats(self, iteration: int, figures: _Array, coefs: Mapping[str, float], sample: Sample | None = None) -> Stats:
         """The figures of the iteration that has just been updated from; ticks the clock."""
         clock = self._clock
         planned = self._n_iterations * self._rollout.rewards.numel() * self._world.size
@@ -270,6 +286,7 @@ class Metrics:
             "charts/sps_steady": clock.sps_steady,
             "charts/learning_rate": coefs["learning_rate"],
             "charts/clip_coef": coefs["clip_coef"],
+            "charts/max_grad_norm": coefs["max_grad_norm"],
             "time/rollout": spent["env"] + spent["act"] + spent["store"] + spent["rollout"],
             **{f"time/{name}": seconds for name, seconds in spent.items()},
         }
@@ -277,6 +294,10 @@ class Metrics:
             scalars["charts/clipped_actions"] = clipped
         if self._obs_bounds is not None:
             scalars["charts/obs_outside_space"] = outside
+        if math.isfinite(coefs["target_kl"]):
+            scalars["charts/target_kl"] = coefs["target_kl"]
+        if sample is not None:
+            scalars["samples/first_ratio_error"] = sample.first_ratio_error
         if episodes:
             scalars["charts/episodic_return"] = returns / episodes
             scalars["charts/episodic_length"] = lengths / episodes
@@ -296,6 +317,8 @@ class Metrics:
             kl=named["approx_kl"],
             stop=stop,
             scalars=scalars,
+            returns=self.episodes.latest(min(episodes, _RETURNS)),
+            sample=sample,
         )
 
 

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +28,10 @@ from fastppo.envs.serial import Care
 from fastppo.envs.tensor.driver import TensorEnv
 from fastppo.envs.tensor.foreign import SimulatorEnv
 from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError, FinishedError
+from fastppo.film import Camera
 from fastppo.functional.gae import gae_doubling
 from fastppo.learn import Learner
+from fastppo.logbook import Logbook
 from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.metrics import NAMES, Metrics, Stats
 from fastppo.play import Player
@@ -57,8 +59,11 @@ from fastppo.runtime.device import (
 from fastppo.runtime.distributed import join_world, local_processes
 from fastppo.runtime.preflight import check_descriptors, check_disk, free_memory
 from fastppo.runtime.signals import StopSignals
+from fastppo.samples import Sample, Sampler
 from fastppo.saver import Saver
-from fastppo.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
+from fastppo.sinks.console import ConsoleSink
+from fastppo.sinks.jsonl import JsonlSink, SampleSink, read_rows
+from fastppo.sinks.tensorboard import TensorBoardSink
 from fastppo.update import PPOUpdate
 
 
@@ -165,6 +170,9 @@ class Trainer:
             self._player = self._make_player(c, found)
             if self._player is not None:
                 undo.callback(self._player.close)
+            self._camera = self._make_camera(c, found)
+            if self._camera is not None:
+                undo.callback(self._camera.close)
             if resume_from is None:
                 self.run_dir = self.world.shared(
                     lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, again=c.resume == "auto")
@@ -335,7 +343,9 @@ class Trainer:
             "learner": self.learner,
             "randomness": GlobalRandomness(),
         }
-        self._evaluated, self._told_outside = 0, False
+        every = max(1, self.n_iterations // 20) if c.record_ratios is None else c.record_ratios
+        self._sampler = Sampler(self.rollout, self.update, every=every, histograms=c.log_histograms)
+        self._looked_at, self._told_outside = 0, False
         self.stop_requested = False
         self.result: Result | None = None
 
@@ -353,6 +363,17 @@ class Trainer:
         env = make_vec_env(found, min(c.eval_episodes, 8), "sync")
         return Player(env, self.policy, self.device, seed_stream(c.seed, "eval"))
 
+    def _make_camera(self, c: Config, found: Probe) -> Camera | None:
+        if c.video_every is None or not self.world.is_main:
+            return None
+
+        def act(obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            row = torch.as_tensor(obs[None]).to(self.device, self.spec.obs.dtype)
+            actions: np.ndarray[Any, Any] = self.spec.action.to_env(self.policy.mode(row).numpy(force=True))[0]
+            return actions
+
+        return Camera(found, act)
+
     def _restore(self, path: Path) -> None:
         goes_on, notes = restore(
             path,
@@ -364,7 +385,7 @@ class Trainer:
             obs=self.collect.rollout.obs[-1],
             world=self.world,
         )
-        self._evaluated = self.metrics.global_step
+        self._looked_at = self.metrics.global_step
         self.notes += notes
         if self.config.exact_resume and not goes_on:
             raise CheckpointError(f"exact_resume: {notes[0]}")
@@ -418,7 +439,9 @@ class Trainer:
 
     def _open_run(self, c: Config, console: Console | None) -> None:
         self.notes += self.env.notes
-        self._console, self.sinks = None, list[Sink]()
+        box = self.env.action_spec.kind == "box"
+        action_size = math.prod(self.env.action_spec.shape) if box else 0
+        self.logbook = Logbook(console if self.world.is_main else None, action_size)
         self._saver = Saver(
             self.run_dir,
             keep=c.keep_checkpoints,
@@ -426,7 +449,7 @@ class Trainer:
             every_minutes=c.checkpoint_minutes,
             world=self.world,
             device=self.device,
-            say=self._say,
+            say=self.logbook.say,
         )
         if not self.world.is_main:
             return
@@ -435,9 +458,9 @@ class Trainer:
         write_json(
             self.run_dir / "run.json",
             surroundings(self.device)
-            | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size},
+            | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size}
+            | {"action_size": action_size},
         )
-        self._console = console
         if console is not None:
             for note in self.notes:
                 console.print(f"note: {note}", highlight=False, markup=False)
@@ -459,7 +482,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             self._signals = signals or stack.enter_context(StopSignals())
-            self._signals.on_first = lambda: self._say("stopping after this iteration; once more stops at once")
+            self._signals.on_first = lambda: self.logbook.say("stopping after this iteration; once more stops at once")
             for _ in self.iterations():
                 pass
         assert self.result is not None
@@ -475,7 +498,7 @@ class Trainer:
             raise RuntimeError("this trainer has run already; fastppo.resume makes one that goes on")
         progress = self.progress
         try:
-            self._open_sinks()
+            self._open_logbook()
             self.clock.start(progress.seconds, self.metrics.global_step)
             self._saver.start(self.metrics.global_step)
             while progress.iteration < self.n_iterations and not self._asked_to_stop():
@@ -483,20 +506,22 @@ class Trainer:
                 self.learner.anneal(progress.iteration / self.n_iterations)
                 self.collect()
                 self._doing = "update"
-                figures = self.learner()
+                look = self._sampler.look if self._sampler.due(progress.iteration + 1) else None
+                figures = self.learner(look)
                 with self.clock.phase("update"):
                     found = self.metrics.read(figures)
                     self._stop_what_skips(found)
                     self.learner.update_obs_moments()
                 progress.iteration += 1
                 with self.clock.phase("log"):
-                    stats = self.metrics.stats(progress.iteration, found, self.learner.values)
+                    sample = None if look is None else self._sample()
+                    stats = self.metrics.stats(progress.iteration, found, self.learner.values, sample)
                     progress.seconds = stats.seconds
                 self._doing = "nothing"
                 self._look_after_envs(stats)
-                best = self._evaluate(stats)
+                best = self._look_at_episodes(stats)
                 with self.clock.phase("log"):
-                    self._log(stats)
+                    self.logbook.write(stats)
                 with self.clock.phase("save"):
                     if best or self._saver.due(stats.global_step):
                         self._save_checkpoint(best)
@@ -514,13 +539,21 @@ class Trainer:
         finally:
             self._finish()
 
-    def _open_sinks(self) -> None:
-        if self.world.is_main:
-            again = self._resumed or any(self.run_dir.glob("events.*"))  # or begun before, without a checkpoint
-            at = self.metrics.global_step if again else None
-            self.sinks += [TensorBoardSink(self.run_dir, self.config.to_dict(), at), JsonlSink(self.run_dir, at)]
-        if self._console is not None:
-            self.sinks.append(ConsoleSink(self._console, self.n_iterations))
+    def _open_logbook(self) -> None:
+        if not self.world.is_main:
+            return
+        again = self._resumed or any(self.run_dir.glob("events.*"))  # or begun before, without a checkpoint
+        at, after = (self.metrics.global_step, self.progress.iteration) if again else (None, None)
+        jsonl = JsonlSink(self.run_dir, at)
+        for row in read_rows(self.run_dir) if again else ():
+            self.logbook.history.add({tag: value for tag, value in row.items() if "/" in tag and value is not None})
+        settings = self.config.to_dict()
+        self.logbook.open(TensorBoardSink(self.run_dir, settings, at), jsonl, SampleSink(self.run_dir, after))
+        if self.logbook.console is not None:
+            self.logbook.open(ConsoleSink(self.logbook.console, self.n_iterations))
+
+    def _sample(self) -> Sample:
+        return self._sampler.sample(self.progress.iteration, self.learner.coefs, self.learner.rewards)
 
     def _asked_to_stop(self) -> bool:
         asked = self.stop_requested or (self._signals is not None and self._signals.received is not None)
@@ -552,48 +585,46 @@ class Trainer:
             where = self.metrics.outside() or "another process's environment left its observation_space"
             if c.strict_obs:
                 raise EnvError(f"{where} of its run (--strict-obs).")
-            self._say(f"warning: {where} of its run; charts/obs_outside_space counts how often, this is said once.")
+            self.logbook.say(
+                f"warning: {where} of its run; charts/obs_outside_space counts how often, this is said once."
+            )
         if c.on_env_error == "fail":
             return
         stats.scalars["charts/env_restarts"] = self.env.restarts
         for line in self.env.complaints():
-            self._say(f"{line} {self.env.restarts} of {c.env_restarts} (--env-restarts).")
+            self.logbook.say(f"{line} {self.env.restarts} of {c.env_restarts} (--env-restarts).")
         if self.env.restarts > c.env_restarts:
             raise EnvError(
                 f"environments failed {self.env.restarts} times; {c.env_restarts} are allowed (--env-restarts)."
             )
 
-    def _evaluate(self, stats: Stats) -> bool:
-        """Play whole episodes, where that is due; returns whether they went better than ever."""
-        every, step = self.config.eval_every, stats.global_step
-        due = every is not None and step // every > self._evaluated // every
-        self._evaluated = step
-        if not due:
-            return False
-        better = False
-        if self._player is not None:
-            with self.clock.paused(), untouched_randomness():
-                played = self._player(self.config.eval_episodes)
-            lengths = sum(played.lengths) / len(played.lengths)
-            stats.scalars.update(
-                {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": lengths}
-            )
-            better = math.isfinite(played.mean) and (self.progress.best is None or played.mean > self.progress.best)
-            if better:
-                self.progress.best = played.mean
-            note = ", the best so far" if better else ""
-            self._say(f"evaluation at {step:,} steps: return {played.mean:.2f} +- {played.std:.2f}{note}")
+    def _look_at_episodes(self, stats: Stats) -> bool:
+        """Play and film whole episodes, where that is due; returns whether they went better than ever."""
+        c, before, step = self.config, self._looked_at, stats.global_step
+        self._looked_at = step
+        with self.clock.paused(), untouched_randomness():
+            if self._camera is not None and _passes(c.video_every, before, step):
+                film = self._camera.episode(seed=c.seed)
+                stats.images["video/episode"] = film.gif()
+            if not _passes(c.eval_every, before, step):
+                return False
+            better = self._player is not None and self._evaluate(self._player, stats)
         return self.world.any(better, self.device)
 
-    def _log(self, stats: Stats) -> None:
-        """Hand the figures to every sink; one that fails is dropped, and training goes on."""
-        for sink in list(self.sinks):
-            try:
-                sink.write(stats)
-            except OSError as error:
-                self.sinks.remove(sink)
-                _quietly(sink.close)
-                self._say(f"{type(sink).__name__} can't write ({error.strerror or error}); its figures end here.")
+    def _evaluate(self, player: Player, stats: Stats) -> bool:
+        """Play whole episodes; returns whether they went better than ever."""
+        played = player(self.config.eval_episodes)
+        lengths = sum(played.lengths) / len(played.lengths)
+        stats.scalars.update(
+            {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": lengths}
+        )
+        better = math.isfinite(played.mean) and (self.progress.best is None or played.mean > self.progress.best)
+        if better:
+            self.progress.best = played.mean
+        note = ", the best so far" if better else ""
+        how = f"return {played.mean:.2f} +- {played.std:.2f}{note}"
+        self.logbook.say(f"evaluation at {stats.global_step:,} steps: {how}")
+        return better
 
     def _save_checkpoint(self, best: bool = False, *, env_lost: bool = False) -> None:
         """Copy the run's state, and have it written."""
@@ -612,10 +643,6 @@ class Trainer:
     def _about_model(self) -> dict[str, Any]:
         return {"global_step": self.metrics.global_step, "env": self.env_name, "make_env": self._custom_env}
 
-    def _say(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def _finish(self) -> None:
         # last, for closing is what fails when a worker has died
         with contextlib.ExitStack() as stack:
@@ -624,8 +651,9 @@ class Trainer:
             stack.callback(self.env.close)
             if self._player is not None:
                 stack.callback(self._player.close)
-            for sink in self.sinks:
-                stack.callback(_quietly, sink.close)
+            if self._camera is not None:
+                stack.callback(self._camera.close)
+            stack.callback(self.logbook.close)
             stack.callback(self._saver.close)
             self._save_the_end()
 
@@ -667,13 +695,12 @@ class Trainer:
             except OSError as error:
                 trouble = f"the model could not be saved ({error.strerror or error})"
                 self.result = dataclasses.replace(self.result, unsaved=trouble)
-                self._say(f"{trouble}.")
+                self.logbook.say(f"{trouble}.")
 
 
-def _quietly(close: Callable[[], None]) -> None:
-    """A file that can't be closed has been complained about already, or lost its last lines with its disk."""
-    with contextlib.suppress(OSError):
-        close()
+def _passes(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` steps lies after `before`, and not after `now`."""
+    return every is not None and now // every > before // every
 
 
 def _int(value: int | None) -> int:

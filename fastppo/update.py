@@ -97,6 +97,7 @@ class PPOUpdate:
         kl_stop: "epoch" ends the update after an epoch whose mean KL passed the limit; "minibatch" before the step of
             a minibatch whose KL did.
         world: the processes whose rows make a minibatch together.
+        trained: names of the parameters that learn, in the policy.
     """
 
     policy: Policy
@@ -129,7 +130,7 @@ class PPOUpdate:
         self._rows: Rows | None = None
         trained = {id(p) for p in self.parameters.parameters}
         names = {id(p): name for name, p in self.policy.named_parameters()}
-        self._trained = [names[id(p)] for p in self.parameters.parameters]
+        self.trained = [names[id(p)] for p in self.parameters.parameters]
         self._fixed: dict[str, Tensor] = {n: p for n, p in self.policy.named_parameters() if id(p) not in trained}
         self._fixed |= dict(self.policy.named_buffers())  # the normaliser's moments among them
         self._begin()
@@ -182,17 +183,19 @@ class PPOUpdate:
         if self._orders.shape != (self.update_epochs, n):
             self._orders = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self._sums.device)
 
-    def learn(self, batch: Batch, coefs: Coefficients, *, watched: bool) -> Tensor:
+    def learn(
+        self, batch: Batch, coefs: Coefficients, *, watched: bool, look: Callable[[], None] | None = None
+    ) -> Tensor:
         """Every epoch, as `prepare` set it up.
 
         What is decided is decided on the device: once the KL has ended the update, further minibatches change nothing.
-        So `watched`, to look from the host and leave the loop, saves time and changes no number.
+        So `watched`, to look from the host and leave the loop, saves time and changes no number. `look` is called
+        before the first epoch and after each that was run.
         """
-        if self.normalize == "batch":
-            batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
-        data = self.fill(batch)
+        data, scales = self._lay_out(batch)
         orders = self.orders
-        scales = self.scales(batch)
+        if look is not None:
+            look()
         self._sums.zero_()
         self._stop_kl.zero_()
         self._streak[1].zero_()
@@ -203,9 +206,22 @@ class PPOUpdate:
                 if each_minibatch and self._over():
                     break
             self._end_epoch()
+            if look is not None:
+                look()
             if watched and self._over():
                 break
         return self._report()
+
+    def gradient(self, batch: Batch, coefs: Coefficients) -> Tensor:
+        """Gradient [P] by the first of the minibatches that `prepare` drew, where the parameters are now."""
+        data, scales = self._lay_out(batch)
+        return self._loss_gradient(*self._arguments(data, self.orders[0, 0], coefs, scales[0, 0]))[0]
+
+    def _lay_out(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What minibatches read: rows, and the scales of their advantages."""
+        if self.normalize == "batch":
+            batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
+        return self.fill(batch), self.scales(batch)
 
     def state(self) -> list[Tensor]:
         """What an update changes and the next one needs."""
@@ -315,7 +331,7 @@ class PPOUpdate:
             batch = batch._replace(advantages=(batch.advantages - scale[0]) / scale[1])
         with torch.enable_grad():
             leaves = [view.detach().requires_grad_() for view in self.parameters.views(vector)]
-            tensors_by_name = dict(zip(self._trained, leaves, strict=True)) | dict(zip(self._fixed, fixed, strict=True))
+            tensors_by_name = dict(zip(self.trained, leaves, strict=True)) | dict(zip(self._fixed, fixed, strict=True))
             params, values = torch.func.functional_call(self.policy, tensors_by_name, (batch.obs,))
             now = self.policy.judge(params, values, batch.actions, batch.params)
             loss, diagnostics = ppo_loss(

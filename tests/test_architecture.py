@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1] / "fastppo"
 FLOORS = {
     "errors.py": 0,
     "presets.py": 0,
+    "health.py": 0,
     "config.py": 0,
     "spaces.py": 0,
     "functional": 0,
@@ -19,7 +20,10 @@ FLOORS = {
     "update.py": 2,
     "memory.py": 2,
     "metrics.py": 2,
-    "sinks.py": 2,
+    "sinks": 2,
+    "samples.py": 2,
+    "logbook.py": 2,
+    "film.py": 2,
     "run_dir.py": 2,
     "checkpoint.py": 2,
     "capsule.py": 2,
@@ -36,6 +40,12 @@ FLOORS = {
     "replay.py": 4,
     "resuming.py": 4,
     "verify.py": 4,
+    "page.py": 2,
+    "records.py": 3,
+    "report.py": 4,
+    "diff.py": 4,
+    "export.py": 4,
+    "commands": 4,
     "cli.py": 4,
     "__init__.py": 4,
     "__main__.py": 4,
@@ -50,14 +60,11 @@ BESIDE = {
     ("memory.py", "rollout.py"),
     ("memory.py", "update.py"),
 }
-BESIDE |= {("metrics.py", "update.py"), ("sinks.py", "metrics.py"), ("checkpoint.py", "run_dir.py")}
-BESIDE |= {
-    ("bench_report.py", "bench.py"),
-    ("cli.py", "bench.py"),
-    ("cli.py", "doctor.py"),
-    ("cli.py", "bench_report.py"),
-}
+BESIDE |= {("metrics.py", "update.py"), ("sinks", "metrics.py"), ("checkpoint.py", "run_dir.py")}
+BESIDE |= {("bench_report.py", "bench.py"), ("export.py", "evaluation.py")}
 BESIDE |= {("learn.py", "metrics.py"), ("learn.py", "rollout.py"), ("learn.py", "update.py")}
+BESIDE |= {("samples.py", "rollout.py"), ("samples.py", "update.py"), ("metrics.py", "samples.py")}
+BESIDE |= {("sinks", "samples.py"), ("logbook.py", "metrics.py"), ("logbook.py", "sinks")}
 BESIDE |= {("capsule.py", "checkpoint.py"), ("capsule.py", "update.py"), ("saver.py", "checkpoint.py")}
 BESIDE |= {("trainer.py", "choices.py"), ("trainer.py", "restore.py")}
 BESIDE |= {
@@ -66,12 +73,15 @@ BESIDE |= {
     ("verify.py", "resuming.py"),
     ("verify.py", "doctor.py"),
 }
-BESIDE |= {("cli.py", "replay.py"), ("cli.py", "resuming.py"), ("cli.py", "verify.py")}
+# every command may ask any of what they are made for
+BESIDE |= {("commands", name) for name, floor in FLOORS.items() if floor == 4 and name.endswith(".py")} - {
+    ("commands", "cli.py")
+}
 BESIDE |= {
     ("__init__.py", "evaluation.py"),
     ("__init__.py", "resuming.py"),
     ("__main__.py", "cli.py"),
-    ("cli.py", "evaluation.py"),
+    ("cli.py", "commands"),
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

@@ -12,14 +12,12 @@ from pathlib import Path
 import pytest
 import tyro
 
-from fastppo.cli import Bench, Doctor, Eval, Replay, Resume, Train, VerifyEnv, VerifyResume, _spell_out_switches
+from fastppo.cli import COMMANDS, _spell_out_switches
 from fastppo.config import Config, load_toml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-KINDS = {"train": Train, "bench": Bench, "eval": Eval, "doctor": Doctor, "resume": Resume, "replay": Replay}
-KINDS |= {"verify-env": VerifyEnv, "verify-resume": VerifyResume}
-FLAGS = {f"--{field.name.replace('_', '-')}" for kind in KINDS.values() for field in dataclasses.fields(kind)}
+FLAGS = {f"--{field.name.replace('_', '-')}" for kind in COMMANDS.values() for field in dataclasses.fields(kind)}
 FLAGS |= {"--num-envs", "--num-steps", "--num-minibatches", "--no-anneal-lr", "--help"}
 TORCHRUN = {
     "--standalone",
@@ -51,7 +49,7 @@ def test_every_command_in_the_readme_can_be_parsed():
         if words[:1] == ["torchrun"]:
             words = words[words.index("-m") + 1 :]
         if words[:1] == ["fastppo"]:
-            assert tyro.cli(KINDS[words[1]], args=_spell_out_switches(words[2:]))
+            assert tyro.cli(COMMANDS[words[1]], args=_spell_out_switches(words[2:]))
             seen += 1
         elif words[:1] and words[0].startswith("scripts/"):
             assert (ROOT / words[0]).stat().st_mode & 0o111

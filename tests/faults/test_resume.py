@@ -324,9 +324,9 @@ def test_resume_auto_begins_and_then_goes_on(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
     script = (
-        "import sys\nfrom fastppo.trainer import Trainer\nbefore = Trainer._log\n"
+        "import sys\nfrom fastppo.trainer import Trainer\nbefore = Trainer._look_after_envs\n"
         "def log(self, stats):\n    before(self, stats)\n    self.stop_requested = stats.iteration == 3\n"
-        "Trainer._log = log\nfrom fastppo.cli import main\n"
+        "Trainer._look_after_envs = log\nfrom fastppo.cli import main\n"
         f"sys.exit(main({arguments!r}))\n"
     )
     first = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)

@@ -340,7 +340,7 @@ def test_s10_a_full_log_is_one_warning(tmp_path, monkeypatch):
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1", **LONG), console=console)
     for stats in trainer.iterations():
         if stats.iteration == 2:
-            jsonl = trainer.sinks[1]
+            jsonl = trainer.logbook.sinks[1]
             jsonl._file.close()
             jsonl._file = open("/dev/full", "w", buffering=1)
     assert console.export_text().count("JsonlSink can't write (No space left on device)") == 1

@@ -1,0 +1,74 @@
+"""Output in the terminal, for every command."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastppo.doctor import Finding
+
+
+class _Stdout:
+    """Standard output that falls silent when nobody reads it any longer or its disk is full: training goes on."""
+
+    def __init__(self) -> None:
+        self._file = sys.stdout
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - isatty, encoding, fileno: whatever rich asks for
+        return getattr(self._file, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._file.write(text)
+        except OSError:
+            return self._silence(text)
+
+    def flush(self) -> None:
+        try:
+            self._file.flush()
+        except OSError:
+            self._silence("")
+
+    def _silence(self, text: str) -> int:
+        # onto the same descriptor, so that Python's own flush at exit finds nothing wrong either
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._file.fileno())
+        return len(text)
+
+
+def open_console() -> Console:
+    """Standard output, which may close before the program ends."""
+    from rich.console import Console
+
+    return Console(file=cast("IO[str]", _Stdout()))
+
+
+def print_findings(findings: Iterable[Finding], good: str) -> int:
+    """A line for each as it is found; exit status 1 if one is bad."""
+    from rich.markup import escape
+
+    console, bad = open_console(), 0
+    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    for finding in findings:
+        bad += finding.state == "bad"
+        advice = f"\n{'':22}{finding.advice}" if finding.advice else ""
+        text = f"{finding.name:<16} {finding.value}{advice}"
+        console.print(
+            f"[{colours[finding.state]}]{finding.state:<4}[/] {escape(text)}", highlight=False, soft_wrap=True
+        )
+    console.print("something is wrong, see above" if bad else good)
+    return 1 if bad else 0
+
+
+def program(name: str) -> str:
+    """How to call a program of this environment from here: by name, if the shell finds it, else by path."""
+    path = Path(sys.executable).with_name(name)
+    found = shutil.which(name)
+    return name if found and Path(found) == path else os.path.relpath(path)

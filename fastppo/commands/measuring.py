@@ -1,0 +1,151 @@
+"""Measure speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from fastppo.commands.console import open_console, print_findings
+from fastppo.commands.training import Train
+from fastppo.config import Config
+from fastppo.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastppo.bench import Point
+
+
+_Sizes = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--num-envs",), metavar="INT [INT ...]")]
+_Vectorizations = Annotated[
+    tuple[Literal["sync", "async", "pool", "native", "envpool", "tensor"], ...],
+    tyro.conf.arg(metavar="{sync,async,pool,native,envpool,tensor} [...]"),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench(Train):
+    """Measure training speed at several n_envs, and what limits it. Takes the settings of train beside its own."""
+
+    n_envs: _Sizes = (1, 8, 64, 512)  # type: ignore[assignment]
+    """Numbers of environments, each measured with each vectorisation."""
+    vectorization: _Vectorizations = ("sync", "pool", "native")  # type: ignore[assignment]
+    """Vectorisations."""
+    seconds: float = 5.0
+    """Seconds of training that are timed at each point, after warm-up and compilation."""
+    save: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Keep the fastest vectorisation for each n_envs, for `train --vectorization auto` on this machine."""
+    total_timesteps: Annotated[int | None, tyro.conf.Suppress] = None
+    target_return: Annotated[float | None, tyro.conf.Suppress] = None
+    init_from: Annotated[Path | None, tyro.conf.Suppress] = None
+    name: Annotated[str, tyro.conf.Suppress] = "bench"
+    checkpoint_every: Annotated[int | None, tyro.conf.Suppress] = None
+    checkpoint_minutes: Annotated[float, tyro.conf.Suppress] = 0.0
+    keep_checkpoints: Annotated[int, tyro.conf.Suppress] = Config.keep_checkpoints
+    resume: Annotated[Literal["never", "auto"], tyro.conf.Suppress] = "never"
+    exact_resume: Annotated[bool, tyro.conf.Suppress] = False
+    eval_every: Annotated[int | None, tyro.conf.Suppress] = None
+    eval_episodes: Annotated[int, tyro.conf.Suppress] = Config.eval_episodes
+
+    def points(self) -> list[Config]:
+        """The settings of each point, checked."""
+        if not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds={self.seconds} must be more than 0; 5 is enough on a quiet machine.")
+        pool = {"workers": self.workers, "half_batches": self.half_batches}
+        for name, value in pool.items():
+            if value and "pool" not in self.vectorization:
+                raise ConfigError(f"{name} is for the pool; add pool to --vectorization, or leave --{name} out.")
+        no_pool = {"workers": None, "half_batches": False}
+
+        def _pool(n: int) -> dict[str, Any]:
+            return pool | {"half_batches": self.half_batches and n > 1}
+
+        return [
+            self.settings(n_envs=n, vectorization=v, name="bench", **(_pool(n) if v == "pool" else no_pool))
+            for n in dict.fromkeys(self.n_envs)
+            for v in dict.fromkeys(self.vectorization)
+        ]
+
+    def __call__(self) -> int:
+        """Measure every point, print tables, write files."""
+        configs = self.points()
+        from fastppo import bench, bench_report
+        from fastppo.envs.choose import env_key, remember
+        from fastppo.envs.registry import probe
+        from fastppo.run_dir import create_run_dir, surroundings
+        from fastppo.runtime.device import choose_device, machine_name
+
+        env_name = probe(self.env_id, self.env_kwargs).name  # mistakes answer here, not once for each point
+        about = surroundings(choose_device(self.device))
+        folder = create_run_dir(self.run_dir, env_name, self.name, self.seed)
+        console, points = open_console(), list[bench.Point]()
+        try:
+            for point in _measured(configs, self.seconds, console):
+                points.append(point)
+                # after each, so that Ctrl-C leaves what was measured
+                page = bench_report.write_files(folder, env_name, points, about)
+        finally:
+            if not points:
+                folder.rmdir()
+        for table in bench_report.tables(points):
+            console.print(table)
+        for point in points:
+            console.print(
+                f"n_envs {point.n_envs}, {point.vectorization}: {bench.verdict(point, points)}", highlight=False
+            )
+        best = bench.best_by_n_envs(points)
+        if not best:
+            return 1
+        fastest = max(best.values(), key=lambda p: p.sps)
+        console.print(
+            f"\nfastest: n_envs {fastest.n_envs}, {fastest.vectorization}: {fastest.sps:,.0f} steps/s. More "
+            "environments also mean fewer updates for the same steps: compare returns before you take the largest.",
+            highlight=False,
+        )
+        if self.save:
+            for point in best.values():
+                saved = remember(env_key(env_name, self.env_kwargs), machine_name(), point.n_envs, point.choice())
+            console.print(f"saved:   {saved}, for train --vectorization auto", highlight=False, soft_wrap=True)
+        console.print(f"page:    {page}", highlight=False, soft_wrap=True)
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Say what this machine has and what auto chooses on it, and try whether training works here."""
+
+    env_id: str = "CartPole-v1"
+    """What is trained for some seconds."""
+    seconds: float = 5.0
+    """For how long."""
+
+    def __call__(self) -> int:
+        """Print findings; exit status 1 if one is bad."""
+        if not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds={self.seconds} must be more than 0; 5 is enough.")
+        from fastppo.doctor import examine
+
+        return print_findings(examine(self.env_id, self.seconds), "everything essential works here")
+
+
+def _measured(configs: Sequence[Config], seconds: float, console: Console) -> Iterator[Point]:
+    """Each point as it is measured, with a line of progress."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from fastppo.bench import run_points
+
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("")
+        for i, config in enumerate(configs):
+            which = f"{i + 1} of {len(configs)}: n_envs {config.n_envs}, {config.vectorization}"
+            progress.update(task, description=f"{which}; about {seconds * 1.5 + 12:.0f} s")
+            (point,) = run_points([config], seconds)
+            result = f"failed: {point.failure}" if point.failure else f"{point.sps:,.0f} steps/s"
+            progress.console.print(f"{which}: {result}", highlight=False, soft_wrap=True)
+            yield point

@@ -1,0 +1,78 @@
+"""What a run says of itself: figures to every sink, health in words, lines in the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+
+from rich.console import Console
+
+from fastppo.health import Finding, History, judge
+from fastppo.metrics import Stats
+from fastppo.sinks.api import Sink
+
+_JUDGE_SECONDS = 5.0
+
+
+class Logbook:
+    """Hands figures on; a sink that fails is dropped, and training goes on.
+
+    Attributes:
+        console: where lines go; None: nowhere.
+        history: of the run's figures, thinned.
+        sinks: that take figures.
+        findings: what health found wrong when it last looked.
+    """
+
+    def __init__(self, console: Console | None, action_size: int) -> None:
+        """Speak on `console`; `action_size` as `judge` takes it."""
+        self.console, self._action_size = console, action_size
+        self.sinks: list[Sink] = []
+        self._judged = time.monotonic()
+        self._told: set[str] = set()
+        self.history = History()
+        self.findings: list[Finding] = []
+
+    def open(self, *sinks: Sink) -> None:
+        """Hand figures to these too."""
+        self.sinks += sinks
+
+    def say(self, text: str) -> None:
+        """A line in the terminal."""
+        if self.console is not None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def write(self, stats: Stats) -> None:
+        """One iteration."""
+        if not self.sinks:  # a process that logs nothing
+            return
+        self.history.add(stats.scalars)
+        if time.monotonic() - self._judged > _JUDGE_SECONDS or stats.iteration == stats.n_iterations:
+            self.findings = judge(self.history, self._action_size)
+            self._judged = time.monotonic()
+            for finding in self.findings:
+                if finding.name not in self._told:
+                    self._told.add(finding.name)
+                    self.say(f"health at {stats.global_step:,} steps: {finding}")
+        stats = dataclasses.replace(stats, findings=self.findings)
+        for sink in list(self.sinks):
+            try:
+                sink.write(stats)
+            except OSError as error:
+                self.sinks.remove(sink)
+                _quietly(sink.close)
+                self.say(f"{type(sink).__name__} can't write ({error.strerror or error}); its figures end here.")
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self.sinks:
+            _quietly(sink.close)
+        self.sinks = []
+
+
+def _quietly(close: Callable[[], None]) -> None:
+    """A file that can't be closed has been complained about already, or lost its last lines with its disk."""
+    with contextlib.suppress(OSError):
+        close()

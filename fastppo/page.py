@@ -1,0 +1,97 @@
+"""Self-contained HTML pages with Plotly figures, which open without a network, on a phone too."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+LAYOUT: dict[str, Any] = {
+    "template": "plotly_white",
+    "margin": {"l": 60, "r": 15, "t": 50, "b": 50},
+    "legend": {"orientation": "h", "y": -0.25},
+}
+
+
+PHASE_COLORS = {
+    "env": "#4c78a8",
+    "act": "#f58518",
+    "store": "#eeca3b",
+    "rollout": "#72b7b2",
+    "advantages": "#b279a2",
+    "update": "#54a24b",
+    "log": "#9d755d",
+    "save": "#ff9da6",
+    "other": "#bab0ac",
+}
+
+
+class Figures:
+    """Figures of one page; the first brings Plotly's library along, once."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._first = True
+
+    def draw(self, figure: go.Figure, name: str | None = None) -> str:
+        """The figure as HTML, under an id that scripts find."""
+        drawn: str = figure.to_html(
+            full_html=False,
+            include_plotlyjs=self._first,
+            config={"responsive": True, "displaylogo": False},
+            div_id=name,
+        )
+        self._first = False
+        return drawn
+
+
+def page(title: str, *parts: str) -> str:
+    """A page of `parts`, HTML each."""
+    return _PAGE.format(title=html.escape(title), body="\n".join(parts))
+
+
+def heading(text: str) -> str:
+    """A section begins."""
+    return f"<h2>{html.escape(text)}</h2>"
+
+
+def paragraphs(lines: Iterable[str]) -> str:
+    """Plain lines."""
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+
+
+def items(lines: Iterable[tuple[str, str]]) -> str:
+    """A list of what is meant, in bold, and what is said of it."""
+    return f"<ul>{''.join(f'<li><b>{html.escape(what)}</b>: {html.escape(said)}</li>' for what, said in lines)}</ul>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table that scrolls by itself where it is wider than the page."""
+    body = "".join(_row("td", row) for row in rows)
+    return f'<div class="table"><table>{_row("th", head)}{body}</table></div>'
+
+
+def _row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,"><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 0 auto; padding: 1rem; color: #222 }}
+h1 {{ font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
+p {{ margin: .3rem 0; color: #555; overflow-wrap: anywhere }}
+.table {{ overflow-x: auto }} table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
+td:nth-child(2), th:nth-child(2) {{ text-align: left }} li {{ margin: .4rem 0 }} ul {{ padding-left: 1.2rem }}
+.settings td, .settings th {{ text-align: left; overflow-wrap: anywhere; max-width: 22rem }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: .5rem }}
+.grid > div, .plot {{ min-width: 0 }}
+.sliders label {{ display: block; margin: .5rem 0 }} .sliders input {{ width: 100% }}
+</style></head><body>
+<h1>{title}</h1>
+{body}
+</body></html>
+"""
