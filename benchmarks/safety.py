@@ -85,9 +85,9 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
                 times.setdefault((on, kind), []).append(took)
             if time.monotonic() - began > seconds:
                 break
-            kind = str(rng.choice(["none", "sample", "histograms"], p=[0.9, 0.05, 0.05]))
+            kind = str(rng.choice(["none", "sample", "histograms"], p=[0.7, 0.15, 0.15]))
             sampler._histograms = kind == "histograms"
-            toggle(on := bool(rng.integers(2)) or kind != "none")
+            toggle(on := kind != "none" or bool(rng.integers(2)))
         spent = trainer.clock.phase_seconds()
     toggle(True)
     plain = np.array(times[True, "none"])

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from fastppo.commands.checking import Replay, VerifyEnv, VerifyResume
-from fastppo.commands.measuring import Bench, Doctor
+from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
 from fastppo.config import Config, load_toml
@@ -25,6 +25,7 @@ _Settings = TypeVar("_Settings", bound=Train)
 COMMANDS: dict[str, type] = {
     "train": Train,
     "bench": Bench,
+    "study": Study,
     "resume": Resume,
     "eval": Eval,
     "report": Report,
@@ -78,8 +79,9 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
             path = Path(value if equals else arguments[i + 1])
             config = Config.from_dict(load_toml(path), str(path))
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            if kind is Bench:  # which measures several of these
-                found |= {"n_envs": (config.n_envs,)} if config.n_envs else {"n_envs": Bench.n_envs}
+            if issubclass(kind, (Bench, Study)):  # which take several of these
+                found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs
+            if kind is Bench:
                 found["vectorization"] = (
                     Bench.vectorization if config.vectorization in ("auto", "sync") else (config.vectorization,)
                 )

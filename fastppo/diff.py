@@ -41,7 +41,7 @@ class Difference:
 
 def difference(a: Record, b: Record) -> Difference:
     """Compare two runs."""
-    settings = _differing(a.config, b.config, a.config.keys() | b.config.keys() - {"run_dir"})
+    settings = _differing(a.config, b.config, (a.config.keys() | b.config.keys()) - {"run_dir"})
     versions = [_dict(r.about.get("versions")) for r in (a, b)]
     surroundings = _differing(a.about, b.about, _HARDWARE)
     surroundings += _differing(versions[0], versions[1], versions[0].keys() | versions[1].keys())

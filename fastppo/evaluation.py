@@ -12,8 +12,9 @@ from torch import nn
 
 from fastppo.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint
 from fastppo.config import Config
-from fastppo.envs.registry import Maker, make_vec_env, probe
+from fastppo.envs.registry import Maker, Probe, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
+from fastppo.film import Camera, Film, check_video_name
 from fastppo.play import Evaluation, Player
 from fastppo.policies.api import Policy
 from fastppo.policies.build import PolicySpec
@@ -110,7 +111,48 @@ def evaluate(
     """
     if episodes < 1:
         raise ConfigError(f"episodes={episodes} must be at least 1.")
-    run_dir = Path(run)
+    saved, found = _open(Path(run), seed, make_env, policy, allow_import, best)
+    n = found.vector.num_envs if found.vector else min(episodes, 8)
+    player = Player(make_vec_env(found, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
+    try:
+        return player(episodes, None if deterministic else saved._generator)
+    finally:
+        player.close()
+
+
+def film(
+    run: Path | str,
+    output: Path,
+    *,
+    deterministic: bool = True,
+    seed: int = 0,
+    make_env: Maker | None = None,
+    policy: nn.Module | None = None,
+    allow_import: bool = False,
+    best: bool = False,
+) -> tuple[Path, Film]:
+    """Film one episode of `run` into `output` (.mp4, .webm, .gif; a GIF without ffmpeg); arguments as of `evaluate`.
+
+    Returns:
+        the file that was written, and the film.
+
+    Raises:
+        ConfigError, EnvError, CheckpointError: see their texts.
+    """
+    check_video_name(output)
+    saved, found = _open(Path(run), seed, make_env, policy, allow_import, best)
+    camera = Camera(found, lambda obs: saved.predict(obs, deterministic))
+    try:
+        shot = camera.episode(seed)
+    finally:
+        camera.close()
+    return shot.write(output), shot
+
+
+def _open(
+    run_dir: Path, seed: int, make_env: Maker | None, policy: nn.Module | None, allow_import: bool, best: bool
+) -> tuple[SavedPolicy, Probe]:
+    """The policy of a run, and a look at the environment that it was trained on."""
     if best:
         found_best = best_checkpoint(run_dir)
         if found_best is None:
@@ -129,12 +171,7 @@ def evaluate(
     found = probe(config.env_id, config.env_kwargs, make_env)
     if (found.obs_spec, found.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {run_dir}; give its make_env.")
-    n = found.vector.num_envs if found.vector else min(episodes, 8)
-    player = Player(make_vec_env(found, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
-    try:
-        return player(episodes, None if deterministic else saved._generator)
-    finally:
-        player.close()
+    return saved, found
 
 
 def _read_config(run_dir: Path) -> Config:

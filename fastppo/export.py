@@ -61,6 +61,8 @@ def export(run: Path, output: Path | None, kind: Format, policy: nn.Module | Non
     module = Deployed(saved.policy, saved.spec.action).eval()
     example = saved.spec.obs.blank(2)
     path = output or run / f"policy.{kind}"
+    if not path.parent.is_dir():
+        raise ConfigError(f"export: {path} can't be written (there is no folder {path.parent}).")
     batch = torch.export.Dim("batch", min=1)
     try:
         with warnings.catch_warnings():

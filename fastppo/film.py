@@ -46,8 +46,7 @@ class Film:
         Raises:
             ConfigError: the file can't be written, or its name ends in no kind of video.
         """
-        if path.suffix not in (".mp4", ".webm", ".gif"):
-            raise ConfigError(f"video {path}: its name must end in .mp4, .webm or .gif.")
+        check_video_name(path)
         if path.suffix != ".gif" and not _ffmpeg():
             path = path.with_suffix(".gif")
         try:
@@ -56,6 +55,16 @@ class Film:
         except OSError as error:
             raise ConfigError(f"video {path} can't be written ({error.strerror or error}).") from None
         return path
+
+
+def check_video_name(path: Path) -> None:
+    """Refuse a name that is no video's.
+
+    Raises:
+        ConfigError: its ending.
+    """
+    if path.suffix not in (".mp4", ".webm", ".gif"):
+        raise ConfigError(f"video {path}: its name must end in .mp4, .webm or .gif.")
 
 
 class Camera:

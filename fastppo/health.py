@@ -195,7 +195,8 @@ def _value_loss_jumped(history: History, threshold: float, _: int) -> _Value:
 
 
 def _gradient_always_clipped(history: History, threshold: float, _: int) -> _Value:
-    norm, limit = history.recent("losses/grad_norm"), history.recent("charts/max_grad_norm")
+    row, limit = history["losses/grad_norm"], history.recent("charts/max_grad_norm")
+    norm = _finite(row[len(row) // 2 :])
     if not len(norm) or not len(limit):
         return None
     times = float(norm.min() / max(np.median(limit), 1e-12))
@@ -286,6 +287,7 @@ RULES = (
         _gradient_always_clipped,
         "every gradient's norm is over {value:.0f} times max_grad_norm (over {threshold:g}).",
         "Its length is lost, only its direction counts: lower vf_coef, normalize_rewards, or raise max_grad_norm.",
+        after=50,
     ),
     Rule(
         "returns flat",

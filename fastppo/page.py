@@ -87,8 +87,9 @@ p {{ margin: .3rem 0; color: #555; overflow-wrap: anywhere }}
 th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
 td:nth-child(2), th:nth-child(2) {{ text-align: left }} li {{ margin: .4rem 0 }} ul {{ padding-left: 1.2rem }}
 .settings td, .settings th {{ text-align: left; overflow-wrap: anywhere; max-width: 22rem }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: .5rem }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: .5rem }}
 .grid > div, .plot {{ min-width: 0 }}
+[hidden] {{ display: none !important }}
 .sliders label {{ display: block; margin: .5rem 0 }} .sliders input {{ width: 100% }}
 </style></head><body>
 <h1>{title}</h1>

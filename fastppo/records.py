@@ -33,6 +33,9 @@ _ASIDE += ("half_batches", "init_from", "resume", "exact_resume", "checkpoint_ev
 _ASIDE += ("keep_checkpoints", "record_ratios", "log_histograms", "video_every", "track", "eval_every", "eval_episodes")
 
 
+PLACES = ("global_step", "seconds", "episodes", "iteration")  # what curves can be drawn over
+
+
 @dataclasses.dataclass(frozen=True)
 class Record:
     """A run, finished or not.
@@ -45,9 +48,7 @@ class Record:
         columns: [I] figures of each iteration by tag, NaN where there was none; `iteration`, `global_step`, `seconds`,
             `episodes` and `mean_return` among them.
         returns: of episodes, as many as were logged.
-        return_steps: the global step at which each ended, about.
-        return_seconds: the same in seconds of training.
-        return_counts: which episode of the run each was.
+        return_places: about where each ended, by PLACES: its global step, second of training, number and iteration.
         samples: updates that were looked into.
     """
 
@@ -57,9 +58,7 @@ class Record:
     result: dict[str, Any]
     columns: dict[str, _Array]
     returns: _Array
-    return_steps: _Array
-    return_seconds: _Array
-    return_counts: _Array
+    return_places: dict[str, _Array]
     samples: list[Sample]
 
     def column(self, tag: str) -> _Array:
@@ -125,7 +124,7 @@ def read_record(run_dir: Path) -> Record:
     rows = list(read_rows(run_dir))
     tags = dict.fromkeys(tag for row in rows for tag in row)
     columns = {tag: np.array([_number(row.get(tag)) for row in rows]) for tag in tags if tag not in ("returns", "stop")}
-    for tag in ("iteration", "global_step", "seconds", "episodes", "mean_return"):
+    for tag in (*PLACES, "mean_return"):
         columns.setdefault(tag, np.full(len(rows), np.nan))
     return Record(
         run_dir,
@@ -138,21 +137,21 @@ def read_record(run_dir: Path) -> Record:
     )
 
 
-def _episodes(rows: list[dict[str, Any]], columns: dict[str, _Array]) -> tuple[_Array, _Array, _Array, _Array]:
-    """Returns of episodes, and about where between two iterations' steps, seconds and counts they lie."""
-    found: list[list[float]] = [[], [], [], []]
-    before = dict.fromkeys(("global_step", "seconds", "episodes"), 0.0)
+def _episodes(rows: list[dict[str, Any]], columns: dict[str, _Array]) -> tuple[_Array, dict[str, _Array]]:
+    """Returns of episodes, and about where between two iterations they lie."""
+    values: list[float] = []
+    places: dict[str, list[float]] = {name: [] for name in PLACES}
+    before = dict.fromkeys(PLACES, 0.0)
     for i, row in enumerate(rows):
-        now = {name: float(columns[name][i]) for name in before}
+        now = {name: float(columns[name][i]) for name in PLACES}
         returns = [value for value in map(_number, row.get("returns") or ()) if math.isfinite(value)]
-        for k, value in enumerate(returns):
+        values += returns
+        for k in range(len(returns)):
             share = (k + 1) / len(returns)
-            place = [old + share * (now[name] - old) for name, old in before.items()]
-            for column, x in zip(found, (value, *place), strict=True):
-                column.append(x)
+            for name, place in places.items():
+                place.append(before[name] + share * (now[name] - before[name]))
         before = now
-    returns_, steps, seconds, counts = map(np.array, found)
-    return returns_, steps, seconds, counts
+    return np.array(values), {name: np.array(place) for name, place in places.items()}
 
 
 def _number(value: object) -> float:

@@ -6,7 +6,7 @@ import html
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from fastppo.samples import ROWS, TRAJECTORY, Sample
 _Array = np.ndarray[Any, Any]
 
 _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b", "#ff9da6", "#bab0ac")
-_AXES = {"environment steps": "global_step", "episodes": "episodes", "seconds": "seconds"}
+AXES = {"environment steps": "global_step", "episodes": "episodes", "seconds": "seconds"}
 _Points = tuple[list[float | None], list[float | None]]
 _EPISODES = 3000  # shown for each run
 _BAND = 200  # points of a mean over seeds
@@ -39,6 +39,11 @@ class _Curves(NamedTuple):
     lines: tuple[tuple[str, str], ...]
     band: tuple[float, float] | None = None
     log: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its id in the page."""
+        return self.lines[0][0].rpartition("/")[2]
 
 
 _DIAGNOSTICS = (
@@ -81,9 +86,9 @@ def report_page(records: Sequence[Record]) -> str:
         _summary(records),
         _health(records),
         heading("Returns"),
-        _plot(drawing.draw(_returns(records), "returns")),
+        _plot(drawing.draw(returns_figure(records), "returns")),
         heading("Diagnostics"),
-        f'<div class="grid">{"".join(drawing.draw(_curves(records, c)) for c in _DIAGNOSTICS)}</div>',
+        f'<div class="grid">{"".join(drawing.draw(_curves(records, c), c.name) for c in _DIAGNOSTICS)}</div>',
         heading("Speed"),
         _plot(drawing.draw(_speed(records), "speed")),
         f'<div class="grid">{"".join(drawing.draw(_phases(r)) for r in records if len(r))}</div>',
@@ -145,10 +150,16 @@ def _groups(records: Sequence[Record]) -> list[list[Record]]:
     return list(by_setting.values())
 
 
-def _returns(records: Sequence[Record]) -> go.Figure:
-    """Returns of episodes with their moving average, over steps, episodes or seconds."""
+def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by: str = "") -> go.Figure:
+    """Returns of episodes with their moving average.
+
+    Args:
+        records: the runs; those that differ by their seed alone get a mean and a band.
+        axes: what buttons choose x from: what to call it, and its tag.
+        by: a setting that groups of seeds are named by; empty: they are not.
+    """
     figure, alone = go.Figure(), len(records) == 1
-    views: list[list[_Points]] = []  # of each trace, its points by _AXES
+    views: list[list[_Points]] = []  # of each trace, its points over each of the axes
 
     def add(points: list[_Points], **options: Any) -> None:  # noqa: ANN401 - plotly's own
         figure.add_scatter(x=points[0][0], y=points[0][1], **options)
@@ -156,9 +167,8 @@ def _returns(records: Sequence[Record]) -> go.Figure:
 
     for r, color in zip(records, itertools.cycle(_COLORS), strict=False):
         picked = np.linspace(0, len(r.returns) - 1, min(len(r.returns), _EPISODES)).astype(int)
-        places = (r.return_steps, r.return_counts, r.return_seconds)
         add(
-            [(_plain(x[picked]), _plain(r.returns[picked])) for x in places],
+            [(_plain(r.return_places[tag][picked]), _plain(r.returns[picked])) for tag in axes.values()],
             mode="markers",
             marker={"size": 3, "color": color, "opacity": 0.35},
             name="episodes" if alone else f"{r.label}: episodes",
@@ -166,15 +176,16 @@ def _returns(records: Sequence[Record]) -> go.Figure:
         )
         mean = _plain(thin(r.column("mean_return")))
         add(
-            [(_plain(thin(r.column(tag))), mean) for tag in _AXES.values()],
+            [(_plain(thin(r.column(tag))), mean) for tag in axes.values()],
             mode="lines",
             line={"color": color, "width": 2 if alone else 1.2},
             name="mean of the last 100" if alone else r.label,
         )
     for group, color in zip(_groups(records), itertools.cycle(_COLORS), strict=False):
         if len(group) > 1 and all(map(len, group)):
-            bands = [_band(group, tag) for tag in _AXES.values()]
-            name = f"mean of {len(group)} seeds, +- 1 standard deviation"
+            bands = [_band(group, tag) for tag in axes.values()]
+            named = f"{by} {group[0].config.get(by)}, " if by else ""
+            name = f"{named}mean of {len(group)} seeds, +- 1 standard deviation"
             add(
                 [(_around(x, x), _around(y + d, y - d)) for x, y, d in bands],
                 fill="toself",
@@ -197,12 +208,12 @@ def _returns(records: Sequence[Record]) -> go.Figure:
             "method": "update",
             "args": [{"x": [v[i][0] for v in views], "y": [v[i][1] for v in views]}, {"xaxis.title.text": name}],
         }
-        for i, name in enumerate(_AXES)
+        for i, name in enumerate(axes)
     ]
     place = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(**LAYOUT, title="Reward per episode", updatemenus=[{"buttons": buttons, **place}])
     figure.update_layout(margin_t=90)
-    figure.update_xaxes(title=next(iter(_AXES)))
+    figure.update_xaxes(title=next(iter(axes)))
     figure.update_yaxes(title="return")
     return figure
 

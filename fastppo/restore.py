@@ -22,6 +22,7 @@ from fastppo.runtime.distributed import World
 _FREE = {"total_timesteps", "target_return", "run_dir", "name", "resume", "init_from", "preset", "exact_resume"}
 _FREE |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "eval_every", "eval_episodes"}
 _FREE |= {"on_env_error", "env_restarts", "env_timeout", "max_skipped"}
+_FREE |= {"record_ratios", "log_histograms", "video_every", "track"}  # what is only looked at
 
 
 class Part(Protocol):

@@ -64,6 +64,7 @@ from fastppo.saver import Saver
 from fastppo.sinks.console import ConsoleSink
 from fastppo.sinks.jsonl import JsonlSink, SampleSink, read_rows
 from fastppo.sinks.tensorboard import TensorBoardSink
+from fastppo.sinks.trackers import check_trackers, open_tracker
 from fastppo.update import PPOUpdate
 
 
@@ -145,6 +146,7 @@ class Trainer:
         """
         if not isinstance(config, Config):
             raise ConfigError(f"Trainer takes a Config, not {type(config).__name__}: Trainer(Config(env_id=...)).")
+        check_trackers(config.track)
         self.clock = Clock()
         keep_freed_memory()
         self.device = choose_device(config.device)
@@ -549,6 +551,7 @@ class Trainer:
             self.logbook.history.add({tag: value for tag, value in row.items() if "/" in tag and value is not None})
         settings = self.config.to_dict()
         self.logbook.open(TensorBoardSink(self.run_dir, settings, at), jsonl, SampleSink(self.run_dir, after))
+        self.logbook.open(*(open_tracker(name, self.run_dir, settings) for name in self.config.track))
         if self.logbook.console is not None:
             self.logbook.open(ConsoleSink(self.logbook.console, self.n_iterations))
 

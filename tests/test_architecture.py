@@ -44,6 +44,8 @@ FLOORS = {
     "records.py": 3,
     "report.py": 4,
     "diff.py": 4,
+    "study.py": 4,
+    "study_report.py": 4,
     "export.py": 4,
     "commands": 4,
     "cli.py": 4,
@@ -61,7 +63,8 @@ BESIDE = {
     ("memory.py", "update.py"),
 }
 BESIDE |= {("metrics.py", "update.py"), ("sinks", "metrics.py"), ("checkpoint.py", "run_dir.py")}
-BESIDE |= {("bench_report.py", "bench.py"), ("export.py", "evaluation.py")}
+BESIDE |= {("bench_report.py", "bench.py"), ("export.py", "evaluation.py"), ("study.py", "resuming.py")}
+BESIDE |= {("study_report.py", "study.py"), ("study_report.py", "report.py")}
 BESIDE |= {("learn.py", "metrics.py"), ("learn.py", "rollout.py"), ("learn.py", "update.py")}
 BESIDE |= {("samples.py", "rollout.py"), ("samples.py", "update.py"), ("metrics.py", "samples.py")}
 BESIDE |= {("sinks", "samples.py"), ("logbook.py", "metrics.py"), ("logbook.py", "sinks")}

@@ -182,7 +182,7 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
         (["bench", "--workers", "2", "--vectorization", "sync"], "workers is for the pool; add pool to"),
         (["bench", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
         (["bench", "--vectorization", "fast"], "invalid choice 'fast'"),
-        ([], "Expected one of {train, bench, re"),
+        ([], "Expected one of {train, bench, st"),
         (["trian"], "trian"),
     ],
 )

@@ -133,6 +133,63 @@ class Doctor:
         return print_findings(examine(self.env_id, self.seconds), "everything essential works here")
 
 
+@dataclasses.dataclass(frozen=True)
+class Study(Train):
+    """Train at several n_envs and seeds until a return is reached, and say which n_envs to take."""
+
+    n_envs: _Sizes = (4, 16, 64, 256)  # type: ignore[assignment]
+    """Numbers of environments to compare."""
+    seeds: int = 5
+    """Seeds 1 to this, for each n_envs."""
+    hold: Literal["batch", "n_steps"] = "batch"
+    """What stays the same: the batch (n_steps follows from n_envs), or n_steps (the batch grows with n_envs)."""
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: from the cores)")] = None
+    """Runs at the same time; more than the cores allow would slow each other."""
+    target_return: Annotated[float | Literal["threshold"] | None, tyro.conf.arg(metavar="NUMBER|threshold")] = (
+        "threshold"
+    )
+    """The return to reach, as the mean of the last 100 episodes; `threshold`: the env's own, where it has one."""
+    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
+    """Folder of the study; one that was interrupted goes on."""
+    checkpoint_minutes: float = 1.0
+    """Save a checkpoint after so many minutes, for a study that is killed."""
+    seed: Annotated[int, tyro.conf.Suppress] = 1
+    name: Annotated[str, tyro.conf.Suppress] = "study"
+    resume: Annotated[Literal["never", "auto"], tyro.conf.Suppress] = "auto"
+    exact_resume: Annotated[bool, tyro.conf.Suppress] = False
+
+    def __call__(self) -> int:
+        """Run what hasn't run, print a table and a recommendation, write files."""
+        base = self.settings(n_envs=None, run_dir=None)
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"jobs={self.jobs} must be at least 1.")
+        from fastppo import study, study_report
+
+        folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
+        plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
+        jobs, console, failures = self.jobs or study.choose_jobs(base), open_console(), dict[Path, str]()
+        done = sum(map(study.ended, plan.configs))
+        again = f", {done} of them ended before" if done else ""
+        console.print(f"{len(plan.configs)} runs{again}; {jobs} at a time; folder {folder}", highlight=False)
+        for config, trouble in study.run_study(plan, jobs):
+            assert config.run_dir is not None
+            done += 1
+            if trouble is not None:
+                failures[config.run_dir] = trouble
+            settings = study.summarize(plan, failures)
+            study.write_study(folder, plan, settings)
+            said = trouble or study.told(config)
+            text = f"{done} of {len(plan.configs)}: n_envs {config.n_envs}, seed {config.seed}: {said}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        settings = study.summarize(plan, failures)
+        study.write_study(folder, plan, settings)
+        page = study_report.write_page(folder, self.env_id, plan, settings)
+        console.print(study_report.terminal_table(settings))
+        console.print(study.recommend(settings, plan.target), highlight=False, soft_wrap=True)
+        console.print(f"page:    {page}", highlight=False, soft_wrap=True)
+        return 1 if failures else 0
+
+
 def _measured(configs: Sequence[Config], seconds: float, console: Console) -> Iterator[Point]:
     """Each point as it is measured, with a line of progress."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

@@ -92,30 +92,37 @@ class Eval:
     """Let the run's env id import its module (ids of the form module:Env-v0)."""
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Take the checkpoint that evaluated best while it trained, not the last model."""
+    video: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
+    """Film one episode more into this .mp4, .webm or .gif (extra `video`); a .gif where there is no ffmpeg."""
 
     def __call__(self) -> int:
         """Play, and print one line."""
         if self.episodes < 1:
             raise ConfigError(f"episodes={self.episodes} must be at least 1.")
-        from fastppo.evaluation import evaluate
+        from fastppo.evaluation import evaluate, film
+        from fastppo.film import check_video_name
 
-        played = evaluate(
-            self.run,
-            self.episodes,
-            deterministic=not self.sampled,
-            seed=self.seed,
-            allow_import=self.allow_import,
-            best=self.best,
-        )
+        if self.video is not None:
+            check_video_name(self.video)
+        which: dict[str, Any] = {"seed": self.seed, "allow_import": self.allow_import, "best": self.best}
+        which["deterministic"] = not self.sampled
+        played = evaluate(self.run, self.episodes, **which)
+        console = open_console()
         how = "sampled" if self.sampled else "greedy"
         lengths = played.lengths
-        open_console().print(
+        console.print(
             f"{len(lengths)} episodes, {how}: return {played.mean:.2f} +- {played.std:.2f} "
             f"(min {min(played.returns):.2f}, max {max(played.returns):.2f}), "
             f"length {sum(lengths) / len(lengths):.1f} (min {min(lengths)}, max {max(lengths)})",
             highlight=False,
             soft_wrap=True,
         )
+        if self.video is not None:
+            path, shot = film(self.run, self.video, **which)
+            if path != self.video:
+                console.print("no ffmpeg here: a GIF instead (pip install 'fastppo[video]' brings one)")
+            frames = f"{len(shot.frames):,} frames, return {shot.episode_return:.2f}"
+            console.print(f"video:   {path} ({frames})", highlight=False, markup=False, soft_wrap=True)
         return 0
 
 

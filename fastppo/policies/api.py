@@ -58,7 +58,7 @@ class Encoder(nn.Module):
                 obs = obs.movedim(-1, 1)
             return obs.reshape(-1, *self.spec.image_size).float() / 255
         if self.spec.kind == "discrete":
-            flat = obs.reshape(len(obs), -1)
+            flat = obs.reshape(obs.shape[0], -1)  # not len(): torch.export would take the batch for a constant
             indices = zip(flat.unbind(1), self.spec.nvec, self.spec.start, strict=True)
             return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
         if obs.dim() == 1:  # observations without dimensions of their own

@@ -1,0 +1,76 @@
+"""Exported policies answer as the policy does."""
+
+import dataclasses
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from fastppo import Config, Trainer, load_policy
+from fastppo.errors import CheckpointError, ConfigError
+from fastppo.export import export
+
+BASE = Config(n_envs=2, n_steps=32, total_timesteps=256, compile="off", threads=1, record_ratios=0)
+RUNS = {
+    "discrete": {"env_id": "CartPole-v1", "normalize_obs": True},
+    "box": {"env_id": "Pendulum-v1", "normalize_obs": True, "learning_rate": 0.1},
+    "index": {"env_id": "FrozenLake-v1"},
+    "image": {"env_id": "fastppo/Catch-v0", "n_steps": 8, "total_timesteps": 32},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "run"
+    Trainer(dataclasses.replace(BASE, run_dir=folder, **RUNS[request.param])).run()
+    saved = load_policy(folder)
+    env = gym.make(RUNS[request.param]["env_id"])
+    env.observation_space.seed(0)
+    obs = np.stack([np.asarray(env.observation_space.sample()) for _ in range(64)])
+    env.close()
+    if obs.dtype.kind == "f":
+        obs = np.clip(obs, -50, 50)
+    rows = torch.as_tensor(obs).to(saved.spec.obs.dtype)
+    with torch.no_grad():
+        params, values = saved.policy(rows)
+    return folder, rows, saved.predict(obs), params.numpy(), values.numpy()
+
+
+def agree(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_onnx_answers_alike_for_any_batch(run, tmp_path):
+    import onnxruntime
+
+    folder, rows, *expected = run
+    path = export(folder, tmp_path / "policy.onnx", "onnx")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [x.name for x in session.get_outputs()] == ["actions", "params", "values"]
+    for n in (64, 1, 7):
+        agree(session.run(None, {"obs": rows[:n].numpy()}), [x[:n] for x in expected])
+
+
+def test_pt2_answers_alike_without_fastppo(run, tmp_path):
+    folder, rows, *expected = run
+    path = export(folder, None, "pt2")
+    assert path == folder / "policy.pt2"
+    module = torch.export.load(path).module()
+    for n in (64, 1, 7):
+        agree([x.detach().numpy() for x in module(rows[:n])], [x[:n] for x in expected])
+
+
+def test_actions_of_a_box_lie_in_it(run):
+    _, _, actions, params, _ = run
+    if params.shape[1] == 2 and actions.dtype == np.float32:  # Pendulum
+        assert np.abs(actions).max() <= 2
+
+
+def test_mistakes_are_one_line(tmp_path, run):
+    with pytest.raises(CheckpointError, match="holds no saved model"):
+        export(tmp_path, None, "pt2")
+    with pytest.raises(ConfigError, match="can't be written"):
+        export(run[0], tmp_path / "no" / "policy.pt2", "pt2")

@@ -1,0 +1,79 @@
+"""Films of episodes: in a file, and in TensorBoard."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastppo import Config, Trainer
+from fastppo.errors import ConfigError
+from fastppo.film import Film
+
+
+def frames_of(gif):
+    image = Image.open(io.BytesIO(gif))
+    return image.size, image.n_frames
+
+
+def colored(n, height=40, width=60):
+    frames = [np.zeros((height, width, 3), np.uint8) for _ in range(n)]
+    for k, frame in enumerate(frames):
+        frame[:, : k % width + 1] = 255
+    return frames
+
+
+def test_a_gif_holds_every_frame_of_a_short_episode():
+    assert frames_of(Film(colored(12), 30.0, 1.0).gif()) == ((60, 40), 12)
+
+
+def test_a_gif_of_a_long_episode_is_thinned_and_small():
+    size, n = frames_of(Film(colored(1000, 400, 600), 50.0, 1.0).gif())
+    assert size == (300, 200)
+    assert n <= 200
+
+
+def test_a_video_is_one_and_without_ffmpeg_a_gif(tmp_path, monkeypatch):
+    import imageio.v3
+
+    film = Film(colored(20, 41, 61), 20.0, 1.0)
+    path = film.write(tmp_path / "a" / "film.mp4")
+    assert path == tmp_path / "a" / "film.mp4"
+    about = imageio.v3.immeta(path, plugin="FFMPEG")
+    assert (about["size"], about["fps"], round(about["duration"], 1)) == ((60, 40), 20.0, 1.0)
+    monkeypatch.setattr("fastppo.film._ffmpeg", lambda: False)
+    path = film.write(tmp_path / "film.mp4")
+    assert path == tmp_path / "film.gif"
+    assert frames_of(path.read_bytes()) == ((61, 41), 20)
+    with pytest.raises(ConfigError, match="must end in"):
+        film.write(tmp_path / "film.avi")
+
+
+def test_training_films_what_it_says_and_disturbs_nothing(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    small = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, compile="off", threads=1)
+    lines = []
+    for every in (None, 128):
+        Trainer(dataclasses.replace(small, run_dir=tmp_path / str(every), video_every=every)).run()
+        rows = (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()
+        lines.append([{k: v for k, v in json.loads(row).items() if "losses" in k} for row in rows])
+    assert lines[0] == lines[1]
+    found = EventAccumulator(str(tmp_path / "128"), size_guidance={"images": 0})
+    found.Reload()
+    images = found.Images("video/episode")
+    assert [image.step for image in images] == [128, 256, 384]
+    (width, height), n = frames_of(images[0].encoded_image_string)
+    assert (width, height) == (images[0].width, images[0].height) == (300, 200)
+    assert n > 5
+
+
+def test_what_cant_be_filmed_is_refused_at_once(tmp_path):
+    import gymnasium as gym
+
+    config = Config(n_envs=2, n_steps=32, total_timesteps=64, video_every=64, run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="make it with render_mode=rgb_array"):
+        Trainer(config, make_env=lambda: gym.make("CartPole-v1"))
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,135 @@
+"""Every rule of health, on histories made up for both outcomes, and on runs that are well."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fastppo.health import POINTS, RULES, History, judge
+
+N = 200
+WELL = {
+    "losses/clipfrac": 0.12,
+    "losses/approx_kl": 0.008,
+    "charts/target_kl": 0.02,
+    "losses/entropy": np.linspace(0.69, 0.4, N),
+    "losses/explained_variance": 0.9 - 0.9 * np.exp(-np.arange(N) / 15),
+    "losses/value_loss": np.linspace(10, 5, N),
+    "losses/grad_norm": 0.8,
+    "charts/max_grad_norm": 0.5,
+    "charts/learning_rate": np.linspace(2.5e-4, 0, N),
+    "charts/clipped_actions": 0.1,
+    "charts/episodic_return": np.linspace(20, 400, N),
+    "charts/sps_window": 30_000.0,
+    "samples/first_ratio_error": 5e-7,
+}
+# What each rule must be silent on, and then fire on; by its name. The rest of the history is well.
+CASES = {
+    "clip fraction high": ({"losses/clipfrac": 0.29}, {"losses/clipfrac": 0.31}),
+    "clip fraction low": (
+        # small steps at the end of annealing are no finding
+        {"losses/clipfrac": np.where(np.arange(N) < 100, 0.1, 0.0)},
+        {"losses/clipfrac": 0.01, "charts/learning_rate": 2.5e-4},
+    ),
+    "KL over its target": ({"losses/approx_kl": 0.029}, {"losses/approx_kl": 0.031}),
+    "entropy collapsed": (
+        {"losses/entropy": np.geomspace(0.69, 0.05, N)},
+        {"losses/entropy": np.geomspace(0.69, 0.001, N)},
+    ),
+    "explained variance negative": (
+        # returns that no longer vary leave nothing to explain
+        {"losses/explained_variance": -3.0, "losses/value_loss": np.geomspace(10, 1e-4, N)},
+        {"losses/explained_variance": -0.2},
+    ),
+    "explained variance low": ({"losses/explained_variance": 0.6}, {"losses/explained_variance": 0.3}),
+    "value loss exploding": (
+        {"losses/value_loss": np.geomspace(1, 30, N)},
+        {"losses/value_loss": np.where(np.arange(N) < 180, 1.0, 50.0)},
+    ),
+    "actions at bounds": ({"charts/clipped_actions": 0.55}, {"charts/clipped_actions": 0.9}),
+    "gradient always clipped": (
+        {"losses/grad_norm": np.where(np.arange(N) % 5, 50.0, 0.4)},
+        {"losses/grad_norm": 50.0},
+    ),
+    "returns flat": (
+        {"charts/episodic_return": np.linspace(20, 60, N) + 5 * np.sin(np.arange(N))},
+        {"charts/episodic_return": 20 + 5 * np.sin(np.arange(N))},
+    ),
+    "first ratio not 1": ({"samples/first_ratio_error": 1e-4}, {"samples/first_ratio_error": 0.05}),
+    "speed drifting": (
+        {"charts/sps_window": np.linspace(30_000, 24_000, N)},
+        {"charts/sps_window": np.linspace(30_000, 15_000, N)},
+    ),
+}
+
+
+def history(changes=(), n=N):
+    h = History()
+    columns = {tag: np.broadcast_to(value, N) for tag, value in (WELL | dict(changes)).items()}
+    for i in range(n):
+        h.add({tag: float(column[i]) for tag, column in columns.items()})
+    return h
+
+
+def names(h, **kwargs):
+    return [finding.name for finding in judge(h, **kwargs)]
+
+
+def test_every_rule_has_both_outcomes():
+    assert set(CASES) == {rule.name for rule in RULES}
+    assert len({rule.name for rule in RULES}) == len(RULES)
+
+
+def test_a_run_that_is_well_is_left_alone_from_first_to_last():
+    for n in range(1, N + 1):
+        assert names(history(n=n)) == [], n
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_each_rule_fires_alone_and_is_quiet_beside_it(rule):
+    quiet, fires = CASES[rule]
+    assert names(history(quiet)) == []
+    (finding,) = judge(history(fires))
+    assert finding.name == rule
+    text = str(finding)
+    assert text.startswith(rule)
+    assert "{" not in text
+    assert finding.remedy.endswith(".")
+
+
+def test_a_gaussians_entropy_counts_per_dimension():
+    # entropy of two dimensions, each losing log(30): negative numbers are nothing unusual there
+    falls = {"losses/entropy": np.linspace(2.8, 2.8 - 2 * math.log(30), N)}
+    assert names(history(falls), action_size=2) == ["entropy collapsed"]
+    assert names(history({"losses/entropy": np.linspace(2.8, 2.8 - 2 * math.log(10), N)}), action_size=2) == []
+
+
+def test_without_a_target_nothing_is_said_of_the_kl():
+    h = History()
+    for _ in range(N):
+        h.add({"losses/approx_kl": 5.0})
+    assert judge(h) == []
+
+
+def test_an_empty_history_and_one_of_nan_are_nothing():
+    assert judge(History()) == []
+    h = History()
+    for _ in range(N):
+        h.add(dict.fromkeys(WELL, math.nan))
+    assert judge(h) == []
+    assert np.isnan(h["losses/clipfrac"]).all()
+
+
+@pytest.mark.parametrize("n", [1, 7, POINTS, POINTS + 1, 5 * POINTS + 3])
+def test_a_history_holds_means_of_equally_many(n):
+    h, values = History(), np.arange(n, dtype=float)
+    for i, value in enumerate(values):
+        h.add({"a": value} | ({"late": value} if i % 3 == 2 else {}))
+    assert len(h["a"]) <= POINTS
+    groups = [values[i : i + h.stride] for i in range(0, n, h.stride)]
+    np.testing.assert_allclose(h["a"], [group.mean() for group in groups])
+    late = [group[group % 3 == 2] for group in groups]
+    np.testing.assert_allclose(
+        h["late"] if n > 2 else [], [g.mean() if len(g) else math.nan for g in late][: n if n > 2 else 0]
+    )
+    assert len(h["never"]) == 0

@@ -1,0 +1,163 @@
+"""Pages in a browser: sliders, legends, no network, a phone's width."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from fastppo import Config, Trainer
+from fastppo.bench import Point
+from fastppo.bench_report import write_files
+from fastppo.report import report
+from fastppo.run_dir import surroundings
+
+pytestmark = pytest.mark.browser
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SMALL = Config(n_envs=4, n_steps=32, total_timesteps=128 * 12, compile="off", threads=1, record_ratios=4)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here; scripts/install-browser installs Debian's")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        Trainer(dataclasses.replace(SMALL, seed=seed, learning_rate=5e-3, run_dir=folder / f"seed{seed}")).run()
+    report([folder / "seed1"], folder / "one.html")
+    report([folder / "seed1", folder / "seed2"], folder / "two.html")
+    return folder
+
+
+class Opened:
+    """A page, and what happened while it was open."""
+
+    def __init__(self, browser, path, width=1280):
+        self.page = browser.new_page(viewport={"width": width, "height": 900})
+        self.requests, self.errors = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.goto(f"file://{path}")
+        self.page.wait_for_selector("svg.main-svg")
+
+    def trace(self, figure, i, field):
+        return self.page.evaluate(f"Array.from(document.getElementById('{figure}').data[{i}].{field})")
+
+
+@pytest.fixture
+def open_page(browser):
+    opened = []
+
+    def open_one(path, width=1280):
+        opened.append(Opened(browser, path, width))
+        return opened[-1]
+
+    yield open_one
+    for one in opened:
+        assert one.errors == []
+        remote = [url for url in one.requests if not url.startswith(("file:", "data:", "blob:"))]
+        assert remote == []
+        one.page.close()
+
+
+def test_the_sliders_change_what_is_drawn(open_page, runs):
+    one = open_page(runs / "one.html")
+    assert one.page.locator("#update").get_attribute("max") == "2"  # of iterations 1, 5 and 9
+    ratios, advantages = one.trace("ratios", 0, "x"), one.trace("gae", 0, "y")
+    assert len(ratios) == 128
+    one.page.locator("#epoch").press("Home")
+    before = one.trace("ratios", 0, "x")
+    assert before != ratios
+    assert max(abs(x - 1) for x in before) < 1e-4  # before the first step every ratio is 1
+    assert one.page.locator("#epoch-text").inner_text() == "after epoch 0 of 4"
+    one.page.locator("#epoch").press("End")
+    assert one.trace("ratios", 0, "x") == ratios
+    one.page.locator("#update").press("Home")
+    assert "update 1, at 128 steps" in one.page.locator("#update-text").inner_text()
+    assert one.trace("ratios", 0, "x") != ratios
+    assert one.trace("gae", 0, "y") != advantages
+
+
+def test_points_lie_on_the_surrogate_and_clipped_ones_where_it_is_flat(open_page, runs):
+    one = open_page(runs / "one.html")
+    for points, sign in ((1, 1), (3, -1)):
+        xs, ys = one.trace("surrogate", points, "x"), one.trace("surrogate", points, "y")
+        assert len(xs) > 10
+        for x, y in zip(xs, ys, strict=True):
+            assert y == pytest.approx(min(x * sign, min(max(x, 0.8), 1.2) * sign))
+    inside, clipped = (
+        list(zip(one.trace("scatter", i, "x"), one.trace("scatter", i, "y"), strict=True)) for i in (0, 1)
+    )
+    assert len(inside) + len(clipped) == 128
+    assert all(ratio > 1.2 if advantage >= 0 else ratio < 0.8 for advantage, ratio in clipped)
+    assert not any(ratio > 1.2 if advantage >= 0 else ratio < 0.8 for advantage, ratio in inside)
+
+
+def test_the_legend_hides_and_the_buttons_change_the_axis(open_page, runs):
+    one = open_page(runs / "two.html")
+    visible = "document.getElementById('returns').data.map(trace => trace.visible)"
+    before = one.page.evaluate(f"JSON.stringify({visible})")
+    one.page.locator("#returns .legendtoggle").nth(1).click()
+    one.page.wait_for_function(f"JSON.stringify({visible}) != '{before}'")
+    steps = one.trace("returns", 1, "x")
+    assert steps[-1] == 1536
+    one.page.locator("#returns .updatemenu-button").nth(2).click()
+    one.page.wait_for_function("document.getElementById('returns').data[1].x.at(-1) != 1536")
+    assert one.page.evaluate("document.getElementById('returns').layout.xaxis.title.text") == "seconds"
+
+
+def test_runs_are_chosen_by_name(open_page, runs):
+    one = open_page(runs / "two.html")
+    ratios = one.trace("ratios", 0, "x")
+    one.page.locator("#run").select_option("seed2")
+    assert one.trace("ratios", 0, "x") != ratios
+    assert open_page(runs / "one.html").page.locator("#run").is_hidden()
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_nothing_scrolls_sideways_on_a_phone(open_page, runs, name):
+    one = open_page(runs / f"{name}.html", width=390)
+    one.page.wait_for_timeout(300)  # figures resize after they are drawn
+    assert one.page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_the_page_of_bench_is_one_of_them(open_page, tmp_path):
+    import torch
+
+    shares = {"env": 0.3, "act": 0.2, "update": 0.4, "store": 0.02, "advantages": 0.02, "log": 0.02}
+    point = {"sps": 1e4, "sps_low": 9e3, "sps_high": 1.1e4, "phases": shares, "config": Config(threads=1).to_dict()}
+    ceilings = {"env": 3e4, "act": 5e4, "update": 3e4}
+    points = [Point(n_envs=n, vectorization="sync", ceilings=ceilings, **point) for n in (4, 8)]
+    page = write_files(tmp_path, "CartPole-v1", points, surroundings(torch.device("cpu")))
+    one = open_page(page, width=390)
+    one.page.wait_for_timeout(300)
+    assert one.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert one.page.locator("svg.main-svg").count() >= 2
+
+
+@pytest.mark.parametrize("kind", ["nothing", "one update", "no samples"])
+def test_pages_of_broken_runs_open_without_an_error(open_page, runs, tmp_path, kind):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "seed1", run)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[: {"nothing": 0, "one update": 1, "no samples": 12}[kind]]))
+    if kind == "no samples":
+        shutil.rmtree(run / "samples")
+    report([run], tmp_path / "report.html")
+    text = open_page(tmp_path / "report.html").page.locator("body").inner_text()
+    said = {
+        "nothing": "No iteration was logged",
+        "one update": "One update only",
+        "no samples": "No update was looked into",
+    }
+    assert said[kind] in text

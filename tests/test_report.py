@@ -1,0 +1,258 @@
+"""Reports: what is read from run folders, what the page shows, and that it says what a broken run lacks."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fastppo import Config, Trainer
+from fastppo.diff import difference
+from fastppo.errors import CheckpointError, ConfigError
+from fastppo.functional.diagnostics import clip_fraction
+from fastppo.records import read_record, thin
+from fastppo.report import advantages_by_lambda, report
+from fastppo.samples import read_samples
+
+SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 12, compile="off", threads=1, record_ratios=4, target_kl=0.1)
+
+
+def train(folder, **changes):
+    trainer = Trainer(dataclasses.replace(SMALL, run_dir=folder, **changes))
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two seeds of one setting, and another setting."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (1, 2):
+        train(folder / f"seed{seed}", seed=seed)
+    train(folder / "other", n_envs=4, n_steps=16)
+    return folder
+
+
+def test_a_record_holds_every_figure_of_every_iteration(runs):
+    r = read_record(runs / "seed1")
+    lines = [json.loads(line) for line in (runs / "seed1" / "metrics.jsonl").read_text().splitlines()]
+    assert len(r) == 12
+    assert r.column("global_step").tolist() == [64 * (i + 1) for i in range(12)]
+    assert r.column("losses/approx_kl").tolist() == [line["losses/approx_kl"] for line in lines]
+    assert np.isnan(r.column("never")).all()
+    # every episode is there: fewer than 32 end in an iteration
+    assert len(r.returns) == r.column("episodes")[-1]
+    assert r.return_places["episodes"].tolist() == list(range(1, len(r.returns) + 1))
+    assert (np.diff(r.return_places["global_step"]) > 0).all()
+    mean = np.mean(r.returns[-100:])
+    assert math.isclose(r.column("mean_return")[-1], mean, rel_tol=1e-5)
+
+
+def test_samples_begin_at_one_and_agree_with_what_the_update_reports(tmp_path):
+    trainer = train(
+        tmp_path / "run", n_minibatches=1, update_epochs=3, anneal_lr=False, learning_rate=1e-2, target_kl=None
+    )
+    samples = read_samples(tmp_path / "run" / "samples")
+    assert [s.iteration for s in samples] == [1, 5, 9]
+    r = read_record(tmp_path / "run")
+    for s in samples:
+        assert s.ratios.shape == (4, 64)
+        assert s.first_ratio_error < 1e-5
+        # with one minibatch an epoch judges the rows as they were before its step: the mean over epochs is that of the
+        # clip fractions before each
+        c = torch.tensor(s.coefs["clip_coef"])
+        before = [clip_fraction(torch.as_tensor(row).log(), c).item() for row in s.ratios[:3]]
+        assert math.isclose(r.column("losses/clipfrac")[s.iteration - 1], np.mean(before), abs_tol=0.011)
+        assert abs(s.advantages.mean()) < 1e-5
+        assert abs(s.advantages.std() - 1) < 1e-4
+    assert trainer.result is not None
+
+
+def test_looking_changes_no_number(tmp_path):
+    figures = []
+    for every in (0, 1):
+        trainer = train(tmp_path / str(every), record_ratios=every, log_histograms=bool(every))
+        figures.append(trainer.update.parameters.vector)
+    assert torch.equal(*figures)
+    assert not (tmp_path / "0" / "samples").exists()
+
+
+@pytest.mark.parametrize("compile", ["on", "graph"])
+def test_a_compiled_and_a_recorded_update_are_looked_into_too(tmp_path, compile):
+    settings = {"vectorization": "tensor", "compile": compile, "n_steps": 8, "total_timesteps": 16 * 12}
+    settings |= {"n_minibatches": 2, "update_epochs": 2}
+    vectors = [train(tmp_path / str(k), record_ratios=k, **settings).update.parameters.vector for k in (0, 3)]
+    assert torch.equal(*vectors)
+    samples = read_samples(tmp_path / "3" / "samples")
+    assert [s.iteration for s in samples] == [1, 4, 7, 10]
+    assert all(s.first_ratio_error < 1e-5 for s in samples)
+
+
+def test_the_runs_own_lambda_gives_the_advantages_that_were_learned_from(tmp_path):
+    train(tmp_path / "run", env_id="Pendulum-v1", gae_lambda=0.8, normalize_rewards=True, n_steps=64)
+    for s in read_samples(tmp_path / "run" / "samples"):
+        found = advantages_by_lambda(s)
+        np.testing.assert_allclose(found["lambda 0.8 (the run's)"], s.trajectory["advantages"], rtol=1e-4, atol=1e-5)
+        t = s.trajectory
+        one_step = t["rewards"] + s.coefs["gamma"] * np.where(t["terminated"], 0, t["next_values"]) - t["values"]
+        np.testing.assert_allclose(found["lambda 0"], one_step, rtol=1e-4, atol=1e-5)
+
+
+def test_a_damaged_sample_is_passed_over(runs, tmp_path):
+    folder = tmp_path / "samples"
+    shutil.copytree(runs / "seed1" / "samples", folder)
+    first, second, third = sorted(folder.iterdir())
+    first.write_bytes(first.read_bytes()[:-5])
+    second.write_bytes(b"")
+    assert [s.iteration for s in read_samples(folder)] == [int(third.stem)]
+
+
+def test_a_resumed_run_forgets_samples_of_what_it_does_again(tmp_path):
+    from fastppo import resume
+
+    trainer = Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run", record_ratios=1, checkpoint_every=64 * 4))
+    for stats in trainer.iterations():
+        if stats.iteration == 6:
+            break
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
+    shutil.rmtree(newest)  # as if it had been killed before
+    resumed = resume(tmp_path / "run")
+    assert resumed.progress.iteration == 4
+    assert next(resumed.iterations()).iteration == 5
+    resumed.request_stop()
+    assert [s.iteration for s in read_samples(tmp_path / "run" / "samples")] == [1, 2, 3, 4, 5]
+    assert resumed.logbook.history.iterations == 5
+
+
+def test_thin_takes_means_of_neighbours():
+    values = np.arange(10.0)
+    assert thin(values, 5).tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert thin(values, 4).tolist() == [1, 4, 7, 9]
+    assert thin(np.array([1.0, math.nan, 3.0, math.nan]), 2).tolist() == [1, 3]
+    assert np.isnan(thin(np.array([math.nan, math.nan]), 1)).all()
+    assert len(thin(np.zeros(0))) == 0
+
+
+def page_of(runs, tmp_path, *names):
+    records = report([runs / name for name in names], tmp_path / "report.html")
+    return records, (tmp_path / "report.html").read_text()
+
+
+def test_a_page_is_self_contained_and_small(runs, tmp_path):
+    _, page = page_of(runs, tmp_path, "seed1")
+    assert len(page) < 10e6
+    assert page.count("Plotly.newPlot") >= 14
+    assert page.count("plotly.js v") == 1
+    for remote in ('src="http', "src='http", '<link rel="stylesheet"'):
+        assert remote not in page
+    for text in ("Health", "Clip fraction", "where an iteration's time goes", "learning_rate", "seed1"):
+        assert text in page
+
+
+def test_seeds_of_a_setting_get_a_band_and_other_settings_dont(runs, tmp_path):
+    _, page = page_of(runs, tmp_path, "seed1", "seed2", "other")
+    assert page.count("mean of 2 seeds") >= 1
+    assert "mean of 3 seeds" not in page
+
+
+def test_labels_are_text_and_no_code(runs, tmp_path):
+    name = "<script>alert(1)<"
+    shutil.copytree(runs / "seed1", tmp_path / name)
+    report([tmp_path / name], tmp_path / "report.html")
+    assert "<script>alert" not in (tmp_path / "report.html").read_text()
+
+
+def spoil(folder, change):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in change(lines)))
+
+
+def no_episodes(lines):
+    for line in lines:
+        line |= {"episodes": 0, "mean_return": None, "returns": []}
+        line.pop("charts/episodic_return", None)
+    return lines
+
+
+def nan_from_the_third(lines):
+    for line in lines[2:]:
+        line |= {tag: None for tag in line if tag.startswith("losses/")}
+    return lines
+
+
+BROKEN = {
+    "no episodes": (no_episodes, "No episode has ended"),
+    "NaN": (nan_from_the_third, "not finite in 10 of 12 iterations, the first at step 192"),
+    "one update": (lambda lines: lines[:1], "One update only"),
+    "nothing": (lambda lines: [], "No iteration was logged"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_run_has_a_page_that_says_so(runs, tmp_path, kind):
+    change, text = BROKEN[kind]
+    shutil.copytree(runs / "seed1", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    spoil(tmp_path / "run", change)
+    for names in (("run",), ("run", "../" + str((runs / "seed2").relative_to(runs.parent)))):
+        paths = [tmp_path / names[0], *(runs / "seed2" for _ in names[1:])]
+        report(paths, tmp_path / "report.html")
+        assert text in (tmp_path / "report.html").read_text()
+
+
+def test_a_line_that_was_cut_is_passed_over(runs, tmp_path):
+    shutil.copytree(runs / "seed1", tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text(path.read_text()[:-100])
+    assert len(read_record(tmp_path / "run")) == 11
+
+
+def test_what_is_no_run_is_refused(tmp_path, runs):
+    with pytest.raises(CheckpointError, match="is no run folder"):
+        report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(ConfigError, match="each run once"):
+        report([runs / "seed1", runs / "seed1"], tmp_path / "report.html")
+    with pytest.raises(ConfigError, match="can't be written"):
+        report([runs / "seed1"], tmp_path / "nowhere" / "report.html")
+
+
+def test_diff_finds_where_numbers_part(runs, tmp_path):
+    a = read_record(runs / "seed1")
+    same = difference(a, a)
+    assert same.settings == same.surroundings == []
+    assert "the same in all 12 iterations" in same.numbers
+    assert same.returns.startswith("together at step 768")
+    found = difference(a, read_record(runs / "seed2"))
+    assert found.settings == [("seed", "1", "2")]
+    assert "until iteration 1 (step 64)" in found.numbers
+    other = difference(a, read_record(runs / "other"))
+    assert ("n_envs", "2", "4") in other.settings
+    assert ("n_steps", "32", "16") in other.settings
+
+    # the same run, but for one figure of the seventh iteration
+    shutil.copytree(runs / "seed1", tmp_path / "run")
+
+    def change(lines):
+        lines[6]["losses/entropy"] += 1e-9
+        return lines
+
+    spoil(tmp_path / "run", change)
+    assert (
+        "until iteration 7 (step 448), where losses/entropy differ"
+        in difference(a, read_record(tmp_path / "run")).numbers
+    )
+
+
+def test_diff_finds_where_returns_part(runs):
+    a = read_record(runs / "seed1")
+    steps = np.linspace(1, 1000, 200)
+    rising = dict(a.columns) | {"global_step": steps, "mean_return": steps}
+    stuck = dict(a.columns) | {"global_step": steps, "mean_return": np.minimum(steps, 300)}
+    a, b = (dataclasses.replace(a, columns=columns) for columns in (rising, stuck))
+    text = difference(a, b).returns
+    # a tenth of the range of 1000 apart for good from step 400
+    assert text.startswith("apart for good from step 40")
+    assert "by 700" in text

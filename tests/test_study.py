@@ -1,0 +1,163 @@
+"""Study: the plan, the runs, going on after kill -9, the numbers, the recommendation."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from fastppo.config import Config
+from fastppo.errors import ConfigError
+from fastppo.study import Estimate, Setting, choose_jobs, plan_study, recommend, run_study, summarize
+
+BASE = Config(target_return=20.0, total_timesteps=4096, compile="off", threads=1, record_ratios=0)
+
+
+def test_a_held_batch_gives_n_steps_and_every_seed_its_folder(tmp_path):
+    plan = plan_study(BASE, (4, 16, 4), 2, "batch", tmp_path)
+    assert [(c.n_envs, c.n_steps, c.seed) for c in plan.configs] == [(4, 128, 1), (4, 128, 2), (16, 32, 1), (16, 32, 2)]
+    assert plan.configs[2].run_dir == tmp_path / "runs" / "n16-seed1"
+    assert plan.target == 20
+    plan = plan_study(BASE, (4, 16), 1, "n_steps", tmp_path)
+    assert [(c.n_envs, c.n_steps) for c in plan.configs] == [(4, 128), (16, 128)]
+
+
+def test_the_threshold_of_the_environment_is_a_target(tmp_path):
+    base = dataclasses.replace(BASE, target_return="threshold")
+    assert plan_study(base, (4,), 1, "batch", tmp_path).target == 475
+    with pytest.raises(ConfigError, match="Pendulum-v1 has no threshold of its own: --target-return NUMBER"):
+        plan_study(dataclasses.replace(base, env_id="Pendulum-v1"), (4,), 1, "batch", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "seeds", "text"),
+    [
+        ((5,), 1, "n_envs=5 does not divide the batch of 512 that all share; take 2, 4, 8,"),
+        ((0,), 1, "n_envs=0 must be at least 1"),
+        ((4,), 0, "seeds=0 must be at least 1"),
+        ((512,), 1, None),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(tmp_path, n_envs, seeds, text):
+    if text is None:
+        assert plan_study(BASE, n_envs, seeds, "batch", tmp_path).configs[0].n_steps == 1
+        return
+    with pytest.raises(ConfigError, match=text):
+        plan_study(BASE, n_envs, seeds, "batch", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_dont_take_each_others_cores(monkeypatch):
+    monkeypatch.setattr("fastppo.study.usable_cores", lambda: 8)
+    assert choose_jobs(Config(threads=1)) == 4
+    assert choose_jobs(Config(threads=3)) == 2
+    assert choose_jobs(Config(vectorization="pool")) == 1
+    monkeypatch.setattr("fastppo.study.usable_cores", lambda: 1)
+    assert choose_jobs(Config()) == 1
+
+
+def test_an_estimate_covers_the_mean_that_it_is_of():
+    assert math.isnan(Estimate.of([]).mean)
+    assert (Estimate.of([3.0]).mean, math.isnan(Estimate.of([3.0]).low)) == (3.0, True)
+    assert Estimate.of([3.0] * 4) == Estimate(3.0, 3.0, 3.0)
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        e = Estimate.of(rng.normal(10, 2, 20).tolist())
+        assert e.low <= e.mean <= e.high
+        inside += e.low <= 10 <= e.high
+    assert 175 <= inside <= 199  # 95 % of 200, less what a bootstrap of 20 lacks
+
+
+def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0):
+    def around(mean):
+        return Estimate(mean, mean * (1 - spread), mean * (1 + spread)) if reached else Estimate.of([])
+
+    return Setting(n, 8, [None] * of, {}, reached, around(steps), around(seconds), around(10), sps)
+
+
+def test_the_recommendation_says_what_the_numbers_say():
+    a, b, c = setting(4, 5, 5, 20, 50_000), setting(16, 5, 5, 10, 60_000), setting(64, 5, 5, 15, 90_000, sps=9000.0)
+    text = recommend([a, b, c], 475)
+    assert text.startswith("Take n_envs 16: 5 of 5 seeds reached 475, in 10.0 (9.5 to 10.5) s.")
+    assert "n_envs 4 needs 50,000" in text
+    assert "9,000, come at n_envs 64" in text
+    assert "luck" not in text
+    # speed counts for nothing where fewer seeds arrive
+    text = recommend([a, setting(64, 3, 5, 1, 1000)], 475)
+    assert text.startswith("Take n_envs 4")
+    assert "Less reliable: n_envs 64 (3 of 5)" in text
+    assert "overlaps: it may be luck" in recommend([setting(4, 5, 5, 10.4, 10), b], 475)
+    assert recommend([setting(4, 0, 5, 0, 0)], 475).startswith("No run reached 475")
+
+
+def test_a_study_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
+    folder = tmp_path / "study"
+    command = [sys.executable, "-m", "fastppo", "study", "--n-envs", "4", "8", "--seeds", "1", "--run-dir", str(folder)]
+    command += ["--target-return", "100000", "--total-timesteps", "8192", "--compile", "off", "--jobs", "1"]
+    results = [folder / "runs" / f"n{n}-seed{s}" / "result.json" for n in (4, 8) for s in (1,)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not results[0].exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive, "its runs end with it"
+    times = [path.stat().st_mtime_ns for path in results if path.exists()]
+    assert len(times) >= 1
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"2 runs, {len(times)} of them ended before; 1 at a time" in done.stdout
+    assert [path.stat().st_mtime_ns for path in results[: len(times)]] == times
+    assert "No run reached 100000" in " ".join(done.stdout.split())
+    found = json.loads((folder / "study.json").read_text())
+    assert [(s["n_envs"], s["n_steps"], s["reached"], len(s["runs"])) for s in found["settings"]] == [
+        (4, 128, 0, 1),
+        (8, 64, 0, 1),
+    ]
+    assert all(
+        run["ended"] == "finished" and run["global_step"] == 8192 for s in found["settings"] for run in s["runs"]
+    )
+    assert "which n_envs reaches" in (folder / "study.html").read_text()
+
+
+def test_runs_end_at_the_target_and_failures_are_told(tmp_path):
+    plan = plan_study(BASE, (4,), 2, "batch", tmp_path)
+    broken = dataclasses.replace(plan.configs[1], env_id="CartPol-v1")
+    plan = dataclasses.replace(plan, configs=[plan.configs[0], broken])
+    ended = list(run_study(plan, 2))
+    troubles = {config.seed: trouble for config, trouble in ended}
+    assert troubles[1] is None
+    assert "did you mean CartPole-v1?" in troubles[2]
+    (found,) = summarize(plan, {broken.run_dir: troubles[2]})
+    assert (found.reached, list(found.failures)) == (1, [2])
+    result = json.loads((Path(plan.configs[0].run_dir) / "result.json").read_text())
+    assert found.steps.mean == result["global_step"] < 4096
+    assert found.seconds.mean == result["seconds"]
+
+
+def test_ctrl_c_leaves_runs_that_go_on(tmp_path):
+    folder = tmp_path / "study"
+    command = [sys.executable, "-m", "fastppo", "study", "--n-envs", "4", "--seeds", "1", "--run-dir", str(folder)]
+    command += ["--target-return", "100000", "--total-timesteps", "10000000", "--compile", "off"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
+    figures = folder / "runs" / "n4-seed1" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (figures.exists() and figures.stat().st_size > 2000) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert b"Traceback" not in said
+    assert any((folder / "runs" / "n4-seed1" / "checkpoints").glob("step-*"))
