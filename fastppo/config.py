@@ -29,6 +29,10 @@ def _hint(text: str) -> str:
     return "(default: from the environment)" if text == "None" else f"(default: {text})"
 
 
+def _hint_none(text: str) -> str:
+    return "(default: none)" if text == "None" else f"(default: {text})"
+
+
 def _json(text: str) -> Any:  # noqa: ANN401 - whatever it holds; checked with the other types
     try:
         return json.loads(text)
@@ -49,6 +53,26 @@ EnvKwargs = Annotated[
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [json.dumps(value)],
     ),
+]
+
+
+def _number_or_text(text: str) -> Any:  # noqa: ANN401 - as `_json`
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+TargetReturn = Annotated[
+    float | Literal["threshold"] | None,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER|threshold",
+        instance_from_str=lambda args: _number_or_text(args[0]),
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    ),
+    tyro.conf.arg(help_behavior_hint=_hint_none),
 ]
 _Count = Annotated[int | None, _arg(metavar="INT")]
 _Switch = Annotated[bool | None, _arg(metavar="[True|False]")]
@@ -84,10 +108,7 @@ class Config:
     """Environment steps to train for, over all environments (rounded down to whole iterations)."""
     preset: Literal["cleanrl", "tuned"] = "cleanrl"
     """`cleanrl`: CleanRL's defaults for this kind of environment; `tuned`: our measured setting, where there is one."""
-    target_return: Annotated[
-        float | Literal["threshold"] | None,
-        tyro.conf.arg(metavar="NUMBER|threshold", help_behavior_hint="(default: none)"),
-    ] = None
+    target_return: TargetReturn = None
     """Stop when the mean of the last 100 episodes reaches this; `threshold`: the env's own, where it has one."""
 
     n_envs: Annotated[int | None, _arg("--num-envs", metavar="INT")] = None

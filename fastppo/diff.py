@@ -14,8 +14,9 @@ from fastppo.records import Record
 _Array = np.ndarray[Any, Any]
 Row = tuple[str, str, str]  # what, in the one, in the other
 
-_TIMED = ("time/", "charts/SPS", "charts/sps_")
-_HARDWARE = ("device_name", "device", "cpu_count", "platform", "processes", "git_commit", "git_dirty", "command")
+# measured times, and what only iterations have that a setting chose
+_ASIDE = ("time/", "charts/SPS", "charts/sps_", "samples/", "eval/")
+_HARDWARE = ("device_name", "device", "cpu_count", "platform", "processes", "git_commit", "git_dirty")
 _APART = 0.1  # of the range of both runs' returns
 _POINTS = 400
 
@@ -78,21 +79,20 @@ def _last(r: Record, tag: str, form: str) -> str:
 
 
 def _numbers(a: Record, b: Record) -> str:
-    """The first iteration in which a figure that isn't a time differs at all."""
-    n = min(len(a), len(b))
-    if not n:
-        return "one of them has logged nothing"
-    tags = sorted(t for t in a.columns.keys() | b.columns.keys() if t != "seconds" and not t.startswith(_TIMED))
-    tags = [t for t in tags if not t.startswith(("samples/", "eval/"))]  # of iterations that were chosen by a setting
-    same = np.stack([np.equal(a.column(t)[:n], b.column(t)[:n]) for t in tags])
-    same |= np.stack([np.isnan(a.column(t)[:n]) & np.isnan(b.column(t)[:n]) for t in tags])
+    """The first iteration in which a figure that both log, and that isn't a time, differs at all."""
+    _, at_a, at_b = np.intersect1d(a.column("iteration"), b.column("iteration"), return_indices=True)
+    if not len(at_a):
+        return "they have no iteration in common"
+    tags = sorted(t for t in a.columns.keys() & b.columns.keys() if t != "seconds" and not t.startswith(_ASIDE))
+    left, right = (np.stack([r.column(t)[at] for t in tags]) for r, at in ((a, at_a), (b, at_b)))
+    same = (left == right) | (np.isnan(left) & np.isnan(right))
     if same.all():
-        return f"the same in all {n:,} iterations that both have, to the last digit of every logged figure"
-    first = int((~same.all(0)).argmax())
-    names = [t for t, equal in zip(tags, same[:, first], strict=True) if not equal]
+        return f"the same in all {len(at_a):,} iterations that both have, to the last digit of every logged figure"
+    k = int((~same.all(0)).argmax())
+    names = [t for t, equal in zip(tags, same[:, k], strict=True) if not equal]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    at = f"iteration {first + 1:,} (step {a.column('global_step')[first]:,.0f})"
-    return f"the same until {at}, where {', '.join(names[:3])}{more} differ"
+    i, step = a.column("iteration")[at_a[k]], a.column("global_step")[at_a[k]]
+    return f"the same until iteration {i:,.0f} (step {step:,.0f}), where {', '.join(names[:3])}{more} differ"
 
 
 def _returns(a: Record, b: Record) -> str:
@@ -112,6 +112,8 @@ def _returns(a: Record, b: Record) -> str:
     gap = np.interp(grid, xa, ya) - np.interp(grid, xb, yb)
     spread = float(max(ya.max(), yb.max()) - min(ya.min(), yb.min()))
     near = np.abs(gap) <= _APART * spread
+    if not gap.any():
+        return f"the same to step {end:,.0f}"
     if near[-1]:
         widest = int(np.abs(gap).argmax())
         return (

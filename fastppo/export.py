@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -25,6 +26,7 @@ class Deployed(nn.Module):
         super().__init__()
         self.policy = policy
         self._action = action
+        self._dtype: torch.dtype = getattr(torch, action.dtype)
         low, high = action.bounds(torch.device("cpu")) if action.kind == "box" else (torch.zeros(0), torch.zeros(0))
         self.low: Tensor
         self.high: Tensor
@@ -41,7 +43,7 @@ class Deployed(nn.Module):
             actions = torch.minimum(torch.maximum(actions, self.low), self.high)
         elif any(self._action.start):
             actions = actions + (self.start[0] if self._action.kind == "discrete" else self.start)
-        return actions.reshape(-1, *self._action.shape), params, values
+        return actions.reshape(-1, *self._action.shape).to(self._dtype), params, values
 
 
 def export(run: Path, output: Path | None, kind: Format, policy: nn.Module | None = None) -> Path:
@@ -64,20 +66,32 @@ def export(run: Path, output: Path | None, kind: Format, policy: nn.Module | Non
     if not path.parent.is_dir():
         raise ConfigError(f"export: {path} can't be written (there is no folder {path.parent}).")
     batch = torch.export.Dim("batch", min=1)
+    if kind == "onnx":
+        _check_onnx()
+    temporary = path.with_name(f".{path.name}.tmp.{kind}")  # the writers go by the ending
+    log = logging.getLogger("torch.onnx")
+    level = log.level
     try:
+        log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporters' own, about themselves
             program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
             if kind == "pt2":
-                torch.export.save(program, path)
+                torch.export.save(program, temporary)
             else:
-                _check_onnx()
                 names = ["actions", "params", "values"]
                 onnx = torch.onnx.export(program, input_names=["obs"], output_names=names, verbose=False)
                 assert onnx is not None
-                onnx.save(str(path))
+                onnx.save(str(temporary))
+        temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"export: {path} can't be written ({error.strerror or error}).") from None
+    except Exception as error:  # torch has many kinds for what it can't trace
+        why = str(error).strip().splitlines()[0]
+        raise ConfigError(f"export: this network can't be traced ({type(error).__name__}: {why}).") from None
+    finally:
+        log.setLevel(level)
+        temporary.unlink(missing_ok=True)
     return path
 
 

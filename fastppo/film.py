@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
 
-_MOST = 10_000  # frames of an episode that has no end
+_MOST_STEPS = 20_000  # of an episode that has no end
+_MOST_FRAMES = 1000  # some 700 MB of them
 _GIF_FRAMES, _GIF_WIDTH = 200, 300  # what a log should hold
+_GIF_FPS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +29,8 @@ class Film:
     """One episode.
 
     Attributes:
-        frames: [H, W, 3] uint8 each, the first before the first step.
-        fps: frames per second of the environment's own time.
+        frames: [H, W, 3] uint8 each, the first before the first step; of a long episode every second, fourth, ... one.
+        fps: of them, in the environment's own time.
         episode_return: undiscounted, raw.
     """
 
@@ -36,7 +40,7 @@ class Film:
 
     def gif(self) -> bytes:
         """A small animated GIF of the whole episode."""
-        skip = -(-len(self.frames) // _GIF_FRAMES)
+        skip = max(-(-len(self.frames) // _GIF_FRAMES), math.ceil(self.fps / _GIF_FPS))
         coarse = -(-self.frames[0].shape[1] // _GIF_WIDTH)
         return _encode([frame[::coarse, ::coarse] for frame in self.frames[::skip]], ".gif", self.fps / skip)
 
@@ -81,6 +85,7 @@ class Camera:
             ConfigError: it can't be filmed, or a library is missing.
         """
         _imageio()
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures, no window, and no complaint that there is none
         if found.factory is None:
             raise ConfigError("video: a vector environment of your own can't be filmed; give a make_env of one.")
         kwargs = found.factory.env_kwargs | {"render_mode": "rgb_array"}
@@ -92,6 +97,13 @@ class Camera:
                 f"video: {found.name} has render_mode {self._env.render_mode}; make it with render_mode=rgb_array."
             )
         self._fps = float(self._env.metadata.get("render_fps") or 30)
+        try:  # what can't be rendered is known before hours of training
+            self._env.reset(seed=0)
+            self._picture()
+        except Exception as error:
+            self._env.close()
+            why = str(error).removeprefix("video: ")
+            raise ConfigError(f"video: {found.name} can't be rendered: {why}") from None
 
     def episode(self, seed: int) -> Film:
         """Film one episode from a seed.
@@ -101,17 +113,21 @@ class Camera:
         """
         try:
             obs, _ = self._env.reset(seed=seed)
-            frames, total, over = [self._picture()], 0.0, False
-            while not over and len(frames) < _MOST:
+            frames, total, stride = [self._picture()], 0.0, 1
+            for step in range(1, _MOST_STEPS + 1):
                 obs, reward, terminated, truncated, _ = self._env.step(self._act(np.asarray(obs)))
                 total += float(reward)
-                over = terminated or truncated
-                frames.append(self._picture())
-        except gym.error.DependencyNotInstalled as error:
-            raise ConfigError(f"video: {error}") from None
-        except gym.error.Error as error:
-            raise EnvError(f"video: the environment failed: {error}") from error
-        return Film(frames, self._fps, total)
+                if step % stride == 0:
+                    frames.append(self._picture())
+                if len(frames) > _MOST_FRAMES:  # a long one keeps every second picture, and its own time
+                    frames, stride = frames[::2], 2 * stride
+                if terminated or truncated:
+                    break
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise EnvError(f"video: the environment failed: {type(error).__name__}: {error}") from error
+        return Film(frames, self._fps / stride, total)
 
     def close(self) -> None:
         """Close the environment."""
@@ -145,7 +161,8 @@ def _ffmpeg() -> bool:
 def _encode(frames: list[_Array], suffix: str, fps: float) -> bytes:
     stack = np.stack(frames)
     if suffix == ".gif":
-        return bytes(_imageio().imwrite("<bytes>", stack, extension=".gif", duration=1000 / fps, loop=0))
+        duration = round(100 / min(fps, _GIF_FPS)) * 10  # whole hundredths, of which browsers want two at least
+        return bytes(_imageio().imwrite("<bytes>", stack, extension=".gif", duration=duration, loop=0))
     # sides must be even for the codec
     even = stack[:, : stack.shape[1] // 2 * 2, : stack.shape[2] // 2 * 2]
     return bytes(_imageio().imwrite("<bytes>", even, extension=suffix, plugin="FFMPEG", fps=fps, macro_block_size=2))

@@ -16,6 +16,7 @@ _Array = np.ndarray[Any, Any]
 _Value = float | None
 
 POINTS = 512  # of a history, an even number
+_FIRST = 20  # iterations that later ones are held against
 
 
 class History:
@@ -29,39 +30,39 @@ class History:
     def __init__(self, points: int = POINTS) -> None:
         """Keep at most `points`, an even number."""
         self._points = points
-        self._sums: dict[str, _Array] = {}
-        self._counts: dict[str, _Array] = {}
+        self._at: dict[str, int] = {}  # row of each tag in the tables
+        self._sums, self._counts = np.zeros((2, 0, points))
+        self._first: dict[str, list[float]] = {}
         self.stride, self.iterations = 1, 0
 
     def add(self, scalars: Mapping[str, float]) -> None:
         """One iteration's figures; those that are missing or not finite leave no trace."""
+        if new := scalars.keys() - self._at.keys():
+            self._at |= {tag: len(self._at) + k for k, tag in enumerate(sorted(new))}
+            room = np.zeros((len(new), self._points))
+            self._sums, self._counts = np.concatenate((self._sums, room)), np.concatenate((self._counts, room))
         at = self.iterations // self.stride
         if at == self._points:
-            self._halve()
+            self._sums, self._counts = _halved(self._sums), _halved(self._counts)
+            self.stride *= 2
             at //= 2
-        for tag, value in scalars.items():
-            if tag not in self._sums:
-                self._sums[tag], self._counts[tag] = np.zeros((2, self._points))
-            if np.isfinite(value):
-                self._sums[tag][at] += value
-                self._counts[tag][at] += 1
+        values = np.array([scalars.get(tag, np.nan) for tag in self._at])
+        finite = np.isfinite(values)
+        self._sums[:, at] += np.where(finite, values, 0.0)
+        self._counts[:, at] += finite
+        if self.iterations < _FIRST:
+            for tag, value, known in zip(self._at, values.tolist(), finite.tolist(), strict=True):
+                if known:
+                    self._first.setdefault(tag, []).append(value)
         self.iterations += 1
-
-    def _halve(self) -> None:
-        """Every two points become one."""
-        for table in (self._sums, self._counts):
-            for tag, row in table.items():
-                pairs = row.reshape(-1, 2).sum(1)
-                table[tag] = np.concatenate((pairs, np.zeros_like(pairs)))
-        self.stride *= 2
 
     def __getitem__(self, tag: str) -> _Array:
         """The figure's points, NaN where it was never finite; empty where it was never logged."""
-        if tag not in self._sums:
+        if tag not in self._at:
             return np.zeros(0)
         n = -(-self.iterations // self.stride)
-        counts = self._counts[tag][:n]
-        means: _Array = np.divide(self._sums[tag][:n], counts, out=np.full(n, np.nan), where=counts > 0)
+        sums, counts = self._sums[self._at[tag], :n], self._counts[self._at[tag], :n]
+        means: _Array = np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)
         return means
 
     def recent(self, tag: str) -> _Array:
@@ -69,10 +70,15 @@ class History:
         row = self[tag]
         return _finite(row[-max(5, len(row) // 10) :])
 
-    def early(self, tag: str) -> _Array:
-        """Finite points of the first tenth, of the first five at least."""
-        row = self[tag]
-        return _finite(row[: max(5, len(row) // 10)])
+    def first(self, tag: str) -> _Array:
+        """Finite values of the very first iterations, however long the run has become."""
+        return np.array(self._first.get(tag, []))
+
+
+def _halved(table: _Array) -> _Array:
+    """Every two points become one, and as many are free."""
+    pairs = table.reshape(len(table), -1, 2).sum(2)
+    return np.concatenate((pairs, np.zeros_like(pairs)), axis=1)
 
 
 def _finite(row: _Array) -> _Array:
@@ -164,13 +170,13 @@ def _kl_over_target(history: History, threshold: float, _: int) -> _Value:
 
 
 def _entropy_lost(history: History, threshold: float, action_size: int) -> _Value:
-    early, recent = history.early("losses/entropy"), history.recent("losses/entropy")
-    if not len(early) or not len(recent):
+    first, recent = history.first("losses/entropy"), history.recent("losses/entropy")
+    if not len(first) or not len(recent):
         return None
     if action_size:  # of a Gaussian it may be negative; what it loses per dimension is the log of the scale
-        left = float(np.exp((np.median(recent) - early[0]) / action_size))
+        left = float(np.exp((np.median(recent) - first[0]) / action_size))
     else:
-        left = float(np.median(recent) / early[0]) if early[0] > 0 else 1.0
+        left = float(np.median(recent) / first[0]) if first[0] > 0 else 1.0
     return left if left < threshold else None
 
 
@@ -178,7 +184,8 @@ def _explained_below(low: float) -> Callable[[History, float, int], _Value]:
     def value(history: History, threshold: float, _: int) -> _Value:
         recent, loss = history.recent("losses/explained_variance"), _finite(history["losses/value_loss"])
         # returns that hardly vary any longer, as those of a perfect policy, leave nothing to explain
-        if len(loss) and np.median(history.recent("losses/value_loss")) < 0.01 * loss.max():
+        now = history.recent("losses/value_loss")
+        if len(now) and np.median(now) < 0.01 * loss.max():
             return None
         return float(np.median(recent)) if len(recent) and low <= np.median(recent) < threshold else None
 
@@ -204,12 +211,24 @@ def _gradient_always_clipped(history: History, threshold: float, _: int) -> _Val
 
 
 def _returns_flat(history: History, threshold: float, _: int) -> _Value:
-    """How far the returns moved, in standard deviations of their early points."""
-    early, recent = history.early("charts/episodic_return"), history.recent("charts/episodic_return")
-    if len(early) < 5 or len(recent) < 5:
+    """How far the returns ever came from where they began, in standard deviations of the first iterations."""
+    first, row = history.first("charts/episodic_return"), _finite(history["charts/episodic_return"])
+    if len(first) < 5 or len(row) < 10:
         return None
-    moved = float((np.median(recent) - np.median(early)) / max(early.std(), abs(np.median(early)) * 1e-3, 1e-12))
+    n = max(5, len(row) // 10)
+    best = max(float(np.median(row[k : k + n])) for k in range(0, len(row), n))
+    moved = (best - float(np.median(first))) / max(float(first.std()), abs(float(np.median(first))) * 1e-3, 1e-12)
     return moved if moved < threshold else None
+
+
+def _last_above(tag: str) -> Callable[[History, float, int], _Value]:
+    """The latest value of a figure that few iterations have, where it lies above the threshold."""
+
+    def value(history: History, threshold: float, _: int) -> _Value:
+        row = _finite(history[tag])
+        return float(row[-1]) if len(row) and row[-1] > threshold else None
+
+    return value
 
 
 def _speed_lost(history: History, threshold: float, _: int) -> _Value:
@@ -285,7 +304,7 @@ RULES = (
         "gradient always clipped",
         10.0,
         _gradient_always_clipped,
-        "every gradient's norm is over {value:.0f} times max_grad_norm (over {threshold:g}).",
+        "mean gradient norms stay over {value:.0f} times max_grad_norm (over {threshold:g}).",
         "Its length is lost, only its direction counts: lower vf_coef, normalize_rewards, or raise max_grad_norm.",
         after=50,
     ),
@@ -293,14 +312,14 @@ RULES = (
         "returns flat",
         1.0,
         _returns_flat,
-        "returns have moved by {value:.1f} of their early standard deviations (under {threshold:g}).",
+        "returns never came further than {value:.1f} standard deviations from their first (under {threshold:g}).",
         "Look at the other findings first; then more exploration (ent_coef), normalize_rewards, another seed.",
         after=100,
     ),
     Rule(
         "first ratio not 1",
         0.01,
-        _recent_above("samples/first_ratio_error"),
+        _last_above("samples/first_ratio_error"),
         "before the first step of an update a ratio lies {value:.2g} from 1 (over {threshold:g}).",
         "The policy that learns is not the one that acted: look for dropout, batch norm, or memory in the network.",
         after=1,

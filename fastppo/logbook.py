@@ -44,10 +44,10 @@ class Logbook:
         if self.console is not None:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def write(self, stats: Stats) -> None:
-        """One iteration."""
-        if not self.sinks:  # a process that logs nothing
-            return
+    def write(self, stats: Stats) -> Stats:
+        """One iteration; returns it with what health finds."""
+        if not self.sinks:  # a process that logs nothing, or whose logs have all failed
+            return stats
         self.history.add(stats.scalars)
         if time.monotonic() - self._judged > _JUDGE_SECONDS or stats.iteration == stats.n_iterations:
             self.findings = judge(self.history, self._action_size)
@@ -60,10 +60,12 @@ class Logbook:
         for sink in list(self.sinks):
             try:
                 sink.write(stats)
-            except OSError as error:
+            except Exception as error:  # whatever a library raises, training is worth more than its log
                 self.sinks.remove(sink)
                 _quietly(sink.close)
-                self.say(f"{type(sink).__name__} can't write ({error.strerror or error}); its figures end here.")
+                why = getattr(error, "strerror", None) or error
+                self.say(f"{type(sink).__name__} can't write ({why}); its figures end here.")
+        return stats
 
     def close(self) -> None:
         """Close every sink."""
@@ -74,5 +76,5 @@ class Logbook:
 
 def _quietly(close: Callable[[], None]) -> None:
     """A file that can't be closed has been complained about already, or lost its last lines with its disk."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):
         close()

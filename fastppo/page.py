@@ -86,7 +86,8 @@ p {{ margin: .3rem 0; color: #555; overflow-wrap: anywhere }}
 .table {{ overflow-x: auto }} table {{ border-collapse: collapse; margin: 1rem 0 }}
 th, td {{ padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top }}
 td:nth-child(2), th:nth-child(2) {{ text-align: left }} li {{ margin: .4rem 0 }} ul {{ padding-left: 1.2rem }}
-.settings td, .settings th {{ text-align: left; overflow-wrap: anywhere; max-width: 22rem }}
+.settings td, .settings th {{ text-align: left; overflow-wrap: anywhere; max-width: 22rem; min-width: 8rem }}
+.settings td:first-child {{ overflow-wrap: normal }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 420px), 1fr)); gap: .5rem }}
 .grid > div, .plot {{ min-width: 0 }}
 [hidden] {{ display: none !important }}

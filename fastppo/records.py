@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +45,19 @@ class Record:
 
     Attributes:
         run_dir: its folder.
+        label: what to call it beside others.
         config: its settings.
         about: what it ran on, and notes.
         result: how it ended; empty where it hasn't.
-        columns: [I] figures of each iteration by tag, NaN where there was none; `iteration`, `global_step`, `seconds`,
-            `episodes` and `mean_return` among them.
+        columns: [I] figures of each iteration by tag, NaN where there was none; PLACES and `mean_return` among them.
         returns: of episodes, as many as were logged.
         return_places: about where each ended, by PLACES: its global step, second of training, number and iteration.
         samples: updates that were looked into.
+        damaged: lines and samples that could not be read.
     """
 
     run_dir: Path
+    label: str
     config: dict[str, Any]
     about: dict[str, Any]
     result: dict[str, Any]
@@ -60,6 +65,7 @@ class Record:
     returns: _Array
     return_places: dict[str, _Array]
     samples: list[Sample]
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
     def column(self, tag: str) -> _Array:
         """[I] the figure of each iteration, all NaN where it was never logged."""
@@ -70,21 +76,26 @@ class Record:
         return len(self.columns["iteration"])
 
     @property
-    def label(self) -> str:
-        """What to call it beside others."""
-        return self.run_dir.name
-
-    @property
     def setting(self) -> str:
         """Equal in runs that differ by their seed alone."""
         rest = {k: v for k, v in self.config.items() if k not in _ASIDE}
         return json.dumps(rest, sort_keys=True)
 
+    @property
+    def action_size(self) -> int:
+        """Dimensions of a continuous action; 0: discrete, or unknown."""
+        size = self.about.get("action_size")
+        return size if isinstance(size, int) else 0
+
     def troubles(self) -> list[str]:
         """What is missing or broken in it, in sentences."""
-        found = []
+        found = list(self.damaged)
         if not len(self):
-            return ["No iteration was logged: the run ended before its first update, or has just begun."]
+            said = "the run ended before its first update, or has just begun"
+            return [*found, f"No iteration was logged{'' if found else f': {said}'}."]
+        planned = self.result.get("iterations")
+        if isinstance(planned, int) and planned > len(self):
+            found.append(f"Only {len(self):,} of {planned:,} iterations are in metrics.jsonl: it was cut.")
         if len(self) == 1:
             found.append("One update only: there are no curves yet.")
         if not np.nanmax(self.column("episodes"), initial=0):
@@ -92,24 +103,40 @@ class Record:
         losses = np.stack([self.column(f"losses/{name}") for name in ("policy_loss", "value_loss", "grad_norm")])
         bad = ~np.isfinite(losses).all(0)
         if bad.any():
-            first, n = int(self.column("global_step")[bad.argmax()]), int(bad.sum())
-            found.append(f"Losses are not finite in {n:,} of {len(self):,} iterations, the first at step {first:,}.")
+            first, n = self.column("global_step")[bad.argmax()], int(bad.sum())
+            found.append(f"Losses are not finite in {n:,} of {len(self):,} iterations, the first at step {first:,.0f}.")
         if not self.result:
             found.append("There is no result.json: the run goes on, or was killed.")
         return found
 
-    def findings(self) -> list[tuple[Finding, int, int]]:
+    @functools.cached_property
+    def findings(self) -> list[tuple[Finding, float, float]]:
         """What health found as the run went on, with the global steps of its first and its latest sight."""
-        history, seen = History(), dict[str, tuple[Finding, int, int]]()
+        history, seen = History(), dict[str, tuple[Finding, float, float]]()
         steps, looks = self.column("global_step"), max(1, len(self) // 64)
         tags = [tag for tag in self.columns if "/" in tag]
-        for i in range(len(self)):
-            history.add({tag: float(self.columns[tag][i]) for tag in tags})
-            if (i + 1) % looks == 0 or i + 1 == len(self):
-                for finding in judge(history, int(self.about.get("action_size") or 0)):
-                    first = seen[finding.name][1] if finding.name in seen else int(steps[i])
-                    seen[finding.name] = finding, first, int(steps[i])
+        table = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
+        for i, row in enumerate(table):
+            history.add(dict(zip(tags, row, strict=True)))
+            if (i + 1) % looks == 0 or i + 1 == len(table):
+                for finding in judge(history, self.action_size):
+                    first = seen[finding.name][1] if finding.name in seen else float(steps[i])
+                    seen[finding.name] = finding, first, float(steps[i])
         return list(seen.values())
+
+
+def read_records(run_dirs: Sequence[Path]) -> list[Record]:
+    """Read several runs, each under a label of its own: the folder's name, or as much of its path as tells them apart.
+
+    Raises:
+        CheckpointError: one of them is no run folder.
+    """
+    records = [read_record(run_dir) for run_dir in run_dirs]
+    parts = [r.run_dir.resolve().parts for r in records]
+    n = 1
+    while len({p[-n:] for p in parts}) < len({*parts}):
+        n += 1
+    return [dataclasses.replace(r, label="/".join(p[-n:])) for r, p in zip(records, parts, strict=True)]
 
 
 def read_record(run_dir: Path) -> Record:
@@ -120,42 +147,65 @@ def read_record(run_dir: Path) -> Record:
     """
     config = _json(run_dir / "config.json")
     if not config:
-        raise CheckpointError(f"{run_dir} is no run folder: it holds no config.json that can be read.")
-    rows = list(read_rows(run_dir))
-    tags = dict.fromkeys(tag for row in rows for tag in row)
-    columns = {tag: np.array([_number(row.get(tag)) for row in rows]) for tag in tags if tag not in ("returns", "stop")}
-    for tag in (*PLACES, "mean_return"):
-        columns.setdefault(tag, np.full(len(rows), np.nan))
+        there = "" if run_dir.is_dir() else " (there is no such folder)"
+        inside = next(run_dir.glob("runs/*/config.json"), None) if run_dir.is_dir() else None
+        hint = f" Its runs lie in {run_dir / 'runs'}." if inside else ""
+        raise CheckpointError(f"{run_dir} is no run folder{there}: it holds no config.json that can be read.{hint}")
+    columns, returns, places, damaged = _read_figures(run_dir)
+    samples = read_samples(run_dir / "samples")
+    if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):
+        damaged.append(f"{lost} of its samples are damaged and left out.")
     return Record(
         run_dir,
+        run_dir.resolve().name,
         config,
         _json(run_dir / "run.json"),
         _json(run_dir / "result.json"),
         columns,
-        *_episodes(rows, columns),
-        read_samples(run_dir / "samples"),
+        returns,
+        places,
+        samples,
+        damaged,
     )
 
 
-def _episodes(rows: list[dict[str, Any]], columns: dict[str, _Array]) -> tuple[_Array, dict[str, _Array]]:
-    """Returns of episodes, and about where between two iterations they lie."""
-    values: list[float] = []
-    places: dict[str, list[float]] = {name: [] for name in PLACES}
-    before = dict.fromkeys(PLACES, 0.0)
-    for i, row in enumerate(rows):
-        now = {name: float(columns[name][i]) for name in PLACES}
-        returns = [value for value in map(_number, row.get("returns") or ()) if math.isfinite(value)]
-        values += returns
+def _read_figures(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _Array], list[str]]:
+    """Columns, returns of episodes, about where between two iterations they lie, and what was damaged."""
+    columns: dict[str, array[float]] = {tag: array("d") for tag in (*PLACES, "mean_return")}
+    values, places = array("d"), {name: array("d") for name in PLACES}
+    before, n, bad = dict.fromkeys(PLACES, 0.0), 0, 0
+    for row in read_rows(run_dir):
+        if not isinstance(row.get("iteration"), int) or not isinstance(row.get("global_step"), int):
+            bad += 1
+            continue
+        for tag in row.keys() - columns.keys() - {"returns", "stop"}:
+            columns[tag] = array("d", [math.nan]) * n
+        for tag, column in columns.items():
+            column.append(_number(row.get(tag)))
+        n += 1
+        now = {name: columns[name][-1] for name in PLACES}
+        found = row.get("returns")
+        returns = [x for x in map(_number, found if isinstance(found, list) else ()) if math.isfinite(x)]
+        values.extend(returns)
         for k in range(len(returns)):
             share = (k + 1) / len(returns)
             for name, place in places.items():
                 place.append(before[name] + share * (now[name] - before[name]))
         before = now
-    return np.array(values), {name: np.array(place) for name, place in places.items()}
+    damaged = [f"{bad:,} lines of metrics.jsonl are damaged and left out."] if bad else []
+    return (
+        {tag: np.array(column) for tag, column in columns.items()},
+        np.array(values),
+        {name: np.array(place) for name, place in places.items()},
+        damaged,
+    )
 
 
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    try:
+        return float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _json(path: Path) -> dict[str, Any]:

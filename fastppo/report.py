@@ -17,7 +17,7 @@ import torch
 from fastppo.errors import ConfigError
 from fastppo.functional.gae import gae_doubling
 from fastppo.page import LAYOUT, PHASE_COLORS, Figures, heading, items, page, paragraphs, table
-from fastppo.records import Record, read_record, thin
+from fastppo.records import Record, read_records, thin
 from fastppo.runtime.clock import PHASES
 from fastppo.samples import ROWS, TRAJECTORY, Sample
 
@@ -29,6 +29,7 @@ _Points = tuple[list[float | None], list[float | None]]
 _EPISODES = 3000  # shown for each run
 _BAND = 200  # points of a mean over seeds
 _STEPS = 200  # of a trajectory
+_SAMPLES = 60  # updates in a page
 _LAMBDAS = (0.0, 0.5, 0.9, 0.95, 1.0)
 
 
@@ -52,7 +53,7 @@ _DIAGNOSTICS = (
     _Curves("Entropy", (("losses/entropy", ""),)),
     _Curves("KL from the rollout's policy", (("losses/approx_kl", "k3"), ("losses/old_approx_kl", "k1"))),
     _Curves("Clip fraction (band: 5 to 30 %)", (("losses/clipfrac", ""),), (0.05, 0.3)),
-    _Curves("Explained variance (band: 0.5 to 1)", (("losses/explained_variance", ""),), (0.5, 1.0)),
+    _Curves("Explained variance (band: 0.5 to 1; from -1)", (("losses/explained_variance", ""),), (0.5, 1.0)),
     _Curves("Learning rate", (("charts/learning_rate", ""),)),
     _Curves("Clip range", (("charts/clip_coef", ""),)),
     _Curves("Gradient norm before clipping", (("losses/grad_norm", ""), ("charts/max_grad_norm", "limit")), log=True),
@@ -69,7 +70,7 @@ def report(runs: Sequence[Path], output: Path) -> list[Record]:
     """
     if len({run.resolve() for run in runs}) < len(runs) or not runs:
         raise ConfigError("report: name each run once, and at least one.")
-    records = [read_record(run) for run in runs]
+    records = read_records(runs)
     try:
         output.write_text(report_page(records), encoding="utf-8")
     except OSError as error:
@@ -133,9 +134,9 @@ def _health(records: Sequence[Record]) -> str:
         if not len(r):
             continue
         lines = []
-        for finding, first, latest in r.findings():
-            when = f"from step {first:,} to the end" if latest == r.column("global_step")[-1] else ""
-            when = when or (f"from step {first:,} to {latest:,}" if latest > first else f"at step {first:,}")
+        for finding, first, latest in r.findings:
+            when = f"from step {first:,.0f} to the end" if latest == r.column("global_step")[-1] else ""
+            when = when or (f"from step {first:,.0f} to {latest:,.0f}" if latest > first else f"at step {first:,.0f}")
             name = f"{r.label}, {finding.name}" if len(records) > 1 else finding.name
             lines.append((name, f"{when}: {finding.evidence} {finding.remedy}"))
         parts.append(items(lines) if lines else paragraphs([f"{r.label}: no rule fired."]))
@@ -248,6 +249,8 @@ def _curves(records: Sequence[Record], what: _Curves) -> go.Figure:
                 )
     figure.update_layout(**LAYOUT, title=what.title, height=300, showlegend=len(figure.data) > 1)
     figure.update_xaxes(title="environment steps")
+    if what.name == "explained_variance":
+        figure.update_yaxes(range=[-1.05, 1.05])  # what lies below says no more, and would hide the rest
     if what.log:
         figure.update_yaxes(type="log")
     return figure
@@ -294,11 +297,13 @@ def _settings(records: Sequence[Record]) -> str:
     """Every setting and result; of several runs, first those in which they differ."""
     rows: dict[str, list[str]] = {}
     for i, r in enumerate(records):
-        facts = r.config | {f"result: {k}": v for k, v in r.result.items() if k != "run_dir"}
+        facts = r.config | {f"result: {k}": _brief(v) for k, v in r.result.items() if k != "run_dir"}
         facts |= {"machine": f"{r.about.get('device_name')}, {r.about.get('cpu_count')} cores"}
-        facts |= {"versions": ", ".join(f"{k} {v}" for k, v in (r.about.get("versions") or {}).items())}
+        versions = r.about.get("versions")
+        facts |= {"versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else ""}
         facts |= {"commit": r.about.get("git_commit"), "started": r.about.get("started")}
-        facts |= {"notes": " ".join(map(str, r.about.get("notes") or ()))}
+        notes = r.about.get("notes")
+        facts |= {"notes": " ".join(map(str, notes)) if isinstance(notes, list) else ""}
         for name, value in facts.items():
             text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
             rows.setdefault(name, [""] * len(records))[i] = text
@@ -306,10 +311,19 @@ def _settings(records: Sequence[Record]) -> str:
     return table(("setting", *(r.label for r in records)), ([name, *values] for name, values in ordered))
 
 
+def _brief(value: object) -> object:
+    """Numbers as people read them."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_brief(v)}" for k, v in value.items())
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _update_section(records: Sequence[Record], drawing: Figures) -> Iterator[str]:
     """Ratios, the surrogate and advantages of single updates, chosen by two sliders."""
     yield heading("Inside the update")
-    data = {r.label: [_sample_data(r, s) for s in r.samples] for r in records if r.samples}
+    data = [[_sample_data(r, s) for s in _spread(r.samples, max(4, _SAMPLES // len(records)))] for r in records]
+    labels = [r.label for r, samples in zip(records, data, strict=True) if samples]
+    data = [samples for samples in data if samples]
     if not data:
         yield paragraphs(["No update was looked into (--record-ratios 0), or the run ended before one."])
         return
@@ -320,7 +334,7 @@ def _update_section(records: Sequence[Record], drawing: Figures) -> Iterator[str
             "over the range with a positive advantage, under it with a negative one."
         ]
     )
-    options = "".join(f"<option>{html.escape(label)}</option>" for label in data)
+    options = "".join(f'<option value="{i}">{html.escape(label)}</option>' for i, label in enumerate(labels))
     yield (
         f'<div class="sliders"><label>run <select id="run">{options}</select></label>'
         '<label><span id="update-text"></span><input id="update" type="range" min="0" value="0"></label>'
@@ -332,6 +346,12 @@ def _update_section(records: Sequence[Record], drawing: Figures) -> Iterator[str
     inside = json.dumps(data).replace("<", "\\u003c")  # a label must not end the script
     yield f'</div><script type="application/json" id="samples">{inside}</script>'
     yield f"<script>{_SLIDERS}</script>"
+
+
+def _spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most so many of them, from first to last."""
+    picked = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
+    return [samples[i] for i in picked]
 
 
 def _sample_data(r: Record, sample: Sample) -> dict[str, Any]:
@@ -439,6 +459,6 @@ function follow() {
 run.oninput = () => begin(samples[run.value].length - 1);
 update.oninput = follow;
 epoch.oninput = draw;
-run.parentElement.hidden = Object.keys(samples).length < 2;
+run.parentElement.hidden = samples.length < 2;
 begin(Math.floor((samples[run.value].length - 1) / 2));
 """

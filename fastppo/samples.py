@@ -6,31 +6,36 @@ that is learned. A recorded update can't be looked into: those iterations run it
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from fastppo.functional.losses import Coefficients
+from fastppo.policies.api import Policy
 from fastppo.rollout import Rollout
+from fastppo.runtime.device import untouched_randomness
 from fastppo.update import PPOUpdate
 
 _Array = np.ndarray[Any, Any]
 
-ROWS = 512  # of a rollout, and steps of the trajectory
+ROWS = 512  # of a rollout
+_STEPS = 2048  # of the trajectory
 COEFS = ("clip_coef", "gamma", "gae_lambda")
 TRAJECTORY = ("rewards", "values", "next_values", "terminated", "done", "advantages")
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One update, looked into.
+    """One update, looked into; of several processes the first one's rows.
 
     Attributes:
         iteration: counted from 1.
@@ -61,11 +66,8 @@ class Sample:
         arrays |= {"ratios": self.ratios, "advantages": self.advantages}
         path = folder / f"{self.iteration:09d}.safetensors"
         temporary = path.with_suffix(".tmp")
-        save_file(
-            {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()},
-            temporary,
-            {"sample": json.dumps(about)},
-        )
+        plain = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
+        temporary.write_bytes(save(plain, {"sample": json.dumps(about)}))  # save_file would give the owner alone access
         temporary.replace(path)
 
 
@@ -123,7 +125,8 @@ class Sampler:
     def look(self) -> None:
         """Judge the rows by the policy as it is now."""
         policy, batch, rows = self._update.policy, self._rollout.batch(), self._rows
-        params, _ = policy(batch.obs[rows])
+        with _unchanged(policy):
+            params, _ = policy(batch.obs[rows])
         logprobs = policy.distribution.log_prob(params, batch.actions[rows])
         self._seen.append(torch.exp(logprobs - batch.logprobs[rows]))
 
@@ -144,15 +147,13 @@ class Sampler:
             advantages = (advantages - real.mean()) / (real.std(correction=0) + 1e-8)
         ratios = torch.stack(self._seen)
         self._seen = []
+        trajectory = {name: rewards if name == "rewards" else getattr(r, name) for name in TRAJECTORY}
         return Sample(
             iteration=iteration,
             coefs={name: getattr(coefs, name).item() for name in COEFS},
             ratios=_numpy(ratios[:, kept]),
             advantages=_numpy(advantages[rows][kept]),
-            trajectory={
-                name: _numpy((rewards if name == "rewards" else getattr(r, name))[:ROWS, 0])[_numpy(valid[:ROWS, 0])]
-                for name in TRAJECTORY
-            },
+            trajectory={name: _numpy(_column(x)[_column(valid)]) for name, x in trajectory.items()},
             histograms=self._measured(ratios[-1][kept], valid, coefs) if self._histograms else {},
         )
 
@@ -160,11 +161,27 @@ class Sampler:
         """Weights and gradients by the parameter's name, actions and ratios."""
         update, actions = self._update, self._rollout.actions[valid]
         found = {"actions": actions if actions.dtype != torch.bool else actions.float(), "ratios": ratios}
-        gradient = update.gradient(self._rollout.batch(), coefs)
+        with _unchanged(update.policy):
+            gradient = update.gradient(self._rollout.batch(), coefs)
         for kind, flat in (("weights", update.parameters.vector), ("gradients", gradient)):
             views = update.parameters.views(flat)
             found |= {f"{kind}/{name}": view for name, view in zip(update.trained, views, strict=True)}
         return {f"histograms/{name}": _numpy(x).reshape(-1) for name, x in found.items()}
+
+
+def _column(x: Tensor) -> Tensor:
+    """The first environment's steps of [T, N], as many as are kept."""
+    return x[:_STEPS, 0]
+
+
+@contextlib.contextmanager
+def _unchanged(policy: Policy) -> Iterator[None]:
+    """What a user's network draws or counts as it runs is as if it hadn't."""
+    buffers = [(buffer, buffer.clone()) for buffer in policy.network.buffers()]
+    with untouched_randomness():
+        yield
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def _numpy(x: Tensor) -> _Array:

@@ -174,6 +174,11 @@ class ActionSpec:
         low = [-np.inf if x is None else x for x in self.low]
         return np.array(low), np.array([np.inf if x is None else x for x in self.high])
 
+    @property
+    def dimensions(self) -> int:
+        """Numbers in a continuous action; 0 where actions are discrete."""
+        return math.prod(self.shape) if self.kind == "box" else 0
+
     def to_env(self, actions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """Actions [N, ...] of the distribution as the environment's, [N, *shape]: shifted by start or clipped."""
         if self.kind == "box":

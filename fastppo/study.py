@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -19,8 +20,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from fastppo.choices import settle, target_of
 from fastppo.config import Config
@@ -33,8 +32,27 @@ from fastppo.runtime.device import choose_device
 
 Hold = Literal["batch", "n_steps"]
 
-_RESAMPLES = 10_000
+# Student's t at 97.5 %, for 1 to 30 degrees of freedom
+_T975: tuple[float, ...] = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+)
+_T975 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 _POLL_SECONDS = 0.1
+_PLAN = "plan.json"  # written first, so that other settings are found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +74,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over the seeds that reached the target, with its 95 % interval (bootstrap; NaN for fewer than two)."""
+    """A mean over the seeds that reached the target, with its 95 % interval (Student's t; NaN for fewer than two)."""
 
     mean: float
     low: float
@@ -69,10 +87,9 @@ class Estimate:
             return cls(math.nan, math.nan, math.nan)
         if len(values) < 2:
             return cls(values[0], math.nan, math.nan)
-        rng = np.random.default_rng(0)
-        means = rng.choice(np.asarray(values, float), (_RESAMPLES, len(values))).mean(1)
-        low, high = np.quantile(means, (0.025, 0.975))
-        return cls(float(np.mean(values)), float(low), float(high))
+        mean = statistics.fmean(values)
+        reach = _t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, mean - reach, mean + reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +117,11 @@ class Setting:
     seconds: Estimate
     updates: Estimate
     sps: float
+
+    @property
+    def tried(self) -> int:
+        """Seeds that were run, those that failed among them."""
+        return len(self.runs) + len(self.failures)
 
 
 def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, folder: Path) -> Plan:
@@ -154,8 +176,41 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     return Plan(target, hold, configs, surroundings(device))
 
 
+def _t975(freedom: int) -> float:
+    return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.4 / freedom
+
+
+def begin_study(plan: Plan, base: Config, folder: Path) -> None:
+    """Write down what the study in `folder` is of, before anything is run.
+
+    Raises:
+        ConfigError: the folder holds a study with other settings, or something else, or can't be made.
+    """
+    now = {"target_return": plan.target, "hold": plan.hold, **base.to_dict()}
+    path = folder / _PLAN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            if any(folder.iterdir()):
+                raise ConfigError(f"run_dir={folder} is not empty and holds no study; name a new folder.")
+            write_json(path, now)
+            return
+        before = json.loads(path.read_text())
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"run_dir={folder} is, or lies in, a file; name a new folder.") from None
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} can't be used ({error.strerror}); name another.") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} can't be understood ({error}); name a new folder by --run-dir.") from None
+    differing = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+    if differing:
+        raise ConfigError(
+            f"{folder} holds a study with other settings: {'; '.join(differing)}. Name a new folder by --run-dir."
+        )
+
+
 def choose_jobs(config: Config) -> int:
-    """How many runs go on at once without taking each other's cores: one for each two cores that a run may use."""
+    """How many runs go on at once: so many that each has a core for each thread and worker, and one to spare."""
     takes = (config.threads or 1) + (config.workers or usable_cores() if config.vectorization == "pool" else 1)
     return max(1, usable_cores() // takes)
 
@@ -175,7 +230,7 @@ def run_study(plan: Plan, jobs: int) -> Iterator[tuple[Config, str | None]]:
                 yield config, None if ended(config) else _last_words(config, process.returncode)
             time.sleep(_POLL_SECONDS)
     finally:
-        for process in running:  # Ctrl-C has reached them too: they save and end
+        for process in running:  # they save and end
             process.terminate()
         for process in running:
             process.wait()
@@ -214,12 +269,15 @@ def _start(config: Config) -> subprocess.Popen[bytes]:
     _log(config).parent.mkdir(parents=True, exist_ok=True)
     with _log(config).open("wb") as log:
         command = [sys.executable, "-m", "fastppo.study", json.dumps(config.to_dict())]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        # in a session of its own, so that Ctrl-C reaches it once, through us: the second would end it unsaved
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
 
 
 def _last_words(config: Config, status: int) -> str:
+    if status < 0:
+        return f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
     lines = _log(config).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"killed by signal {-status}" if status < 0 else f"exit status {status}"
+    return lines[-1] if lines else f"exit status {status}"
 
 
 def summarize(plan: Plan, failures: dict[Path, str]) -> list[Setting]:
@@ -253,20 +311,22 @@ def recommend(settings: Sequence[Setting], target: float) -> str:
     able = [s for s in settings if s.reached]
     if not able:
         return f"No run reached {target:g}: train longer (--total-timesteps), or tune one n_envs first."
-    most = max(s.reached / max(1, len(s.runs)) for s in able)
-    steady = [s for s in able if s.reached / max(1, len(s.runs)) == most]
+    most = max(s.reached / s.tried for s in able)
+    steady = [s for s in able if s.reached / s.tried == most]
     soonest = min(steady, key=lambda s: s.seconds.mean)
     fewest = min(steady, key=lambda s: s.steps.mean)
     said = [
-        f"Take n_envs {soonest.n_envs}: {soonest.reached} of {len(soonest.runs)} seeds reached {target:g}, "
+        f"Take n_envs {soonest.n_envs}: {soonest.reached} of {soonest.tried} seeds reached {target:g}, "
         f"in {_interval(soonest.seconds, '.1f')} s."
     ]
     near = [str(s.n_envs) for s in steady if s is not soonest and _overlap(s.seconds, soonest.seconds)]
-    if near:
+    if near and all(math.isnan(s.seconds.low) for s in steady):
+        said.append("One seed says little: any of them may have been lucky.")
+    elif near:
         said.append(f"The interval of n_envs {' and '.join(near)} overlaps: it may be luck; more seeds tell.")
     if fewest is not soonest:
         said.append(f"Where steps are dear, n_envs {fewest.n_envs} needs {_interval(fewest.steps, ',.0f')} of them.")
-    weak = [f"{s.n_envs} ({s.reached} of {len(s.runs)})" for s in settings if s.runs and s not in steady]
+    weak = [f"{s.n_envs} ({s.reached} of {s.tried})" for s in settings if s.tried and s not in steady]
     if weak:
         said.append(f"Less reliable: n_envs {', '.join(weak)}.")
     fastest = max((s for s in settings if s.runs), key=lambda s: s.sps)
@@ -317,8 +377,10 @@ def _train(config: Config) -> None:
     run = resumable_run(config)
     try:
         trainer = Trainer(config) if run is None else continue_run(config, run)
-    except FinishedError:
-        return
+    except FinishedError:  # killed between its last checkpoint and its result, so that nobody knows how long it took
+        assert run is not None
+        shutil.rmtree(run)
+        trainer = Trainer(config)
     trainer.run()
 
 

@@ -53,7 +53,7 @@ def _rows(settings: Sequence[Setting]) -> list[tuple[str, ...]]:
         (
             f"{s.n_envs:,}",
             f"{s.n_steps:,}",
-            f"{s.reached} of {len(s.runs)}" + (f", {len(s.failures)} failed" if s.failures else ""),
+            f"{s.reached} of {s.tried}" + (f", {len(s.failures)} failed" if s.failures else ""),
             _text(s.seconds, ",.1f"),
             _text(s.steps, ",.0f"),
             _text(s.updates, ",.0f"),

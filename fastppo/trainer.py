@@ -28,13 +28,12 @@ from fastppo.envs.serial import Care
 from fastppo.envs.tensor.driver import TensorEnv
 from fastppo.envs.tensor.foreign import SimulatorEnv
 from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError, FinishedError
-from fastppo.film import Camera
 from fastppo.functional.gae import gae_doubling
+from fastppo.intermission import Intermission
 from fastppo.learn import Learner
 from fastppo.logbook import Logbook
 from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.metrics import NAMES, Metrics, Stats
-from fastppo.play import Player
 from fastppo.policies.act import choose_act_device
 from fastppo.policies.build import PolicySpec
 from fastppo.policies.flat import FlatParameters
@@ -54,7 +53,6 @@ from fastppo.runtime.device import (
     machine_name,
     seed_stream,
     set_threads,
-    untouched_randomness,
 )
 from fastppo.runtime.distributed import join_world, local_processes
 from fastppo.runtime.preflight import check_descriptors, check_disk, free_memory
@@ -162,6 +160,7 @@ class Trainer:
         with contextlib.ExitStack() as undo:
             undo.callback(self.world.close)
             c, self.notes = settle(config, found, self.device, custom_policy=policy is not None)
+            self.logbook = Logbook(console if self.world.is_main else None, found.action_spec.dimensions)
             if found.vector is not None:
                 undo.callback(found.vector.close)
             self._build_policy(c, found, policy)
@@ -169,12 +168,18 @@ class Trainer:
             self.env = self._make_env(c, found, resume_from)
             undo.callback(self.env.close)
             self._build_loop(c)
-            self._player = self._make_player(c, found)
-            if self._player is not None:
-                undo.callback(self._player.close)
-            self._camera = self._make_camera(c, found)
-            if self._camera is not None:
-                undo.callback(self._camera.close)
+            self.intermission = Intermission(
+                found,
+                self.policy,
+                self.device,
+                seed=c.seed,
+                eval_every=c.eval_every,
+                eval_episodes=c.eval_episodes,
+                video_every=c.video_every,
+                main=self.world.is_main,
+                say=self.logbook.say,
+            )
+            undo.callback(self.intermission.close)
             if resume_from is None:
                 self.run_dir = self.world.shared(
                     lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, again=c.resume == "auto")
@@ -345,9 +350,13 @@ class Trainer:
             "learner": self.learner,
             "randomness": GlobalRandomness(),
         }
-        every = max(1, self.n_iterations // 20) if c.record_ratios is None else c.record_ratios
+        every = c.record_ratios
+        if every is None:
+            every = -(-self.n_iterations // 20)
+            if c.compile == "graph" or self.device.type == "cuda":  # a recorded update is slower to look into
+                every = max(every, 20)
         self._sampler = Sampler(self.rollout, self.update, every=every, histograms=c.log_histograms)
-        self._looked_at, self._told_outside = 0, False
+        self._told_outside = False
         self.stop_requested = False
         self.result: Result | None = None
 
@@ -357,24 +366,6 @@ class Trainer:
     def _let_go(self) -> None:
         if self._lock is not None:
             self._lock.release()
-
-    def _make_player(self, c: Config, found: Probe) -> Player | None:
-        """Environments of their own to evaluate in, so that training's are not disturbed."""
-        if c.eval_every is None or not self.world.is_main:
-            return None
-        env = make_vec_env(found, min(c.eval_episodes, 8), "sync")
-        return Player(env, self.policy, self.device, seed_stream(c.seed, "eval"))
-
-    def _make_camera(self, c: Config, found: Probe) -> Camera | None:
-        if c.video_every is None or not self.world.is_main:
-            return None
-
-        def act(obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            row = torch.as_tensor(obs[None]).to(self.device, self.spec.obs.dtype)
-            actions: np.ndarray[Any, Any] = self.spec.action.to_env(self.policy.mode(row).numpy(force=True))[0]
-            return actions
-
-        return Camera(found, act)
 
     def _restore(self, path: Path) -> None:
         goes_on, notes = restore(
@@ -387,7 +378,7 @@ class Trainer:
             obs=self.collect.rollout.obs[-1],
             world=self.world,
         )
-        self._looked_at = self.metrics.global_step
+        self.intermission.seen = self.metrics.global_step
         self.notes += notes
         if self.config.exact_resume and not goes_on:
             raise CheckpointError(f"exact_resume: {notes[0]}")
@@ -441,9 +432,6 @@ class Trainer:
 
     def _open_run(self, c: Config, console: Console | None) -> None:
         self.notes += self.env.notes
-        box = self.env.action_spec.kind == "box"
-        action_size = math.prod(self.env.action_spec.shape) if box else 0
-        self.logbook = Logbook(console if self.world.is_main else None, action_size)
         self._saver = Saver(
             self.run_dir,
             keep=c.keep_checkpoints,
@@ -461,7 +449,7 @@ class Trainer:
             self.run_dir / "run.json",
             surroundings(self.device)
             | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size}
-            | {"action_size": action_size},
+            | {"action_size": self.env.action_spec.dimensions},
         )
         if console is not None:
             for note in self.notes:
@@ -521,9 +509,9 @@ class Trainer:
                     progress.seconds = stats.seconds
                 self._doing = "nothing"
                 self._look_after_envs(stats)
-                best = self._look_at_episodes(stats)
+                best = self._evaluate(stats)
                 with self.clock.phase("log"):
-                    self.logbook.write(stats)
+                    stats = self.logbook.write(stats)
                 with self.clock.phase("save"):
                     if best or self._saver.due(stats.global_step):
                         self._save_checkpoint(best)
@@ -548,10 +536,12 @@ class Trainer:
         at, after = (self.metrics.global_step, self.progress.iteration) if again else (None, None)
         jsonl = JsonlSink(self.run_dir, at)
         for row in read_rows(self.run_dir) if again else ():
-            self.logbook.history.add({tag: value for tag, value in row.items() if "/" in tag and value is not None})
+            figures = {tag: value for tag, value in row.items() if "/" in tag and isinstance(value, (int, float))}
+            self.logbook.history.add(figures)
         settings = self.config.to_dict()
         self.logbook.open(TensorBoardSink(self.run_dir, settings, at), jsonl, SampleSink(self.run_dir, after))
-        self.logbook.open(*(open_tracker(name, self.run_dir, settings) for name in self.config.track))
+        for name in self.config.track:
+            self.logbook.open(open_tracker(name, self.run_dir, settings))
         if self.logbook.console is not None:
             self.logbook.open(ConsoleSink(self.logbook.console, self.n_iterations))
 
@@ -601,33 +591,23 @@ class Trainer:
                 f"environments failed {self.env.restarts} times; {c.env_restarts} are allowed (--env-restarts)."
             )
 
-    def _look_at_episodes(self, stats: Stats) -> bool:
-        """Play and film whole episodes, where that is due; returns whether they went better than ever."""
-        c, before, step = self.config, self._looked_at, stats.global_step
-        self._looked_at = step
-        with self.clock.paused(), untouched_randomness():
-            if self._camera is not None and _passes(c.video_every, before, step):
-                film = self._camera.episode(seed=c.seed)
-                stats.images["video/episode"] = film.gif()
-            if not _passes(c.eval_every, before, step):
-                return False
-            better = self._player is not None and self._evaluate(self._player, stats)
+    def _evaluate(self, stats: Stats) -> bool:
+        """Play what is due; returns whether an evaluation went better than ever."""
+        evaluates = self.intermission.evaluates_at(stats.global_step)
+        with self.clock.paused():
+            played = self.intermission(stats)
+        if not evaluates:
+            return False
+        better = False
+        if played is not None:
+            best = self.progress.best
+            better = math.isfinite(played.mean) and (best is None or played.mean > best)
+            note = ", the best so far" if better else ""
+            how = f"return {played.mean:.2f} +- {played.std:.2f}{note}"
+            self.logbook.say(f"evaluation at {stats.global_step:,} steps: {how}")
+            if better:
+                self.progress.best = played.mean
         return self.world.any(better, self.device)
-
-    def _evaluate(self, player: Player, stats: Stats) -> bool:
-        """Play whole episodes; returns whether they went better than ever."""
-        played = player(self.config.eval_episodes)
-        lengths = sum(played.lengths) / len(played.lengths)
-        stats.scalars.update(
-            {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": lengths}
-        )
-        better = math.isfinite(played.mean) and (self.progress.best is None or played.mean > self.progress.best)
-        if better:
-            self.progress.best = played.mean
-        note = ", the best so far" if better else ""
-        how = f"return {played.mean:.2f} +- {played.std:.2f}{note}"
-        self.logbook.say(f"evaluation at {stats.global_step:,} steps: {how}")
-        return better
 
     def _save_checkpoint(self, best: bool = False, *, env_lost: bool = False) -> None:
         """Copy the run's state, and have it written."""
@@ -652,10 +632,7 @@ class Trainer:
             stack.callback(self.world.close)
             stack.callback(self._let_go)
             stack.callback(self.env.close)
-            if self._player is not None:
-                stack.callback(self._player.close)
-            if self._camera is not None:
-                stack.callback(self._camera.close)
+            stack.callback(self.intermission.close)
             stack.callback(self.logbook.close)
             stack.callback(self._saver.close)
             self._save_the_end()
@@ -699,11 +676,6 @@ class Trainer:
                 trouble = f"the model could not be saved ({error.strerror or error})"
                 self.result = dataclasses.replace(self.result, unsaved=trouble)
                 self.logbook.say(f"{trouble}.")
-
-
-def _passes(every: int | None, before: int, now: int) -> bool:
-    """Whether a multiple of `every` steps lies after `before`, and not after `now`."""
-    return every is not None and now // every > before // every
 
 
 def _int(value: int | None) -> int:

@@ -24,6 +24,7 @@ FLOORS = {
     "samples.py": 2,
     "logbook.py": 2,
     "film.py": 2,
+    "intermission.py": 2,
     "run_dir.py": 2,
     "checkpoint.py": 2,
     "capsule.py": 2,
@@ -66,6 +67,7 @@ BESIDE |= {("metrics.py", "update.py"), ("sinks", "metrics.py"), ("checkpoint.py
 BESIDE |= {("bench_report.py", "bench.py"), ("export.py", "evaluation.py"), ("study.py", "resuming.py")}
 BESIDE |= {("study_report.py", "study.py"), ("study_report.py", "report.py")}
 BESIDE |= {("learn.py", "metrics.py"), ("learn.py", "rollout.py"), ("learn.py", "update.py")}
+BESIDE |= {("intermission.py", "film.py"), ("intermission.py", "metrics.py"), ("intermission.py", "play.py")}
 BESIDE |= {("samples.py", "rollout.py"), ("samples.py", "update.py"), ("metrics.py", "samples.py")}
 BESIDE |= {("sinks", "samples.py"), ("logbook.py", "metrics.py"), ("logbook.py", "sinks")}
 BESIDE |= {("capsule.py", "checkpoint.py"), ("capsule.py", "update.py"), ("saver.py", "checkpoint.py")}

@@ -11,11 +11,33 @@ from fastppo import Config, Trainer, load_policy
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.export import export
 
+
+class Spaces(gym.Env):
+    """Made of spaces."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
+
+    def __init__(self, action_space):
+        self.action_space = action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return self.np_random.uniform(-1, 1, 3).astype(np.float32), 1.0, False, False, {}
+
+
+gym.register("Starts-v0", lambda: Spaces(gym.spaces.MultiDiscrete([3, 4], start=[5, -2])), max_episode_steps=9)
+gym.register("Bits-v0", lambda: Spaces(gym.spaces.MultiBinary((2, 2))), max_episode_steps=9)
 BASE = Config(n_envs=2, n_steps=32, total_timesteps=256, compile="off", threads=1, record_ratios=0)
 RUNS = {
     "discrete": {"env_id": "CartPole-v1", "normalize_obs": True},
     "box": {"env_id": "Pendulum-v1", "normalize_obs": True, "learning_rate": 0.1},
     "index": {"env_id": "FrozenLake-v1"},
+    "starts": {"env_id": "Starts-v0"},
+    "bits": {"env_id": "Bits-v0"},
     "image": {"env_id": "fastppo/Catch-v0", "n_steps": 8, "total_timesteps": 32},
 }
 
@@ -39,7 +61,7 @@ def run(request, tmp_path_factory):
 
 def agree(found, expected):
     for ours, theirs in zip(found, expected, strict=True):
-        assert ours.shape == theirs.shape
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -67,6 +89,18 @@ def test_actions_of_a_box_lie_in_it(run):
     _, _, actions, params, _ = run
     if params.shape[1] == 2 and actions.dtype == np.float32:  # Pendulum
         assert np.abs(actions).max() <= 2
+
+
+def test_what_cant_be_traced_is_one_line(tmp_path):
+    class Branches(torch.nn.Linear):
+        def forward(self, x):
+            out = super().forward(x * 2 if x.sum() > 0 else x)
+            return out[:, :2], out[:, 2]
+
+    Trainer(dataclasses.replace(BASE, run_dir=tmp_path / "run"), policy=Branches(4, 3)).run()
+    with pytest.raises(ConfigError, match="this network can't be traced"):
+        export(tmp_path / "run", None, "pt2", Branches(4, 3))
+    assert not list((tmp_path / "run").glob("*policy*"))
 
 
 def test_mistakes_are_one_line(tmp_path, run):

@@ -70,6 +70,48 @@ def test_training_films_what_it_says_and_disturbs_nothing(tmp_path):
     assert n > 5
 
 
+def test_a_film_that_fails_ends_no_training(tmp_path):
+    import gymnasium as gym
+    from rich.console import Console
+
+    class Fades(gym.Wrapper):
+        pictures = 0
+
+        def render(self):
+            Fades.pictures += 1
+            if Fades.pictures > 40:
+                raise RuntimeError("no light")
+            return super().render()
+
+    config = Config(
+        n_envs=2, n_steps=32, total_timesteps=64 * 8, video_every=64, run_dir=tmp_path / "run", compile="off"
+    )
+    with open(tmp_path / "out", "w") as out:
+        console = Console(file=out, width=200)
+        trainer = Trainer(config, lambda: Fades(gym.make("CartPole-v1", render_mode="rgb_array")), console=console)
+        assert trainer.run().ended == "finished"
+    assert (tmp_path / "out").read_text().count("RuntimeError: no light No more is filmed.") == 1
+
+
+def test_frames_of_an_endless_episode_stay_few():
+    import gymnasium as gym
+
+    from fastppo.envs.registry import probe
+    from fastppo.film import Camera
+
+    def make():
+        env = gym.make("CartPole-v1", render_mode="rgb_array", max_episode_steps=3000)
+        env.unwrapped.theta_threshold_radians = env.unwrapped.x_threshold = 1e9
+        env.unwrapped.screen_width, env.unwrapped.screen_height = 30, 20
+        return env
+
+    camera = Camera(probe("", {}, make), lambda obs: np.int64(0))
+    film = camera.episode(0)
+    camera.close()
+    assert film.episode_return == 3000
+    assert (len(film.frames), film.fps) == (751, 12.5)  # every fourth, a quarter as many a second
+
+
 def test_what_cant_be_filmed_is_refused_at_once(tmp_path):
     import gymnasium as gym
 

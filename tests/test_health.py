@@ -55,7 +55,11 @@ CASES = {
         {"charts/episodic_return": np.linspace(20, 60, N) + 5 * np.sin(np.arange(N))},
         {"charts/episodic_return": 20 + 5 * np.sin(np.arange(N))},
     ),
-    "first ratio not 1": ({"samples/first_ratio_error": 1e-4}, {"samples/first_ratio_error": 0.05}),
+    "first ratio not 1": (
+        {"samples/first_ratio_error": 1e-4},
+        # seen in few iterations, it stays said
+        {"samples/first_ratio_error": np.where(np.arange(N) % 50, math.nan, 0.05)},
+    ),
     "speed drifting": (
         {"charts/sps_window": np.linspace(30_000, 24_000, N)},
         {"charts/sps_window": np.linspace(30_000, 15_000, N)},
@@ -95,6 +99,22 @@ def test_each_rule_fires_alone_and_is_quiet_beside_it(rule):
     assert text.startswith(rule)
     assert "{" not in text
     assert finding.remedy.endswith(".")
+
+
+@pytest.mark.parametrize(("solved", "n"), [(20, 400), (60, 2000), (200, 5000), (2000, 30_000)])
+def test_who_learns_fast_is_not_told_that_nothing_was_learned(solved, n):
+    h = History()
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        h.add({"charts/episodic_return": min(500, 20 + 480 * i / solved) + rng.normal(0, 3)})
+    assert names(h) == []
+
+
+def test_a_collapse_at_the_very_beginning_of_a_long_run_is_seen():
+    h = History()
+    for i in range(30_000):
+        h.add({"losses/entropy": 0.69 * max(0.001, 1 - i / 300)})
+    assert names(h) == ["entropy collapsed"]
 
 
 def test_a_gaussians_entropy_counts_per_dimension():

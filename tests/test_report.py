@@ -13,7 +13,8 @@ from fastppo import Config, Trainer
 from fastppo.diff import difference
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
-from fastppo.records import read_record, thin
+from fastppo.health import Finding
+from fastppo.records import read_record, read_records, thin
 from fastppo.report import advantages_by_lambda, report
 from fastppo.samples import read_samples
 
@@ -78,6 +79,39 @@ def test_looking_changes_no_number(tmp_path):
         figures.append(trainer.update.parameters.vector)
     assert torch.equal(*figures)
     assert not (tmp_path / "0" / "samples").exists()
+
+
+class Counting(torch.nn.Module):
+    """Keeps count of its calls, and draws random numbers as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        torch.rand(3)
+        out = self.body(x)
+        return out[:, :2], out[:, 2]
+
+
+def test_looking_leaves_no_trace_in_a_users_network(tmp_path):
+    calls = []
+    for every in (0, 1):
+        config = dataclasses.replace(SMALL, run_dir=tmp_path / str(every), record_ratios=every, log_histograms=True)
+        network = Counting()
+        Trainer(config, policy=network).run()
+        calls.append(network.calls.item())
+    assert calls[0] == calls[1] > 0
+
+
+def test_who_loops_sees_what_health_finds(tmp_path, monkeypatch):
+    finding = Finding("a name", "evidence.", "remedy.")
+    monkeypatch.setattr("fastppo.logbook._JUDGE_SECONDS", -1.0)
+    monkeypatch.setattr("fastppo.logbook.judge", lambda history, size: [finding] if history.iterations > 3 else [])
+    trainer = Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run"))
+    assert [stats.findings for stats in trainer.iterations()] == [[]] * 3 + [[finding]] * 9
 
 
 @pytest.mark.parametrize("compile", ["on", "graph"])
@@ -203,11 +237,38 @@ def test_a_broken_run_has_a_page_that_says_so(runs, tmp_path, kind):
         assert text in (tmp_path / "report.html").read_text()
 
 
-def test_a_line_that_was_cut_is_passed_over(runs, tmp_path):
-    shutil.copytree(runs / "seed1", tmp_path / "run")
-    path = tmp_path / "run" / "metrics.jsonl"
+def test_what_is_cut_or_damaged_is_left_out_and_told(runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "seed1", run)
+    path = run / "metrics.jsonl"
     path.write_text(path.read_text()[:-100])
-    assert len(read_record(tmp_path / "run")) == 11
+    r = read_record(run)
+    assert len(r) == 11
+    assert r.troubles() == [
+        "1 lines of metrics.jsonl are damaged and left out.",
+        "Only 11 of 12 iterations are in metrics.jsonl: it was cut.",
+    ]
+    (run / "run.json").write_text('{"action_size": "x", "notes": 5, "versions": []}')
+    sample = next((run / "samples").iterdir())
+    sample.write_bytes(b"")
+    lines = path.read_text().splitlines()[:11]
+    lines[3] = lines[3].replace('"returns": [', '"returns": 5, "x": [')
+    lines[4] = lines[4].replace('"losses/entropy": ', '"losses/entropy": "abc", "y": ')
+    path.write_text("\n".join([*lines, "[]", '{"iteration": 1e400}']) + "\n")
+    r = read_record(run)
+    assert len(r) == 11
+    assert math.isnan(r.column("losses/entropy")[4])
+    assert "1 of its samples are damaged" in " ".join(r.troubles())
+    report([run], tmp_path / "report.html")
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(runs / "seed1", tmp_path / place / "run")
+    records = read_records([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert [r.label for r in records] == ["a/run", "b/run"]
+    report([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "report.html")
+    assert '<option value="1">b/run</option>' in (tmp_path / "report.html").read_text()
 
 
 def test_what_is_no_run_is_refused(tmp_path, runs):
@@ -224,7 +285,7 @@ def test_diff_finds_where_numbers_part(runs, tmp_path):
     same = difference(a, a)
     assert same.settings == same.surroundings == []
     assert "the same in all 12 iterations" in same.numbers
-    assert same.returns.startswith("together at step 768")
+    assert same.returns == "the same to step 768"
     found = difference(a, read_record(runs / "seed2"))
     assert found.settings == [("seed", "1", "2")]
     assert "until iteration 1 (step 64)" in found.numbers

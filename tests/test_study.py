@@ -16,7 +16,7 @@ import pytest
 
 from fastppo.config import Config
 from fastppo.errors import ConfigError
-from fastppo.study import Estimate, Setting, choose_jobs, plan_study, recommend, run_study, summarize
+from fastppo.study import Estimate, Setting, begin_study, choose_jobs, plan_study, recommend, run_study, summarize
 
 BASE = Config(target_return=20.0, total_timesteps=4096, compile="off", threads=1, record_ratios=0)
 
@@ -64,24 +64,26 @@ def test_runs_dont_take_each_others_cores(monkeypatch):
     assert choose_jobs(Config()) == 1
 
 
-def test_an_estimate_covers_the_mean_that_it_is_of():
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
+def test_an_interval_covers_the_truth_as_often_as_it_says(n):
+    rng = np.random.default_rng(0)
+    found = [Estimate.of(row.tolist()) for row in rng.normal(10, 2, (2000, n))]
+    assert all(e.low <= e.mean <= e.high for e in found)
+    assert abs(np.mean([e.low <= 10 <= e.high for e in found]) - 0.95) < 0.015
+
+
+def test_an_estimate_of_few():
     assert math.isnan(Estimate.of([]).mean)
     assert (Estimate.of([3.0]).mean, math.isnan(Estimate.of([3.0]).low)) == (3.0, True)
     assert Estimate.of([3.0] * 4) == Estimate(3.0, 3.0, 3.0)
-    rng = np.random.default_rng(0)
-    inside = 0
-    for _ in range(200):
-        e = Estimate.of(rng.normal(10, 2, 20).tolist())
-        assert e.low <= e.mean <= e.high
-        inside += e.low <= 10 <= e.high
-    assert 175 <= inside <= 199  # 95 % of 200, less what a bootstrap of 20 lacks
 
 
-def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0):
+def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0, failed=0):
     def around(mean):
         return Estimate(mean, mean * (1 - spread), mean * (1 + spread)) if reached else Estimate.of([])
 
-    return Setting(n, 8, [None] * of, {}, reached, around(steps), around(seconds), around(10), sps)
+    failures = dict.fromkeys(range(failed), "out of memory")
+    return Setting(n, 8, [None] * of, failures, reached, around(steps), around(seconds), around(10), sps)
 
 
 def test_the_recommendation_says_what_the_numbers_say():
@@ -95,6 +97,10 @@ def test_the_recommendation_says_what_the_numbers_say():
     text = recommend([a, setting(64, 3, 5, 1, 1000)], 475)
     assert text.startswith("Take n_envs 4")
     assert "Less reliable: n_envs 64 (3 of 5)" in text
+    # and seeds that failed were tried as well
+    text = recommend([setting(4, 1, 1, 1, 1000, failed=4), setting(16, 4, 5, 10, 60_000)], 475)
+    assert text.startswith("Take n_envs 16: 4 of 5")
+    assert "Less reliable: n_envs 4 (1 of 5)" in text
     assert "overlaps: it may be luck" in recommend([setting(4, 5, 5, 10.4, 10), b], 475)
     assert recommend([setting(4, 0, 5, 0, 0)], 475).startswith("No run reached 475")
 
@@ -130,6 +136,28 @@ def test_a_study_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
         run["ended"] == "finished" and run["global_step"] == 8192 for s in found["settings"] for run in s["runs"]
     )
     assert "which n_envs reaches" in (folder / "study.html").read_text()
+
+
+def test_a_folder_holds_one_study(tmp_path):
+    plan = plan_study(BASE, (4,), 1, "batch", tmp_path / "study")
+    begin_study(plan, BASE, tmp_path / "study")
+    begin_study(plan, BASE, tmp_path / "study")  # goes on
+    other = dataclasses.replace(BASE, target_return=30.0, learning_rate=0.1)
+    with pytest.raises(ConfigError, match="target_return was 20.0, is 30.0; learning_rate was None, is 0.1"):
+        begin_study(plan_study(other, (4,), 1, "batch", tmp_path / "study"), other, tmp_path / "study")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="is not empty and holds no study"):
+        begin_study(plan, BASE, tmp_path / "run")
+    with pytest.raises(ConfigError, match="is, or lies in, a file"):
+        begin_study(plan, BASE, tmp_path / "run" / "config.json" / "x")
+
+
+def test_a_run_killed_before_its_result_is_run_again(tmp_path):
+    plan = plan_study(dataclasses.replace(BASE, target_return=1e5, total_timesteps=1024), (4,), 1, "batch", tmp_path)
+    assert [trouble for _, trouble in run_study(plan, 1)] == [None]
+    (tmp_path / "runs" / "n4-seed1" / "result.json").unlink()
+    assert [trouble for _, trouble in run_study(plan, 1)] == [None]
 
 
 def test_runs_end_at_the_target_and_failures_are_told(tmp_path):

@@ -12,7 +12,7 @@ import tyro
 
 from fastppo.commands.console import open_console, print_findings
 from fastppo.commands.training import Train
-from fastppo.config import Config
+from fastppo.config import Config, TargetReturn
 from fastppo.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ class Study(Train):
     """What stays the same: the batch (n_steps follows from n_envs), or n_steps (the batch grows with n_envs)."""
     jobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: from the cores)")] = None
     """Runs at the same time; more than the cores allow would slow each other."""
-    target_return: Annotated[float | Literal["threshold"] | None, tyro.conf.arg(metavar="NUMBER|threshold")] = (
-        "threshold"
-    )
+    target_return: TargetReturn = "threshold"
     """The return to reach, as the mean of the last 100 episodes; `threshold`: the env's own, where it has one."""
     run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
     """Folder of the study; one that was interrupted goes on."""
@@ -167,6 +165,7 @@ class Study(Train):
 
         folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
         plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
+        study.begin_study(plan, base, folder)
         jobs, console, failures = self.jobs or study.choose_jobs(base), open_console(), dict[Path, str]()
         done = sum(map(study.ended, plan.configs))
         again = f", {done} of them ended before" if done else ""

@@ -31,8 +31,8 @@ class Report:
         for record in report(self.runs, self.output):
             for trouble in record.troubles():
                 console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
-            for finding, first, _ in record.findings():
-                text = f"{record.label}, from step {first:,}: {finding}"
+            for finding, first, _ in record.findings:
+                text = f"{record.label}, from step {first:,.0f}: {finding}"
                 console.print(text, highlight=False, markup=False, soft_wrap=True)
         console.print(f"page:    {self.output}", highlight=False, markup=False, soft_wrap=True)
         return 0
@@ -50,18 +50,19 @@ class Diff:
     def __call__(self) -> int:
         """Print tables and two sentences."""
         from rich.table import Table
+        from rich.text import Text
 
         from fastppo.diff import difference
-        from fastppo.records import read_record
+        from fastppo.records import read_records
 
-        a, b = read_record(self.run_a), read_record(self.run_b)
+        a, b = read_records((self.run_a, self.run_b))
         found, console = difference(a, b), open_console()
         for title, rows in (
             ("settings that differ", found.settings),
             ("machine and versions that differ", found.surroundings),
             ("results", found.results),
         ):
-            table = Table(title=title, title_justify="left")
+            table = Table(title=Text(title, no_wrap=True), title_justify="left")
             for column in ("", a.label, b.label):
                 table.add_column(column, overflow="fold")
             for row in rows:
@@ -70,6 +71,9 @@ class Diff:
                 console.print(table, highlight=False, markup=False)
             else:
                 console.print(f"{title}: none", highlight=False)
+        for record in (a, b):
+            for trouble in record.troubles():
+                console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"numbers: {found.numbers}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"returns: {found.returns}", highlight=False, markup=False, soft_wrap=True)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import tyro
 
 from fastppo.commands.console import open_console, program
 from fastppo.config import Config
-from fastppo.errors import ConfigError, FinishedError
+from fastppo.errors import CheckpointError, ConfigError, FinishedError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,11 @@ class Train(Config):
 
         run = resumable_run(config) if config.resume == "auto" else None
         if run is not None:
-            return _run(lambda console: continue_run(config, run, console))
+            try:
+                return _run(lambda console: continue_run(config, run, console))
+            except CheckpointError as error:
+                hint = f"--resume auto chose {run}; name another --run-dir to begin there."
+                raise CheckpointError(f"{error} ({hint})") from None
         return _run(lambda console: Trainer(config, console=console))
 
 
@@ -121,7 +126,7 @@ class Eval:
             path, shot = film(self.run, self.video, **which)
             if path != self.video:
                 console.print("no ffmpeg here: a GIF instead (pip install 'fastppo[video]' brings one)")
-            frames = f"{len(shot.frames):,} frames, return {shot.episode_return:.2f}"
+            frames = f"one episode more, return {shot.episode_return:.2f}, {len(shot.frames):,} frames"
             console.print(f"video:   {path} ({frames})", highlight=False, markup=False, soft_wrap=True)
         return 0
 
@@ -151,6 +156,7 @@ def _run(make: Callable[[Console], Trainer]) -> int:
 
 def _print_result(console: Console, result: Result, config: Config) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     saved = "all is saved" if result.unsaved is None else "not all is saved"
     endings = {"target": f"target of {config.target_return} reached", "interrupted": f"interrupted; {saved}"}
@@ -167,9 +173,15 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
         f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "nothing"
     )
     table.add_row("threads", f"{config.threads} of torch; compiled {compiled}")
-    table.add_row("run folder", str(result.run_dir))
+    table.add_row("run folder", Text(str(result.run_dir)))
     console.print(table)
+    run = shlex.quote(str(result.run_dir))
+    lines = [
+        f"curves:  {program('tensorboard')} --logdir {run}",
+        f"play:    {program('fastppo')} eval {run} --episodes 20",
+    ]
+    lines.append(f"look:    {program('fastppo')} report {run}")
     if result.ended == "interrupted":
-        console.print(f"go on:   {program('fastppo')} resume {result.run_dir}", highlight=False, soft_wrap=True)
-    console.print(f"curves:  {program('tensorboard')} --logdir {result.run_dir}", highlight=False, soft_wrap=True)
-    console.print(f"play:    {program('fastppo')} eval {result.run_dir} --episodes 20", highlight=False, soft_wrap=True)
+        lines.insert(0, f"go on:   {program('fastppo')} resume {run}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -153,6 +153,7 @@ class Policy(nn.Module):
         expected = self.distribution.n_params
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         x = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
+        x = torch.linspace(0, 1, x.numel(), device=device).view_as(x)  # dropout of zeros would be none
         name = type(self.network).__name__
         try:
             out, again = self.network(x), self.network(x)

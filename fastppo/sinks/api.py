@@ -8,7 +8,7 @@ from fastppo.metrics import Stats
 
 
 class Sink(Protocol):
-    """Takes each iteration's figures; one that raises OSError is dropped, and training goes on."""
+    """Takes each iteration's figures; one that raises is dropped, and training goes on."""
 
     def write(self, stats: Stats) -> None:
         """One iteration ended."""

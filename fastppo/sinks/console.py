@@ -57,7 +57,7 @@ def _progress_texts(stats: Stats) -> tuple[str, str]:
     eta = f"{left / 3600:.1f}h" if left >= 3600 else f"{left / 60:.0f}m" if left >= 100 else f"{left:.0f}s"
     mean = "-" if math.isnan(stats.mean_return) else f"{stats.mean_return:.1f}"
     head = f"{stats.global_step:>9,}/{stats.total_timesteps:,} steps"
-    tail = f"{stats.sps:,.0f} sps  ETA {eta}  return {mean}  KL {stats.kl:.4f}"
+    tail = f"{stats.sps:,.0f} sps  ETA {eta}  return {mean}  KL {stats.kl:.2g}"
     if stats.findings:
         rest = f" +{len(stats.findings) - 1}" if len(stats.findings) > 1 else ""
         tail += f"  ! {stats.findings[0].name}{rest}"

@@ -60,7 +60,7 @@ class SampleSink:
 
 
 def read_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, None where a figure wasn't finite; a line that was cut is passed over."""
+    """The lines of RUN/metrics.jsonl, None where a figure wasn't finite; a line that can't be read is empty."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
@@ -69,9 +69,8 @@ def read_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                yield row
+                row = None
+            yield row if isinstance(row, dict) else {}
 
 
 def _step_of(line: str) -> float:

@@ -31,7 +31,8 @@ class Throttled:
 
     def write(self, stats: Stats) -> None:
         """One iteration; those with histograms or films are never left out."""
-        if time.monotonic() >= self._next or stats.sample is not None or stats.images:
+        shown = stats.images or (stats.sample is not None and stats.sample.histograms)
+        if time.monotonic() >= self._next or shown:
             self._next = time.monotonic() + _SECONDS
             self._sink.write(stats)
             self._waiting = None
@@ -40,9 +41,11 @@ class Throttled:
 
     def close(self) -> None:
         """The last iteration, if it was left out; no more will come."""
-        if self._waiting is not None:
-            self._sink.write(self._waiting)
-        self._sink.close()
+        try:
+            if self._waiting is not None:
+                self._sink.write(self._waiting)
+        finally:
+            self._sink.close()
 
 
 class WandbSink:
@@ -66,7 +69,7 @@ class WandbSink:
                 config=config,
                 dir=run_dir,
             )
-        except wandb.errors.Error as error:
+        except Exception as error:  # its own kinds, and its service's
             raise ConfigError(f"track wandb: {error}") from None
         self._wandb = wandb
 
@@ -79,17 +82,11 @@ class WandbSink:
                 values[tag] = self._wandb.Histogram(np_histogram=np.histogram(finite, 64))
         for tag, gif in stats.images.items():
             values[tag] = self._wandb.Video(io.BytesIO(gif), format="gif")
-        try:
-            self._run.log(values, step=stats.global_step)
-        except self._wandb.errors.Error as error:
-            raise OSError(str(error)) from None
+        self._run.log(values, step=stats.global_step)
 
     def close(self) -> None:
         """Send what is left."""
-        try:
-            self._run.finish()
-        except self._wandb.errors.Error as error:
-            raise OSError(str(error)) from None
+        self._run.finish()
 
 
 class MlflowSink:
@@ -101,10 +98,9 @@ class MlflowSink:
         Raises:
             ConfigError: its store can't be reached.
         """
-        import mlflow
         from mlflow.entities import Metric, Param
 
-        self._client, self._metric = mlflow.MlflowClient(), Metric
+        self._client, self._metric = _mlflow_client(), Metric
         name, where = os.environ.get("MLFLOW_EXPERIMENT_NAME", "fastppo"), str(run_dir.resolve())
         try:
             found = self._client.get_experiment_by_name(name)
@@ -120,9 +116,8 @@ class MlflowSink:
                 ).info.run_id
                 params = [Param(k, str(v)) for k, v in config.items() if v is not None]
                 self._client.log_batch(self._id, params=params)
-        except mlflow.exceptions.MlflowException as error:
+        except Exception as error:  # its own kinds, and its database's
             raise ConfigError(f"track mlflow: {str(error).splitlines()[0]}") from None
-        self._errors = mlflow.exceptions.MlflowException
 
     def write(self, stats: Stats) -> None:
         """Scalars at the global step."""
@@ -132,17 +127,20 @@ class MlflowSink:
             for tag, value in stats.scalars.items()
             if math.isfinite(value)
         ]
-        try:
-            self._client.log_batch(self._id, metrics=metrics)
-        except self._errors as error:
-            raise OSError(str(error).splitlines()[0]) from None
+        self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
         """The run has ended."""
-        try:
-            self._client.set_terminated(self._id)
-        except self._errors as error:
-            raise OSError(str(error).splitlines()[0]) from None
+        self._client.set_terminated(self._id)
+
+
+def _mlflow_client() -> Any:  # noqa: ANN401 - its own kind
+    # a server that is gone is given up soon, not after minutes; unless the user says otherwise
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    import mlflow
+
+    return mlflow.MlflowClient()
 
 
 def check_trackers(names: Iterable[str]) -> None:
@@ -154,6 +152,11 @@ def check_trackers(names: Iterable[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"track {name} needs its library: pip install 'fastppo[{name}]'.")
+        if name == "mlflow":
+            try:
+                _mlflow_client().search_experiments(max_results=1)
+            except Exception as error:  # its own kinds, and its database's
+                raise ConfigError(f"track mlflow: {str(error).strip().splitlines()[0]}") from None
 
 
 def open_tracker(name: Literal["wandb", "mlflow"], run_dir: Path, config: dict[str, Any]) -> Sink:
