@@ -61,7 +61,7 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, ag
 
 # What a run leaves that ended before its first checkpoint
 _OWN = re.compile(
-    r"(config|run|result|model)\.json|model\.safetensors|metrics\.(jsonl|tmp)|events\..*|checkpoints|\..*\.tmp"
+    r"(config|run|result|model)\.json|model\.safetensors|metrics\.(jsonl|tmp)|events\..*|checkpoints|samples|wandb|\..*\.tmp"
 )
 
 
