@@ -63,7 +63,8 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         chosen: Any = originals if on else without
         Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS = chosen
 
-    times: dict[tuple[bool, str], list[float]] = {}
+    kinds = ("none", "sample", "histograms")
+    times: dict[tuple[bool, str], list[float]] = {(on, kind): [] for on in (True, False) for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             **SETTINGS[name],
@@ -80,12 +81,12 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         toggle(on := True)
         for stats in trainer.iterations():
             took, before = trainer.clock.seconds - before, trainer.clock.seconds
-            saves = stats.scalars["time/save"] > 1e-4  # measured by itself
+            saves = stats.scalars["time/save"] > 0.01 * took  # measured by itself
             if stats.iteration > 5 and took > 0 and not saves:
-                times.setdefault((on, kind), []).append(took)
+                times[on, kind].append(took)
             if time.monotonic() - began > seconds:
                 break
-            kind = str(rng.choice(["none", "sample", "histograms"], p=[0.7, 0.15, 0.15]))
+            kind = str(rng.choice(kinds, p=[0.7, 0.15, 0.15]))
             sampler._histograms = kind == "histograms"
             toggle(on := kind != "none" or bool(rng.integers(2)))
         spent = trainer.clock.phase_seconds()
@@ -110,7 +111,11 @@ def _ratio(rng: np.random.Generator, on: np.ndarray, off: np.ndarray) -> str:
 
 def main(seconds: float = 60.0, settings: tuple[str, ...] = tuple(SETTINGS), output: Path | None = None) -> None:
     """Measure each setting for so long."""
-    report([measure(name, seconds) for name in settings], output)
+    rows = []
+    for name in settings:
+        rows.append(measure(name, seconds))
+        print(rows[-1], flush=True)
+    report(rows, output)
 
 
 if __name__ == "__main__":
