@@ -9,12 +9,13 @@ sample: one update looked into (`--record-ratios`), once in 20 iterations here a
 20 times in a run of 1,000 iterations; with `--log-histograms` too.
 save: share of the time that saving takes with a checkpoint every 10 s, far more often than the default.
 
-Each ratio is that of two medians over a thousand iterations or so, with a 95 % interval from resampling them: runs one
-after the other differ by 15 % on a shared machine, neighbouring iterations don't.
+Each ratio is the median over pairs of neighbouring iterations, of which one was with and one without, with a 95 %
+interval from resampling the pairs: runs one after the other differ by 15 % on a shared machine, neighbours less.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -64,7 +65,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS = chosen
 
     kinds = ("none", "sample", "histograms")
-    times: dict[tuple[bool, str], list[float]] = {(on, kind): [] for on in (True, False) for kind in kinds}
+    seen: list[tuple[bool, str, float]] = []  # of each iteration: checks on, what was looked at, seconds
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             **SETTINGS[name],
@@ -83,7 +84,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             took, before = trainer.clock.seconds - before, trainer.clock.seconds
             saves = stats.scalars["time/save"] > 0.01 * took  # measured by itself
             if stats.iteration > 5 and took > 0 and not saves:
-                times[on, kind].append(took)
+                seen.append((on, kind, took))
             if time.monotonic() - began > seconds:
                 break
             kind = str(rng.choice(kinds, p=[0.7, 0.15, 0.15]))
@@ -91,22 +92,31 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             toggle(on := kind != "none" or bool(rng.integers(2)))
         spent = trainer.clock.phase_seconds()
     toggle(True)
-    plain = np.array(times[True, "none"])
-    out: dict[str, Any] = {"setting": name, "iterations": sum(map(len, times.values()))}
-    out["iteration ms"] = float(np.median(plain) * 1e3)
-    out["checks: on / off"] = _ratio(rng, plain, np.array(times[False, "none"]))
-    for what in ("sample", "histograms"):
-        extra = (np.median(times[True, what]) - np.median(plain)) / np.median(plain)
-        out[f"{what}: an iteration's worth"] = round(float(extra), 3)
-        out[f"{what}: share, 20 in 1,000"] = f"{extra * 20 / 1000:.2%}"
+    out: dict[str, Any] = {"setting": name, "iterations": len(seen)}
+    out["iteration ms"] = float(np.median([took for _, _, took in seen])) * 1e3
+    plain = (True, "none")
+    out["checks: on / off"] = "{:.3f} ({:.3f}-{:.3f})".format(*_ratio(rng, seen, plain, (False, "none")))
+    for what in kinds[1:]:
+        ratio, low, high = _ratio(rng, seen, (True, what), plain)
+        out[f"{what}: an iteration's worth"] = f"{ratio - 1:.2f} ({low - 1:.2f}-{high - 1:.2f})"
+        out[f"{what}: share, 20 in 1,000"] = f"{(ratio - 1) * 20 / 1000:.2%}"
     out["save: share, each 10 s"] = f"{spent['save'] / sum(spent.values()):.2%}"
     return out
 
 
-def _ratio(rng: np.random.Generator, on: np.ndarray, off: np.ndarray) -> str:
-    draws = [np.median(rng.choice(on, len(on))) / np.median(rng.choice(off, len(off))) for _ in range(500)]
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return f"{np.median(on) / np.median(off):.3f} ({low:.3f}-{high:.3f})"
+def _ratio(
+    rng: np.random.Generator, seen: list[tuple[bool, str, float]], one: tuple[bool, str], other: tuple[bool, str]
+) -> tuple[float, float, float]:
+    """Seconds of `one` to those of `other` where they follow each other, either way round: median and 95 % interval."""
+    logs = []
+    for (*a, before), (*b, after) in itertools.pairwise(seen):
+        if (tuple(a), tuple(b)) == (one, other):
+            logs.append(np.log(before / after))
+        elif (tuple(a), tuple(b)) == (other, one):
+            logs.append(np.log(after / before))
+    draws = [np.median(rng.choice(logs, len(logs))) for _ in range(500)]
+    middle, low, high = np.exp([np.median(logs), *np.quantile(draws, (0.025, 0.975))])
+    return float(middle), float(low), float(high)
 
 
 def main(seconds: float = 60.0, settings: tuple[str, ...] = tuple(SETTINGS), output: Path | None = None) -> None:
