@@ -230,7 +230,7 @@ class Config:
     """End the run after so many minibatches in a row whose gradient was not finite; what led there is kept for
     `fastppo replay`."""
     record_ratios: Annotated[
-        int | None, tyro.conf.arg(metavar="ITERATIONS", help_behavior_hint="(default: 20 times in a run)")
+        int | None, tyro.conf.arg(metavar="ITERATIONS", help_behavior_hint="(default: up to 20 times in a run)")
     ] = None
     """Look into one update of so many, for the report's plots of ratios; 0: into none."""
     log_histograms: bool = False

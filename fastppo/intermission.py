@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fastppo.envs.registry import Probe, make_vec_env
-from fastppo.errors import ConfigError, EnvError
 from fastppo.film import Camera
 from fastppo.metrics import Stats
 from fastppo.play import Evaluation, Player
@@ -81,10 +80,11 @@ class Intermission:
             if self._camera is not None and _passes(self._video_every, before, self.seen):
                 try:
                     stats.images["video/episode"] = self._camera.episode(self._seed).gif()
-                except (EnvError, ConfigError) as error:  # training is worth more than its film
+                except Exception as error:  # whatever it is, training is worth more than its film
                     self._say(f"{error} No more is filmed.")
-                    self._camera.close()
-                    self._camera = None
+                    camera, self._camera = self._camera, None
+                    with contextlib.suppress(Exception):
+                        camera.close()
             if self._player is None or not _passes(self._eval_every, before, self.seen):
                 return None
             played = self._player(self._episodes)

@@ -32,7 +32,7 @@ _ASIDE: tuple[str, ...] = (
     "vectorization",
     "workers",
 )
-_ASIDE += ("half_batches", "init_from", "resume", "exact_resume", "checkpoint_every", "checkpoint_minutes")
+_ASIDE += ("half_batches", "resume", "exact_resume", "checkpoint_every", "checkpoint_minutes")
 _ASIDE += ("keep_checkpoints", "record_ratios", "log_histograms", "video_every", "track", "eval_every", "eval_episodes")
 
 

@@ -33,24 +33,9 @@ from fastppo.runtime.device import choose_device
 Hold = Literal["batch", "n_steps"]
 
 # Student's t at 97.5 %, for 1 to 30 degrees of freedom
-_T975: tuple[float, ...] = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-_T975 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_T975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
+_T975 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 _POLL_SECONDS = 0.1
 _PLAN = "plan.json"  # written first, so that other settings are found
 
@@ -186,7 +171,7 @@ def begin_study(plan: Plan, base: Config, folder: Path) -> None:
     Raises:
         ConfigError: the folder holds a study with other settings, or something else, or can't be made.
     """
-    now = {"target_return": plan.target, "hold": plan.hold, **base.to_dict()}
+    now = {**base.to_dict(), "target_return": plan.target, "hold": plan.hold}
     path = folder / _PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
