@@ -143,7 +143,9 @@ def test_events_of_hours_leave_nothing_behind(tmp_path):
     assert summary["episodes"] > 25_000
     assert summary["memory_mib per 10k iterations"] < 8  # over so short a time one allocation shows; 1 in the long run
     for name in ("descriptors", "threads", "children", "shared_memory_files"):
-        assert samples[-1][name] <= samples[len(samples) // 5][name], name
+        # least of each half, since a checkpoint may be open while we count
+        middle = len(samples) // 2
+        assert min(s[name] for s in samples[middle:]) <= min(s[name] for s in samples[middle // 2 : middle]), name
     assert summary["most checkpoint folders"] <= 4
 
 
