@@ -24,6 +24,7 @@ import tyro
 
 from benchmarks import median_ms, report
 from fastppo import Config, Trainer
+from fastppo.bench import ceilings
 from fastppo.functional.gae import choose_gae, gae_doubling
 from fastppo.runtime.accelerate import compile_graph
 
@@ -117,7 +118,7 @@ def host_training(options: Options) -> Iterator[Row]:
             row = {"what": f"{env_id} {vectorization}", "N": 64, "T": 128, "how": f"acting on {act}"}
             try:
                 changes = {"env_id": env_id, "vectorization": vectorization, "act_device": act, "normalize_obs": False}
-                yield row | _speed(options, n_envs=64, n_steps=128, compile="auto", **changes)
+                yield row | _speed(options, alone=True, n_envs=64, n_steps=128, compile="auto", **changes)
             except Exception as error:
                 yield row | {"failed": str(error).splitlines()[0]}
 
@@ -153,7 +154,8 @@ def _config(options: Options, folder: str, **changes: Any) -> Config:
     return Config(device=options.device, run_dir=Path(folder) / "run", **settings | changes)
 
 
-def _speed(options: Options, **changes: Any) -> Row:
+def _speed(options: Options, alone: bool = False, **changes: Any) -> Row:
+    """Steps per second of training; `alone`: also what its parts reach by themselves, environments among them."""
     seconds = 0.5 if options.quick else 5.0
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(_config(options, folder, **changes))
@@ -166,6 +168,7 @@ def _speed(options: Options, **changes: Any) -> Row:
                     if name.startswith("time/"):
                         phases.setdefault(name.removeprefix("time/"), []).append(value)
             if len(ticks) > 5 and ticks[-1][0] - ticks[0][0] > seconds:
+                parts = {f"{part} alone": sps for part, sps in ceilings(trainer, seconds / 5).items()} if alone else {}
                 break
         sps = (ticks[-1][1] - ticks[0][1]) / (ticks[-1][0] - ticks[0][0])
         spent = {name: round(statistics.median(x) * 1e3, 3) for name, x in phases.items()}
@@ -174,7 +177,7 @@ def _speed(options: Options, **changes: Any) -> Row:
             "phases ms": spent,
             "compile seconds": trainer.compile_seconds,
             "ran": trainer.config.compile,
-        }
+        } | parts
 
 
 def _wait(device: torch.device) -> None:

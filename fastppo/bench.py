@@ -45,7 +45,8 @@ class Point:
         iterations: measured, after the warm-up.
         iteration_seconds: the median.
         phases: share of the time by phase; what is missing from 1 is none of them.
-        ceilings: steps per second of env, act and update when each runs alone in the same process.
+        ceilings: steps per second of env, act (or rollout, where they are one graph) and update when each runs alone in
+            the same process.
         overlapped: whether the policy acts while environments step.
         setup_seconds: from the start of the process to the first iteration, compilation left out.
         compile_seconds: 0 where nothing was compiled.
@@ -192,7 +193,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
             if stats.iteration >= WARM_UP:
                 ticks.append((stats.seconds, stats.global_step, stats.scalars))
             if len(ticks) > _FEWEST and ticks[-1][0] - ticks[0][0] >= seconds:
-                memory, ceilings = _memory_of_all(), _ceilings(trainer, seconds / 6)
+                memory, alone = _memory_of_all(), ceilings(trainer, seconds / 6)
                 break
     spent = [after[0] - before[0] for before, after in itertools.pairwise(ticks)]
     steps = [after[1] - before[1] for before, after in itertools.pairwise(ticks)]
@@ -207,7 +208,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         iterations=len(spent),
         iteration_seconds=statistics.median(spent),
         phases=phases,
-        ceilings=ceilings,
+        ceilings=alone,
         overlapped=len(trainer.env.groups) > 1,
         setup_seconds=setup,
         compile_seconds=trainer.compile_seconds,
@@ -219,8 +220,8 @@ def measure(config: Config, seconds: float, started: float) -> Point:
     )
 
 
-def _ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401 - a Trainer, whose module imports torch
-    """Steps per second of each part alone, on the last rollout's actions, observations and rows."""
+def ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401 - a Trainer, whose module imports torch
+    """Steps per second of each part of a Trainer alone, on the last rollout's actions, observations and rows."""
     env, collect, rollout = trainer.env, trainer.collect, trainer.rollout
     n_steps = len(rollout.rewards)
 
@@ -240,7 +241,11 @@ def _ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401
         collect.evaluate()
 
     def learn() -> None:
-        trainer.update(rollout.batch(), trainer.learner.coefs, math.inf)
+        if trainer.config.compile == "graph":  # one recording, which advantages are part of
+            trainer.learner.anneal(0.0)
+            trainer.learner()
+        else:
+            trainer.update(rollout.batch(), trainer.learner.coefs, math.inf)
 
     def waited(call: Callable[[], None]) -> Callable[[], None]:
         def both() -> None:
@@ -250,7 +255,10 @@ def _ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401
 
         return both
 
-    parts = {"act": decide_all, "update": learn, "env": step_all}  # env last: its actions are the rollout's own
+    if trainer.config.compile == "graph" and env.state is not None:
+        parts = {"rollout": collect, "update": learn}
+    else:
+        parts = {"act": decide_all, "update": learn, "env": step_all}  # env last: its actions are the rollout's own
     valid = rollout.valid
     real = rollout.rewards.numel() if valid is None else int(valid.sum())
     return {part: real / _seconds_of(waited(call), seconds) for part, call in parts.items()}

@@ -18,28 +18,35 @@ from fastppo.run_dir import write_json
 
 _SHOWN = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
 
-_PHASES = ("env", "act", "store", "advantages", "update", "log", "other")
+_PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log", "other")
+
+
+def _parts(points: Sequence[Point]) -> list[str]:
+    """What is told apart: environments and acting are one where they were recorded as one graph."""
+    recorded = any(p.phases.get("rollout", 0.0) > 0 for p in points)
+    return [*(["rollout"] if recorded else []), *PARTS]
 
 
 def tables(points: Sequence[Point]) -> list[Table]:
     """Speed with shares of the time, and what each part reaches alone; a failed point is a row with its reason."""
     speed = Table(title="training", title_justify="left", caption="low-high: quartiles over iterations")
-    for name in ("n_envs", "how", "steps/s", "low-high", "env", "act", "update", "other", "MB"):
+    parts = _parts(points)
+    for name in ("n_envs", "how", "steps/s", "low-high", *parts, "other", "MB"):
         speed.add_column(name, justify="left" if name == "how" else "right")
     alone = Table(title="each part alone, steps/s; and what came before", title_justify="left")
-    for name in ("n_envs", "how", *PARTS, "set-up s", "compile s", "threads"):
+    for name in ("n_envs", "how", *parts, "set-up s", "compile s", "threads"):
         alone.add_column(name, justify="left" if name == "how" else "right")
     for p in points:
         head = (f"{p.n_envs:,}", p.vectorization)
         if p.failure:
             speed.add_row(*head, "failed")
             continue
-        shares = [f"{p.phases[part]:.0%}" for part in PARTS]
-        rest = f"{1 - sum(p.phases[part] for part in PARTS):.0%}"
+        shares = [f"{p.phases.get(part, 0.0):.0%}" for part in parts]
+        rest = f"{1 - sum(p.phases.get(part, 0.0) for part in parts):.0%}"
         speed.add_row(
             *head, f"{p.sps:,.0f}", f"{_short(p.sps_low)}-{_short(p.sps_high)}", *shares, rest, f"{p.memory_mb:,.0f}"
         )
-        ceilings = [_short(p.ceilings[part]) for part in PARTS]
+        ceilings = [_short(p.ceilings[part]) if part in p.ceilings else "-" for part in parts]
         alone.add_row(*head, *ceilings, f"{p.setup_seconds:.1f}", f"{p.compile_seconds:.1f}", str(p.config["threads"]))
     return [speed, alone] if alone.rows else [speed]
 
@@ -96,10 +103,11 @@ def page(title: str, points: Sequence[Point], about: Sequence[str]) -> str:
     good = [p for p in points if not p.failure]
     figures = [_speed(good), _phases(good)] if good else []
     drawing = Figures()
-    head = ("n_envs", "how", "steps/s", *(f"{part} alone" for part in PARTS), "MB")
+    parts = _parts(points)
+    head = ("n_envs", "how", "steps/s", *(f"{part} alone" for part in parts), "MB")
     rows = []
     for p in points:
-        alone = (f"{p.ceilings[part]:,.0f}" for part in PARTS) if not p.failure else ("-" for _ in PARTS)
+        alone = (f"{p.ceilings[part]:,.0f}" if part in p.ceilings else "-" for part in parts)
         figures_of = (f"{p.sps:,.0f}", *alone, f"{p.memory_mb:,.0f}") if not p.failure else ("failed", *alone, "-")
         rows.append((f"{p.n_envs:,}", p.vectorization, *figures_of))
     return html_page(

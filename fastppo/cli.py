@@ -18,7 +18,7 @@ from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
 from fastppo.config import Config, load_toml
-from fastppo.errors import FastPPOError
+from fastppo.errors import ConfigError, FastPPOError
 
 _Settings = TypeVar("_Settings", bound=Train)
 
@@ -77,7 +77,11 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
         flag, equals, value = argument.partition("=")
         if flag == "--config" and (equals or i + 1 < len(arguments)):
             path = Path(value if equals else arguments[i + 1])
-            config = Config.from_dict(load_toml(path), str(path))
+            values = load_toml(path)
+            named, typed = values.get("env_id"), any(a.partition("=")[0] == "--env-id" for a in arguments)
+            if isinstance(named, str) and ":" in named and not typed:
+                raise ConfigError(f"{path}: env_id {named} imports code; if you trust it, add --env-id {named}")
+            config = Config.from_dict(values, str(path))
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             if issubclass(kind, (Bench, Study)):  # which take several of these
                 found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs

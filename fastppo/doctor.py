@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,10 +19,12 @@ from typing import Any, Literal
 import torch
 
 from fastppo.config import Config
-from fastppo.errors import FastPPOError
+from fastppo.cores import usable_cores
+from fastppo.errors import CaptureError, FastPPOError
 from fastppo.functional.gae import choose_gae, gae_loop
 from fastppo.runtime.accelerate import CompileError, compile_graph
 from fastppo.runtime.device import choose_device, cpu_name
+from fastppo.runtime.graphs import record
 from fastppo.runtime.preflight import free_memory
 from fastppo.trainer import Trainer
 
@@ -81,16 +84,35 @@ def _gpu(device: torch.device) -> Iterator[Finding]:
         yield Finding(
             f"gpu {i}", f"{about.name}, {about.total_memory / _GIB:.0f} GiB, capability {about.major}.{about.minor}"
         )
-    yield Finding(
-        "driver", f"CUDA {torch.cuda.driver_version() if hasattr(torch.cuda, 'driver_version') else 'unknown'}"
-    )
+    yield Finding("driver", _driver())
+    yield _graph(device)
     triton = importlib.util.find_spec("triton") is not None
     advice = "" if triton else "pip install triton: advantages and compiled kernels need it on CUDA"
     yield Finding("triton", "there" if triton else "not there", "ok" if triton else "note", advice)
 
 
+def _driver() -> str:
+    """Its version, as the vendor's own program tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown: nvidia-smi doesn't say"
+
+
+def _graph(device: torch.device) -> Finding:
+    """Whether work can be recorded and played again."""
+    x = torch.zeros(8, device=device)
+    try:
+        record(lambda: x.add_(1), keep=[x], fresh=[], device=device)()
+    except CaptureError as error:
+        return Finding("graphs", "can't be recorded", "note", f"--compile on is taken in their place: {error}")
+    good = bool((x == 1).all())
+    return Finding("graphs", "recorded and played" if good else "play other numbers", "ok" if good else "bad")
+
+
 def _machine(device: torch.device) -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     limit = os.environ.get("OMP_NUM_THREADS")
     few = limit is not None and limit.isdecimal() and int(limit) < cores
     yield Finding(

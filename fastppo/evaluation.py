@@ -74,7 +74,10 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
     run_dir, on = Path(run), choose_device(device)
     spec, _ = read_spec(run_dir)
     try:
+        spec.check_size((run_dir / "model.safetensors").stat().st_size)
         built = spec.build(policy).to(on)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{run_dir}/model.json doesn't fit its weights: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -94,7 +97,7 @@ def evaluate(
     allow_import: bool = False,
     best: bool = False,
 ) -> Evaluation:
-    """Play `episodes` whole episodes of the environment that `run` was trained on.
+    """Play `episodes` whole episodes of the environment that `run` was trained on; fewer where one has no end.
 
     Args:
         run: the run folder, or one of its checkpoints.

@@ -32,11 +32,13 @@ class Film:
         frames: [H, W, 3] uint8 each, the first before the first step; of a long episode every second, fourth, ... one.
         fps: of them, in the environment's own time.
         episode_return: undiscounted, raw.
+        whole: whether the episode came to its end within 20,000 steps.
     """
 
     frames: list[_Array]
     fps: float
     episode_return: float
+    whole: bool = True
 
     def gif(self) -> bytes:
         """A small animated GIF of the whole episode."""
@@ -113,7 +115,7 @@ class Camera:
         """
         try:
             obs, _ = self._env.reset(seed=seed)
-            frames, total, stride = [self._picture()], 0.0, 1
+            frames, total, stride, whole = [self._picture()], 0.0, 1, False
             for step in range(1, _MOST_STEPS + 1):
                 obs, reward, terminated, truncated, _ = self._env.step(self._act(np.asarray(obs)))
                 total += float(reward)
@@ -122,12 +124,13 @@ class Camera:
                 if len(frames) > _MOST_FRAMES:  # a long one keeps every second picture, and its own time
                     frames, stride = frames[::2], 2 * stride
                 if terminated or truncated:
+                    whole = True
                     break
         except ConfigError:
             raise
         except Exception as error:
             raise EnvError(f"video: the environment failed: {type(error).__name__}: {error}") from error
-        return Film(frames, self._fps / stride, total)
+        return Film(frames, self._fps / stride, total, whole)
 
     def close(self) -> None:
         """Close the environment."""

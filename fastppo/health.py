@@ -162,7 +162,7 @@ def _clipped_too_little(history: History, threshold: float, _: int) -> _Value:
 
 
 def _kl_over_target(history: History, threshold: float, _: int) -> _Value:
-    limit, kl = history.recent("charts/target_kl"), history.recent("losses/approx_kl")
+    limit, kl = history.recent("charts/kl_limit"), history.recent("losses/approx_kl")
     if not len(limit) or not len(kl):
         return None
     times = float(np.median(kl) / max(np.median(limit), 1e-12))
@@ -260,7 +260,7 @@ RULES = (
         "KL over its target",
         1.5,
         _kl_over_target,
-        "the mean KL of updates is {value:.1f} times target_kl (over {threshold:g}).",
+        "the mean KL of updates is {value:.1f} times its limit (over {threshold:g}).",
         "Lower learning_rate, or stop within the epoch with kl_stop=minibatch.",
     ),
     Rule(

@@ -27,10 +27,11 @@ class Learner:
 
     Attributes:
         coefs: this iteration's coefficients, as tensors that are written in place.
-        values: the same and all others that are scheduled, as numbers.
+        values: the same and all others that are scheduled, as numbers; `kl_limit` is where an update ends.
         gae: the kernel of advantages.
         update: the epochs.
         rewards: [T, N] as they were last learned from.
+        device: where it learns.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Learner:
         self._rewards, self._sign_rewards, self.rewards = rewards, sign_rewards, rollout.rewards
         self._schedules, self._kl_stop_factor = schedules, kl_stop_factor
         self.update = update
-        device = rollout.rewards.device
+        self.device = device = rollout.rewards.device
         n_steps, n_envs = rollout.rewards.shape
         self.gae = choose_gae(n_steps, n_envs, device)
         self.coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
@@ -76,7 +77,7 @@ class Learner:
         for name, tensor in self.coefs._asdict().items():
             tensor.fill_(self.values[name])
         with self._clock.phase("update"):
-            limit = self.values["target_kl"] * self._kl_stop_factor
+            self.values["kl_limit"] = limit = self.values["target_kl"] * self._kl_stop_factor
             self.update.prepare(self._rollout.rewards.numel(), limit)
 
     def __call__(self, look: Callable[[], None] | None = None) -> Tensor:

@@ -30,7 +30,7 @@ class Logbook:
         """Speak on `console`; `action_size` as `judge` takes it."""
         self.console, self._action_size = console, action_size
         self.sinks: list[Sink] = []
-        self._judged = time.monotonic()
+        self._judged, self._judged_at, self._step = time.monotonic(), 0, 0
         self._told: set[str] = set()
         self.history = History()
         self.findings: list[Finding] = []
@@ -49,13 +49,9 @@ class Logbook:
         if not self.sinks:  # a process that logs nothing, or whose logs have all failed
             return stats
         self.history.add(stats.scalars)
+        self._step = stats.global_step
         if time.monotonic() - self._judged > _JUDGE_SECONDS or stats.iteration == stats.n_iterations:
-            self.findings = judge(self.history, self._action_size)
-            self._judged = time.monotonic()
-            for finding in self.findings:
-                if finding.name not in self._told:
-                    self._told.add(finding.name)
-                    self.say(f"health at {stats.global_step:,} steps: {finding}")
+            self._judge()
         stats = dataclasses.replace(stats, findings=self.findings)
         for sink in list(self.sinks):
             try:
@@ -67,8 +63,18 @@ class Logbook:
                 self.say(f"{type(sink).__name__} can't write ({why}); its figures end here.")
         return stats
 
+    def _judge(self) -> None:
+        self.findings = judge(self.history, self._action_size)
+        self._judged, self._judged_at = time.monotonic(), self._step
+        for finding in self.findings:
+            if finding.name not in self._told:
+                self._told.add(finding.name)
+                self.say(f"health at {self._step:,} steps: {finding}")
+
     def close(self) -> None:
-        """Close every sink."""
+        """Say what health finds at the end, and close every sink."""
+        if self.sinks and self._judged_at != self._step:  # it ended before its plan did
+            self._judge()
         for sink in self.sinks:
             _quietly(sink.close)
         self.sinks = []

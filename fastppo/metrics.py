@@ -287,15 +287,14 @@ class Metrics:
             "charts/learning_rate": coefs["learning_rate"],
             "charts/clip_coef": coefs["clip_coef"],
             "charts/max_grad_norm": coefs["max_grad_norm"],
-            "time/rollout": spent["env"] + spent["act"] + spent["store"] + spent["rollout"],
             **{f"time/{name}": seconds for name, seconds in spent.items()},
         }
         if self._bounds is not None:
             scalars["charts/clipped_actions"] = clipped
         if self._obs_bounds is not None:
             scalars["charts/obs_outside_space"] = outside
-        if math.isfinite(coefs["target_kl"]):
-            scalars["charts/target_kl"] = coefs["target_kl"]
+        if math.isfinite(coefs["kl_limit"]):
+            scalars["charts/kl_limit"] = coefs["kl_limit"]
         if sample is not None:
             scalars["samples/first_ratio_error"] = sample.first_ratio_error
         if episodes:

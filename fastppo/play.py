@@ -12,6 +12,8 @@ from torch import Tensor
 from fastppo.envs.api import Step, VecEnv, env_seeds, stepper
 from fastppo.policies.api import Policy
 
+_MOST_STEPS = 100_000  # of an episode; ALE's end after 27,000
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -20,15 +22,23 @@ class Evaluation:
     Attributes:
         returns: undiscounted, raw.
         lengths: in steps.
+        cut: episodes that were ended here after 100,000 steps, with the return they had: a policy without noise may
+            stand still for ever where there is no time limit. Their environments played no further ones.
     """
 
     returns: list[float]
     lengths: list[int]
+    cut: int = 0
 
     @property
     def mean(self) -> float:
         """Mean return."""
         return float(np.mean(self.returns))
+
+    @property
+    def remark(self) -> str:
+        """Of episodes that were cut, if any."""
+        return f"; {self.cut} of {len(self.returns)} episodes were cut after {_MOST_STEPS:,} steps" if self.cut else ""
 
     @property
     def std(self) -> float:
@@ -57,6 +67,7 @@ class Player:
         obs = self._env.reset(self._seeds)
         if self._step is None:
             self._step = stepper(self._env, obs.device)
+        cut = 0
         noise = torch.zeros((n, self._policy.distribution.noise_size), device=self._device)
         while any(len(mine) < k for mine, k in zip(played, share, strict=True)):
             raw = obs.to(self._device, self._env.obs_spec.dtype)
@@ -72,9 +83,14 @@ class Player:
             for i in np.flatnonzero((step.terminated | step.truncated).numpy(force=True)):
                 played[i].append((float(total[i]), int(length[i])))
                 total[i] = length[i] = 0
+            for i in np.flatnonzero(length >= _MOST_STEPS):
+                if len(played[i]) < share[i]:
+                    played[i].append((float(total[i]), int(length[i])))
+                    share[i], cut = len(played[i]), cut + 1
+                length[i] = 0
             obs = step.obs
         kept = [pair for mine, k in zip(played, share, strict=True) for pair in mine[:k]]
-        return Evaluation([r for r, _ in kept], [k for _, k in kept])
+        return Evaluation([r for r, _ in kept], [k for _, k in kept], cut)
 
     def close(self) -> None:
         """Close the environment."""

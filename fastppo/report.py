@@ -235,7 +235,7 @@ def _curves(records: Sequence[Record], what: _Curves) -> go.Figure:
     figure, alone = go.Figure(), len(records) == 1
     if what.band is not None:
         figure.add_hrect(y0=what.band[0], y1=what.band[1], fillcolor="#54a24b", opacity=0.12, line_width=0)
-    lines = (*what.lines, ("charts/target_kl", "target")) if what.title.startswith("KL") else what.lines
+    lines = (*what.lines, ("charts/kl_limit", "limit")) if what.title.startswith("KL") else what.lines
     for r, color in zip(records, itertools.cycle(_COLORS), strict=False):
         steps = _plain(thin(r.column("global_step")))
         for k, (tag, name) in enumerate(lines):

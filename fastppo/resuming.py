@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from fastppo.checkpoint import list_checkpoints, newest_checkpoint, read_spec, read_state
+from fastppo.checkpoint import list_checkpoints, newest_checkpoint, read_spec, read_state, tidy
 from fastppo.config import Config
 from fastppo.envs.registry import Maker
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.run_dir import find_run
+from fastppo.run_dir import RunLock, find_run
 from fastppo.trainer import Trainer
 
 # What "auto", or nothing, leaves to a measurement: a resumed run keeps what was found
@@ -47,6 +48,7 @@ def resume(
     run_dir = Path(run)
     if not run_dir.is_dir():
         raise CheckpointError(f"{run_dir} is no folder; name a run folder, as train prints it.")
+    _settle_folder(run_dir)
     path, problems = newest_checkpoint(run_dir)
     config = saved_config(path)
     _, about = read_spec(path)
@@ -62,9 +64,23 @@ def resume(
     return _go_on(dataclasses.replace(config, **changes), path, problems, console, make_env, policy)
 
 
+def _settle_folder(run_dir: Path) -> None:
+    """Put right what a process that was killed in the middle of a save left, unless another trains there."""
+    if not (run_dir / "checkpoints").is_dir():
+        return
+    with contextlib.suppress(ConfigError, OSError):
+        lock = RunLock(run_dir)
+        try:
+            tidy(run_dir)
+        finally:
+            lock.release()
+
+
 def resumable_run(config: Config) -> Path | None:
     """The run folder that `resume="auto"` goes on with; None: there is none, so begin."""
     run_dir = config.run_dir or find_run(config.env_id.rpartition(":")[2], config.name, config.seed)
+    if run_dir is not None:
+        _settle_folder(run_dir)
     return run_dir if run_dir is not None and list_checkpoints(run_dir) else None
 
 

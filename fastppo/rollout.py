@@ -12,6 +12,7 @@ from fastppo.envs.api import Transitions, VecEnv
 from fastppo.functional.losses import Batch
 from fastppo.policies.act import Decisions, complete, make_actor
 from fastppo.policies.api import Policy
+from fastppo.runtime.accelerate import compile_graph
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.graphs import record
 
@@ -239,6 +240,16 @@ class Collector:
                         env.send(t, group)
         with acting:
             self.evaluate()
+
+    def compile(self) -> None:
+        """Have decisions compiled, on the CPU.
+
+        Raises:
+            CompileError: one can't be.
+        """
+        if self.rollout.rewards.device.type == "cpu":
+            for actor in self.actors:
+                actor.compile(compile_graph)
 
     def record(self) -> None:
         """Replace the rollout by a recording, where the environment can be recorded; else the decisions alone.

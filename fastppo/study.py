@@ -21,14 +21,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fastppo.assembly import policy_spec
 from fastppo.choices import settle, target_of
 from fastppo.config import Config
-from fastppo.envs.pool import usable_cores
+from fastppo.cores import usable_cores
 from fastppo.envs.registry import probe
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
 from fastppo.records import Record, read_record
 from fastppo.run_dir import surroundings, write_json
-from fastppo.runtime.device import choose_device
+from fastppo.runtime.device import choose_device, choose_threads
 
 Hold = Literal["batch", "n_steps"]
 
@@ -48,12 +49,14 @@ class Plan:
         target: mean return of the last 100 episodes that ends a run.
         hold: what stays the same over n_envs.
         configs: each run's, with its folder; seeds of one n_envs follow each other.
+        cores: that the largest of them keeps busy.
         about: machine and versions.
     """
 
     target: float
     hold: Hold
     configs: list[Config]
+    cores: int
     about: dict[str, Any]
 
 
@@ -126,15 +129,20 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
         raise ConfigError(f"seeds={seeds} must be at least 1; 5 say something.")
     found = probe(base.env_id, base.env_kwargs)
     device = choose_device(base.device)
-    settled, _ = settle(
-        dataclasses.replace(base, n_envs=None, vectorization="sync"), found, device, custom_policy=False
-    )
+
+    def settled_like(config: Config) -> Config:
+        """Settled without measuring or starting anything."""
+        plain = dataclasses.replace(config, vectorization="sync", workers=None, half_batches=False)
+        return settle(plain, found, device, custom_policy=False)[0]
+
+    settled = settled_like(dataclasses.replace(base, n_envs=None))
     target = target_of(settled)
     if target is None:
         why = f"{found.name} has no threshold of its own" if base.target_return == "threshold" else "none was given"
         raise ConfigError(f"study needs a return to reach, and {why}: --target-return NUMBER.")
     batch = settled.batch_size
-    configs = []
+    parameters = sum(x.numel() for x in policy_spec(settled, found, custom=False).build().network.parameters())
+    configs, cores = [], 1
     for n in dict.fromkeys(n_envs):
         if n < 1:
             raise ConfigError(f"n_envs={n} must be at least 1.")
@@ -156,9 +164,18 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
                 resume="auto",
                 run_dir=folder / "runs" / f"n{n}-seed{seed}",
             )
-            settle(dataclasses.replace(config, vectorization="sync"), found, device, custom_policy=False)  # checks it
+            checked = settled_like(config)
+            threads = base.threads or choose_threads(checked.minibatch_size * parameters)
+            cores = max(cores, threads + _beside(config))
             configs.append(config)
-    return Plan(target, hold, configs, surroundings(device))
+    return Plan(target, hold, configs, cores, surroundings(device))
+
+
+def _beside(config: Config) -> int:
+    """Processes that step environments beside a run, or a core to spare for what else it does."""
+    if config.vectorization == "pool" and config.workers:
+        return config.workers
+    return usable_cores() if config.vectorization in ("pool", "async", "auto") else 1
 
 
 def _t975(freedom: int) -> float:
@@ -194,10 +211,9 @@ def begin_study(plan: Plan, base: Config, folder: Path) -> None:
         )
 
 
-def choose_jobs(config: Config) -> int:
-    """How many runs go on at once: so many that each has a core for each thread and worker, and one to spare."""
-    takes = (config.threads or 1) + (config.workers or usable_cores() if config.vectorization == "pool" else 1)
-    return max(1, usable_cores() // takes)
+def choose_jobs(plan: Plan) -> int:
+    """How many runs go on at once: so many that none takes a core that another keeps busy."""
+    return max(1, usable_cores() // plan.cores)
 
 
 def run_study(plan: Plan, jobs: int) -> Iterator[tuple[Config, str | None]]:

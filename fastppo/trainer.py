@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -16,46 +14,41 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from fastppo.assembly import (
+    Models,
+    build_collector,
+    build_envs,
+    build_models,
+    build_rollout,
+    build_update,
+    compile_work,
+    plan_run,
+    resolved,
+)
 from fastppo.capsule import save_capsule
-from fastppo.checkpoint import freeze, load_model, model_files, read_spec, save_model, state_files, tidy
+from fastppo.checkpoint import freeze, model_files, save_model, state_files, tidy
 from fastppo.choices import schedule_of, settle, target_of
 from fastppo.config import SCHEDULED, Config
-from fastppo.envs.api import VecEnv, env_seeds
-from fastppo.envs.host import HostEnv
-from fastppo.envs.pool import usable_cores
-from fastppo.envs.registry import Maker, Probe, make_vec_env, probe, resumability
-from fastppo.envs.serial import Care
-from fastppo.envs.tensor.driver import TensorEnv
-from fastppo.envs.tensor.foreign import SimulatorEnv
-from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError, FinishedError
-from fastppo.functional.gae import gae_doubling
+from fastppo.envs.registry import Maker, probe
+from fastppo.errors import CheckpointError, ConfigError, EnvError, FinishedError
 from fastppo.intermission import Intermission
 from fastppo.learn import Learner
 from fastppo.logbook import Logbook
-from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.metrics import NAMES, Metrics, Stats
-from fastppo.policies.act import choose_act_device
-from fastppo.policies.build import PolicySpec
-from fastppo.policies.flat import FlatParameters
-from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.restore import Part, Progress, about_run, restore
-from fastppo.rollout import Collector, Handover, Rollout
 from fastppo.run_dir import RunLock, create_run_dir, surroundings, versions, write_json
 from fastppo.runtime import accelerate
-from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
     GlobalRandomness,
     choose_device,
     choose_threads,
-    generator,
     keep_freed_memory,
     machine_name,
-    seed_stream,
     set_threads,
 )
-from fastppo.runtime.distributed import join_world, local_processes
-from fastppo.runtime.preflight import check_descriptors, check_disk, free_memory
+from fastppo.runtime.distributed import join_world
+from fastppo.runtime.preflight import check_disk
 from fastppo.runtime.signals import StopSignals
 from fastppo.samples import Sample, Sampler
 from fastppo.saver import Saver
@@ -63,7 +56,8 @@ from fastppo.sinks.console import ConsoleSink
 from fastppo.sinks.jsonl import JsonlSink, SampleSink, read_rows
 from fastppo.sinks.tensorboard import TensorBoardSink
 from fastppo.sinks.trackers import check_trackers, open_tracker
-from fastppo.update import PPOUpdate
+
+_FEWEST_BETWEEN_LOOKS = 30  # iterations: a look takes up to a quarter of one, and should cost less than 1 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +148,7 @@ class Trainer:
         found = probe(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
-        self.compile_seconds, self._compiled_before = 0.0, accelerate.compilations
+        self._compiled_before = accelerate.compilations
         self._signals: StopSignals | None = None
         self._doing = "nothing"
         with contextlib.ExitStack() as undo:
@@ -163,11 +157,17 @@ class Trainer:
             self.logbook = Logbook(console if self.world.is_main else None, found.action_spec.dimensions)
             if found.vector is not None:
                 undo.callback(found.vector.close)
-            self._build_policy(c, found, policy)
-            self.memory = self._plan_memory(c, found)
-            self.env = self._make_env(c, found, resume_from)
+            models = build_models(c, found, policy, self.device, self.world)
+            self.spec, self.policy, self.rewards = models.spec, models.policy, models.rewards
+            self.models = models.saved()
+            threads = c.threads or choose_threads(c.minibatch_size * models.parameters.vector.numel())
+            self.config = c = dataclasses.replace(c, threads=threads)
+            set_threads(threads)
+            self.memory = plan_run(c, found, models, self.device, self.world, self.notes)
+            begun = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
+            self.env = build_envs(c, found, self.device, self.world, self.notes, times_begun=begun)
             undo.callback(self.env.close)
-            self._build_loop(c)
+            self._build_loop(c, models)
             self.intermission = Intermission(
                 found,
                 self.policy,
@@ -188,140 +188,35 @@ class Trainer:
                 self.run_dir = resume_from.parents[1]
             self._lock: RunLock | None = None
             self.world.shared(self._take_lock)
+            if not self.run_dir.is_dir():
+                raise ConfigError(
+                    f"run_dir={self.run_dir} was made by process 0 and can't be seen by process {self.world.rank}: "
+                    "machines that train together need one folder that all of them see."
+                )
             undo.callback(self._let_go)
             if resume_from is not None:
                 self._restore(resume_from)
             state = sum(x.numel() * x.element_size() for x in (self.update.parameters.vector, *self.update.adam))
-            check_disk(self.run_dir, (c.keep_checkpoints + 2) * state, f"{c.keep_checkpoints + 2} checkpoints")
-            self.config = self._compile(self.config, console)
+            n_kept = c.keep_checkpoints + 2
+            self.world.shared(lambda: check_disk(self.run_dir, n_kept * state, f"{n_kept} checkpoints"))
+            ahead = self.n_iterations * resolved(c.update_epochs) * resolved(c.n_minibatches)
+            mode, self.compile_seconds = compile_work(
+                c.compile, ahead, self.learner, self.collect, self.env, self.world, self.notes, self.logbook.say
+            )
+            self.config = dataclasses.replace(self.config, compile=mode)
             self._resumed = resume_from is not None
             self._open_run(self.config, console)
             undo.pop_all()
 
-    def _make_env(self, c: Config, found: Probe, resume_from: Path | None) -> VecEnv:
-        assert c.vectorization != "auto", "settled"
-        if c.vectorization == "async":  # a pipe and a process each
-            check_descriptors(4, _int(c.n_envs), "n_envs")
-        if c.vectorization == "pool":
-            check_descriptors(8, c.workers or usable_cores(), "workers")
-        how = resumability(found, _int(c.n_envs), c.vectorization)
-        self.notes.append(f"resume: {how.way} ({how.why}).")
-        if c.exact_resume and how.way == "restart":
-            raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
-        restarts = c.env_restarts if c.on_env_error == "restart" else 0
-        restart = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
-        return make_vec_env(
-            found,
-            _int(c.n_envs),
-            c.vectorization,
-            # an own random stream where it can't be set later; another one where a run goes on
-            seed=int(seed_stream(c.seed, "envs", self.world.rank, restart).generate_state(1)[0] >> 1),
-            n_workers=c.workers,
-            half_batches=c.half_batches,
-            device=self.device,
-            care=Care(how.way, restarts, c.env_timeout),
-            resumable=how,
+    def _build_loop(self, c: Config, models: Models) -> None:
+        self.rollout = build_rollout(c, self.env, models, self.device, self.world)
+        self.update = build_update(c, models, self.device, self.world)
+        self.collect, place = build_collector(
+            c, self.env, self.policy, self.rollout, self.clock, self.world, self.notes
         )
-
-    def _build_policy(self, c: Config, found: Probe, network: nn.Module | None) -> None:
-        self.spec = PolicySpec(
-            obs=found.obs_spec,
-            action=found.action_spec,
-            network="custom" if network is not None else "cnn" if c.network == "cnn" else "mlp",
-            hidden_sizes=c.hidden_sizes,
-            activation=c.activation,
-            shared_trunk=c.shared_trunk,
-            normalize_obs=bool(c.normalize_obs),
-            obs_clip=c.obs_clip,
-        )
-        set_threads(1)  # initial weights must not depend on what ran in this process before
-        with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
-            torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
-            self.policy = self.spec.build(network).to(self.device)
-        self.policy.bf16 = c.precision == "bf16"
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        self.rewards = RewardNormalizer(_int(c.n_envs), c.reward_clip).to(self.device) if c.normalize_rewards else None
-        self.models: dict[str, nn.Module] = {"policy": self.policy}
-        if self.rewards is not None:
-            self.models["rewards"] = self.rewards
-        if c.init_from is not None:
-            saved, about = read_spec(c.init_from)
-            if differing := self.spec.differences(saved):
-                name = f"{c.init_from} (trained on {about.get('env')})"
-                raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
-            load_model(c.init_from, self.models, optional=("rewards",))
-        self._parameters = FlatParameters(self.policy.network)
-        for tensor in (self._parameters.vector, *self.policy.state_dict().values()):  # frozen parameters too
-            self.world.from_main_(tensor)
-        for moments in (self.rewards, self.policy.encoder.normalizer):
-            if moments is not None:
-                moments.pool = self.world.pool
-        threads = c.threads or choose_threads(c.minibatch_size * self._parameters.vector.numel())
-        self.config = dataclasses.replace(c, threads=threads)
-        set_threads(threads)
-
-    def _plan_memory(self, c: Config, found: Probe) -> MemoryPlan:
-        def plan(n_envs: int) -> MemoryPlan:
-            # a simulator may cut at any step
-            max_steps = 1 if isinstance(found.vector, SimulatorEnv) else None
-            if c.vectorization == "tensor":
-                max_steps = found.max_steps
-            shape = Shape(n_envs, found.obs_spec, found.action_spec, max_steps=max_steps)
-            return plan_memory(_int(c.n_steps), shape, lambda: self._make_update(c), gae_doubling)
-
-        free = free_memory(self.device)
-        if self.device.type == "cpu":  # shared by all processes here
-            free //= local_processes()
-        try:
-            return check_memory(plan, _int(c.n_envs), _int(c.n_steps), free)
-        except ConfigError:
-            raise
-        except Exception as error:  # a network whose forward looks at values, which a plan doesn't have
-            self.notes.append(
-                f"memory is not planned: the network can't be run on shapes alone ({type(error).__name__})."
-            )
-            return MemoryPlan(0, 0, 0)
-
-    def _make_update(self, c: Config) -> PPOUpdate:
-        return PPOUpdate(
-            policy=self.policy,
-            parameters=self._parameters,
-            generator=generator(c.seed, "shuffle", self.device, self.world.rank),
-            update_epochs=_int(c.update_epochs),
-            n_minibatches=_int(c.n_minibatches),
-            adam_eps=c.adam_eps,
-            value_clip=c.value_clip or "off",
-            normalize=c.normalize_advantages,
-            kl_stop=c.kl_stop,
-            world=self.world,
-        )
-
-    def _build_loop(self, c: Config) -> None:
-        if self.env.obs_spec.shape != self.spec.obs.shape:
-            raise EnvError(
-                f"vectorization={c.vectorization}: its observations are {self.env.obs_spec.shape}, "
-                f"those of one environment {self.spec.obs.shape}; use sync or pool."
-            )
-        self.rollout = Rollout.allocate(_int(c.n_steps), self.env, self.policy, self.device)
-        seeds = env_seeds(seed_stream(c.seed, "envs"), _int(c.n_envs), self.world.rank, self.world.size)
-        self.rollout.obs[-1].copy_(self.env.reset(seeds))
-        self.update = self._make_update(c)
-        acting, here, handover = self.policy, self.rollout, None
-        if self.device.type == "cuda" and isinstance(self.env, HostEnv):
-            wanted, why = choose_act_device(c.act_device, self.policy, self.env.obs_spec, self.env.n_envs, self.device)
-            self.notes.append(f"act_device {wanted}: {why}.")
-            self.config = c = dataclasses.replace(self.config, act_device=wanted)
-            if wanted == "cpu":
-                acting = copy.deepcopy(self.policy).cpu()
-                here = Rollout.allocate(_int(c.n_steps), self.env, acting, torch.device("cpu"))
-                handover = Handover(acting, here, self.policy, self.rollout)
-                here.obs[-1].copy_(self.rollout.obs[-1])
-        noise = generator(c.seed, "noise", here.rewards.device, self.world.rank)
-        whole = c.compile == "graph" and self.env.state is not None
-        self.collect = Collector(self.env, acting, here, noise, self.clock, torch_only=whole, handover=handover)
+        self.config = dataclasses.replace(c, act_device=place)
         # an iteration is one rollout of every process; at least one is run
-        self.n_iterations = max(1, _int(c.total_timesteps) // (c.batch_size * self.world.size))
+        self.n_iterations = max(1, resolved(c.total_timesteps) // (c.batch_size * self.world.size))
         self.metrics = Metrics(
             self.rollout,
             self.clock,
@@ -352,9 +247,7 @@ class Trainer:
         }
         every = c.record_ratios
         if every is None:
-            every = -(-self.n_iterations // 20)
-            if c.compile == "graph" or self.device.type == "cuda":  # a recorded update is slower to look into
-                every = max(every, 20)
+            every = max(_FEWEST_BETWEEN_LOOKS, -(-self.n_iterations // 20))
         self._sampler = Sampler(self.rollout, self.update, every=every, histograms=c.log_histograms)
         self._told_outside = False
         self.stop_requested = False
@@ -391,45 +284,6 @@ class Trainer:
                 f"fastppo resume {self.run_dir} --total-timesteps {2 * steps}"
             )
 
-    def _compile(self, c: Config, console: Console | None) -> Config:
-        """Compile or record the work, if that was asked for or pays; the config then says what was done."""
-        chosen: Any = c.compile
-        why = "asked for"
-        if chosen == "auto":
-            wanted, why = worth_compiling(self.n_iterations * _int(c.update_epochs) * _int(c.n_minibatches))
-            chosen = "on" if wanted else "off"
-            if self.device.type != "cpu":
-                chosen, why = "graph", "on CUDA launches cost more than small kernels do"
-        if chosen != "off" and console is not None:
-            console.print("compiling the update: 10-20 s, the next time 5", highlight=False)
-        begin = time.perf_counter()
-        if chosen == "on" or (chosen == "graph" and self.device.type == "cuda"):
-            try:
-                self.learner.compile()
-                if isinstance(self.env, TensorEnv):
-                    self.env.compile(compile_graph)
-            except CompileError as error:
-                if chosen == "on":
-                    chosen, why = "off", f"it can't be compiled: {error}"
-                else:
-                    self.notes.append(f"kernels are eager: they can't be compiled: {error}.")
-        if chosen == "graph":
-            try:
-                if self.world.size > 1 and self.device.type == "cpu":
-                    raise CaptureError("several processes on the CPU can't be recorded; use compile on or off.")
-                self.learner.record()
-                self.collect.record()
-            except CaptureError as error:
-                if c.compile == "graph":
-                    raise
-                chosen, why = "on" if accelerate.compilations > self._compiled_before else "off", str(error)
-        if chosen != "off":
-            self.compile_seconds = time.perf_counter() - begin
-            why = f"{why}; took {self.compile_seconds:.1f} s"
-        if c.compile != "off":
-            self.notes.append(f"compile {chosen}: {why}.")
-        return dataclasses.replace(c, compile=chosen)
-
     def _open_run(self, c: Config, console: Console | None) -> None:
         self.notes += self.env.notes
         self._saver = Saver(
@@ -455,7 +309,7 @@ class Trainer:
             for note in self.notes:
                 console.print(f"note: {note}", highlight=False, markup=False)
             batch = c.batch_size * self.world.size
-            rest = _int(c.total_timesteps) - self.n_iterations * batch
+            rest = resolved(c.total_timesteps) - self.n_iterations * batch
             if rest:
                 how = "no whole number of iterations" if rest > 0 else "less than one iteration"
                 console.print(
@@ -583,13 +437,12 @@ class Trainer:
             )
         if c.on_env_error == "fail":
             return
-        stats.scalars["charts/env_restarts"] = self.env.restarts
+        restarts = int(self.world.sum_(torch.tensor(float(self.env.restarts), device=self.device)))
+        stats.scalars["charts/env_restarts"] = restarts
         for line in self.env.complaints():
-            self.logbook.say(f"{line} {self.env.restarts} of {c.env_restarts} (--env-restarts).")
-        if self.env.restarts > c.env_restarts:
-            raise EnvError(
-                f"environments failed {self.env.restarts} times; {c.env_restarts} are allowed (--env-restarts)."
-            )
+            self.logbook.say(f"{line} {restarts} of {c.env_restarts} (--env-restarts).")
+        if restarts > c.env_restarts:
+            raise EnvError(f"environments failed {restarts} times; {c.env_restarts} are allowed (--env-restarts).")
 
     def _evaluate(self, stats: Stats) -> bool:
         """Play what is due; returns whether an evaluation went better than ever."""
@@ -603,7 +456,7 @@ class Trainer:
             best = self.progress.best
             better = math.isfinite(played.mean) and (best is None or played.mean > best)
             note = ", the best so far" if better else ""
-            how = f"return {played.mean:.2f} +- {played.std:.2f}{note}"
+            how = f"return {played.mean:.2f} +- {played.std:.2f}{note}{played.remark}"
             self.logbook.say(f"evaluation at {stats.global_step:,} steps: {how}")
             if better:
                 self.progress.best = played.mean
@@ -676,8 +529,3 @@ class Trainer:
                 trouble = f"the model could not be saved ({error.strerror or error})"
                 self.result = dataclasses.replace(self.result, unsaved=trouble)
                 self.logbook.say(f"{trouble}.")
-
-
-def _int(value: int | None) -> int:
-    assert value is not None, "the config is resolved"
-    return value

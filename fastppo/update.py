@@ -171,6 +171,7 @@ class PPOUpdate:
 
     def prepare(self, n: int, kl_limit: float) -> None:
         """Set the limit, and draw the permutation of the `n` rows for every epoch, run or not."""
+        self.parameters.check()
         self.allocate(n)
         for order in self._orders:
             order.copy_(torch.randperm(n, generator=self.generator, device=self.generator.device))

@@ -60,9 +60,10 @@ def verify_env(
         "environment", f"{found.name}: {found.obs_spec.kind} {found.obs_spec.shape}, {found.action_spec.kind}"
     )
     yield from _whatever_happens("steps", lambda: _one(factory, steps))
-    yield from _whatever_happens("seeds", lambda: [_seeds(factory, steps)])
+    seeds = list(_whatever_happens("seeds", lambda: [_seeds(factory, steps)]))
+    yield from seeds
     yield _pickles(factory)
-    yield from _vectorized(found, steps)
+    yield from _vectorized(found, steps, repeatable=seeds[0].state == "ok")
     how = resumability(found, _N, "sync")
     advice = {"exact": "", "replay": "resuming takes the actions of open episodes again", "restart": "see README"}
     yield Finding("resume", f"{how.way}: {how.why}", "ok" if how.way == "exact" else "note", advice[how.way])
@@ -171,8 +172,8 @@ def _pickles(factory: EnvFactory) -> Finding:
     return Finding("processes", "its maker can be sent to worker processes")
 
 
-def _vectorized(found: Probe, steps: int) -> Iterator[Finding]:
-    """Whether all ways to step several of them agree, and how they reset."""
+def _vectorized(found: Probe, steps: int, *, repeatable: bool) -> Iterator[Finding]:
+    """Whether all ways to step several of them agree, as a `repeatable` environment must, and how they reset."""
     assert found.factory is not None
     spec = None if found.factory.make else single.find_spec(found.factory.env_id)
     reference: list[dict[str, _Array]] = []
@@ -191,7 +192,9 @@ def _vectorized(found: Probe, steps: int) -> Iterator[Finding]:
             yield Finding(way, f"{_N} environments, {steps} steps: the same as sync" if way != "sync" else "works")
         else:
             n, step, key = difference
-            yield Finding(way, f"differs from sync: environment {n}, step {step}, {key}", "note", _SEEDS)
+            text = f"differs from sync: environment {n}, step {step}, {key}"
+            advice = "it depends on the process, or on what ran in it before" if repeatable else _SEEDS
+            yield Finding(way, text, "bad" if repeatable else "note", advice)
     if spec is not None and spec.vector_entry_point is not None:
         yield _autoreset(lambda: make_vectorized(found, _N, "native"))
 

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1] / "fastppo"
 FLOORS = {
     "errors.py": 0,
+    "cores.py": 0,
     "presets.py": 0,
     "health.py": 0,
     "config.py": 0,
@@ -33,6 +34,7 @@ FLOORS = {
     "saver.py": 2,
     "choices.py": 3,
     "restore.py": 3,
+    "assembly.py": 3,
     "trainer.py": 3,
     "evaluation.py": 4,
     "bench.py": 4,
@@ -71,7 +73,7 @@ BESIDE |= {("intermission.py", "film.py"), ("intermission.py", "metrics.py"), ("
 BESIDE |= {("samples.py", "rollout.py"), ("samples.py", "update.py"), ("metrics.py", "samples.py")}
 BESIDE |= {("sinks", "samples.py"), ("logbook.py", "metrics.py"), ("logbook.py", "sinks")}
 BESIDE |= {("capsule.py", "checkpoint.py"), ("capsule.py", "update.py"), ("saver.py", "checkpoint.py")}
-BESIDE |= {("trainer.py", "choices.py"), ("trainer.py", "restore.py")}
+BESIDE |= {("trainer.py", "choices.py"), ("trainer.py", "restore.py"), ("trainer.py", "assembly.py")}
 BESIDE |= {
     ("replay.py", "evaluation.py"),
     ("resuming.py", "evaluation.py"),

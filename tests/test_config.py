@@ -132,6 +132,10 @@ MISTAKES = {
         "value_clip='maxi' must be off or max or clipped_only; did you mean max?",
     ),
     "twice": ("--config {tmp}/twice.toml", "n_envs is given twice"),
+    "file that imports": (
+        "--config {tmp}/import.toml",
+        "env_id nowhere:X-v0 imports code; if you trust it, add --env-id",
+    ),
     "unknown flag": ("--n-env 3", "Perhaps you meant"),
     "flag's type": ("--n-envs many", "invalid"),
     "flag's choice": ("--vectorization fast", "invalid choice 'fast'"),
@@ -160,7 +164,13 @@ def said(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_path):
     arguments, message = MISTAKES[mistake]
-    files = {"run": "n_env = 3", "bad": "n_envs = ", "type": 'n_envs = "8"', "choice": 'value_clip = "maxi"'}
+    files = {
+        "import": 'env_id = "nowhere:X-v0"',
+        "run": "n_env = 3",
+        "bad": "n_envs = ",
+        "type": 'n_envs = "8"',
+        "choice": 'value_clip = "maxi"',
+    }
     for name, text in (files | {"twice": "n_envs = 3\nnum_envs = 4"}).items():
         (tmp_path / f"{name}.toml").write_text(text)
     status, lines = said(["train", *arguments.replace("{tmp}", str(tmp_path)).split()])

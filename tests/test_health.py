@@ -1,4 +1,4 @@
-"""Every rule of health, on histories made up for both outcomes, and on runs that are well."""
+"""Every rule of health, on histories made up for both outcomes."""
 
 import math
 
@@ -11,7 +11,7 @@ N = 200
 WELL = {
     "losses/clipfrac": 0.12,
     "losses/approx_kl": 0.008,
-    "charts/target_kl": 0.02,
+    "charts/kl_limit": 0.02,
     "losses/entropy": np.linspace(0.69, 0.4, N),
     "losses/explained_variance": 0.9 - 0.9 * np.exp(-np.arange(N) / 15),
     "losses/value_loss": np.linspace(10, 5, N),

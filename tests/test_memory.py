@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer
+from fastppo.assembly import Models, plan_run
 from fastppo.errors import ConfigError
 from fastppo.memory import MemoryPlan, check_memory
 from fastppo.runtime.preflight import free_memory
@@ -32,7 +33,9 @@ def test_planning_changes_nothing(tmp_path):
     for i in range(2):
         trainer = Trainer(short(tmp_path, run_dir=tmp_path / str(i)), make_env=Counter)
         if i:
-            trainer._plan_memory(trainer.config, _probe())
+            c, world = trainer.config, trainer.world
+            models = Models(trainer.spec, trainer.policy, trainer.rewards, trainer.update.parameters)
+            plan_run(c, _probe(), models, trainer.device, world, [])
         trainer.run()
         results.append(trainer.update.parameters.vector.clone())
     assert torch.equal(*results)

@@ -1,6 +1,7 @@
 """Pages in a browser: sliders, legends, no network, a phone's width."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -10,6 +11,8 @@ from fastppo.bench import Point
 from fastppo.bench_report import write_files
 from fastppo.report import report
 from fastppo.run_dir import surroundings
+from fastppo.study import Plan, summarize
+from fastppo.study_report import write_page
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -145,19 +148,54 @@ def test_the_page_of_bench_is_one_of_them(open_page, tmp_path):
     assert one.page.locator("svg.main-svg").count() >= 2
 
 
-@pytest.mark.parametrize("kind", ["nothing", "one update", "no samples"])
-def test_pages_of_broken_runs_open_without_an_error(open_page, runs, tmp_path, kind):
+def test_the_page_of_a_study_is_one_of_them(open_page, runs, tmp_path):
+    import torch
+
+    configs = []
+    for n_envs in (4, 8):
+        for seed in (1, 2):
+            run = tmp_path / "runs" / f"n{n_envs}-seed{seed}"
+            shutil.copytree(runs / f"seed{seed}", run)
+            result = json.loads((run / "result.json").read_text()) | {"ended": "target", "seconds": 1.0 * n_envs + seed}
+            (run / "result.json").write_text(json.dumps(result))
+            configs.append(dataclasses.replace(SMALL, n_envs=n_envs, seed=seed, run_dir=run))
+    plan = Plan(20.0, "batch", configs, 2, surroundings(torch.device("cpu")))
+    one = open_page(write_page(tmp_path, "CartPole-v1", plan, summarize(plan, {})), width=390)
+    one.page.wait_for_timeout(300)
+    assert one.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert one.trace("seconds", 0, "y") == [5, 6, 9, 10]
+    updates = one.page.locator("#returns .updatemenu-button").nth(1)
+    assert updates.text_content() == "updates"
+    updates.click()
+    one.page.wait_for_function("document.getElementById('returns').data[1].x.at(-1) == 12")
+
+
+def without_episodes(row):
+    return {k: v for k, v in row.items() if "episodic" not in k} | {"episodes": 0, "mean_return": None, "returns": []}
+
+
+def not_finite(row):
+    return row | {tag: None for tag in row if tag.startswith("losses/")}
+
+
+@pytest.mark.parametrize(
+    ("lines", "change", "said"),
+    [
+        (0, None, "No iteration was logged"),
+        (1, None, "One update only"),
+        (12, "no samples", "No update was looked into"),
+        (12, without_episodes, "No episode has ended"),
+        (12, not_finite, "not finite in 12 of 12 iterations"),
+    ],
+)
+def test_pages_of_broken_runs_open_without_an_error(open_page, runs, tmp_path, lines, change, said):
     run = tmp_path / "run"
     shutil.copytree(runs / "seed1", run)
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[: {"nothing": 0, "one update": 1, "no samples": 12}[kind]]))
-    if kind == "no samples":
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:lines]]
+    if change == "no samples":
         shutil.rmtree(run / "samples")
+    elif change is not None:
+        rows = [change(row) for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report([run], tmp_path / "report.html")
-    text = open_page(tmp_path / "report.html").page.locator("body").inner_text()
-    said = {
-        "nothing": "No iteration was logged",
-        "one update": "One update only",
-        "no samples": "No update was looked into",
-    }
-    assert said[kind] in text
+    assert said in open_page(tmp_path / "report.html").page.locator("body").inner_text()

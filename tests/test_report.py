@@ -185,6 +185,30 @@ def test_a_page_is_self_contained_and_small(runs, tmp_path):
         assert text in page
 
 
+def test_a_page_of_a_long_run_stays_small(runs, tmp_path):
+    """10,000 iterations and 20 full looks into updates, which is what 80 million steps at n_envs 64 leave."""
+    rng = np.random.default_rng(0)
+    shutil.copytree(runs / "seed1", tmp_path / "run")
+
+    def longer(lines):
+        for i in range(10_000):
+            noise = {tag: rng.random() for tag, x in lines[i % 12].items() if isinstance(x, float)}
+            places = {"iteration": i + 1, "global_step": (i + 1) * 8192, "episodes": (i + 1) * 32, "seconds": i / 3}
+            yield lines[i % 12] | noise | places | {"returns": rng.normal(300, 99, 32).tolist()}
+
+    spoil(tmp_path / "run", longer)
+    shutil.rmtree(tmp_path / "run" / "samples")
+    one = read_samples(runs / "seed1" / "samples")[0]
+    trajectory = {name: rng.random(2048) for name in one.trajectory}
+    for i in range(20):
+        ratios, advantages = rng.normal(1, 0.1, (5, 512)), rng.normal(0, 1, 512)
+        sample = dataclasses.replace(one, iteration=i * 500 + 1, ratios=ratios, advantages=advantages)
+        dataclasses.replace(sample, trajectory=trajectory).write(tmp_path / "run" / "samples")
+    records, page = page_of(tmp_path, tmp_path, "run")
+    assert (len(records[0]), len(records[0].returns), len(records[0].samples)) == (10_000, 320_000, 20)
+    assert len(page) < 10e6
+
+
 def test_seeds_of_a_setting_get_a_band_and_other_settings_dont(runs, tmp_path):
     _, page = page_of(runs, tmp_path, "seed1", "seed2", "other")
     assert page.count("mean of 2 seeds") >= 1

@@ -55,13 +55,20 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, n_envs, seeds, text):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_dont_take_each_others_cores(monkeypatch):
-    monkeypatch.setattr("fastppo.study.usable_cores", lambda: 8)
-    assert choose_jobs(Config(threads=1)) == 4
-    assert choose_jobs(Config(threads=3)) == 2
-    assert choose_jobs(Config(vectorization="pool")) == 1
-    monkeypatch.setattr("fastppo.study.usable_cores", lambda: 1)
-    assert choose_jobs(Config()) == 1
+def test_runs_dont_take_each_others_cores(monkeypatch, tmp_path):
+    def jobs(cores, n_envs=4, hold="batch", **changes):
+        monkeypatch.setattr("fastppo.study.usable_cores", lambda: cores)
+        monkeypatch.setattr("fastppo.runtime.device._CORES", cores)
+        return choose_jobs(plan_study(dataclasses.replace(BASE, **changes), (n_envs,), 1, hold, tmp_path))
+
+    assert jobs(8) == 4
+    assert jobs(8, threads=3) == 2
+    assert jobs(8, vectorization="pool") == 1
+    assert jobs(8, vectorization="pool", workers=3) == 2
+    assert jobs(8, vectorization="auto") == 1
+    assert jobs(1) == 1
+    # minibatches of 8,192 rows take all threads
+    assert jobs(8, n_envs=256, hold="n_steps", threads=None, total_timesteps=10**6) == 1
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 40])

@@ -248,6 +248,23 @@ def test_evaluation_plays_whole_episodes_and_repeats(tmp_path):
     assert evaluate(tmp_path / "run", 11, seed=4) != a
 
 
+def test_an_episode_that_never_ends_is_cut(tmp_path, monkeypatch):
+    """A policy without noise may stand still for ever, and training would wait for it."""
+
+    class Endless(Counter):
+        def step(self, action):
+            obs, reward, _, _, info = super().step(action)
+            return obs, reward, False, False, info
+
+    monkeypatch.setattr("fastppo.play._MOST_STEPS", 50)
+    trainer = Trainer(short(tmp_path, eval_every=16, eval_episodes=11), make_env=Endless)
+    lengths = [stats.scalars["eval/length_mean"] for stats in trainer.iterations()]
+    assert set(lengths) == {50}
+    played = evaluate(tmp_path / "run", 11, make_env=Endless)
+    assert played.lengths == [50] * 8, "three of eight environments owed a second one"
+    assert played.remark == "; 8 of 8 episodes were cut after 50 steps"
+
+
 @pytest.mark.parametrize(
     "observation_space",
     [

@@ -41,6 +41,7 @@ def test_randomness_that_no_seed_reaches_is_named():
 def test_the_first_difference_is_named_by_environment_step_and_key():
     found = findings(make_env=Gravity)
     assert found["async"].value == found["pool"].value == "differs from sync: environment 0, step 3, reward"
+    assert found["async"].state == found["pool"].state == "bad", "a seed decides everything in one process"
 
 
 @pytest.mark.parametrize(

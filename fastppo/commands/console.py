@@ -54,16 +54,18 @@ def print_findings(findings: Iterable[Finding], good: str) -> int:
     """A line for each as it is found; exit status 1 if one is bad."""
     from rich.markup import escape
 
-    console, bad = open_console(), 0
+    console, bad, noted = open_console(), 0, 0
     colours = {"ok": "green", "note": "yellow", "bad": "red"}
     for finding in findings:
         bad += finding.state == "bad"
+        noted += finding.state == "note"
         advice = f"\n{'':22}{finding.advice}" if finding.advice else ""
         text = f"{finding.name:<16} {finding.value}{advice}"
         console.print(
             f"[{colours[finding.state]}]{finding.state:<4}[/] {escape(text)}", highlight=False, soft_wrap=True
         )
-    console.print("something is wrong, see above" if bad else good)
+    notes = f", but for {noted} notes" if noted > 1 else ", but for one note" if noted else ""
+    console.print("something is wrong, see above" if bad else good + notes)
     return 1 if bad else 0
 
 

@@ -166,7 +166,7 @@ class Study(Train):
         folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
         plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
         study.begin_study(plan, base, folder)
-        jobs, console, failures = self.jobs or study.choose_jobs(base), open_console(), dict[Path, str]()
+        jobs, console, failures = self.jobs or study.choose_jobs(plan), open_console(), dict[Path, str]()
         done = sum(map(study.ended, plan.configs))
         again = f", {done} of them ended before" if done else ""
         console.print(f"{len(plan.configs)} runs{again}; {jobs} at a time; folder {folder}", highlight=False)

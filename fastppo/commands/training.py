@@ -118,7 +118,7 @@ class Eval:
         console.print(
             f"{len(lengths)} episodes, {how}: return {played.mean:.2f} +- {played.std:.2f} "
             f"(min {min(played.returns):.2f}, max {max(played.returns):.2f}), "
-            f"length {sum(lengths) / len(lengths):.1f} (min {min(lengths)}, max {max(lengths)})",
+            f"length {sum(lengths) / len(lengths):.1f} (min {min(lengths)}, max {max(lengths)}){played.remark}",
             highlight=False,
             soft_wrap=True,
         )
@@ -127,6 +127,7 @@ class Eval:
             if path != self.video:
                 console.print("no ffmpeg here: a GIF instead (pip install 'fastppo[video]' brings one)")
             frames = f"one episode more, return {shot.episode_return:.2f}, {len(shot.frames):,} frames"
+            frames += "" if shot.whole else ", cut before its end"
             console.print(f"video:   {path} ({frames})", highlight=False, markup=False, soft_wrap=True)
         return 0
 

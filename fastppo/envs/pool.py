@@ -32,6 +32,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fastppo.cores import usable_cores
 from fastppo.envs.serial import (
     NO_CARE,
     Care,
@@ -43,6 +44,7 @@ from fastppo.envs.serial import (
     outcome,
     same_spaces,
     seeds,
+    take_actions,
     told,
 )
 from fastppo.errors import ConfigError, EnvError
@@ -163,18 +165,23 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """Step every environment.
 
         Raises:
-            EnvError: an environment failed, or a worker died.
+            EnvError: an environment failed, a worker died, or `actions` are not one for each environment.
         """
-        for g, at in enumerate(self.groups):
-            self.send(g, actions[at])
+        take_actions(self._arrays["actions"], actions)
+        for g in range(len(self.groups)):
+            self._order(_STEP, g)
         for g in range(len(self.groups)):
             self._finish(g)
         obs, rewards, terminated, truncated, infos = outcome(self._arrays, slice(0, self.num_envs))
         return obs.copy(), rewards.copy(), terminated.copy(), truncated.copy(), infos
 
     def send(self, group: int, actions: _Array) -> None:
-        """Begin a step of one group."""
-        self._arrays["actions"][self.groups[group]] = actions
+        """Begin a step of one group.
+
+        Raises:
+            EnvError: `actions` are not one for each of its environments.
+        """
+        take_actions(self._arrays["actions"][self.groups[group]], actions)
         self._order(_STEP, group)
 
     def wait(self, group: int) -> Outcome:
@@ -433,11 +440,6 @@ def _stop(workers: list[_Worker]) -> None:
 def prepare_fork_server() -> None:
     """Have the fork server, once it starts, import what workers need, and outlive signals to the whole group."""
     multiprocessing.set_forkserver_preload(["fastppo.envs.forkserver", "fastppo.envs.single"])
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _share(n: int, parts: int, i: int) -> tuple[int, int]:

@@ -272,6 +272,17 @@ class Share:
                 self._put(i, play_again(env, state))
 
 
+def take_actions(place: _Array, actions: _Array) -> None:
+    """Write `actions` into `place`; numpy would repeat one for all.
+
+    Raises:
+        EnvError: they are of another number or shape.
+    """
+    if np.shape(actions) != place.shape:
+        raise EnvError(f"actions have shape {np.shape(actions)}; these environments take {place.shape}.")
+    place[...] = actions
+
+
 class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
     """Environments in this process, stepped one after the other.
 
@@ -314,8 +325,12 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return self._arrays["obs"].copy(), {}
 
     def step(self, actions: _Array) -> Outcome:
-        """Step every environment."""
-        self._arrays["actions"][:] = actions
+        """Step every environment.
+
+        Raises:
+            EnvError: an environment failed, or `actions` are not one for each.
+        """
+        take_actions(self._arrays["actions"], actions)
         self._share.step()
         return outcome(self._arrays, slice(0, self.num_envs))
 

@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastppo.functional.distributions import Categorical, Gaussian, bound_log_std
-from fastppo.policies.api import Policy
+from fastppo.policies.api import Action, Policy
 from fastppo.policies.mlp import MLP
 from fastppo.spaces import ObsSpec
 
@@ -45,6 +46,8 @@ class Decisions(NamedTuple):
     values: Tensor
 
 
+# Compiles a function for tensors like the given ones
+Compiler = Callable[[Callable[..., Any], Sequence[Tensor]], Callable[..., Any]]
 # Makes a recording of work that keeps some tensors
 Recorder = Callable[[Callable[[], None], Sequence[Tensor]], Callable[[], None]]
 
@@ -57,6 +60,9 @@ class Actor(Protocol):
     """
 
     complete: bool
+
+    def compile(self, compiler: Compiler) -> None:
+        """Have what decides compiled, where that is torch."""
 
     def record(self, recorder: Recorder) -> None:
         """Replace what decides by a recording, where that is torch."""
@@ -142,6 +148,7 @@ class _ModuleActor:
         # the step that a recording is at: it finds its rows by itself, so that a step is one launch
         self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
         self._recording: Callable[[], None] | None = None
+        self._pass: Callable[[Tensor, Tensor], Action] = policy.act
 
     def begin(self) -> None:
         """Back to the first row."""
@@ -152,11 +159,25 @@ class _ModuleActor:
         if self._recording is not None:
             self._recording()
             return
-        d, action = self._d, self._policy.act(self._d.obs[t], self._d.noise[t])
+        d, action = self._d, self._pass(self._d.obs[t], self._d.noise[t])
         d.actions[t].copy_(action.actions)
         d.logprobs[t].copy_(action.logprobs)
         d.params[t].copy_(action.params)
         d.values[t].copy_(action.values)
+
+    def compile(self, compiler: Compiler) -> None:
+        """Have compiled code decide, from parameters and buffers as they are when it is called."""
+        policy, d = self._policy, self._d
+        tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+
+        def act(obs: Tensor, noise: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+            params, values = functional_call(policy, dict(zip(tensors, state, strict=True)), (obs,))
+            actions = policy.distribution.sample(params, noise)
+            return actions, policy.distribution.log_prob(params, actions), params, values
+
+        state = [x.detach() for x in tensors.values()]
+        compiled = compiler(act, [d.obs[0], d.noise[0], *state])
+        self._pass = lambda obs, noise: Action(*compiled(obs, noise, *state))
 
     def record(self, recorder: Recorder) -> None:
         """Have a recording decide from now on."""
@@ -164,7 +185,7 @@ class _ModuleActor:
 
     def _decide(self) -> None:
         d, row = self._d, self._row
-        action = self._policy.act(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0])
+        action = self._pass(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0])
         d.actions.index_copy_(0, row, action.actions.unsqueeze(0).to(d.actions.dtype))
         d.logprobs.index_copy_(0, row, action.logprobs.unsqueeze(0))
         d.params.index_copy_(0, row, action.params.unsqueeze(0))
@@ -221,6 +242,9 @@ class _NumpyActor:
         if normalizer is not None:
             mean, scale = normalizer.mean.numpy(), (normalizer.var + 1e-8).rsqrt().numpy()
             self._moments = mean.reshape(-1), scale.reshape(-1), normalizer.clip
+
+    def compile(self, compiler: Compiler) -> None:
+        """Nothing to compile."""
 
     def record(self, recorder: Recorder) -> None:
         """Nothing to record: numpy is not launched."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from typing import Any, Literal
 
 from torch import nn
 
-from fastppo.errors import ConfigError
+from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.distributions import Gaussian
 from fastppo.policies.api import Encoder, Policy
 from fastppo.policies.cnn import MIN_SIZE, NatureCNN
@@ -83,6 +85,20 @@ class PolicySpec:
                 shared_trunk=self.shared_trunk,
             )
         return Policy(Encoder(self.obs, normalizer), network, distribution)
+
+    def check_size(self, held: int) -> None:
+        """Look whether `held` bytes of weights can be this policy's, before anything of its size is built.
+
+        Raises:
+            CheckpointError: they are too few.
+        """
+        sizes = [self.obs.features, *self.hidden_sizes] if self.network == "mlp" else [math.prod(self.obs.shape), 1]
+        widest = max((a * b for a, b in itertools.pairwise(sizes)), default=0)
+        if self.network != "custom" and widest > held:
+            raise CheckpointError(
+                f"it says observations {self.obs.shape} and hidden_sizes {self.hidden_sizes}, "
+                f"which {held:,} bytes of weights can't be."
+            )
 
     def differences(self, saved: PolicySpec) -> list[str]:
         """In words, what keeps weights saved under `saved` from meaning the same here."""

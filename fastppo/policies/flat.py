@@ -30,6 +30,7 @@ class FlatParameters:
         Raises:
             ConfigError: nothing to train, or a parameter that isn't float32.
         """
+        self._module = module
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         if not self.parameters:
             raise ConfigError(f"network {type(module).__name__} has no trainable parameters.")
@@ -44,6 +45,20 @@ class FlatParameters:
         for p, view in zip(self.parameters, self.views(self.vector), strict=True):
             view.copy_(p.detach())
             p.data = view
+
+    def check(self) -> None:
+        """Look whether the module's parameters are still the views that they were made.
+
+        Raises:
+            ConfigError: one is not, so that what is learned would not reach it.
+        """
+        here = iter(self.views(self.vector))
+        for name, p in self._module.named_parameters():
+            if p.requires_grad and ((view := next(here, None)) is None or p.data_ptr() != view.data_ptr()):
+                raise ConfigError(
+                    f"network parameter {name} was replaced or moved while it trains (load_state_dict(assign=True), "
+                    ".to(), .double(), a new layer?), and would not learn; copy values into it instead."
+                )
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """`vector` [P] cut into the parameters' shapes."""

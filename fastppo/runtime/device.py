@@ -13,10 +13,11 @@ import numpy as np
 import threadpoolctl
 import torch
 
+from fastppo.cores import usable_cores
 from fastppo.errors import ConfigError
 from fastppo.runtime.distributed import local_rank, processes
 
-_CORES = torch.get_num_threads()  # as torch found it: the machine's, or OMP_NUM_THREADS
+_CORES = min(torch.get_num_threads(), usable_cores())  # torch's: the machine's, or OMP_NUM_THREADS
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Each use of randomness has a stream of its own, so that more of one never shifts another
 _STREAMS = ("envs", "weights", "noise", "shuffle", "eval")

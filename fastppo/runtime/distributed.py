@@ -138,11 +138,6 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def local_processes() -> int:
-    """How many of them are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def local_rank() -> int:
     """This process's number on its machine, and that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -290,12 +290,12 @@ def test_p4_a_signal_while_setting_up_ends_before_the_first_step(tmp_path):
     run = tmp_path / "run"
     script = (
         "import os, signal, sys\n"
-        "from fastppo import trainer\n"
-        "before = trainer.make_vec_env\n"
+        "from fastppo import assembly\n"
+        "before = assembly.make_vec_env\n"
         "def make(*a, **k):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return before(*a, **k)\n"
-        "trainer.make_vec_env = make\n"
+        "assembly.make_vec_env = make\n"
         "from fastppo.cli import main\n"
         f"sys.exit(main({[*RUN, '--run-dir', str(run)]!r}))\n"
     )

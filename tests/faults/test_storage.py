@@ -21,6 +21,7 @@ from fastppo import Config, Trainer, evaluate, load_policy, resume
 from fastppo.checkpoint import best_checkpoint, list_checkpoints, newest_checkpoint, tidy, verify_checkpoint
 from fastppo.errors import CheckpointError, ConfigError, FastPPOError
 from fastppo.restore import about_run, restore
+from fastppo.resuming import resumable_run
 from fastppo.run_dir import RunLock, versions
 from fastppo.runtime.device import machine_name
 from fastppo.verify import run_hashes
@@ -258,6 +259,41 @@ def test_s7_leftovers_are_cleaned_and_what_is_foreign_stays(trained, tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert {"notes.txt", "step-12"} <= names
     assert not any(name.endswith((".tmp", ".gone", ".old")) for name in names)
+
+
+def test_s1_a_run_killed_between_two_renames_goes_on(trained, tmp_path):
+    """Its only checkpoint has no name of its own at that moment."""
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    for path in list_checkpoints(run)[:-1]:
+        shutil.rmtree(path)
+    (only,) = list_checkpoints(run)
+    only.rename(only.with_suffix(".old"))
+    assert resumable_run(Config(run_dir=run)) == run
+    only.rename(only.with_suffix(".old"))
+    lock = RunLock(run)
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        resume(run)  # who trains there may be about to name it
+    lock.release()
+    trainer = resume(run)
+    assert trainer.metrics.global_step == int(only.name.removeprefix("step-"))
+    trainer.run()
+
+
+def test_x2_a_model_that_claims_to_be_huge_is_refused_at_once(trained, tmp_path):
+    for name, value in (("hidden_sizes", [10**12]), ("hidden_sizes", [20_000, 20_000]), ("obs", None)):
+        run = tmp_path / f"{name}{len(str(value))}"
+        shutil.copytree(trained, run)
+        about = json.loads((run / "model.json").read_text())
+        if value is None:
+            about["policy"]["obs"]["shape"] = [10**9]
+        else:
+            about["policy"][name] = value
+        (run / "model.json").write_text(json.dumps(about))
+        begin = time.monotonic()
+        with pytest.raises(CheckpointError, match="bytes of weights can't be"):
+            load_policy(run)
+        assert time.monotonic() - begin < 5
 
 
 def test_s5_damaged_ones_dont_count_among_those_that_are_kept(trained, tmp_path):

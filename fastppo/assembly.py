@@ -1,0 +1,265 @@
+"""What a trainer is made of, built from a settled config. What is chosen on the way is told in `notes`."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from fastppo.checkpoint import load_model, read_spec
+from fastppo.config import Config
+from fastppo.cores import local_processes, usable_cores
+from fastppo.envs.api import VecEnv, env_seeds
+from fastppo.envs.host import HostEnv
+from fastppo.envs.registry import Probe, make_vec_env, resumability
+from fastppo.envs.serial import Care
+from fastppo.envs.tensor.driver import TensorEnv
+from fastppo.envs.tensor.foreign import SimulatorEnv
+from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError
+from fastppo.functional.gae import gae_doubling
+from fastppo.learn import Learner
+from fastppo.memory import MemoryPlan, Shape, check_memory, plan_memory
+from fastppo.policies.act import choose_act_device
+from fastppo.policies.api import Policy
+from fastppo.policies.build import PolicySpec
+from fastppo.policies.flat import FlatParameters
+from fastppo.policies.normalizers import RewardNormalizer
+from fastppo.rollout import Collector, Handover, Rollout
+from fastppo.runtime import accelerate
+from fastppo.runtime.accelerate import CompileError, compile_graph, worth_compiling
+from fastppo.runtime.clock import Clock
+from fastppo.runtime.device import generator, seed_stream, set_threads
+from fastppo.runtime.distributed import World
+from fastppo.runtime.preflight import check_descriptors, free_memory
+from fastppo.update import PPOUpdate
+
+
+class Models(NamedTuple):
+    """What is learned, and what follows the data.
+
+    Attributes:
+        spec: how the policy is built anew.
+        policy: encoder, network, distribution.
+        rewards: their normaliser, if they have one.
+        parameters: the network's, on one vector.
+    """
+
+    spec: PolicySpec
+    policy: Policy
+    rewards: RewardNormalizer | None
+    parameters: FlatParameters
+
+    def saved(self) -> dict[str, nn.Module]:
+        """What a model file holds, by name."""
+        return _saved(self.policy, self.rewards)
+
+
+def policy_spec(c: Config, found: Probe, *, custom: bool) -> PolicySpec:
+    """The policy that `c` asks for, or one around a `custom` network."""
+    return PolicySpec(
+        obs=found.obs_spec,
+        action=found.action_spec,
+        network="custom" if custom else "cnn" if c.network == "cnn" else "mlp",
+        hidden_sizes=c.hidden_sizes,
+        activation=c.activation,
+        shared_trunk=c.shared_trunk,
+        normalize_obs=bool(c.normalize_obs),
+        obs_clip=c.obs_clip,
+    )
+
+
+def build_models(c: Config, found: Probe, network: nn.Module | None, device: torch.device, world: World) -> Models:
+    """The policy around `network` (None: the config's) with its first weights, or those of `init_from`."""
+    spec = policy_spec(c, found, custom=network is not None)
+    set_threads(1)  # initial weights must not depend on what ran in this process before
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
+        torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
+        policy = spec.build(network).to(device)
+    policy.bf16 = c.precision == "bf16"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    rewards = RewardNormalizer(resolved(c.n_envs), c.reward_clip).to(device) if c.normalize_rewards else None
+    if c.init_from is not None:
+        saved, about = read_spec(c.init_from)
+        if differing := spec.differences(saved):
+            name = f"{c.init_from} (trained on {about.get('env')})"
+            raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
+        load_model(c.init_from, _saved(policy, rewards), optional=("rewards",))
+    parameters = FlatParameters(policy.network)
+    for tensor in (parameters.vector, *policy.state_dict().values()):  # frozen parameters too
+        world.from_main_(tensor)
+    for moments in (rewards, policy.encoder.normalizer):
+        if moments is not None:
+            moments.pool = world.pool
+    return Models(spec, policy, rewards, parameters)
+
+
+def build_update(c: Config, models: Models, device: torch.device, world: World) -> PPOUpdate:
+    """The epochs of minibatches."""
+    return PPOUpdate(
+        policy=models.policy,
+        parameters=models.parameters,
+        generator=generator(c.seed, "shuffle", device, world.rank),
+        update_epochs=resolved(c.update_epochs),
+        n_minibatches=resolved(c.n_minibatches),
+        adam_eps=c.adam_eps,
+        value_clip=c.value_clip or "off",
+        normalize=c.normalize_advantages,
+        kl_stop=c.kl_stop,
+        world=world,
+    )
+
+
+def plan_run(
+    c: Config, found: Probe, models: Models, device: torch.device, world: World, notes: list[str]
+) -> MemoryPlan:
+    """Bytes of storage, staging and update; raises ConfigError where they don't fit."""
+
+    def plan_for(n_envs: int) -> MemoryPlan:
+        # a simulator may cut at any step
+        max_steps = 1 if isinstance(found.vector, SimulatorEnv) else None
+        if c.vectorization == "tensor":
+            max_steps = found.max_steps
+        shape = Shape(n_envs, found.obs_spec, found.action_spec, max_steps=max_steps)
+        return plan_memory(resolved(c.n_steps), shape, lambda: build_update(c, models, device, world), gae_doubling)
+
+    free = free_memory(device)
+    if device.type == "cpu":  # shared by all processes here
+        free //= local_processes()
+    try:
+        return check_memory(plan_for, resolved(c.n_envs), resolved(c.n_steps), free)
+    except ConfigError:
+        raise
+    except Exception as error:  # a network whose forward looks at values, which a plan doesn't have
+        notes.append(f"memory is not planned: the network can't be run on shapes alone ({type(error).__name__}).")
+        return MemoryPlan(0, 0, 0)
+
+
+def build_envs(
+    c: Config, found: Probe, device: torch.device, world: World, notes: list[str], *, times_begun: int
+) -> VecEnv:
+    """The environments; `times_begun` tells the streams apart of a run that is begun anew or goes on."""
+    n_envs = resolved(c.n_envs)
+    assert c.vectorization != "auto", "settled"
+    if c.vectorization == "async":  # a pipe and a process each
+        check_descriptors(4, n_envs, "n_envs")
+    if c.vectorization == "pool":
+        check_descriptors(8, c.workers or usable_cores(), "workers")
+    how = resumability(found, n_envs, c.vectorization)
+    notes.append(f"resume: {how.way} ({how.why}).")
+    if c.exact_resume and how.way == "restart":
+        raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
+    restarts = c.env_restarts if c.on_env_error == "restart" else 0
+    return make_vec_env(
+        found,
+        n_envs,
+        c.vectorization,
+        # an own random stream where it can't be set later; another one where a run goes on
+        seed=int(seed_stream(c.seed, "envs", world.rank, times_begun).generate_state(1)[0] >> 1),
+        n_workers=c.workers,
+        half_batches=c.half_batches,
+        device=device,
+        care=Care(how.way, restarts, c.env_timeout),
+        resumable=how,
+    )
+
+
+def build_rollout(c: Config, env: VecEnv, models: Models, device: torch.device, world: World) -> Rollout:
+    """Storage of one iteration, with the first observations in it."""
+    if env.obs_spec.shape != models.spec.obs.shape:
+        raise EnvError(
+            f"vectorization={c.vectorization}: its observations are {env.obs_spec.shape}, "
+            f"those of one environment {models.spec.obs.shape}; use sync or pool."
+        )
+    rollout = Rollout.allocate(resolved(c.n_steps), env, models.policy, device)
+    seeds = env_seeds(seed_stream(c.seed, "envs"), resolved(c.n_envs), world.rank, world.size)
+    rollout.obs[-1].copy_(env.reset(seeds))
+    return rollout
+
+
+def build_collector(
+    c: Config, env: VecEnv, policy: Policy, rollout: Rollout, clock: Clock, world: World, notes: list[str]
+) -> tuple[Collector, Literal["auto", "cpu", "cuda"]]:
+    """What fills the rollout, and where it acts ("auto" where there is but one place)."""
+    acting, here, handover, place = policy, rollout, None, c.act_device
+    device = rollout.rewards.device
+    if device.type == "cuda" and isinstance(env, HostEnv):
+        place, why = choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device)
+        notes.append(f"act_device {place}: {why}.")
+        if place == "cpu":
+            acting = copy.deepcopy(policy).cpu()
+            here = Rollout.allocate(resolved(c.n_steps), env, acting, torch.device("cpu"))
+            handover = Handover(acting, here, policy, rollout)
+            here.obs[-1].copy_(rollout.obs[-1])
+    noise = generator(c.seed, "noise", here.rewards.device, world.rank)
+    whole = c.compile == "graph" and env.state is not None
+    return Collector(env, acting, here, noise, clock, torch_only=whole, handover=handover), place
+
+
+def compile_work(
+    wanted: str,
+    minibatches: int,
+    learner: Learner,
+    collect: Collector,
+    env: VecEnv,
+    world: World,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> tuple[Any, float]:
+    """Compile or record rollout and update, if that is `wanted` or ("auto") pays for the `minibatches` ahead.
+
+    Returns:
+        The mode that came of it, and the seconds that it took.
+    """
+    mode, why = wanted, "asked for"
+    device = learner.device
+    compiled_before = accelerate.compilations
+    if wanted == "auto":
+        pays, why = worth_compiling(minibatches)
+        mode = "on" if pays else "off"
+        if device.type != "cpu":
+            mode, why = "graph", "on CUDA launches cost more than small kernels do"
+    if mode != "off":
+        say("compiling: 10-20 s, the next time 5")
+    begin, seconds = time.perf_counter(), 0.0
+    if mode == "on" or (mode == "graph" and device.type == "cuda"):
+        try:
+            learner.compile()
+            collect.compile()
+            if isinstance(env, TensorEnv):
+                env.compile(compile_graph)
+        except CompileError as error:
+            if mode == "on":
+                mode, why = "off", f"it can't be compiled: {error}"
+            else:
+                notes.append(f"kernels are eager: they can't be compiled: {error}.")
+    if mode == "graph":
+        try:
+            if world.size > 1 and device.type == "cpu":
+                raise CaptureError("several processes on the CPU can't be recorded; use compile on or off.")
+            learner.record()
+            collect.record()
+        except CaptureError as error:
+            if wanted == "graph":
+                raise
+            mode, why = "on" if accelerate.compilations > compiled_before else "off", str(error)
+    if mode != "off":
+        seconds = time.perf_counter() - begin
+        why = f"{why}; took {seconds:.1f} s"
+    if wanted != "off":
+        notes.append(f"compile {mode}: {why}.")
+    return mode, seconds
+
+
+def resolved(value: int | None) -> int:
+    """A number that `settle` has filled in."""
+    assert value is not None, "the config is resolved"
+    return value
+
+
+def _saved(policy: Policy, rewards: RewardNormalizer | None) -> dict[str, nn.Module]:
+    return {"policy": policy} if rewards is None else {"policy": policy, "rewards": rewards}

@@ -1,0 +1,140 @@
+"""What a trainer is made of: cores, and what becomes of `--compile`."""
+
+import pytest
+import torch
+
+from fastppo import Config, Trainer
+from fastppo.assembly import compile_work
+from fastppo.cores import usable_cores
+from fastppo.errors import CaptureError
+from fastppo.runtime.accelerate import CompileError
+from fastppo.runtime.distributed import World
+
+
+class Parts:
+    """Stands for learner, collector and environments: compiles and records, or says why not."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, compiles=True, records=True):
+        self.compiles, self.records, self.done = compiles, records, []
+
+    def compile(self):
+        if not self.compiles:
+            raise CompileError("there is no C++ compiler")
+        self.done.append("compile")
+
+    def record(self):
+        if not self.records:
+            raise CaptureError("forward looks at values")
+        self.done.append("record")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "minibatches", "parts", "device", "mode", "note"),
+    [
+        ("on", 1, Parts(), "cpu", "on", "compile on: asked for; took"),
+        ("on", 1, Parts(compiles=False), "cpu", "off", "compile off: it can't be compiled: there is no C++ compiler"),
+        ("auto", 100, Parts(), "cpu", "off", "compile off: 100 minibatches ahead: compiling saves about 0 s and costs"),
+        ("auto", 10**6, Parts(), "cpu", "on", "compile on: 1,000,000 minibatches ahead: compiling saves about 2,500 s"),
+        ("auto", 10**6, Parts(compiles=False), "cpu", "off", "compile off: it can't be compiled"),
+        ("graph", 1, Parts(), "cpu", "graph", "compile graph: asked for"),
+        ("auto", 1, Parts(), "cuda", "graph", "compile graph: on CUDA launches cost more"),
+        ("auto", 1, Parts(records=False), "cuda", "off", "compile off: forward looks at values"),
+        ("auto", 1, Parts(compiles=False), "cuda", "graph", "kernels are eager: they can't be compiled"),
+        ("off", 1, Parts(), "cpu", "off", None),
+    ],
+)
+def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mode, note):
+    parts.device, notes, said = torch.device(device), [], []
+    found, seconds = compile_work(wanted, minibatches, parts, parts, parts, World(), notes, said.append)
+    assert found == mode
+    assert bool(note) == bool(notes)
+    assert note is None or notes[0].startswith(note)
+    assert bool(seconds) == (mode != "off")
+    assert not said or said == ["compiling: 10-20 s, the next time 5"]
+    assert ("record" in parts.done) == (mode == "graph")
+
+
+def test_what_was_asked_for_and_cant_be_recorded_is_an_error():
+    with pytest.raises(CaptureError, match="looks at values"):
+        compile_work("graph", 1, Parts(), Parts(records=False), Parts(), World(), [], print)
+    with pytest.raises(CaptureError, match="several processes on the CPU"):
+        compile_work("graph", 1, Parts(), Parts(), Parts(), World(0, 2), [], print)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine of 64 cores whose control groups are files; returns a function that writes one."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def write(path, text):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    return write
+
+
+def test_a_quota_limits_cores(machine, tmp_path, monkeypatch):
+    assert usable_cores(tmp_path) == 64, "no control groups"
+    machine("proc/self/cgroup", "0::/pods/mine\n")
+    assert usable_cores(tmp_path) == 64
+    machine("sys/fs/cgroup/pods/mine/cpu.max", "max 100000\n")
+    assert usable_cores(tmp_path) == 64
+    machine("sys/fs/cgroup/pods/cpu.max", "850000 100000\n")
+    assert usable_cores(tmp_path) == 8, "a group above counts"
+    machine("sys/fs/cgroup/pods/mine/cpu.max", "20000 100000\n")
+    assert usable_cores(tmp_path) == 1, "never none"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    machine("sys/fs/cgroup/pods/mine/cpu.max", "max 100000\n")
+    assert usable_cores(tmp_path) == 2, "processes that train together share them"
+
+
+def test_a_quota_of_the_first_version_of_groups(machine, tmp_path):
+    machine("proc/self/cgroup", "4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n")
+    machine("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "200000\n")  # a container sees its own group as the root
+    machine("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert usable_cores(tmp_path) == 2
+    machine("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    assert usable_cores(tmp_path) == 64
+
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.SiLU())
+        self.heads = torch.nn.Linear(32, 3)
+
+    def forward(self, x):
+        out = self.heads(self.body(x))
+        return out[:, :2], out[:, 2]
+
+
+@pytest.mark.parametrize("half_batches", [False, True])
+def test_a_network_of_ones_own_acts_compiled_as_it_does_eagerly(tmp_path, half_batches):
+    how = {"vectorization": "pool", "workers": 2, "half_batches": True} if half_batches else {}
+    runs = {}
+    for mode in ("off", "on"):
+        torch.manual_seed(0)
+        sizes = {"n_envs": 6, "n_steps": 32, "total_timesteps": 192 * 3, "n_minibatches": 2, "threads": 1}
+        config = Config(run_dir=tmp_path / mode, compile=mode, normalize_obs=True, **sizes, **how)
+        trainer = Trainer(config, policy=Own())
+        trainer.run()
+        runs[mode] = trainer.rollout.tensors() | {"parameters": trainer.update.parameters.vector}
+    assert torch.equal(runs["on"]["actions"], runs["off"]["actions"])
+    for name in ("params", "values", "logprobs", "parameters"):
+        torch.testing.assert_close(runs["on"][name], runs["off"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_were_moved_are_refused(tmp_path):
+    config = Config(n_envs=2, n_steps=8, total_timesteps=160, compile="off", run_dir=tmp_path / "run")
+    trainer = Trainer(config, policy=Own())
+    network = trainer.policy.network
+    with pytest.raises(Exception, match=r"network parameter body.0.weight was replaced or moved while it trains"):
+        for stats in trainer.iterations():
+            if stats.iteration == 2:
+                network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies: fine
+            if stats.iteration == 4:
+                network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+    assert trainer.progress.iteration == 4
