@@ -74,9 +74,10 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
     run_dir, on = Path(run), choose_device(device)
     spec, _ = read_spec(run_dir)
     try:
-        spec.check_size((run_dir / "model.safetensors").stat().st_size)
+        weights = run_dir / "model.safetensors"
+        spec.check_size(weights.stat().st_size if weights.exists() else 0)
         built = spec.build(policy).to(on)
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         raise CheckpointError(f"{run_dir}/model.json doesn't fit its weights: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):

@@ -18,6 +18,9 @@ from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.spaces import ActionSpec, ObsSpec
 
 
+_QUICKLY_BUILT = 4_000_000  # weights
+
+
 def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
     """The Nature CNN for images that are large enough for it, an MLP for the rest."""
     return "cnn" if obs.kind == "image" and min(obs.image_size[1:]) >= MIN_SIZE else "mlp"
@@ -94,7 +97,7 @@ class PolicySpec:
         """
         sizes = [self.obs.features, *self.hidden_sizes] if self.network == "mlp" else [math.prod(self.obs.shape), 1]
         widest = max((a * b for a, b in itertools.pairwise(sizes)), default=0)
-        if self.network != "custom" and widest > held:
+        if self.network != "custom" and widest > max(held, _QUICKLY_BUILT):
             raise CheckpointError(
                 f"it says observations {self.obs.shape} and hidden_sizes {self.hidden_sizes}, "
                 f"which {held:,} bytes of weights can't be."
