@@ -17,7 +17,6 @@ from fastppo.policies.mlp import MLP
 from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.spaces import ActionSpec, ObsSpec
 
-
 _QUICKLY_BUILT = 4_000_000  # weights
 
 
