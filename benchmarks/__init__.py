@@ -30,6 +30,7 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> 
     print(table(rows))
     about = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     kept = {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit", "command")}
+    kept["command"] = [Path(word).name if word.startswith("/") else word for word in about["command"]]
     result = {"rows": list(rows), **more, **kept}
     print(json.dumps(result))
     if output is not None:

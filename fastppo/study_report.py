@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import plotly.graph_objects as go
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastppo.page import LAYOUT, Figures, heading, page, paragraphs, table
@@ -19,11 +20,17 @@ _AXES = {"environment steps": "global_step", "updates": "iteration", "seconds": 
 
 def terminal_table(settings: Sequence[Setting]) -> Table:
     """One row for each n_envs, with 95 % intervals."""
-    shown = Table(title="to the target; mean over seeds that reached it (95 % interval)", title_justify="left")
+    shown = Table(
+        title="to the target; mean over seeds that reached it (95 % interval)",
+        title_justify="left",
+        box=SIMPLE_HEAD,  # narrow, so that no interval is cut at 80 columns
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for name in _HEAD:
-        shown.add_column(name, justify="right")
+        shown.add_column(name.replace(" to ", " to\n"), justify="right")
     for row in _rows(settings):
-        shown.add_row(*row)
+        shown.add_row(*(cell.replace(" (", "\n(") for cell in row))
     return shown
 
 
