@@ -27,6 +27,7 @@ _COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9
 AXES = {"environment steps": "global_step", "episodes": "episodes", "seconds": "seconds"}
 _Points = tuple[list[float | None], list[float | None]]
 _EPISODES = 3000  # shown for each run
+_EPISODES_OF = 4  # runs at most
 _BAND = 200  # points of a mean over seeds
 _STEPS = 200  # of a trajectory
 _SAMPLES = 60  # updates in a page
@@ -157,7 +158,7 @@ def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by
     Args:
         records: the runs; those that differ by their seed alone get a mean and a band.
         axes: what buttons choose x from: what to call it, and its tag.
-        by: a setting that groups of seeds are named by; empty: they are not.
+        by: a setting that groups of seeds are named by, each run a thin line of its group; empty: runs have names.
     """
     figure, alone = go.Figure(), len(records) == 1
     views: list[list[_Points]] = []  # of each trace, its points over each of the axes
@@ -166,15 +167,16 @@ def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by
         figure.add_scatter(x=points[0][0], y=points[0][1], **options)
         views.append(points)
 
-    for r, color in zip(records, itertools.cycle(_COLORS), strict=False):
+    for r, color in zip(records, itertools.cycle(_COLORS), strict=False) if not by else ():
         picked = np.linspace(0, len(r.returns) - 1, min(len(r.returns), _EPISODES)).astype(int)
-        add(
-            [(_plain(r.return_places[tag][picked]), _plain(r.returns[picked])) for tag in axes.values()],
-            mode="markers",
-            marker={"size": 3, "color": color, "opacity": 0.35},
-            name="episodes" if alone else f"{r.label}: episodes",
-            visible=True if alone else "legendonly",
-        )
+        if len(records) <= _EPISODES_OF:
+            add(
+                [(_plain(r.return_places[tag][picked]), _plain(r.returns[picked])) for tag in axes.values()],
+                mode="markers",
+                marker={"size": 3, "color": color, "opacity": 0.35},
+                name="episodes" if alone else f"{r.label}: episodes",
+                visible=True if alone else "legendonly",
+            )
         mean = _plain(thin(r.column("mean_return")))
         add(
             [(_plain(thin(r.column(tag))), mean) for tag in axes.values()],
@@ -183,10 +185,20 @@ def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by
             name="mean of the last 100" if alone else r.label,
         )
     for group, color in zip(_groups(records), itertools.cycle(_COLORS), strict=False):
+        named = f"{by} {group[0].config.get(by)}, " if by else ""
+        name = f"{named}mean of {len(group)} seeds, +- 1 standard deviation"
+        for r in group if by else ():
+            mean = _plain(thin(r.column("mean_return")))
+            add(
+                [(_plain(thin(r.column(tag))), mean) for tag in axes.values()],
+                mode="lines",
+                line={"color": color, "width": 0.7},
+                name=f"{by} {r.config.get(by)}" if len(group) == 1 else r.label,
+                showlegend=len(group) == 1,
+                legendgroup=name,
+            )
         if len(group) > 1 and all(map(len, group)):
             bands = [_band(group, tag) for tag in axes.values()]
-            named = f"{by} {group[0].config.get(by)}, " if by else ""
-            name = f"{named}mean of {len(group)} seeds, +- 1 standard deviation"
             add(
                 [(_around(x, x), _around(y + d, y - d)) for x, y, d in bands],
                 fill="toself",
@@ -213,7 +225,8 @@ def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by
     ]
     place = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
     figure.update_layout(**LAYOUT, title="Reward per episode", updatemenus=[{"buttons": buttons, **place}])
-    figure.update_layout(margin_t=90)
+    entries = sum(trace.showlegend is not False for trace in figure.data)
+    figure.update_layout(margin_t=90, height=450 + 20 * max(0, entries // 2 - 3))  # a long legend takes from the plot
     figure.update_xaxes(title=next(iter(axes)))
     figure.update_yaxes(title="return")
     return figure

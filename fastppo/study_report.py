@@ -14,7 +14,7 @@ from fastppo.page import LAYOUT, Figures, heading, page, paragraphs, table
 from fastppo.report import returns_figure
 from fastppo.study import Estimate, Plan, Setting, recommend
 
-_HEAD = ("n_envs", "n_steps", "reached", "seconds to target", "steps to target", "updates", "steps/s")
+_HEAD = ("n_envs", "reached", "n_steps", "seconds to target", "steps to target", "updates", "steps/s")
 _AXES = {"environment steps": "global_step", "updates": "iteration", "seconds": "seconds"}
 
 
@@ -59,8 +59,8 @@ def _rows(settings: Sequence[Setting]) -> list[tuple[str, ...]]:
     return [
         (
             f"{s.n_envs:,}",
-            f"{s.n_steps:,}",
             f"{s.reached} of {s.tried}" + (f", {len(s.failures)} failed" if s.failures else ""),
+            f"{s.n_steps:,}",
             _text(s.seconds, ",.1f"),
             _text(s.steps, ",.0f"),
             _text(s.updates, ",.0f"),
