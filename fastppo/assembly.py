@@ -229,7 +229,10 @@ def compile_work(
     if mode == "on" or (mode == "graph" and device.type == "cuda"):
         try:
             learner.compile()
-            collect.compile()
+            try:
+                collect.compile()
+            except CompileError as error:  # the update, which is most of the work, is compiled all the same
+                notes.append(f"acting is eager: it can't be compiled: {error}.")
             if isinstance(env, TensorEnv):
                 env.compile(compile_graph)
         except CompileError as error:

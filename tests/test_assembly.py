@@ -56,6 +56,14 @@ def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mod
     assert ("record" in parts.done) == (mode == "graph")
 
 
+def test_an_update_stays_compiled_where_acting_cant_be():
+    learner, notes = Parts(), []
+    mode, _ = compile_work("on", 1, learner, Parts(compiles=False), Parts(), World(), notes, print)
+    assert (mode, learner.done) == ("on", ["compile"])
+    assert notes[0] == "acting is eager: it can't be compiled: there is no C++ compiler."
+    assert notes[1].startswith("compile on: asked for")
+
+
 def test_what_was_asked_for_and_cant_be_recorded_is_an_error():
     with pytest.raises(CaptureError, match="looks at values"):
         compile_work("graph", 1, Parts(), Parts(records=False), Parts(), World(), [], print)
