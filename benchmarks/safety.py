@@ -4,7 +4,8 @@
 
 checks: observations held against their space, shapes and types of every step's results, finite observations and
 rewards; on, or replaced by nothing. In the pool only what the trainer's process does is toggled; its workers run the
-same lines as sync does. Gradients are checked within the compiled update, which always does it.
+same lines as sync does. Gradients are checked within the compiled update, which always does it. By a clock: the share
+of an iteration that is spent within these checks, which the noise of whole iterations doesn't reach.
 sample: one update looked into (`--record-ratios`), once in 20 iterations here and `share` of the time at the default of
 20 times in a run of 1,000 iterations; with `--log-histograms` too.
 save: share of the time that saving takes with a checkpoint every 10 s, far more often than the default.
@@ -18,7 +19,9 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,32 +43,41 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Anything:
-    """Checks nothing."""
+class _Timed:
+    """Adds up what calls take."""
 
-    def issuperset(self, types: object) -> bool:
-        return True
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, check: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return check(*args)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return timed
 
 
 def measure(name: str, seconds: float) -> dict[str, Any]:
     """One run of one setting."""
     rng = np.random.default_rng(1)
-    originals = (Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS)
+    nothing, anything, clock = torch.zeros(1), SimpleNamespace(issuperset=lambda types: True), _Timed()
+    bools, numbers = (SimpleNamespace(issuperset=clock(x.issuperset)) for x in (serial._BOOLS, serial._NUMBERS))
+    checks = (Metrics._broken, Metrics._outside, Share._check_shape)
+    ways: dict[str, Any] = {
+        "on": (*checks, serial._BOOLS, serial._NUMBERS),
+        "off": (lambda self: nothing, lambda self: nothing, lambda self, where, obs: None, anything, anything),
+        "timed": (*map(clock, checks), bools, numbers),
+    }
 
-    def toggle(on: bool) -> None:
-        nothing = torch.zeros(1)
-        without: Any = (
-            lambda self: nothing,
-            lambda self: nothing,
-            lambda self, where, obs: None,
-            _Anything(),
-            _Anything(),
-        )
-        chosen: Any = originals if on else without
-        Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS = chosen
+    def put(way: str) -> None:
+        Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS = ways[way]
 
     kinds = ("none", "sample", "histograms")
-    seen: list[tuple[bool, str, float]] = []  # of each iteration: checks on, what was looked at, seconds
+    seen: list[tuple[str, str, float]] = []  # of each iteration: how checks were, what was looked at, seconds
+    shares: list[float] = []  # of timed iterations, what checks took of them
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             **SETTINGS[name],
@@ -79,25 +91,29 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         sampler, kind = trainer._sampler, "none"
         sampler.due = lambda iteration: kind != "none"  # type: ignore[method-assign]
         began, before = time.monotonic(), float("inf")
-        toggle(on := True)
+        put(way := "on")
         for stats in trainer.iterations():
             took, before = trainer.clock.seconds - before, trainer.clock.seconds
             saves = stats.scalars["time/save"] > 0.01 * took  # measured by itself
             if stats.iteration > 5 and took > 0 and not saves:
-                seen.append((on, kind, took))
+                seen.append((way, kind, took))
+                if way == "timed":
+                    shares.append(clock.seconds / took)
+            clock.seconds = 0.0
             if time.monotonic() - began > seconds:
                 break
             kind = str(rng.choice(kinds, p=[0.7, 0.15, 0.15]))
             sampler._histograms = kind == "histograms"
-            toggle(on := kind != "none" or bool(rng.integers(2)))
+            put(way := "on" if kind != "none" else str(rng.choice(("on", "off", "timed"), p=[0.4, 0.4, 0.2])))
         spent = trainer.clock.phase_seconds()
-    toggle(True)
+    put("on")
     out: dict[str, Any] = {"setting": name, "iterations": len(seen)}
     out["iteration ms"] = float(np.median([took for _, _, took in seen])) * 1e3
-    plain = (True, "none")
-    out["checks: on / off"] = "{:.3f} ({:.3f}-{:.3f})".format(*_ratio(rng, seen, plain, (False, "none")))
+    plain = ("on", "none")
+    out["checks: on / off"] = "{:.3f} ({:.3f}-{:.3f})".format(*_ratio(rng, seen, plain, ("off", "none")))
+    out["checks: by a clock"] = f"{np.median(shares):.2%}"
     for what in kinds[1:]:
-        ratio, low, high = _ratio(rng, seen, (True, what), plain)
+        ratio, low, high = _ratio(rng, seen, ("on", what), plain)
         out[f"{what}: an iteration's worth"] = f"{ratio - 1:.2f} ({low - 1:.2f}-{high - 1:.2f})"
         out[f"{what}: share, 20 in 1,000"] = f"{(ratio - 1) * 20 / 1000:.2%}"
     out["save: share, each 10 s"] = f"{spent['save'] / sum(spent.values()):.2%}"
@@ -105,7 +121,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
 
 
 def _ratio(
-    rng: np.random.Generator, seen: list[tuple[bool, str, float]], one: tuple[bool, str], other: tuple[bool, str]
+    rng: np.random.Generator, seen: list[tuple[str, str, float]], one: tuple[str, str], other: tuple[str, str]
 ) -> tuple[float, float, float]:
     """Seconds of `one` to those of `other` where they follow each other, either way round: median and 95 % interval."""
     logs = []

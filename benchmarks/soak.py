@@ -3,9 +3,9 @@
     python -m benchmarks.soak --kills 300 --output benchmarks/results/kills_2core-cpu_2026-11-21.json
     python -m benchmarks.soak --hours-of-events 24 --output benchmarks/results/soak_2core-cpu_2026-11-21.json
 
-Kills: a run is killed at random times, in whatever it is doing, and started again with --resume auto, until it has been
-killed so often; then it is left to finish, and compared bit by bit with one that was never killed. Processes are forked
-from one that has imported everything, so that kills fall into training and not into imports.
+Kills: runs are killed at random times, in whatever they are doing, and started again with --resume auto until they
+end, some 20 kills later; each is compared bit by bit with one that was never killed. Processes are forked from one that
+has imported everything, so that kills fall into training and not into imports.
 
 Events: 24 hours stand for 200,000 iterations, a million episodes and 2,000 checkpoints of an environment that costs
 nothing, in one process. Memory, descriptors, threads, children and shared memory are read a hundred times.
@@ -35,7 +35,8 @@ from benchmarks import report
 
 ITERATIONS_PER_HOUR = 200_000 / 24
 SAVE_EVERY = 100  # iterations
-STEPS = 512  # of an iteration of the run that is killed
+STEPS = 512  # of an iteration of a run that is killed
+KILLS_OF_A_RUN = 20  # about; then another one begins
 
 
 class Quick(gym.Env[Any, Any]):
@@ -60,12 +61,10 @@ gym.register("Quick-v0", entry_point=Quick)
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str = "sync") -> dict[str, Any]:
-    """Kill a run so many times; what that cost. In a process of its own, which forks."""
+    """Kill runs so many times; what that cost. In a process of its own, which forks."""
     command = [sys.executable, "-m", "benchmarks.soak", "--kills-in", str(folder), "--kills", str(kills)]
     command += ["--seed", str(seed), "--vectorization", vectorization]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -73,54 +72,61 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str 
 def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, Any]:
     import torch
 
-    from fastppo.checkpoint import list_checkpoints, newest_checkpoint
-    from fastppo.errors import CheckpointError
     from fastppo.verify import run_hashes
 
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    total = STEPS * 12 * kills  # twice of what it comes to between kills
+    expected_kills = min(kills, KILLS_OF_A_RUN)
+    total = STEPS * 12 * expected_kills  # twice of what it comes to between kills
     arguments = ["train", "--env-id", "CartPole-v1", "--n-envs", "8", "--n-steps", str(STEPS // 8), "--threads", "1"]
     arguments += ["--checkpoint-every", str(STEPS), "--total-timesteps", str(total), "--compile", "off"]
     arguments += ["--vectorization", vectorization, "--normalize-obs", "--normalize-rewards", "--target-kl", "0.02"]
-    whole, run = folder / "whole", folder / "killed"
     begin = time.perf_counter()
-    assert _wait(_start([*arguments, "--run-dir", str(whole)])) == 0
-    alone = time.perf_counter() - begin
-    figures: dict[str, Any] = {"vectorization": vectorization, "kills": 0, "unloadable": 0, "finished early": 0}
+    assert _wait(_start([*arguments, "--run-dir", str(folder / "whole")])) == 0
+    patience = 0.4 + (time.perf_counter() - begin) / expected_kills
+    expected = run_hashes(folder / "whole")
+    figures: dict[str, Any] = {"vectorization": vectorization, "kills": 0, "unloadable": 0}
     figures |= {
         "lost past the last checkpoint": 0,
         "killed before the first checkpoint": 0,
         "most iterations redone": 0,
     }
+    figures |= {"runs compared": 0, "tensors and rows of each": len(expected), "hash differences": 0}
+    while figures["kills"] < kills:
+        run = folder / f"killed-{figures['runs compared']}"
+        _kill_one([*arguments, "--run-dir", str(run), "--resume", "auto"], run, kills, patience, rng, figures)
+        found = run_hashes(run)
+        figures["runs compared"] += 1
+        figures["hash differences"] += sum(found.get(name) != x for name, x in expected.items())
+        print(figures, file=sys.stderr, flush=True)
+    return figures
+
+
+def _kill_one(
+    arguments: list[str], run: Path, kills: int, patience: float, rng: random.Random, figures: dict[str, Any]
+) -> None:
+    """Start one run and kill it, again and again, until it has ended or there were so many kills in all."""
+    from fastppo.checkpoint import list_checkpoints, newest_checkpoint
+
     newest = 0
     while figures["kills"] < kills:
-        pid = _start([*arguments, "--run-dir", str(run), "--resume", "auto"])
-        time.sleep(rng.uniform(0.1, 0.4 + alone / kills))
+        pid = _start(arguments)
+        time.sleep(rng.uniform(0.1, patience))
         os.kill(pid, signal.SIGKILL)
         if _wait(pid) == 0:
-            figures["finished early"] += 1
-            break
+            return
         figures["kills"] += 1
         if not list_checkpoints(run):
             figures["killed before the first checkpoint"] += 1
             shutil.rmtree(run, ignore_errors=True)
             continue
-        try:
-            path, problems = newest_checkpoint(run)
-            figures["unloadable"] += len(problems)
-            figures["lost past the last checkpoint"] += int(path.name[5:]) < newest
-            newest = int(path.name[5:])
-            redone = (_last_step(run) - newest) // STEPS
-            figures["most iterations redone"] = max(figures["most iterations redone"], redone)
-        except CheckpointError:
-            figures["unloadable"] += 1
-            break
-    assert _wait(_start([*arguments, "--run-dir", str(run), "--resume", "auto"])) == 0
-    expected, found = run_hashes(whole), run_hashes(run)
-    figures["tensors and rows compared"] = len(expected)
-    figures["hash differences"] = sum(found.get(name) != x for name, x in expected.items())
-    return figures
+        path, problems = newest_checkpoint(run)  # raises where none can be loaded
+        figures["unloadable"] += len(problems)
+        figures["lost past the last checkpoint"] += int(path.name[5:]) < newest
+        newest = int(path.name[5:])
+        redone = (_last_step(run) - newest) // STEPS
+        figures["most iterations redone"] = max(figures["most iterations redone"], redone)
+    assert _wait(_start(arguments)) == 0
 
 
 def _last_step(run: Path) -> int:
@@ -216,12 +222,12 @@ def main(
     hours_of_events: float = 0.0,
     seed: int = 0,
     vectorization: Annotated[
-        str, tyro.conf.arg(help="of the run that is killed; `all`: sync, pool and native")
+        str, tyro.conf.arg(help="of the runs that are killed; `all`: sync, pool and native")
     ] = "all",
     output: Path | None = None,
     kills_in: Annotated[Path | None, tyro.conf.arg(help="used by itself")] = None,
 ) -> None:
-    """Kill a run so many times, or go through so many hours of events."""
+    """Kill runs so many times, or go through so many hours of events."""
     if kills_in is not None:
         print(json.dumps(_kill(kills_in, kills, seed, vectorization)))
         return
@@ -231,8 +237,7 @@ def main(
             ways = ["sync", "pool", "native"] if vectorization == "all" else [vectorization]
             for way in ways:
                 (folder / way).mkdir()
-            rows = [kill_and_resume(folder / way, kills // len(ways), seed, way) for way in ways]
-            report(rows, output)
+            report([kill_and_resume(folder / way, kills // len(ways), seed, way) for way in ways], output)
         if hours_of_events:
             figures = soak(hours_of_events, folder)
             report([figures.pop("summary")], output, **figures)

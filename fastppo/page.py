@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
@@ -29,22 +30,50 @@ PHASE_COLORS = {
 
 
 class Figures:
-    """Figures of one page; the first brings Plotly's library along, once."""
+    """Figures of one page; the first brings Plotly's library along, once.
+
+    Each is drawn when it comes near the part of the page that is seen, or is printed: to draw all when the page opens
+    would take seconds. Scripts that change figures wait for them with `whenSeen`, and call `plot` first.
+    """
 
     def __init__(self) -> None:
         """None yet."""
-        self._first = True
+        self._scripts = f"<script>{get_plotlyjs()}</script><script>{_LAZY}</script>"
 
     def draw(self, figure: go.Figure, name: str | None = None) -> str:
         """The figure as HTML, under an id that scripts find."""
-        drawn: str = figure.to_html(
-            full_html=False,
-            include_plotlyjs=self._first,
-            config={"responsive": True, "displaylogo": False},
-            div_id=name,
-        )
-        self._first = False
-        return drawn
+        scripts, self._scripts = self._scripts, ""
+        called = f' id="{html.escape(name)}"' if name else ""
+        style = f"height: {figure.layout.height or 450}px"
+        drawn = figure.to_json().replace("<", "\\u003c")  # a label must not end the script
+        data = f'<script type="application/json">{drawn}</script>'
+        return f'{scripts}<div class="figure"{called} style="{style}">{data}</div>'
+
+
+_LAZY = """
+function plot(div) {
+  if (div.data) return;
+  const {data, layout} = JSON.parse(div.firstElementChild.textContent);
+  div.replaceChildren();
+  Plotly.newPlot(div, data, layout, {responsive: true, displaylogo: false});
+}
+const waiting = new Map();
+const watcher = new IntersectionObserver(
+  seen => seen.filter(s => s.isIntersecting).forEach(s => setTimeout(begin, 0, s.target)), {rootMargin: "200px"});
+function begin(element) {
+  watcher.unobserve(element);
+  const act = waiting.get(element);
+  waiting.delete(element);
+  if (act) act();
+}
+function whenSeen(element, act) {
+  waiting.set(element, act);
+  watcher.observe(element);
+}
+addEventListener("DOMContentLoaded",
+  () => document.querySelectorAll(".figure").forEach(div => waiting.has(div) || whenSeen(div, () => plot(div))));
+addEventListener("beforeprint", () => [...waiting.keys()].forEach(begin));
+"""
 
 
 def page(title: str, *parts: str) -> str:

@@ -353,11 +353,11 @@ def _update_section(records: Sequence[Record], drawing: Figures) -> Iterator[str
         '<label><span id="update-text"></span><input id="update" type="range" min="0" value="0"></label>'
         '<label><span id="epoch-text"></span><input id="epoch" type="range" min="0" value="0"></label></div>'
     )
-    yield '<div class="grid">'
+    yield '<div class="grid" id="inside">'
     for name, figure in _update_figures().items():
         yield drawing.draw(figure, name)
-    inside = json.dumps(data).replace("<", "\\u003c")  # a label must not end the script
-    yield f'</div><script type="application/json" id="samples">{inside}</script>'
+    samples = json.dumps(data).replace("<", "\\u003c")
+    yield f'</div><script type="application/json" id="samples">{samples}</script>'
     yield f"<script>{_SLIDERS}</script>"
 
 
@@ -431,13 +431,15 @@ def _faint(color: str) -> str:
 
 _SLIDERS = """
 const samples = JSON.parse(document.getElementById("samples").textContent);
-const [run, update, epoch] = ["run", "update", "epoch"].map(id => document.getElementById(id));
+const [run, update, epoch, inside] = ["run", "update", "epoch", "inside"].map(id => document.getElementById(id));
+let seen = false;
 function chosen() { return samples[run.value][update.value]; }
 function draw() {
   const s = chosen(), r = s.ratios[epoch.value], a = s.advantages, c = s.clip;
   const step = s.step === null ? "" : `, at ${s.step.toLocaleString("en")} steps`;
   document.getElementById("update-text").textContent = `update ${s.update}${step}`;
   document.getElementById("epoch-text").textContent = `after epoch ${epoch.value} of ${s.ratios.length - 1}`;
+  if (!seen) return;
   const clipped = r.map((x, i) => a[i] >= 0 ? x > 1 + c : x < 1 - c);
   const pick = (xs, keep) => xs.filter((_, i) => keep(i));
   const limits = [1 - c, 1 + c];
@@ -459,7 +461,7 @@ function draw() {
   Plotly.restyle("gae", {x: all.map(([, y]) => y.map((_, t) => t)), y: all.map(([, y]) => y),
     name: all.map(([name]) => name), showlegend: all.map(([name]) => name !== "")});
 }
-function begin(at) {
+function choose(at) {
   update.max = samples[run.value].length - 1;
   update.value = at;
   follow();
@@ -469,9 +471,14 @@ function follow() {
   epoch.value = epoch.max;
   draw();
 }
-run.oninput = () => begin(samples[run.value].length - 1);
+run.oninput = () => choose(samples[run.value].length - 1);
 update.oninput = follow;
 epoch.oninput = draw;
 run.parentElement.hidden = samples.length < 2;
-begin(Math.floor((samples[run.value].length - 1) / 2));
+choose(Math.floor((samples[run.value].length - 1) / 2));
+whenSeen(inside, () => {
+  seen = true;
+  inside.querySelectorAll(".figure").forEach(plot);
+  draw();
+});
 """

@@ -51,9 +51,21 @@ class Opened:
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
         self.page.goto(f"file://{path}")
-        self.page.wait_for_selector("svg.main-svg")
+        self.page.wait_for_selector(".main-svg, p")
+
+    def show(self, figure):
+        """Scroll to a figure, which draws it."""
+        self.page.locator(f"#{figure}").scroll_into_view_if_needed()
+        self.page.wait_for_selector(f"#{figure} .main-svg")
+
+    def show_all(self):
+        """Draw all, as for printing; how many there are."""
+        self.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+        self.page.wait_for_function("Array.from(document.querySelectorAll('.figure')).every(div => div.data)")
+        return self.page.locator(".figure").count()
 
     def trace(self, figure, i, field):
+        self.show(figure)
         return self.page.evaluate(f"Array.from(document.getElementById('{figure}').data[{i}].{field})")
 
 
@@ -71,6 +83,18 @@ def open_page(browser):
         remote = [url for url in one.requests if not url.startswith(("file:", "data:", "blob:"))]
         assert remote == []
         one.page.close()
+
+
+def test_figures_are_drawn_when_they_are_scrolled_to_or_printed(open_page, runs):
+    one = open_page(runs / "one.html")
+    one.page.wait_for_selector("#returns .main-svg")
+    drawn = "Array.from(document.querySelectorAll('.figure')).filter(div => div.data).length"
+    at_first = one.page.evaluate(drawn)
+    assert 1 <= at_first < one.page.locator(".figure").count()
+    assert one.page.locator("#gae .main-svg").count() == 0
+    one.show("gae")
+    assert at_first < one.page.evaluate(drawn)
+    assert one.show_all() == one.page.evaluate(drawn) == 17
 
 
 def test_the_sliders_change_what_is_drawn(open_page, runs):
@@ -108,6 +132,7 @@ def test_points_lie_on_the_surrogate_and_clipped_ones_where_it_is_flat(open_page
 
 def test_the_legend_hides_and_the_buttons_change_the_axis(open_page, runs):
     one = open_page(runs / "two.html")
+    one.show("returns")
     visible = "document.getElementById('returns').data.map(trace => trace.visible)"
     before = one.page.evaluate(f"JSON.stringify({visible})")
     one.page.locator("#returns .legendtoggle").nth(1).click()
@@ -130,6 +155,7 @@ def test_runs_are_chosen_by_name(open_page, runs):
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_nothing_scrolls_sideways_on_a_phone(open_page, runs, name):
     one = open_page(runs / f"{name}.html", width=390)
+    one.show_all()
     one.page.wait_for_timeout(300)  # figures resize after they are drawn
     assert one.page.evaluate("document.documentElement.scrollWidth") == 390
 
@@ -143,9 +169,9 @@ def test_the_page_of_bench_is_one_of_them(open_page, tmp_path):
     points = [Point(n_envs=n, vectorization="sync", ceilings=ceilings, **point) for n in (4, 8)]
     page = write_files(tmp_path, "CartPole-v1", points, surroundings(torch.device("cpu")))
     one = open_page(page, width=390)
+    assert one.show_all() == 2
     one.page.wait_for_timeout(300)
     assert one.page.evaluate("document.documentElement.scrollWidth") == 390
-    assert one.page.locator("svg.main-svg").count() >= 2
 
 
 def test_the_page_of_a_study_is_one_of_them(open_page, runs, tmp_path):
@@ -161,6 +187,7 @@ def test_the_page_of_a_study_is_one_of_them(open_page, runs, tmp_path):
             configs.append(dataclasses.replace(SMALL, n_envs=n_envs, seed=seed, run_dir=run))
     plan = Plan(20.0, "batch", configs, 2, surroundings(torch.device("cpu")))
     one = open_page(write_page(tmp_path, "CartPole-v1", plan, summarize(plan, {})), width=390)
+    assert one.show_all() == 3
     one.page.wait_for_timeout(300)
     assert one.page.evaluate("document.documentElement.scrollWidth") == 390
     assert one.trace("seconds", 0, "y") == [5, 6, 9, 10]
@@ -198,4 +225,6 @@ def test_pages_of_broken_runs_open_without_an_error(open_page, runs, tmp_path, l
         rows = [change(row) for row in rows]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     report([run], tmp_path / "report.html")
-    assert said in open_page(tmp_path / "report.html").page.locator("body").inner_text()
+    one = open_page(tmp_path / "report.html")
+    one.show_all()
+    assert said in one.page.locator("body").inner_text()

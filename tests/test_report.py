@@ -177,7 +177,7 @@ def page_of(runs, tmp_path, *names):
 def test_a_page_is_self_contained_and_small(runs, tmp_path):
     _, page = page_of(runs, tmp_path, "seed1")
     assert len(page) < 10e6
-    assert page.count("Plotly.newPlot") >= 14
+    assert page.count('class="figure"') >= 14
     assert page.count("plotly.js v") == 1
     for remote in ('src="http', "src='http", '<link rel="stylesheet"'):
         assert remote not in page
