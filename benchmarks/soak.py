@@ -113,8 +113,10 @@ def _kill_one(
         pid = _start(arguments)
         time.sleep(rng.uniform(0.1, patience))
         os.kill(pid, signal.SIGKILL)
-        if _wait(pid) == 0:
+        status = _wait(pid)
+        if status == 0:
             return
+        assert status == -signal.SIGKILL, f"it ended by itself, with status {status}"
         figures["kills"] += 1
         if not list_checkpoints(run):
             figures["killed before the first checkpoint"] += 1
@@ -237,7 +239,7 @@ def main(
             ways = ["sync", "pool", "native"] if vectorization == "all" else [vectorization]
             for way in ways:
                 (folder / way).mkdir()
-            report([kill_and_resume(folder / way, kills // len(ways), seed, way) for way in ways], output)
+            report([kill_and_resume(folder / way, max(1, kills // len(ways)), seed, way) for way in ways], output)
         if hours_of_events:
             figures = soak(hours_of_events, folder)
             report([figures.pop("summary")], output, **figures)

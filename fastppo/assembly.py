@@ -229,12 +229,12 @@ def compile_work(
     if mode == "on" or (mode == "graph" and device.type == "cuda"):
         try:
             learner.compile()
-            try:
-                collect.compile()
-            except CompileError as error:  # the update, which is most of the work, is compiled all the same
-                notes.append(f"acting is eager: it can't be compiled: {error}.")
-            if isinstance(env, TensorEnv):
-                env.compile(compile_graph)
+            # the update is most of the work, so it is compiled whatever becomes of these
+            for name, compiled in (("acting", collect.compile), ("stepping", lambda: _compile_env(env))):
+                try:
+                    compiled()
+                except CompileError as error:
+                    notes.append(f"{name} is eager: it can't be compiled: {error}.")
         except CompileError as error:
             if mode == "on":
                 mode, why = "off", f"it can't be compiled: {error}"
@@ -256,6 +256,11 @@ def compile_work(
     if wanted != "off":
         notes.append(f"compile {mode}: {why}.")
     return mode, seconds
+
+
+def _compile_env(env: VecEnv) -> None:
+    if isinstance(env, TensorEnv):
+        env.compile(compile_graph)
 
 
 def resolved(value: int | None) -> int:

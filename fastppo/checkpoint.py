@@ -292,6 +292,18 @@ def read_spec(run_dir: Path) -> tuple[PolicySpec, dict[str, Any]]:
         raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
 
 
+def weights_file(run_dir: Path) -> Path:
+    """Where the weights of the model saved in `run_dir` are.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    path = run_dir / "model.safetensors"
+    if not path.exists():
+        raise CheckpointError(f"{run_dir} holds no saved model ({path.name} is missing).")
+    return path
+
+
 def load_model(run_dir: Path, parts: dict[str, nn.Module], optional: Sequence[str] = ()) -> None:
     """Copy the saved state of each part into it; a saved part that isn't asked for is left out.
 
@@ -300,9 +312,7 @@ def load_model(run_dir: Path, parts: dict[str, nn.Module], optional: Sequence[st
     Raises:
         CheckpointError: nothing to read, or what is there doesn't fit, with the differing names.
     """
-    path = run_dir / "model.safetensors"
-    if not path.exists():
-        raise CheckpointError(f"{run_dir} holds no saved model ({path.name} is missing).")
+    path = weights_file(run_dir)
     tensors = read_tensors(path)
     for name, part in parts.items():
         saved = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

@@ -77,11 +77,10 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
         flag, equals, value = argument.partition("=")
         if flag == "--config" and (equals or i + 1 < len(arguments)):
             path = Path(value if equals else arguments[i + 1])
-            values = load_toml(path)
-            named, typed = values.get("env_id"), any(a.partition("=")[0] == "--env-id" for a in arguments)
-            if isinstance(named, str) and ":" in named and not typed:
+            config = Config.from_dict(load_toml(path), str(path))
+            named, typed = config.env_id, any(a.partition("=")[0] in ("--env-id", "--env_id") for a in arguments)
+            if ":" in named and not typed:
                 raise ConfigError(f"{path}: env_id {named} imports code; if you trust it, add --env-id {named}")
-            config = Config.from_dict(values, str(path))
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             if issubclass(kind, (Bench, Study)):  # which take several of these
                 found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs

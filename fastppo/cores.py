@@ -10,10 +10,18 @@ from pathlib import Path
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores that this process may run on: of its affinity, within its control groups' quota, shared with its siblings.
 
-    Siblings are the processes that train together on this machine. `root` is where /proc and /sys are found.
+    Siblings are the processes that train together on this machine; where each was bound to cores of its own, what
+    they share is their parent's. `root` is where /proc and /sys are found.
     """
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.floor(min(mine, _quota(root)) / local_processes()))
+    shared = min(_affinity(os.getppid()), _quota(root)) / local_processes()
+    return max(1, math.floor(min(_affinity(0), shared)))
+
+
+def _affinity(pid: int) -> int:
+    try:
+        return len(os.sched_getaffinity(pid))
+    except (AttributeError, OSError):  # not on Linux; a parent that is gone
+        return os.cpu_count() or 1
 
 
 def local_processes() -> int:

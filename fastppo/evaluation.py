@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastppo.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint
+from fastppo.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint, weights_file
 from fastppo.config import Config
 from fastppo.envs.registry import Maker, Probe, make_vec_env, probe
 from fastppo.errors import CheckpointError, ConfigError
@@ -73,9 +73,9 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
     """
     run_dir, on = Path(run), choose_device(device)
     spec, _ = read_spec(run_dir)
+    size = weights_file(run_dir).stat().st_size
     try:
-        weights = run_dir / "model.safetensors"
-        spec.check_size(weights.stat().st_size if weights.exists() else 0)
+        spec.check_size(size)
         built = spec.build(policy).to(on)
     except CheckpointError as error:
         raise CheckpointError(f"{run_dir}/model.json doesn't fit its weights: {error}") from None

@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -102,14 +103,24 @@ class RunLock:
             ) from None
 
 
+def appears(folder: Path, patience: float = 60.0) -> bool:
+    """Whether `folder` is here, or comes within so many seconds: file servers may be late to show a new one."""
+    until = time.monotonic() + patience
+    while not folder.is_dir():
+        if time.monotonic() > until:
+            return False
+        time.sleep(1)
+        with contextlib.suppress(OSError):
+            os.listdir(folder.parent)  # asks the server anew
+    return True
+
+
 def find_run(env_id: str, name: str, seed: int) -> Path | None:
     """The latest folder under runs/<env>/ of that name and seed that holds checkpoints."""
     base = Path("runs") / _safe(env_id)
-    found = [
-        path
-        for path in base.glob(f"{glob.escape(name)}-{seed}-*")
-        if any(path.glob(f"checkpoints/step-{12 * '[0-9]'}"))
-    ]
+    ends = [f"checkpoints/step-{12 * '[0-9]'}{end}" for end in ("", ".old")]  # old: a save was killed in the middle
+    folders = base.glob(f"{glob.escape(name)}-{seed}-*")
+    found = [path for path in folders if any(any(path.glob(end)) for end in ends)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

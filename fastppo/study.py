@@ -175,7 +175,7 @@ def _beside(config: Config) -> int:
     """Processes that step environments beside a run, or a core to spare for what else it does."""
     if config.vectorization == "pool" and config.workers:
         return config.workers
-    return usable_cores() if config.vectorization in ("pool", "async", "auto") else 1
+    return usable_cores() if config.vectorization in ("pool", "async", "envpool", "auto") else 1
 
 
 def _t975(freedom: int) -> float:

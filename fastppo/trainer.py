@@ -36,7 +36,7 @@ from fastppo.learn import Learner
 from fastppo.logbook import Logbook
 from fastppo.metrics import NAMES, Metrics, Stats
 from fastppo.restore import Part, Progress, about_run, restore
-from fastppo.run_dir import RunLock, create_run_dir, surroundings, versions, write_json
+from fastppo.run_dir import RunLock, appears, create_run_dir, surroundings, versions, write_json
 from fastppo.runtime import accelerate
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
@@ -188,7 +188,7 @@ class Trainer:
                 self.run_dir = resume_from.parents[1]
             self._lock: RunLock | None = None
             self.world.shared(self._take_lock)
-            if not self.run_dir.is_dir():
+            if not appears(self.run_dir):
                 raise ConfigError(
                     f"run_dir={self.run_dir} was made by process 0 and can't be seen by process {self.world.rank}: "
                     "machines that train together need one folder that all of them see."
@@ -437,7 +437,7 @@ class Trainer:
             )
         if c.on_env_error == "fail":
             return
-        restarts = int(self.world.sum_(torch.tensor(float(self.env.restarts), device=self.device)))
+        restarts = self.world.total(self.env.restarts, self.device)
         stats.scalars["charts/env_restarts"] = restarts
         for line in self.env.complaints():
             self.logbook.say(f"{line} {restarts} of {c.env_restarts} (--env-restarts).")

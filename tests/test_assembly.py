@@ -6,7 +6,8 @@ import torch
 from fastppo import Config, Trainer
 from fastppo.assembly import compile_work
 from fastppo.cores import usable_cores
-from fastppo.errors import CaptureError
+from fastppo.errors import CaptureError, ConfigError
+from fastppo.policies.flat import FlatParameters
 from fastppo.runtime.accelerate import CompileError
 from fastppo.runtime.distributed import World
 
@@ -56,6 +57,16 @@ def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mod
     assert ("record" in parts.done) == (mode == "graph")
 
 
+def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
+    monkeypatch.setattr(
+        "fastppo.assembly._compile_env", lambda env: (_ for _ in ()).throw(CompileError("no such kernel"))
+    )
+    learner, collector, notes = Parts(), Parts(), []
+    assert compile_work("on", 1, learner, collector, Parts(), World(), notes, print)[0] == "on"
+    assert learner.done == collector.done == ["compile"]
+    assert notes[0] == "stepping is eager: it can't be compiled: no such kernel."
+
+
 def test_an_update_stays_compiled_where_acting_cant_be():
     learner, notes = Parts(), []
     mode, _ = compile_work("on", 1, learner, Parts(compiles=False), Parts(), World(), notes, print)
@@ -99,6 +110,17 @@ def test_a_quota_limits_cores(machine, tmp_path, monkeypatch):
     assert usable_cores(tmp_path) == 2, "processes that train together share them"
 
 
+@pytest.mark.parametrize(
+    ("mine", "parents", "processes", "cores"),
+    [(64, 64, 8, 8), (8, 64, 8, 8), (8, 8, 8, 1), (32, 64, 8, 8), (4, 64, 1, 4), (1, 64, 2, 1)],
+    ids=["all of one machine", "each bound to its own", "a container's cores", "a half", "taskset", "a core each"],
+)
+def test_cores_that_each_process_was_bound_to_are_its_own(tmp_path, monkeypatch, mine, parents, processes, cores):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(parents if pid else mine)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert usable_cores(tmp_path) == cores
+
+
 def test_a_quota_of_the_first_version_of_groups(machine, tmp_path):
     machine("proc/self/cgroup", "4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n")
     machine("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "200000\n")  # a container sees its own group as the root
@@ -135,11 +157,57 @@ def test_a_network_of_ones_own_acts_compiled_as_it_does_eagerly(tmp_path, half_b
         torch.testing.assert_close(runs["on"][name], runs["off"][name], rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_acting_is_not_recorded_over(tmp_path):
+    """On CUDA with a policy that acts on the CPU both happen; a recording of compiled code would repeat itself."""
+    sizes = {"n_envs": 2, "n_steps": 8, "total_timesteps": 64}
+    config = Config(**sizes, learning_rate=1e-12, compile="off", threads=1, run_dir=tmp_path / "run")
+    trainer = Trainer(config, policy=Own())
+    trainer.collect.compile()
+    trainer.collect.record()
+    trainer.run()
+    r = trainer.rollout
+    params, values = trainer.policy.network(r.obs[:-1].flatten(0, 1))
+    assert len(r.values.unique()) > 8
+    torch.testing.assert_close(r.values.flatten(), values, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(r.params.flatten(0, 1), params, rtol=1e-4, atol=1e-5)
+
+
+def freeze(network):
+    network.body.requires_grad_(False)
+
+
+def take_away(network):
+    network.heads.bias = None
+
+
+def add(network):
+    network.more = torch.nn.Linear(1, 1)
+
+
+def assign(network):
+    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(freeze, "body.0.weight"), (take_away, "heads.bias"), (add, "more.weight"), (assign, "body.0.weight")],
+)
+def test_parameters_that_change_while_they_train_are_refused(change, name):
+    network = Own()
+    flat = FlatParameters(network)
+    flat.check()
+    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies: fine
+    flat.check()
+    change(network)
+    with pytest.raises(ConfigError, match=f"network parameter {name} was replaced, moved, frozen or added while"):
+        flat.check()
+
+
 def test_parameters_that_were_moved_are_refused(tmp_path):
     config = Config(n_envs=2, n_steps=8, total_timesteps=160, compile="off", run_dir=tmp_path / "run")
     trainer = Trainer(config, policy=Own())
     network = trainer.policy.network
-    with pytest.raises(Exception, match=r"network parameter body.0.weight was replaced or moved while it trains"):
+    with pytest.raises(Exception, match=r"network parameter body.0.weight was replaced, moved, frozen or added while"):
         for stats in trainer.iterations():
             if stats.iteration == 2:
                 network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies: fine

@@ -136,6 +136,11 @@ MISTAKES = {
         "--config {tmp}/import.toml",
         "env_id nowhere:X-v0 imports code; if you trust it, add --env-id",
     ),
+    "file that imports, by another spelling": ("--config {tmp}/dash.toml", "env_id nowhere:X-v0 imports code;"),
+    "file that may import": (
+        "--config {tmp}/import.toml --env_id nowhere:X-v0",
+        "No module named 'nowhere'",
+    ),
     "unknown flag": ("--n-env 3", "Perhaps you meant"),
     "flag's type": ("--n-envs many", "invalid"),
     "flag's choice": ("--vectorization fast", "invalid choice 'fast'"),
@@ -166,6 +171,7 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
     arguments, message = MISTAKES[mistake]
     files = {
         "import": 'env_id = "nowhere:X-v0"',
+        "dash": 'env-id = "nowhere:X-v0"',
         "run": "n_env = 3",
         "bad": "n_envs = ",
         "type": 'n_envs = "8"',

@@ -71,8 +71,9 @@ def train(tmp_path, name, **settings):
         {"env_id": "fastppo/Catch-v0", "n_envs": 4, "total_timesteps": 4 * 16 * 4},
         {"vectorization": "sync", "act_device": "cuda"},
         {"vectorization": "native", "act_device": "cpu"},
+        {"vectorization": "sync", "act_device": "cpu", "shared_trunk": True},
     ],
-    ids=["plain", "stop by epoch", "stop by minibatch", "normalised and cut", "images", "sync", "native"],
+    ids=["plain", "stop by epoch", "stop by minibatch", "normalised and cut", "images", "sync", "native", "compiled"],
 )
 def test_graphs_train_as_eager_code_does(tmp_path, settings):
     eager, a = train(tmp_path, "eager", compile="off", **settings)

@@ -148,7 +148,7 @@ class _ModuleActor:
         # the step that a recording is at: it finds its rows by itself, so that a step is one launch
         self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
         self._recording: Callable[[], None] | None = None
-        self._pass: Callable[[Tensor, Tensor], Action] = policy.act
+        self._compiled: Callable[[Tensor, Tensor], Action] | None = None
 
     def begin(self) -> None:
         """Back to the first row."""
@@ -159,7 +159,8 @@ class _ModuleActor:
         if self._recording is not None:
             self._recording()
             return
-        d, action = self._d, self._pass(self._d.obs[t], self._d.noise[t])
+        d, decide = self._d, self._compiled or self._policy.act
+        action = decide(d.obs[t], d.noise[t])
         d.actions[t].copy_(action.actions)
         d.logprobs[t].copy_(action.logprobs)
         d.params[t].copy_(action.params)
@@ -177,15 +178,16 @@ class _ModuleActor:
 
         state = [x.detach() for x in tensors.values()]
         compiled = compiler(act, [d.obs[0], d.noise[0], *state])
-        self._pass = lambda obs, noise: Action(*compiled(obs, noise, *state))
+        self._compiled = lambda obs, noise: Action(*compiled(obs, noise, *state))
 
     def record(self, recorder: Recorder) -> None:
-        """Have a recording decide from now on."""
-        self._recording = recorder(self._decide, [self._row])
+        """Have a recording decide from now on, unless compiled code does, which no recording sees into."""
+        if self._compiled is None:
+            self._recording = recorder(self._decide, [self._row])
 
     def _decide(self) -> None:
         d, row = self._d, self._row
-        action = self._pass(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0])
+        action = self._policy.act(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0])
         d.actions.index_copy_(0, row, action.actions.unsqueeze(0).to(d.actions.dtype))
         d.logprobs.index_copy_(0, row, action.logprobs.unsqueeze(0))
         d.params.index_copy_(0, row, action.params.unsqueeze(0))

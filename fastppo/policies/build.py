@@ -94,12 +94,15 @@ class PolicySpec:
         Raises:
             CheckpointError: they are too few.
         """
-        sizes = [self.obs.features, *self.hidden_sizes] if self.network == "mlp" else [math.prod(self.obs.shape), 1]
-        widest = max((a * b for a, b in itertools.pairwise(sizes)), default=0)
-        if self.network != "custom" and widest > max(held, _QUICKLY_BUILT):
+        outputs, inputs = self.action.distribution.n_params, max(self.obs.features, math.prod(self.obs.shape))
+        hidden = {"mlp": self.hidden_sizes, "cnn": (1, 512), "custom": ()}[self.network]
+        sizes = (inputs, *hidden, outputs) if self.network != "custom" else (inputs, 1)
+        # a layer takes as long to build as so many weights, however narrow it is
+        weights = sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
+        if weights > max(held, _QUICKLY_BUILT):
             raise CheckpointError(
-                f"it says observations {self.obs.shape} and hidden_sizes {self.hidden_sizes}, "
-                f"which {held:,} bytes of weights can't be."
+                f"it says observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers and {outputs:,} "
+                f"outputs, which {held:,} bytes of weights can't be."
             )
 
     def differences(self, saved: PolicySpec) -> list[str]:

@@ -31,11 +31,12 @@ class FlatParameters:
             ConfigError: nothing to train, or a parameter that isn't float32.
         """
         self._module = module
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._names, self.parameters = list(trained), list(trained.values())
         if not self.parameters:
             raise ConfigError(f"network {type(module).__name__} has no trainable parameters.")
-        for name, p in module.named_parameters():
-            if p.requires_grad and p.dtype != torch.float32:
+        for name, p in trained.items():
+            if p.dtype != torch.float32:
                 raise ConfigError(f"network parameter {name} is {p.dtype}; parameters must be float32.")
         self._offsets, end = [], 0
         for p in self.parameters:
@@ -52,13 +53,15 @@ class FlatParameters:
         Raises:
             ConfigError: one is not, so that what is learned would not reach it.
         """
-        here = iter(self.views(self.vector))
-        for name, p in self._module.named_parameters():
-            if p.requires_grad and ((view := next(here, None)) is None or p.data_ptr() != view.data_ptr()):
-                raise ConfigError(
-                    f"network parameter {name} was replaced or moved while it trains (load_state_dict(assign=True), "
-                    ".to(), .double(), a new layer?), and would not learn; copy values into it instead."
-                )
+        new = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
+        known = zip(self._names, self.parameters, self.views(self.vector), strict=True)
+        lost = [name for name, p, view in known if new.pop(name, None) is not p or p.data_ptr() != view.data_ptr()]
+        for name in (*lost, *new):
+            raise ConfigError(
+                f"network parameter {name} was replaced, moved, frozen or added while it trains "
+                "(load_state_dict(assign=True), .to(), .double(), requires_grad, a new layer?), and would not learn; "
+                "copy values into the parameters as they were instead."
+            )
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """`vector` [P] cut into the parameters' shapes."""

@@ -73,6 +73,10 @@ class World:
         """Whether the flag is up in any process."""
         return bool(self.sum_(torch.full((), float(flag), device=device))) if self.size > 1 else flag
 
+    def total(self, count: int, device: torch.device) -> int:
+        """The sum of every process's `count`."""
+        return int(self.sum_(torch.full((), float(count), device=device))) if self.size > 1 else count
+
     def shared(self, make: Callable[[], T]) -> T:
         """What `make` returns, or raises, in the main process, in every one."""
         if self.size == 1:

@@ -261,7 +261,7 @@ def test_s7_leftovers_are_cleaned_and_what_is_foreign_stays(trained, tmp_path):
     assert not any(name.endswith((".tmp", ".gone", ".old")) for name in names)
 
 
-def test_s1_a_run_killed_between_two_renames_goes_on(trained, tmp_path):
+def test_s1_a_run_killed_between_two_renames_goes_on(trained, tmp_path, monkeypatch):
     """Its only checkpoint has no name of its own at that moment."""
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -270,6 +270,13 @@ def test_s1_a_run_killed_between_two_renames_goes_on(trained, tmp_path):
     (only,) = list_checkpoints(run)
     only.rename(only.with_suffix(".old"))
     assert resumable_run(Config(run_dir=run)) == run
+    named = tmp_path / "runs" / "CartPole-v1" / "ppo-1-20261122-000000"
+    shutil.copytree(run, named)
+    only = list_checkpoints(named)[0]
+    only.rename(only.with_suffix(".old"))
+    monkeypatch.chdir(tmp_path)
+    assert resumable_run(Config()).resolve() == named, "found by env, name and seed"
+    only = list_checkpoints(run)[0]
     only.rename(only.with_suffix(".old"))
     lock = RunLock(run)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
@@ -281,19 +288,29 @@ def test_s1_a_run_killed_between_two_renames_goes_on(trained, tmp_path):
 
 
 def test_x2_a_model_that_claims_to_be_huge_is_refused_at_once(trained, tmp_path):
-    for name, value in (("hidden_sizes", [10**12]), ("hidden_sizes", [20_000, 20_000]), ("obs", None)):
-        run = tmp_path / f"{name}{len(str(value))}"
+    claims = {
+        "one layer": {"hidden_sizes": [10**12]},
+        "two layers": {"hidden_sizes": [20_000, 20_000]},
+        "many layers": {"hidden_sizes": [2000] * 100_000},
+        "many narrow ones": {"hidden_sizes": [1] * 100_000},
+        "observations": {"obs": {"shape": [10**9]}},
+        "observations, network": {"obs": {"shape": [10**12]}, "network": "custom"},
+        "actions": {"action": {"nvec": [2 * 10**9]}},
+    }
+    for name, claim in claims.items():
+        run = tmp_path / name
         shutil.copytree(trained, run)
         about = json.loads((run / "model.json").read_text())
-        if value is None:
-            about["policy"]["obs"]["shape"] = [10**9]
-        else:
-            about["policy"][name] = value
+        for key, value in claim.items():
+            about["policy"][key] = about["policy"][key] | value if isinstance(value, dict) else value
         (run / "model.json").write_text(json.dumps(about))
         begin = time.monotonic()
         with pytest.raises(CheckpointError, match="bytes of weights can't be"):
             load_policy(run)
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 5, name
+        (run / "model.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"holds no saved model \(model.safetensors is missing"):
+            load_policy(run)
 
 
 def test_s5_damaged_ones_dont_count_among_those_that_are_kept(trained, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastppo.metrics import NAMES, _merge
+from fastppo.run_dir import appears
 
 TRAIN = """
 import dataclasses, hashlib, json, os, sys
@@ -166,3 +167,19 @@ def test_episodes_that_end_together_come_from_every_process():
     assert sorted(set(returns)) == [10, 20]
     assert set(steps) == {7}
     assert len(returns) == 100
+
+
+def test_a_shared_folder_may_come_late(tmp_path, monkeypatch):
+    """File servers may remember for a while that there was none."""
+    folder, waits = tmp_path / "run", []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 3:
+            folder.mkdir()
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert not appears(folder, patience=0)
+    waits.clear()
+    assert appears(folder)
+    assert len(waits) == 3
