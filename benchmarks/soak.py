@@ -8,11 +8,15 @@ end, some 20 kills later; each is compared bit by bit with one that was never ki
 has imported everything, so that kills fall into training and not into imports.
 
 Events: 24 hours stand for 200,000 iterations, a million episodes and 2,000 checkpoints of an environment that costs
-nothing, in one process. Memory, descriptors, threads, children and shared memory are read a hundred times.
+nothing, in one process. Memory, descriptors, threads, children and shared memory are read a hundred times. Whether it
+has grown slow is judged at its end against a process that has just begun the same run: the two take turns of 100
+iterations, and the ratio is the median of the turns'. (The last part of half an hour against an early one says more of
+what else the machine did.)
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -22,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +39,8 @@ from gymnasium import spaces
 from benchmarks import report
 
 ITERATIONS_PER_HOUR = 200_000 / 24
-SAVE_EVERY = 100  # iterations
+SAVE_EVERY = 100  # iterations; a turn has as many, and so one save
+BATCH = 4 * 8
 STEPS = 512  # of an iteration of a run that is killed
 KILLS_OF_A_RUN = 20  # about; then another one begins
 
@@ -161,35 +167,71 @@ def _wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def soak(hours: float, folder: Path) -> dict[str, Any]:
-    """A day's events, or a part of them; what grew."""
+def _run(iterations: int, folder: Path) -> Any:
+    """A trainer of so many iterations."""
     from fastppo import Config, Trainer
 
-    iterations = int(hours * ITERATIONS_PER_HOUR)
-    batch = 4 * 8
     config = Config(
         env_id="Quick-v0",
         n_envs=4,
         n_steps=8,
         n_minibatches=1,
         update_epochs=1,
-        total_timesteps=iterations * batch,
-        checkpoint_every=SAVE_EVERY * batch,
+        total_timesteps=iterations * BATCH,
+        checkpoint_every=SAVE_EVERY * BATCH,
         normalize_obs=True,
         compile="off",
         vectorization="sync",
-        run_dir=folder / "run",
+        run_dir=folder,
     )
+    return Trainer(config)
+
+
+def _turn(running: Iterator[Any]) -> float:
+    begin = time.perf_counter()
+    for _ in itertools.islice(running, SAVE_EVERY):
+        pass
+    return time.perf_counter() - begin
+
+
+def _serve_turns(folder: Path) -> None:
+    """Begin a run and go a turn on whenever a line comes, answering with its seconds."""
+    running = _run(int(ITERATIONS_PER_HOUR), folder).iterations()
+    for _ in sys.stdin:
+        print(_turn(running), flush=True)
+
+
+def _against_a_fresh_one(running: Iterator[Any], turns: int, folder: Path) -> list[float]:
+    """Of each turn, how fast `running` was to a run that has just begun."""
+    command = [sys.executable, "-m", "benchmarks.soak", "--turns-in", str(folder)]
+    pipe, root = subprocess.PIPE, Path(__file__).parents[1]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) as fresh:
+
+        def turn() -> float:
+            assert fresh.stdin is not None
+            assert fresh.stdout is not None
+            fresh.stdin.write("\n")
+            fresh.stdin.flush()
+            return float(fresh.stdout.readline())
+
+        turn()  # warms up
+        return [turn() / _turn(running) for _ in range(turns)]
+
+
+def soak(hours: float, folder: Path, turns: int = 30) -> dict[str, Any]:
+    """A day's events, or a part of them; what grew."""
+    iterations = int(hours * ITERATIONS_PER_HOUR)
     this, samples = psutil.Process(), list[dict[str, float]]()
-    trainer, begin, at = Trainer(config), time.perf_counter(), 0
-    for stats in trainer.iterations():
+    trainer, begin, at = _run(iterations + turns * SAVE_EVERY, folder / "run"), time.perf_counter(), 0
+    running = trainer.iterations()
+    for stats in itertools.islice(running, iterations):
         if stats.iteration % max(1, iterations // 100):
             continue
         now = time.perf_counter()
         samples.append(
             {
                 "iteration": stats.iteration,
-                "steps_per_second": (stats.iteration - at) * batch / (now - begin),
+                "steps_per_second": (stats.iteration - at) * BATCH / (now - begin),
                 "memory_mib": this.memory_info().rss / 2**20,
                 "descriptors": this.num_fds(),
                 "threads": this.num_threads(),
@@ -199,6 +241,9 @@ def soak(hours: float, folder: Path) -> dict[str, Any]:
             }
         )
         begin, at = time.perf_counter(), stats.iteration
+    ratios = _against_a_fresh_one(running, turns, folder / "fresh")
+    for _ in running:  # to its end
+        pass
     settled = samples[len(samples) // 5 :]
     x = np.array([s["iteration"] for s in settled])
     slopes = {
@@ -213,10 +258,13 @@ def soak(hours: float, folder: Path) -> dict[str, Any]:
         "episodes": trainer.metrics.episodes.count,
         "saves": iterations // SAVE_EVERY,
         **{f"{name} per 10k iterations": slope for name, slope in slopes.items()},
+        "steps/s to a fresh run's, median (quartiles)": "{:.3f} ({:.3f}-{:.3f})".format(
+            *np.quantile(ratios, (0.5, 0.25, 0.75))
+        ),
         "steps/s, last tenth / second tenth": float(np.median(sps[-tenth:]) / np.median(sps[tenth : 2 * tenth])),
         "most checkpoint folders": max(s["checkpoint_folders"] for s in samples),
     }
-    return {"summary": summary, "samples": samples}
+    return {"summary": summary, "turns": ratios, "samples": samples}
 
 
 def main(
@@ -228,10 +276,14 @@ def main(
     ] = "all",
     output: Path | None = None,
     kills_in: Annotated[Path | None, tyro.conf.arg(help="used by itself")] = None,
+    turns_in: Annotated[Path | None, tyro.conf.arg(help="used by itself")] = None,
 ) -> None:
     """Kill runs so many times, or go through so many hours of events."""
     if kills_in is not None:
         print(json.dumps(_kill(kills_in, kills, seed, vectorization)))
+        return
+    if turns_in is not None:
+        _serve_turns(turns_in)
         return
     with tempfile.TemporaryDirectory(prefix="fastppo-soak-") as name:
         folder = Path(name)

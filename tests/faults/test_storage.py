@@ -138,10 +138,11 @@ def test_events_of_hours_leave_nothing_behind(tmp_path):
     """A fortieth of a day's events; `scripts/soak --hours-of-events 24` goes through all of them."""
     from benchmarks.soak import soak
 
-    figures = soak(0.6, tmp_path)
+    figures = soak(0.6, tmp_path, turns=3)
     summary, samples = figures["summary"], figures["samples"]
     assert summary["iterations"] == 5_000
     assert summary["episodes"] > 25_000
+    assert len(figures["turns"]) == 3
     assert summary["memory_mib per 10k iterations"] < 8  # over so short a time one allocation shows; 1 in the long run
     for name in ("descriptors", "threads", "children", "shared_memory_files"):
         # least of each half, since a checkpoint may be open while we count
