@@ -70,7 +70,10 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str 
     """Kill runs so many times; what that cost. In a process of its own, which forks."""
     command = [sys.executable, "-m", "benchmarks.soak", "--kills-in", str(folder), "--kills", str(kills)]
     command += ["--seed", str(seed), "--vectorization", vectorization]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parents[1])
+    # those that clean up behind killed pools say so
+    quiet = os.environ | {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=quiet)
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
