@@ -75,6 +75,12 @@ def policy_spec(c: Config, found: Probe, *, custom: bool) -> PolicySpec:
 def build_models(c: Config, found: Probe, network: nn.Module | None, device: torch.device, world: World) -> Models:
     """The policy around `network` (None: the config's) with its first weights, or those of `init_from`."""
     spec = policy_spec(c, found, custom=network is not None)
+    needed, free = 4 * 4 * spec.least_weights(), free_memory(device)  # weights, gradients, Adam's two moments
+    if needed > free:
+        raise ConfigError(
+            f"hidden_sizes={list(c.hidden_sizes)} on observations {spec.obs.shape} needs {needed / 2**30:,.1f} GiB for "
+            f"weights, gradients and Adam; {free / 2**30:,.1f} GiB are free: make the network smaller."
+        )
     set_threads(1)  # initial weights must not depend on what ran in this process before
     with torch.random.fork_rng(devices=[]):  # the caller's random state is none of our business
         torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastppo.bench import PARTS, Point, verdict
@@ -29,11 +30,12 @@ def _parts(points: Sequence[Point]) -> list[str]:
 
 def tables(points: Sequence[Point]) -> list[Table]:
     """Speed with shares of the time, and what each part reaches alone; a failed point is a row with its reason."""
-    speed = Table(title="training", title_justify="left", caption="low-high: quartiles over iterations")
+    narrow: Any = {"title_justify": "left", "box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
+    speed = Table(title="training", caption="low-high: quartiles over iterations", caption_justify="left", **narrow)
     parts = _parts(points)
     for name in ("n_envs", "how", "steps/s", "low-high", *parts, "other", "MB"):
         speed.add_column(name, justify="left" if name == "how" else "right")
-    alone = Table(title="each part alone, steps/s; and what came before", title_justify="left")
+    alone = Table(title="each part alone, steps/s; and what came before", **narrow)
     for name in ("n_envs", "how", *parts, "set-up s", "compile s", "threads"):
         alone.add_column(name, justify="left" if name == "how" else "right")
     for p in points:
@@ -41,7 +43,7 @@ def tables(points: Sequence[Point]) -> list[Table]:
         if p.failure:
             speed.add_row(*head, "failed")
             continue
-        shares = [f"{p.phases.get(part, 0.0):.0%}" for part in parts]
+        shares = [f"{p.phases[part]:.0%}" if p.phases.get(part) else "-" for part in parts]
         rest = f"{1 - sum(p.phases.get(part, 0.0) for part in parts):.0%}"
         speed.add_row(
             *head, f"{p.sps:,.0f}", f"{_short(p.sps_low)}-{_short(p.sps_high)}", *shares, rest, f"{p.memory_mb:,.0f}"

@@ -282,7 +282,8 @@ def read_spec(run_dir: Path) -> tuple[PolicySpec, dict[str, Any]]:
     """
     path = run_dir / "model.json"
     if not path.exists():
-        raise CheckpointError(f"{run_dir} holds no saved model ({path.name} is missing).")
+        why = f"{path.name} is missing" if run_dir.is_dir() else "there is no such folder"
+        raise CheckpointError(f"{run_dir} holds no saved model ({why}); name a run folder or one of its checkpoints.")
     values = read_json(path)
     try:
         if values["format"] != FORMAT:

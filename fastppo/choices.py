@@ -12,6 +12,7 @@ from fastppo.envs.choose import env_key, recall
 from fastppo.envs.registry import Probe, choose_vectorization
 from fastppo.errors import ConfigError
 from fastppo.policies.build import default_network
+from fastppo.presets import TUNED
 from fastppo.runtime.device import machine_name
 
 
@@ -37,8 +38,13 @@ def settle(config: Config, found: Probe, device: torch.device, *, custom_policy:
             "return a single environment from make_env, or leave eval_every out."
         )
     c = dataclasses.replace(resolved, **changes)
+    notes = []
+    if config.target_return == "threshold" and c.target_return is None:
+        notes.append(f"target_return threshold: {found.name} has none, so all steps are run.")
+    if config.preset == "tuned" and config.env_id not in TUNED:
+        notes.append(f"preset tuned: there is no measured setting for {found.name}; CleanRL's is taken.")
     if c.vectorization != "auto":
-        return c, []
+        return c, notes
     n_envs = c.n_envs
     assert n_envs is not None, "resolved"
     key = env_key(found.name, c.env_kwargs)
@@ -47,9 +53,9 @@ def settle(config: Config, found: Probe, device: torch.device, *, custom_policy:
     if saved is not None:
         kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
         c = dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))
-        return c, [f"vectorization {saved['vectorization']}: {saved['reason']}"]
+        return c, [*notes, f"vectorization {saved['vectorization']}: {saved['reason']}"]
     vectorization, why = choose_vectorization(found, n_envs)
-    return dataclasses.replace(c, vectorization=vectorization), [why]
+    return dataclasses.replace(c, vectorization=vectorization), [*notes, why]
 
 
 def schedule_of(c: Config, name: str) -> tuple[str, float, float]:

@@ -462,7 +462,7 @@ def _check_types(config: Config) -> None:
 # name: (lowest, highest); an open end is a value that is itself not allowed
 _RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, 2**63 - 1),
-    "total_timesteps": (1, math.inf),
+    "total_timesteps": (1, 10**15),
     "n_envs": (1, math.inf),
     "n_steps": (1, math.inf),
     "n_minibatches": (1, math.inf),
@@ -507,9 +507,14 @@ def _check_number(name: str, given: object, number: float) -> None:
     if name in _POSITIVE and number <= 0:
         raise ConfigError(f"{name}={given!r} must be greater than 0.")
     if number < low:
-        raise ConfigError(f"{name}={given!r} must be at least {low:g}; nearest valid value: {low:g}.")
+        raise ConfigError(f"{name}={given!r} must be at least {_typed(low)}; nearest valid value: {_typed(low)}.")
     if number > high:
-        raise ConfigError(f"{name}={given!r} must be at most {high:g}; nearest valid value: {high:g}.")
+        raise ConfigError(f"{name}={given!r} must be at most {_typed(high)}; nearest valid value: {_typed(high)}.")
+
+
+def _typed(bound: float) -> str:
+    """A bound as it may be typed."""
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def _check_ranges(config: Config) -> None:

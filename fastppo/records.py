@@ -109,9 +109,18 @@ class Record:
             found.append("There is no result.json: the run goes on, or was killed.")
         return found
 
+    def lasted(self, first: float, latest: float) -> str:
+        """When a finding was seen, in words."""
+        if latest == self.column("global_step")[-1]:
+            return f"from step {first:,.0f} to the end"
+        return f"from step {first:,.0f} to {latest:,.0f}" if latest > first else f"at step {first:,.0f}"
+
     @functools.cached_property
     def findings(self) -> list[tuple[Finding, float, float]]:
-        """What health found as the run went on, with the global steps of its first and its latest sight."""
+        """What health found as the run went on, with the global steps of its first and its latest sight.
+
+        Left out is what came and went within a twentieth of the run.
+        """
         history, seen = History(), dict[str, tuple[Finding, float, float]]()
         steps, looks = self.column("global_step"), max(1, len(self) // 64)
         tags = [tag for tag in self.columns if "/" in tag]
@@ -122,7 +131,8 @@ class Record:
                 for finding in judge(history, self.action_size):
                     first = seen[finding.name][1] if finding.name in seen else float(steps[i])
                     seen[finding.name] = finding, first, float(steps[i])
-        return list(seen.values())
+        brief = 0.05 * (steps[-1] if len(steps) else 0.0)
+        return [s for s in seen.values() if s[2] == steps[-1] or s[2] - s[1] >= brief]
 
 
 def read_records(run_dirs: Sequence[Path]) -> list[Record]:

@@ -69,8 +69,11 @@ def report(runs: Sequence[Path], output: Path) -> list[Record]:
         CheckpointError: one of them is no run folder.
         ConfigError: none is given, one twice, or the page can't be written.
     """
-    if len({run.resolve() for run in runs}) < len(runs) or not runs:
-        raise ConfigError("report: name each run once, and at least one.")
+    if not runs:
+        raise ConfigError("report: no run is named; name one run folder or several.")
+    for i, run in enumerate(runs):
+        if run.resolve() in {other.resolve() for other in runs[:i]}:
+            raise ConfigError(f"report: {run} is named twice; name each run once.")
     records = read_records(runs)
     try:
         output.write_text(report_page(records), encoding="utf-8")
@@ -136,10 +139,8 @@ def _health(records: Sequence[Record]) -> str:
             continue
         lines = []
         for finding, first, latest in r.findings:
-            when = f"from step {first:,.0f} to the end" if latest == r.column("global_step")[-1] else ""
-            when = when or (f"from step {first:,.0f} to {latest:,.0f}" if latest > first else f"at step {first:,.0f}")
             name = f"{r.label}, {finding.name}" if len(records) > 1 else finding.name
-            lines.append((name, f"{when}: {finding.evidence} {finding.remedy}"))
+            lines.append((name, f"{r.lasted(first, latest)}: {finding.evidence} {finding.remedy}"))
         parts.append(items(lines) if lines else paragraphs([f"{r.label}: no rule fired."]))
     return "".join(parts)
 

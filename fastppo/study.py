@@ -62,7 +62,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over the seeds that reached the target, with its 95 % interval (Student's t; NaN for fewer than two)."""
+    """A mean over the seeds that reached the target, with its 95 % interval (Student's t; NaN for fewer than two).
+
+    What is estimated can't be negative, so no interval begins below 0.
+    """
 
     mean: float
     low: float
@@ -77,7 +80,7 @@ class Estimate:
             return cls(values[0], math.nan, math.nan)
         mean = statistics.fmean(values)
         reach = _t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, mean - reach, mean + reach)
+        return cls(mean, max(0.0, mean - reach), mean + reach)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +201,8 @@ def begin_study(plan: Plan, base: Config, folder: Path) -> None:
             write_json(path, now)
             return
         before = json.loads(path.read_text())
+    except ConfigError:
+        raise
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"run_dir={folder} is, or lies in, a file; name a new folder.") from None
     except OSError as error:

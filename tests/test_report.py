@@ -340,3 +340,31 @@ def test_diff_finds_where_returns_part(runs):
     # a tenth of the range of 1000 apart for good from step 400
     assert text.startswith("apart for good from step 40")
     assert "by 700" in text
+
+
+def test_a_run_is_named_once(runs, tmp_path):
+    with pytest.raises(ConfigError, match="no run is named"):
+        report([], tmp_path / "x.html")
+    with pytest.raises(ConfigError, match=r"seed1 is named twice"):
+        report([runs / "seed1", runs / "seed2", runs / "seed1"], tmp_path / "x.html")
+
+
+def test_a_finding_that_came_and_went_is_left_out(runs, tmp_path):
+    """One that lasted a twentieth of the run, or to its end, is kept, and when is said."""
+
+    def found(fractions):
+        run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(runs / "seed1", run)
+        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        rows = [
+            first | {"iteration": i + 1, "global_step": 128 * (i + 1), "losses/clipfrac": fraction}
+            for i, fraction in enumerate(fractions)
+        ]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (record,) = read_records([run])
+        return {f.name: record.lasted(a, b) for f, a, b in record.findings}
+
+    name, n = "clip fraction high", 640
+    assert name not in found([0.1] * n)
+    assert found([0.1] * 200 + [0.9] * 300 + [0.1] * 140)[name].startswith("from step")
+    assert found([0.1] * 400 + [0.9] * 240)[name].endswith("to the end")

@@ -83,6 +83,7 @@ def test_an_estimate_of_few():
     assert math.isnan(Estimate.of([]).mean)
     assert (Estimate.of([3.0]).mean, math.isnan(Estimate.of([3.0]).low)) == (3.0, True)
     assert Estimate.of([3.0] * 4) == Estimate(3.0, 3.0, 3.0)
+    assert Estimate.of([1.0, 9.0]).low == 0.0, "no time is negative"
 
 
 def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0, failed=0):

@@ -199,6 +199,8 @@ def _measured(configs: Sequence[Config], seconds: float, console: Console) -> It
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("")
         for i, config in enumerate(configs):
+            if i == 0 and not console.is_terminal:
+                console.print(f"{len(configs)} points to measure; a line for each as it ends", highlight=False)
             which = f"{i + 1} of {len(configs)}: n_envs {config.n_envs}, {config.vectorization}"
             progress.update(task, description=f"{which}; about {seconds * 1.5 + 12:.0f} s")
             (point,) = run_points([config], seconds)

@@ -31,8 +31,8 @@ class Report:
         for record in report(self.runs, self.output):
             for trouble in record.troubles():
                 console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
-            for finding, first, _ in record.findings:
-                text = f"{record.label}, from step {first:,.0f}: {finding}"
+            for finding, first, latest in record.findings:
+                text = f"{record.label}, {record.lasted(first, latest)}: {finding}"
                 console.print(text, highlight=False, markup=False, soft_wrap=True)
         console.print(f"page:    {self.output}", highlight=False, markup=False, soft_wrap=True)
         return 0

@@ -115,8 +115,9 @@ class Eval:
         console = open_console()
         how = "sampled" if self.sampled else "greedy"
         lengths = played.lengths
+        episodes = f"{len(lengths)} episode{'s' if len(lengths) > 1 else ''}"
         console.print(
-            f"{len(lengths)} episodes, {how}: return {played.mean:.2f} +- {played.std:.2f} "
+            f"{episodes}, {how}: return {played.mean:.2f} +- {played.std:.2f} "
             f"(min {min(played.returns):.2f}, max {max(played.returns):.2f}), "
             f"length {sum(lengths) / len(lengths):.1f} (min {min(lengths)}, max {max(lengths)}){played.remark}",
             highlight=False,
@@ -164,7 +165,8 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table = Table(
         title=f"{config.env_id}: {endings.get(result.ended, result.ended)}", title_justify="left", show_header=False
     )
-    table.add_row("mean return", f"{result.mean_return:.2f} (last 100 of {result.episodes:,} episodes)")
+    mean = f"{result.mean_return:.2f} (last 100 of {result.episodes:,} episodes)"
+    table.add_row("mean return", mean if result.episodes else "- (no episode has ended)")
     table.add_row("steps", f"{result.global_step:,} in {result.seconds:.1f} s, {result.iterations:,} iterations")
     table.add_row("steps per second", f"{result.sps_steady:,.0f} steady, {result.sps_total:,.0f} total")
     whole = sum(result.phases.values()) or 1.0

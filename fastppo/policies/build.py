@@ -88,21 +88,29 @@ class PolicySpec:
             )
         return Policy(Encoder(self.obs, normalizer), network, distribution)
 
-    def check_size(self, held: int) -> None:
-        """Look whether `held` bytes of weights can be this policy's, before anything of its size is built.
+    def least_weights(self) -> int:
+        """About how many weights a network of this kind has at least, told without building it.
 
-        Raises:
-            CheckpointError: they are too few.
+        A layer counts 1,000 more, as it takes so long to build however narrow it is. Of a custom network only its
+        inputs are known.
         """
         outputs, inputs = self.action.distribution.n_params, max(self.obs.features, math.prod(self.obs.shape))
         hidden = {"mlp": self.hidden_sizes, "cnn": (1, 512), "custom": ()}[self.network]
         sizes = (inputs, *hidden, outputs) if self.network != "custom" else (inputs, 1)
-        # a layer takes as long to build as so many weights, however narrow it is
-        weights = sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
-        if weights > max(held, _QUICKLY_BUILT):
+        return sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
+
+    def check_size(self, held: int) -> None:
+        """Look whether `held` bytes of weights can be this policy's, before anything of its size is built.
+
+        Raises:
+            CheckpointError: they are too few, or no network has such layers.
+        """
+        if any(size < 1 for size in self.hidden_sizes):
+            raise CheckpointError(f"it says hidden_sizes {self.hidden_sizes}; layers are at least 1 wide.")
+        if self.least_weights() > max(held, _QUICKLY_BUILT):
             raise CheckpointError(
-                f"it says observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers and {outputs:,} "
-                f"outputs, which {held:,} bytes of weights can't be."
+                f"it says observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers and "
+                f"{self.action.distribution.n_params:,} outputs, which {held:,} bytes of weights can't be."
             )
 
     def differences(self, saved: PolicySpec) -> list[str]:

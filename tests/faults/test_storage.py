@@ -309,6 +309,10 @@ def test_x2_a_model_that_claims_to_be_huge_is_refused_at_once(trained, tmp_path)
         with pytest.raises(CheckpointError, match="bytes of weights can't be"):
             load_policy(run)
         assert time.monotonic() - begin < 5, name
+        about["policy"]["hidden_sizes"] = [-1]
+        (run / "model.json").write_text(json.dumps(about))
+        with pytest.raises(CheckpointError, match="layers are at least 1 wide"):
+            load_policy(run)
         (run / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"holds no saved model \(model.safetensors is missing"):
             load_policy(run)
