@@ -111,9 +111,8 @@ class Record:
 
     def lasted(self, first: float, latest: float) -> str:
         """When a finding was seen, in words."""
-        if latest == self.column("global_step")[-1]:
-            return f"from step {first:,.0f} to the end"
-        return f"from step {first:,.0f} to {latest:,.0f}" if latest > first else f"at step {first:,.0f}"
+        at_end = latest == self.column("global_step")[-1]
+        return f"from step {first:,.0f} to {'the end' if at_end else f'{latest:,.0f}'}"
 
     @functools.cached_property
     def findings(self) -> list[tuple[Finding, float, float]]:
