@@ -25,7 +25,7 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> 
     """Print rows as a Markdown table and all of it as one line of JSON; write that to `output` too."""
     import torch
 
-    from fastppo.run_dir import surroundings
+    from fastppo.runs.run_dir import surroundings
 
     print(table(rows))
     about = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

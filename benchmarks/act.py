@@ -18,10 +18,10 @@ import tyro
 
 from benchmarks import median_ms, report
 from fastppo.functional.distributions import Categorical
-from fastppo.policies.act import Decisions, _ModuleActor, _NumpyActor, _plain_layers, complete
-from fastppo.policies.api import Encoder, Policy
+from fastppo.policies.actors import Decisions, _ModuleActor, _NumpyActor, _plain_layers, complete
 from fastppo.policies.mlp import MLP
-from fastppo.runtime.accelerate import compile_graph
+from fastppo.policies.policy import Encoder, Policy
+from fastppo.runtime.compile import compile_graph
 from fastppo.runtime.device import set_threads
 from fastppo.spaces import ObsSpec
 

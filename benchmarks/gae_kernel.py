@@ -19,7 +19,7 @@ import tyro
 
 from benchmarks import median_ms, report
 from fastppo.functional.gae import gae_doubling, gae_loop
-from fastppo.runtime.accelerate import compile_graph
+from fastppo.runtime.compile import compile_graph
 
 
 @dataclasses.dataclass

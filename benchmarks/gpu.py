@@ -24,9 +24,9 @@ import tyro
 
 from benchmarks import median_ms, report
 from fastppo import Config, Trainer
-from fastppo.bench import ceilings
+from fastppo.analysis.bench import ceilings
 from fastppo.functional.gae import choose_gae, gae_doubling
-from fastppo.runtime.accelerate import compile_graph
+from fastppo.runtime.compile import compile_graph
 
 Row = dict[str, Any]
 

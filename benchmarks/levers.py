@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from benchmarks import median_ms, report
 from fastppo.functional.distributions import Categorical
 from fastppo.functional.losses import Batch, Coefficients
-from fastppo.policies.api import Encoder, Policy
-from fastppo.policies.flat import FlatParameters
+from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
+from fastppo.policies.policy import Encoder, Policy
+from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.device import keep_freed_memory, set_threads
 from fastppo.spaces import ObsSpec
-from fastppo.update import PPOUpdate
 
 
 class Merged(nn.Module):

@@ -20,7 +20,7 @@ from playwright.sync_api import sync_playwright
 
 from benchmarks import report
 from fastppo import Config, Trainer
-from fastppo.report import report as write_page
+from fastppo.analysis.report import report as write_page
 
 _NOTE_WHEN_DRAWN = """
 addEventListener("DOMContentLoaded", function look() {

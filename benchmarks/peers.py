@@ -79,7 +79,7 @@ def main(options: Options) -> None:
 
 
 def compare(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    from fastppo.run_dir import surroundings
+    from fastppo.runs.run_dir import surroundings
 
     runs: list[dict[str, Any]] = []
     for n in sizes:

@@ -33,9 +33,9 @@ import tyro
 
 from benchmarks import report
 from fastppo import Config, Trainer
-from fastppo.envs import serial
-from fastppo.envs.serial import Share
-from fastppo.metrics import Metrics
+from fastppo.envs import sync as serial
+from fastppo.envs.sync import Share
+from fastppo.ppo.metrics import Metrics
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "CartPole, 4 sync": {"env_id": "CartPole-v1", "n_envs": 4, "vectorization": "sync"},

@@ -16,7 +16,7 @@ import tyro
 
 from benchmarks import report
 from fastppo import Config
-from fastppo.bench import run_points
+from fastppo.analysis.bench import run_points
 
 
 @dataclasses.dataclass

@@ -81,7 +81,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str 
 def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, Any]:
     import torch
 
-    from fastppo.verify import run_hashes
+    from fastppo.analysis.verify import run_hashes
 
     torch.set_num_threads(1)
     rng = random.Random(seed)
@@ -115,7 +115,7 @@ def _kill_one(
     arguments: list[str], run: Path, kills: int, patience: float, rng: random.Random, figures: dict[str, Any]
 ) -> None:
     """Start one run and kill it, again and again, until it has ended or there were so many kills in all."""
-    from fastppo.checkpoint import list_checkpoints, newest_checkpoint
+    from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 
     newest = 0
     while figures["kills"] < kills:

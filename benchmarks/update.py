@@ -58,12 +58,12 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
 
     from fastppo.functional.distributions import Categorical
     from fastppo.functional.losses import Batch, Coefficients, normalize_advantages, ppo_loss
-    from fastppo.policies.api import Encoder, Policy
-    from fastppo.policies.flat import FlatParameters
+    from fastppo.policies.flat_parameters import FlatParameters
     from fastppo.policies.mlp import MLP
+    from fastppo.policies.policy import Encoder, Policy
+    from fastppo.ppo.update import PPOUpdate
     from fastppo.runtime.device import keep_freed_memory, set_threads
     from fastppo.spaces import ObsSpec
-    from fastppo.update import PPOUpdate
 
     torch.manual_seed(0)
     set_threads(threads)

@@ -19,7 +19,7 @@ import tyro
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from benchmarks import report
-from fastppo.envs.choose import _speed
+from fastppo.envs.auto_vectorization import _speed
 from fastppo.envs.registry import make_vectorized, probe
 
 

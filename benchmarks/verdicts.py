@@ -23,7 +23,7 @@ from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 
 from benchmarks import report
 from fastppo import Config
-from fastppo.bench import run_points
+from fastppo.analysis.bench import run_points
 
 
 class Spinning(CartPoleEnv):

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastppo.config import Config as Config
-    from fastppo.envs.tensor.foreign import SimulatorEnv as SimulatorEnv
+    from fastppo.envs.tensor.simulator import SimulatorEnv as SimulatorEnv
     from fastppo.errors import CaptureError as CaptureError
     from fastppo.errors import CheckpointError as CheckpointError
     from fastppo.errors import ConfigError as ConfigError
     from fastppo.errors import EnvError as EnvError
     from fastppo.errors import FastPPOError as FastPPOError
-    from fastppo.evaluation import SavedPolicy as SavedPolicy
-    from fastppo.evaluation import evaluate as evaluate
-    from fastppo.evaluation import load_policy as load_policy
-    from fastppo.metrics import Stats as Stats
-    from fastppo.play import Evaluation as Evaluation
-    from fastppo.resuming import resume as resume
+    from fastppo.evaluation.episodes import Evaluation as Evaluation
+    from fastppo.evaluation.saved_policy import SavedPolicy as SavedPolicy
+    from fastppo.evaluation.saved_policy import evaluate as evaluate
+    from fastppo.evaluation.saved_policy import load_policy as load_policy
+    from fastppo.monitoring.stats import Stats as Stats
+    from fastppo.resume_run import resume as resume
     from fastppo.trainer import Result as Result
     from fastppo.trainer import Trainer as Trainer
 
@@ -32,15 +32,15 @@ _HOMES = {
     "EnvError": "errors",
     "CheckpointError": "errors",
     "CaptureError": "errors",
-    "SimulatorEnv": "envs.tensor.foreign",
+    "SimulatorEnv": "envs.tensor.simulator",
     "Trainer": "trainer",
     "Result": "trainer",
-    "Stats": "metrics",
-    "load_policy": "evaluation",
-    "evaluate": "evaluation",
-    "SavedPolicy": "evaluation",
-    "Evaluation": "play",
-    "resume": "resuming",
+    "Stats": "monitoring.stats",
+    "load_policy": "evaluation.saved_policy",
+    "evaluate": "evaluation.saved_policy",
+    "SavedPolicy": "evaluation.saved_policy",
+    "Evaluation": "evaluation.episodes",
+    "resume": "resume_run",
 }
 __all__ = list(_HOMES)
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastppo.assembly import (
+from fastppo.build import (
     Models,
     build_collector,
     build_envs,
@@ -24,20 +24,29 @@ from fastppo.assembly import (
     compile_work,
     plan_run,
     resolved,
+    schedule_of,
+    settle,
+    target_of,
 )
-from fastppo.capsule import save_capsule
-from fastppo.checkpoint import freeze, model_files, save_model, state_files, tidy
-from fastppo.choices import schedule_of, settle, target_of
 from fastppo.config import SCHEDULED, Config
 from fastppo.envs.registry import Maker, probe
 from fastppo.errors import CheckpointError, ConfigError, EnvError, FinishedError
-from fastppo.intermission import Intermission
-from fastppo.learn import Learner
-from fastppo.logbook import Logbook
-from fastppo.metrics import NAMES, Metrics, Stats
-from fastppo.restore import Part, Progress, about_run, restore
-from fastppo.run_dir import RunLock, appears, create_run_dir, surroundings, versions, write_json
-from fastppo.runtime import accelerate
+from fastppo.evaluation.periodic import Intermission
+from fastppo.monitoring.run_logger import Logbook
+from fastppo.monitoring.sinks.console import ConsoleSink
+from fastppo.monitoring.sinks.jsonl import JsonlSink, SampleSink, read_rows
+from fastppo.monitoring.sinks.tensorboard import TensorBoardSink
+from fastppo.monitoring.sinks.trackers import check_trackers, open_tracker
+from fastppo.monitoring.stats import Statistics, Stats
+from fastppo.monitoring.update_samples import Sample, Sampler
+from fastppo.ppo.learner import Learner
+from fastppo.ppo.metrics import NAMES, Metrics
+from fastppo.runs.checkpoint import freeze, model_files, save_model, state_files, tidy
+from fastppo.runs.checkpoint_writer import Saver
+from fastppo.runs.nan_dump import save_capsule
+from fastppo.runs.restore import Part, Progress, about_run, restore
+from fastppo.runs.run_dir import RunLock, appears, create_run_dir, surroundings, versions, write_json
+from fastppo.runtime import compile as accelerate
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
     GlobalRandomness,
@@ -50,12 +59,6 @@ from fastppo.runtime.device import (
 from fastppo.runtime.distributed import join_world
 from fastppo.runtime.preflight import check_disk
 from fastppo.runtime.signals import StopSignals
-from fastppo.samples import Sample, Sampler
-from fastppo.saver import Saver
-from fastppo.sinks.console import ConsoleSink
-from fastppo.sinks.jsonl import JsonlSink, SampleSink, read_rows
-from fastppo.sinks.tensorboard import TensorBoardSink
-from fastppo.sinks.trackers import check_trackers, open_tracker
 
 _FEWEST_BETWEEN_LOOKS = 30  # iterations: a look takes up to a quarter of one, and should cost less than 1 %
 
@@ -129,7 +132,7 @@ class Trainer:
         Args:
             config: settings; open fields are filled from the environment.
             make_env: makes one gymnasium Env (vectorised here), or returns a VectorEnv; instead of config.env_id.
-            policy: your own network, x -> (params [B, P], value [B]); see fastppo.policies.api.
+            policy: your own network, x -> (params [B, P], value [B]); see fastppo.policies.policy.
             console: where progress goes; None for silence.
             resume_from: a verified checkpoint to go on from, in its own run folder; see `fastppo.resume`.
 
@@ -219,11 +222,16 @@ class Trainer:
         self.n_iterations = max(1, resolved(c.total_timesteps) // (c.batch_size * self.world.size))
         self.metrics = Metrics(
             self.rollout,
-            self.clock,
             self.env.action_spec,
-            n_iterations=self.n_iterations,
             world=self.world,
             obs_bounds=self.env.obs_bounds,
+        )
+        self._statistics = Statistics(
+            self.metrics,
+            self.clock,
+            n_iterations=self.n_iterations,
+            steps_per_iteration=c.batch_size * self.world.size,
+            box_actions=self.env.action_spec.kind == "box",
         )
         self.learner = Learner(
             self.rollout,
@@ -359,7 +367,8 @@ class Trainer:
                 progress.iteration += 1
                 with self.clock.phase("log"):
                     sample = None if look is None else self._sample()
-                    stats = self.metrics.stats(progress.iteration, found, self.learner.values, sample)
+                    named = self.metrics.record(found)
+                    stats = self._statistics(progress.iteration, named, self.learner.values, sample)
                     progress.seconds = stats.seconds
                 self._doing = "nothing"
                 self._look_after_envs(stats)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fastppo import Config, Trainer
-from fastppo.assembly import compile_work
-from fastppo.cores import usable_cores
+from fastppo.build import compile_work
 from fastppo.errors import CaptureError, ConfigError
-from fastppo.policies.flat import FlatParameters
-from fastppo.runtime.accelerate import CompileError
+from fastppo.policies.flat_parameters import FlatParameters
+from fastppo.runtime.compile import CompileError
+from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.distributed import World
 
 
@@ -58,9 +58,7 @@ def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mod
 
 
 def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
-    monkeypatch.setattr(
-        "fastppo.assembly._compile_env", lambda env: (_ for _ in ()).throw(CompileError("no such kernel"))
-    )
+    monkeypatch.setattr("fastppo.build._compile_env", lambda env: (_ for _ in ()).throw(CompileError("no such kernel")))
     learner, collector, notes = Parts(), Parts(), []
     assert compile_work("on", 1, learner, collector, Parts(), World(), notes, print)[0] == "on"
     assert learner.done == collector.done == ["compile"]

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from fastppo import bench_report
-from fastppo.bench import PARTS, Point, best_by_n_envs, verdict
+from fastppo.analysis import bench_report
+from fastppo.analysis.bench import PARTS, Point, best_by_n_envs, verdict
 from fastppo.cli import main
-from fastppo.envs import choose
+from fastppo.envs import auto_vectorization as choose
 
 SHARES = {"env": 0.2, "act": 0.1, "store": 0.02, "advantages": 0.01, "update": 0.6, "log": 0.02}
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from fastppo import doctor
+from fastppo.analysis import doctor
 from fastppo.cli import main
 from fastppo.functional.gae import gae_doubling
-from fastppo.policies.act import choose_act_device
+from fastppo.policies.actors import choose_act_device
 from fastppo.spaces import ObsSpec
 from tests.test_update import make_policy
 

@@ -9,7 +9,7 @@ import torch
 
 from fastppo import Config, Trainer, load_policy
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.export import export
+from fastppo.evaluation.export import export
 
 
 class Spaces(gym.Env):

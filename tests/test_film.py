@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastppo import Config, Trainer
 from fastppo.errors import ConfigError
-from fastppo.film import Film
+from fastppo.evaluation.video import Film
 
 
 def frames_of(gif):
@@ -43,7 +43,7 @@ def test_a_video_is_one_and_without_ffmpeg_a_gif(tmp_path, monkeypatch):
     assert path == tmp_path / "a" / "film.mp4"
     about = imageio.v3.immeta(path, plugin="FFMPEG")
     assert (about["size"], about["fps"], round(about["duration"], 1)) == ((60, 40), 20.0, 1.0)
-    monkeypatch.setattr("fastppo.film._ffmpeg", lambda: False)
+    monkeypatch.setattr("fastppo.evaluation.video._ffmpeg", lambda: False)
     path = film.write(tmp_path / "film.mp4")
     assert path == tmp_path / "film.gif"
     assert frames_of(path.read_bytes()) == ((61, 41), 20)
@@ -97,7 +97,7 @@ def test_frames_of_an_endless_episode_stay_few():
     import gymnasium as gym
 
     from fastppo.envs.registry import probe
-    from fastppo.film import Camera
+    from fastppo.evaluation.video import Camera
 
     def make():
         env = gym.make("CartPole-v1", render_mode="rgb_array", max_episode_steps=3000)

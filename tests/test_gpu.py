@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastppo import Trainer
-from fastppo.envs.api import Transitions, env_seeds
 from fastppo.envs.registry import TASKS, make_vec_env, probe
+from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.errors import CaptureError
 from fastppo.functional.gae import choose_gae, gae_loop
 from fastppo.runtime.graphs import record

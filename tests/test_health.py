@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastppo.health import POINTS, RULES, History, judge
+from fastppo.monitoring.health import POINTS, RULES, History, judge
 
 N = 200
 WELL = {

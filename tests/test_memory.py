@@ -10,9 +10,9 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer
-from fastppo.assembly import Models, plan_run
+from fastppo.build import Models, plan_run
 from fastppo.errors import ConfigError
-from fastppo.memory import MemoryPlan, check_memory
+from fastppo.ppo.memory_plan import MemoryPlan, check_memory
 from fastppo.runtime.preflight import free_memory
 from tests.worlds import Counter, Spaces, short
 

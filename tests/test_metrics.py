@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.metrics import WINDOW, EpisodeStats
+from fastppo.ppo.metrics import WINDOW, EpisodeStats
 
 
 def by_hand(rewards, done, valid):

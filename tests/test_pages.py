@@ -7,12 +7,12 @@ import shutil
 import pytest
 
 from fastppo import Config, Trainer
-from fastppo.bench import Point
-from fastppo.bench_report import write_files
-from fastppo.report import report
-from fastppo.run_dir import surroundings
-from fastppo.study import Plan, summarize
-from fastppo.study_report import write_page
+from fastppo.analysis.bench import Point
+from fastppo.analysis.bench_report import write_files
+from fastppo.analysis.report import report
+from fastppo.analysis.study import Plan, summarize
+from fastppo.analysis.study_report import write_page
+from fastppo.runs.run_dir import surroundings
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fastppo import Config, Trainer
-from fastppo.diff import difference
+from fastppo.analysis.diff import difference
+from fastppo.analysis.report import advantages_by_lambda, report
+from fastppo.analysis.run_data import read_record, read_records, thin
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
-from fastppo.health import Finding
-from fastppo.records import read_record, read_records, thin
-from fastppo.report import advantages_by_lambda, report
-from fastppo.samples import read_samples
+from fastppo.monitoring.health import Finding
+from fastppo.monitoring.update_samples import read_samples
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 12, compile="off", threads=1, record_ratios=4, target_kl=0.1)
 
@@ -108,8 +108,10 @@ def test_looking_leaves_no_trace_in_a_users_network(tmp_path):
 
 def test_who_loops_sees_what_health_finds(tmp_path, monkeypatch):
     finding = Finding("a name", "evidence.", "remedy.")
-    monkeypatch.setattr("fastppo.logbook._JUDGE_SECONDS", -1.0)
-    monkeypatch.setattr("fastppo.logbook.judge", lambda history, size: [finding] if history.iterations > 3 else [])
+    monkeypatch.setattr("fastppo.monitoring.run_logger._JUDGE_SECONDS", -1.0)
+    monkeypatch.setattr(
+        "fastppo.monitoring.run_logger.judge", lambda history, size: [finding] if history.iterations > 3 else []
+    )
     trainer = Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run"))
     assert [stats.findings for stats in trainer.iterations()] == [[]] * 3 + [[finding]] * 9
 

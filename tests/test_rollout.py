@@ -10,12 +10,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 from fastppo import Trainer
-from fastppo.envs.api import Transitions, env_seeds
-from fastppo.envs.host import HostEnv
+from fastppo.envs.gymnasium_vector import HostEnv
+from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.functional.gae import gae_loop
-from fastppo.policies.api import Encoder
-from fastppo.policies.build import PolicySpec
-from fastppo.rollout import Collector, Handover, Rollout
+from fastppo.policies.policy import Encoder
+from fastppo.policies.policy_spec import PolicySpec
+from fastppo.ppo.rollout import Collector, Handover, Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces import ObsSpec
 from tests.worlds import Counter, short, step

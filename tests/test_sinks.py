@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 
 from fastppo import Config, Trainer
-from fastppo.health import Finding
-from fastppo.logbook import Logbook
-from fastppo.metrics import Stats
-from fastppo.sinks.console import ConsoleSink
-from fastppo.sinks.trackers import Throttled
+from fastppo.monitoring.health import Finding
+from fastppo.monitoring.run_logger import Logbook
+from fastppo.monitoring.sinks.console import ConsoleSink
+from fastppo.monitoring.sinks.trackers import Throttled
+from fastppo.monitoring.stats import Stats
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, compile="off", threads=1)
 
@@ -94,7 +94,7 @@ def test_a_throttled_sink_gets_the_first_the_last_and_what_has_a_sample():
 
 
 def test_findings_reach_the_terminal_once_and_every_sink(monkeypatch):
-    monkeypatch.setattr("fastppo.logbook._JUDGE_SECONDS", -1.0)
+    monkeypatch.setattr("fastppo.monitoring.run_logger._JUDGE_SECONDS", -1.0)
     console, kept = Console(record=True, width=200, file=open(os.devnull, "w")), Kept()
     logbook = Logbook(console, 0)
     logbook.open(kept)
@@ -118,7 +118,7 @@ def test_the_progress_line_names_what_is_wrong(capsys):
 def test_findings_are_text_in_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from fastppo.sinks.tensorboard import TensorBoardSink
+    from fastppo.monitoring.sinks.tensorboard import TensorBoardSink
 
     sink = TensorBoardSink(tmp_path, {"n_envs": 2})
     finding = Finding("clip fraction high", "evidence.", "remedy.")

@@ -14,9 +14,18 @@ import numpy as np
 import psutil
 import pytest
 
+from fastppo.analysis.study import (
+    Estimate,
+    Setting,
+    begin_study,
+    choose_jobs,
+    plan_study,
+    recommend,
+    run_study,
+    summarize,
+)
 from fastppo.config import Config
 from fastppo.errors import ConfigError
-from fastppo.study import Estimate, Setting, begin_study, choose_jobs, plan_study, recommend, run_study, summarize
 
 BASE = Config(target_return=20.0, total_timesteps=4096, compile="off", threads=1, record_ratios=0)
 
@@ -57,7 +66,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, n_envs, seeds, text):
 
 def test_runs_dont_take_each_others_cores(monkeypatch, tmp_path):
     def jobs(cores, n_envs=4, hold="batch", **changes):
-        monkeypatch.setattr("fastppo.study.usable_cores", lambda: cores)
+        monkeypatch.setattr("fastppo.analysis.study.usable_cores", lambda: cores)
         monkeypatch.setattr("fastppo.runtime.device._CORES", cores)
         return choose_jobs(plan_study(dataclasses.replace(BASE, **changes), (n_envs,), 1, hold, tmp_path))
 

@@ -22,7 +22,7 @@ from torch import nn
 from fastppo import Config, Trainer, evaluate, load_policy
 from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.losses import DIAGNOSTICS
-from fastppo.runtime import accelerate
+from fastppo.runtime import compile as accelerate
 from tests.worlds import Counter, Spaces, short
 
 TIMES = ("time/", "charts/SPS", "charts/sps", "seconds")
@@ -256,7 +256,7 @@ def test_an_episode_that_never_ends_is_cut(tmp_path, monkeypatch):
             obs, reward, _, _, info = super().step(action)
             return obs, reward, False, False, info
 
-    monkeypatch.setattr("fastppo.play._MOST_STEPS", 50)
+    monkeypatch.setattr("fastppo.evaluation.episodes._MOST_STEPS", 50)
     trainer = Trainer(short(tmp_path, eval_every=16, eval_episodes=11), make_env=Endless)
     lengths = [stats.scalars["eval/length_mean"] for stats in trainer.iterations()]
     assert set(lengths) == {50}

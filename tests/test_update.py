@@ -9,12 +9,12 @@ import torch
 
 from fastppo.functional.distributions import Categorical
 from fastppo.functional.losses import Batch, Coefficients
-from fastppo.policies.api import Encoder, Policy
-from fastppo.policies.flat import FlatParameters
+from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
-from fastppo.runtime import accelerate
+from fastppo.policies.policy import Encoder, Policy
+from fastppo.ppo.update import REPORT, PPOUpdate, Rows
+from fastppo.runtime import compile as accelerate
 from fastppo.spaces import ObsSpec
-from fastppo.update import REPORT, PPOUpdate, Rows
 from tests.reference.ppo import reference_update
 
 B, D, A = 256, 4, 3

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from fastppo.analysis.verify import verify_env
 from fastppo.errors import ConfigError
-from fastppo.verify import verify_env
 from tests.faults.worlds import Dice, FaultEnv, Gravity, Reusing
 from tests.worlds import Counter
 

@@ -8,7 +8,7 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config
-from fastppo.envs.api import stepper
+from fastppo.envs.vec_env import stepper
 
 SHORT = {
     "n_envs": 2,

@@ -29,7 +29,7 @@ class VerifyEnv:
         """Print findings; exit status 1 if one is bad."""
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1.")
-        from fastppo.verify import verify_env
+        from fastppo.analysis.verify import verify_env
 
         return print_findings(
             verify_env(self.env_id, self.env_kwargs, self.steps), "this environment keeps its promises"
@@ -55,7 +55,7 @@ class VerifyResume(Train):
         if self.iterations < 2:
             raise ConfigError(f"iterations={self.iterations} must be at least 2, to be interrupted between.")
         config = self.settings()
-        from fastppo.verify import verify_resume
+        from fastppo.analysis.verify import verify_resume
 
         return print_findings(verify_resume(config, self.iterations), "a resumed run is the same run")
 
@@ -69,7 +69,7 @@ class Replay:
 
     def __call__(self) -> int:
         """Print where numbers stop being finite; exit status 1 if they do."""
-        from fastppo.replay import replay
+        from fastppo.analysis.nan_replay import replay
 
         found, console = replay(self.capsule), open_console()
         bad = found.first_bad

@@ -18,7 +18,7 @@ from fastppo.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastppo.bench import Point
+    from fastppo.analysis.bench import Point
 
 
 _Sizes = Annotated[tuple[int, ...], tyro.conf.arg(aliases=("--num-envs",), metavar="INT [INT ...]")]
@@ -74,10 +74,10 @@ class Bench(Train):
     def __call__(self) -> int:
         """Measure every point, print tables, write files."""
         configs = self.points()
-        from fastppo import bench, bench_report
-        from fastppo.envs.choose import env_key, remember
+        from fastppo.analysis import bench, bench_report
+        from fastppo.envs.auto_vectorization import env_key, remember
         from fastppo.envs.registry import probe
-        from fastppo.run_dir import create_run_dir, surroundings
+        from fastppo.runs.run_dir import create_run_dir, surroundings
         from fastppo.runtime.device import choose_device, machine_name
 
         env_name = probe(self.env_id, self.env_kwargs).name  # mistakes answer here, not once for each point
@@ -128,7 +128,7 @@ class Doctor:
         """Print findings; exit status 1 if one is bad."""
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be more than 0; 5 is enough.")
-        from fastppo.doctor import examine
+        from fastppo.analysis.doctor import examine
 
         return print_findings(examine(self.env_id, self.seconds), "everything essential works here")
 
@@ -161,7 +161,7 @@ class Study(Train):
         base = self.settings(n_envs=None, run_dir=None)
         if self.jobs is not None and self.jobs < 1:
             raise ConfigError(f"jobs={self.jobs} must be at least 1.")
-        from fastppo import study, study_report
+        from fastppo.analysis import study, study_report
 
         folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
         plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
@@ -193,7 +193,7 @@ def _measured(configs: Sequence[Config], seconds: float, console: Console) -> It
     """Each point as it is measured, with a line of progress."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from fastppo.bench import run_points
+    from fastppo.analysis.bench import run_points
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:

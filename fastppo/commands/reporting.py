@@ -25,7 +25,7 @@ class Report:
 
     def __call__(self) -> int:
         """Write the page, and print what health finds."""
-        from fastppo.report import report
+        from fastppo.analysis.report import report
 
         console = open_console()
         for record in report(self.runs, self.output):
@@ -52,8 +52,8 @@ class Diff:
         from rich.table import Table
         from rich.text import Text
 
-        from fastppo.diff import difference
-        from fastppo.records import read_records
+        from fastppo.analysis.diff import difference
+        from fastppo.analysis.run_data import read_records
 
         a, b = read_records((self.run_a, self.run_b))
         found, console = difference(a, b), open_console()
@@ -94,7 +94,7 @@ class Export:
 
     def __call__(self) -> int:
         """Write the file, and print its name."""
-        from fastppo.export import export
+        from fastppo.evaluation.export import export
 
         path = export(self.run, self.output, self.format)
         open_console().print(f"policy:  {path}", highlight=False, markup=False, soft_wrap=True)

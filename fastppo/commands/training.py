@@ -39,7 +39,7 @@ class Train(Config):
     def __call__(self) -> int:
         """Train; exit status 0, or that of the signal that ended it."""
         config = self.settings()  # before torch is imported: mistakes answer at once
-        from fastppo.resuming import continue_run, resumable_run
+        from fastppo.resume_run import continue_run, resumable_run
         from fastppo.trainer import Trainer
 
         run = resumable_run(config) if config.resume == "auto" else None
@@ -69,7 +69,7 @@ class Resume:
         """Go on; exit status as of train."""
         if self.total_timesteps is not None and self.total_timesteps < 1:
             raise ConfigError(f"total_timesteps={self.total_timesteps} must be at least 1.")
-        from fastppo.resuming import resume
+        from fastppo.resume_run import resume
 
         return _run(
             lambda console: resume(
@@ -104,8 +104,8 @@ class Eval:
         """Play, and print one line."""
         if self.episodes < 1:
             raise ConfigError(f"episodes={self.episodes} must be at least 1.")
-        from fastppo.evaluation import evaluate, film
-        from fastppo.film import check_video_name
+        from fastppo.evaluation.saved_policy import evaluate, film
+        from fastppo.evaluation.video import check_video_name
 
         if self.video is not None:
             check_video_name(self.video)

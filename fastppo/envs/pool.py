@@ -32,8 +32,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.cores import usable_cores
-from fastppo.envs.serial import (
+from fastppo.envs.sync import (
     NO_CARE,
     Care,
     Outcome,
@@ -48,6 +47,7 @@ from fastppo.envs.serial import (
     told,
 )
 from fastppo.errors import ConfigError, EnvError
+from fastppo.runtime.cores import usable_cores
 
 _Array = np.ndarray[Any, Any]
 _STEP, _RESET, _CLOSE, _STATE, _LOAD, _COMPLAIN = range(6)
@@ -439,7 +439,7 @@ def _stop(workers: list[_Worker]) -> None:
 
 def prepare_fork_server() -> None:
     """Have the fork server, once it starts, import what workers need, and outlive signals to the whole group."""
-    multiprocessing.set_forkserver_preload(["fastppo.envs.forkserver", "fastppo.envs.single"])
+    multiprocessing.set_forkserver_preload(["fastppo.envs.forkserver", "fastppo.envs.factory"])
 
 
 def _share(n: int, parts: int, i: int) -> tuple[int, int]:

@@ -13,22 +13,23 @@ import gymnasium as gym
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
-from fastppo.envs import choose, single
-from fastppo.envs.api import VecEnv
-from fastppo.envs.choose import Vectorization
-from fastppo.envs.host import HostEnv
+from fastppo.envs import auto_vectorization as choose
+from fastppo.envs import factory as single
+from fastppo.envs.auto_vectorization import Vectorization
+from fastppo.envs.env_state import Resumable, how_resumable, how_resumable_together
+from fastppo.envs.factory import EnvFactory
+from fastppo.envs.gymnasium_vector import HostEnv
 from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
-from fastppo.envs.serial import NO_CARE, Care, SerialVectorEnv
-from fastppo.envs.single import EnvFactory
-from fastppo.envs.snapshot import Resumable, how_resumable, how_resumable_together
+from fastppo.envs.sync import NO_CARE, Care, SerialVectorEnv
 from fastppo.envs.tensor.acrobot import Acrobot
 from fastppo.envs.tensor.cartpole import CartPole
 from fastppo.envs.tensor.catch import Catch
-from fastppo.envs.tensor.driver import TensorEnv
-from fastppo.envs.tensor.foreign import SimulatorEnv
 from fastppo.envs.tensor.mountain_car import MountainCarContinuous
 from fastppo.envs.tensor.pendulum import Pendulum
+from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.task import Task
+from fastppo.envs.tensor.tensor_env import TensorEnv
+from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 

@@ -13,8 +13,8 @@ import numpy as np
 import threadpoolctl
 import torch
 
-from fastppo.cores import usable_cores
 from fastppo.errors import ConfigError
+from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.distributed import local_rank, processes
 
 _CORES = min(torch.get_num_threads(), usable_cores())  # torch's: the machine's, or OMP_NUM_THREADS

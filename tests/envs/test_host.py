@@ -5,10 +5,10 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from fastppo.envs import single
-from fastppo.envs.api import env_seeds
-from fastppo.envs.host import HostEnv
+from fastppo.envs import factory as single
+from fastppo.envs.gymnasium_vector import HostEnv
 from fastppo.envs.registry import make_vec_env, probe
+from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, Spaces, step
 

@@ -12,9 +12,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import Config, Trainer
 from fastppo.envs import registry
-from fastppo.envs.choose import choose
+from fastppo.envs.auto_vectorization import choose
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.serial import NO_CARE, SerialVectorEnv, Share, outcome
+from fastppo.envs.sync import NO_CARE, SerialVectorEnv, Share, outcome
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, short
 

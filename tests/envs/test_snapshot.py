@@ -9,10 +9,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from fastppo.envs import snapshot
-from fastppo.envs.serial import Care, SerialVectorEnv
-from fastppo.envs.single import EnvFactory
-from fastppo.envs.snapshot import EpisodeLog, NotPlainError, decode, encode, how_resumable, set_state, state_of
+from fastppo.envs import env_state as snapshot
+from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, how_resumable, set_state, state_of
+from fastppo.envs.factory import EnvFactory
+from fastppo.envs.sync import Care, SerialVectorEnv
 from fastppo.errors import EnvError
 from tests.worlds import Counter
 

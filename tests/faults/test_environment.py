@@ -15,9 +15,9 @@ import pytest
 from gymnasium import spaces
 
 from fastppo import Trainer, resume
-from fastppo.envs.api import env_seeds
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.serial import NO_CARE, Care, SerialVectorEnv, fresh_seed
+from fastppo.envs.sync import NO_CARE, Care, SerialVectorEnv, fresh_seed
+from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from fastppo.runtime.device import seed_stream
 from tests.faults.worlds import FaultEnv, Growing, Numbered, makers, odd
@@ -402,7 +402,7 @@ def test_e2_an_error_that_has_no_text():
 
 @pytest.mark.parametrize("vectorization", ["sync", "pool"])
 def test_a_state_that_cant_be_taken_back_restarts_the_environments(tmp_path, vectorization):
-    from fastppo.checkpoint import list_checkpoints
+    from fastppo.runs.checkpoint import list_checkpoints
     from tests.faults.test_resume import rewrite
 
     config = short(tmp_path, env_id="CartPole-v1", vectorization=vectorization, total_timesteps=320)

@@ -11,9 +11,9 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Trainer
-from fastppo.checkpoint import newest_checkpoint
+from fastppo.analysis.nan_replay import replay
 from fastppo.errors import CheckpointError, EnvError
-from fastppo.replay import replay
+from fastppo.runs.checkpoint import newest_checkpoint
 from tests.worlds import short
 
 
@@ -89,7 +89,7 @@ def test_n1_one_look_at_the_device_for_each_iteration(tmp_path, monkeypatch):
 
 
 def test_a_capsule_of_healthy_numbers_says_so(tmp_path):
-    from fastppo.capsule import save_capsule
+    from fastppo.runs.nan_dump import save_capsule
 
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1"))
     trainer.run()

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastppo.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint, read_state
 from tests.faults.test_resume import RUN, rows_of, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -102,7 +102,7 @@ def test_x6_nothing_listens(tmp_path):
 
 @pytest.mark.parametrize("total", [4096])
 def test_two_processes_that_are_interrupted_are_the_two_that_were_not(tmp_path, total):
-    from fastppo.verify import run_hashes
+    from fastppo.analysis.verify import run_hashes
 
     ends = []
     for name, stops in (("whole", [total]), ("parted", [1024, total])):

@@ -17,9 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo import Config, Trainer, resume
-from fastppo.checkpoint import list_checkpoints, newest_checkpoint
+from fastppo.analysis.verify import TIMED, run_hashes
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
-from fastppo.verify import TIMED, run_hashes
+from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 from tests.worlds import short
 
 LONG = {"n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 8, "checkpoint_every": 64, "keep_checkpoints": 20}

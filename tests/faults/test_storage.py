@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from fastppo import Config, Trainer, evaluate, load_policy, resume
-from fastppo.checkpoint import best_checkpoint, list_checkpoints, newest_checkpoint, tidy, verify_checkpoint
+from fastppo.analysis.verify import run_hashes
 from fastppo.errors import CheckpointError, ConfigError, FastPPOError
-from fastppo.restore import about_run, restore
-from fastppo.resuming import resumable_run
-from fastppo.run_dir import RunLock, versions
+from fastppo.resume_run import resumable_run
+from fastppo.runs.checkpoint import best_checkpoint, list_checkpoints, newest_checkpoint, tidy, verify_checkpoint
+from fastppo.runs.restore import about_run, restore
+from fastppo.runs.run_dir import RunLock, versions
 from fastppo.runtime.device import machine_name
-from fastppo.verify import run_hashes
 from tests.faults.test_resume import LONG, RUN, fastppo, interrupted, rows_of
 from tests.worlds import short
 
@@ -37,7 +37,7 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from safetensors.torch import save
-from fastppo import checkpoint
+from fastppo.runs import checkpoint
 run = pathlib.Path({run!r})
 
 def files(step):
@@ -602,8 +602,8 @@ def test_x8_tokens_in_the_environment_reach_no_file(tmp_path):
 
 
 def test_a_state_cant_replace_an_environments_methods(trained, tmp_path):
-    from fastppo.envs.single import EnvFactory
-    from fastppo.envs.snapshot import set_state, state_of
+    from fastppo.envs.env_state import set_state, state_of
+    from fastppo.envs.factory import EnvFactory
     from fastppo.errors import EnvError
 
     env = EnvFactory("CartPole-v1", {})()

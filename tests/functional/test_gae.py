@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, linear_scan
-from fastppo.runtime import accelerate
-from fastppo.runtime.accelerate import compile_graph
+from fastppo.runtime import compile as accelerate
+from fastppo.runtime.compile import compile_graph
 from tests.reference.gae import advantage_by_definition, advantages_by_definition
 
 KERNELS = [gae_loop, gae_doubling]

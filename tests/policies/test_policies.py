@@ -5,10 +5,10 @@ from torch import nn
 
 from fastppo.errors import ConfigError
 from fastppo.functional.distributions import Categorical
-from fastppo.policies.api import Encoder, Policy
-from fastppo.policies.build import PolicySpec, default_network
-from fastppo.policies.flat import FlatParameters
+from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import ObsNormalizer, RewardNormalizer
+from fastppo.policies.policy import Encoder, Policy
+from fastppo.policies.policy_spec import PolicySpec, default_network
 from fastppo.spaces import ActionSpec, ObsSpec
 
 VECTOR = ObsSpec.from_space(spaces.Box(-1, 1, (3,)))

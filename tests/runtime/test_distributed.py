@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.metrics import NAMES, _merge
-from fastppo.run_dir import appears
+from fastppo.ppo.metrics import NAMES, _merge
+from fastppo.runs.run_dir import appears
 
 TRAIN = """
 import dataclasses, hashlib, json, os, sys

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.envs.api import Transitions, env_seeds, stepper
 from fastppo.envs.registry import TASKS, make_vec_env, probe
-from fastppo.envs.tensor.driver import TensorEnv
 from fastppo.envs.tensor.task import uniforms
+from fastppo.envs.tensor.tensor_env import TensorEnv
+from fastppo.envs.vec_env import Transitions, env_seeds, stepper
 from fastppo.errors import ConfigError
-from fastppo.runtime.accelerate import compile_graph
+from fastppo.runtime.compile import compile_graph
 from tests.worlds import step
 
 CPU = torch.device("cpu")

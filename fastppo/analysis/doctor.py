@@ -1,0 +1,186 @@
+"""What this machine has, what `auto` will choose on it, and whether the essentials work here."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fastppo.config import Config
+from fastppo.errors import CaptureError, FastPPOError
+from fastppo.functional.gae import choose_gae, gae_loop
+from fastppo.runtime.compile import CompileError, compile_graph
+from fastppo.runtime.cores import usable_cores
+from fastppo.runtime.device import choose_device, cpu_name
+from fastppo.runtime.graphs import record
+from fastppo.runtime.preflight import free_memory
+from fastppo.trainer import Trainer
+
+_GIB = 2**30
+_OPTIONAL = ("triton", "ale-py", "mujoco", "mujoco-warp", "envpool", "stable-baselines3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        value: what was found.
+        state: "ok"; "note": works, but less well than it could, or is not there; "bad": something won't work.
+        advice: what to do about it; "" where nothing need be done.
+    """
+
+    name: str
+    value: str
+    state: Literal["ok", "note", "bad"] = "ok"
+    advice: str = ""
+
+
+def examine(env_id: str, seconds: float = 5.0) -> Iterator[Finding]:
+    """Look at everything; the self-test of about `seconds` trains `env_id`."""
+    device = choose_device("auto")
+    yield from _software()
+    yield from _gpu(device)
+    yield from _machine(device)
+    yield _gae(device)
+    yield _compiler(device)
+    yield from _training(env_id, seconds)
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding(
+        "torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'}"
+    )
+    found = []
+    for package in _OPTIONAL:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    yield Finding("packages", ", ".join(found) or "none of the optional ones")
+
+
+def _gpu(device: torch.device) -> Iterator[Finding]:
+    if device.type != "cuda":
+        why = "" if torch.version.cuda is None else "torch was built for CUDA, but sees no GPU: look at nvidia-smi"
+        yield Finding("gpu", "none", "note" if why else "ok", why)
+        return
+    for i in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(i)
+        yield Finding(
+            f"gpu {i}", f"{about.name}, {about.total_memory / _GIB:.0f} GiB, capability {about.major}.{about.minor}"
+        )
+    yield Finding("driver", _driver())
+    yield _graph(device)
+    triton = importlib.util.find_spec("triton") is not None
+    advice = "" if triton else "pip install triton: advantages and compiled kernels need it on CUDA"
+    yield Finding("triton", "there" if triton else "not there", "ok" if triton else "note", advice)
+
+
+def _driver() -> str:
+    """Its version, as the vendor's own program tells it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown: nvidia-smi doesn't say"
+
+
+def _graph(device: torch.device) -> Finding:
+    """Whether work can be recorded and played again."""
+    x = torch.zeros(8, device=device)
+    try:
+        record(lambda: x.add_(1), keep=[x], fresh=[], device=device)()
+    except CaptureError as error:
+        return Finding("graphs", "can't be recorded", "note", f"--compile on is taken in their place: {error}")
+    good = bool((x == 1).all())
+    return Finding("graphs", "recorded and played" if good else "play other numbers", "ok" if good else "bad")
+
+
+def _machine(device: torch.device) -> Iterator[Finding]:
+    cores = usable_cores()
+    limit = os.environ.get("OMP_NUM_THREADS")
+    few = limit is not None and limit.isdecimal() and int(limit) < cores
+    yield Finding(
+        "cores",
+        f"{cores} of {cpu_name()}" + (f", OMP_NUM_THREADS={limit}" if limit else ""),
+        "note" if few else "ok",
+        f"OMP_NUM_THREADS keeps torch to {limit} of {cores} cores" if few else "",
+    )
+    yield Finding("free memory", f"{free_memory(torch.device('cpu')) / _GIB:.1f} GiB")
+    if device.type == "cuda":
+        yield Finding("free GPU memory", f"{free_memory(device) / _GIB:.1f} GiB")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free = shutil.disk_usage(shared).free / _GIB
+        small = free < 0.25
+        advice = "the pool keeps observations there: docker run --shm-size=1g" if small else ""
+        yield Finding("/dev/shm", f"{free:.2f} GiB free", "note" if small else "ok", advice)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    tight = files < 1024
+    advice = "vectorization async takes several for each environment: ulimit -n 4096" if tight else ""
+    yield Finding("open files", f"{files:,} allowed", "note" if tight else "ok", advice)
+
+
+def _gae(device: torch.device) -> Finding:
+    generator = torch.Generator(device).manual_seed(0)
+    numbers = [torch.randn(64, 33, generator=generator, device=device) for _ in range(3)]
+    done = torch.rand(64, 33, generator=generator, device=device) < 0.1
+    inputs = [*numbers, done & (numbers[0] > 0), done, *(torch.tensor(x, device=device) for x in (0.99, 0.95))]
+    kernel = choose_gae(64, 33, device)
+    exact = gae_loop(*(x.double() if x.is_floating_point() else x for x in inputs))[0]
+    error = (kernel(*inputs)[0] - exact).abs().max().item()
+    good = error < 1e-4
+    return Finding(
+        "advantages",
+        f"{kernel.__name__}, error {error:.1e}",
+        "ok" if good else "bad",
+        "" if good else "please report this",
+    )
+
+
+def _compiler(device: torch.device) -> Finding:
+    x = torch.randn(64, device=device)
+    begin = time.perf_counter()
+    try:
+        same = torch.allclose(compile_graph(lambda x: (x.tanh() * 2).sum(), [x])(x), (x.tanh() * 2).sum(), atol=1e-4)
+    except CompileError as error:
+        return Finding("compiler", "doesn't work", "note", f"updates run eagerly, several times slower: {error}")
+    took = f"{time.perf_counter() - begin:.1f} s for a small kernel"
+    return Finding("compiler", took) if same else Finding("compiler", "gives other numbers", "bad", "use --compile off")
+
+
+def _training(env_id: str, seconds: float) -> Iterator[Finding]:
+    """A short run with what `auto` chooses, stopped when the time is over."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"n_envs": 8, "n_steps": 64, "total_timesteps": 10**9, "vectorization": "auto"}
+        try:
+            trainer = Trainer(Config(env_id=env_id, run_dir=Path(folder) / "run", compile="off", **settings))
+            for stats in trainer.iterations():
+                if stats.seconds > seconds:
+                    break
+        except FastPPOError as error:
+            yield Finding("training", "failed", "bad", str(error))
+            return
+        assert trainer.result is not None
+        finite = bool(trainer.update.parameters.vector.isfinite().all())
+        speed = f"{trainer.result.sps_steady:,.0f} steps/s of {trainer.env_name}, not compiled, n_envs 8"
+        yield Finding("training", speed, "ok" if finite else "bad", "" if finite else "parameters are not finite")
+        c = trainer.config
+        yield Finding("auto", f"device {c.device}, vectorization {c.vectorization}, threads {c.threads} at this size")
+        compiled = "graph" if trainer.device.type == "cuda" else "on where a run is long enough to gain from it"
+        yield Finding("auto", f"compile {compiled}")

@@ -1,0 +1,132 @@
+"""One environment, as every vectoriser builds it. Imports no torch, so that worker processes start fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import multiprocessing
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+from fastppo.errors import ConfigError
+
+MakeEnv = Callable[[], "gym.Env[Any, Any]"]
+
+# The one Atari preprocessing, whichever vectoriser runs it (Machado et al. 2018; stickiness as the id says)
+ATARI_NOOP_MAX, ATARI_FRAME_SKIP, ATARI_SIZE, ATARI_STACK = 30, 4, 84, 4
+
+gym.register("fastppo/Catch-v0", entry_point="fastppo.envs.tensor.catch_env:CatchEnv", reward_threshold=0.95)
+
+
+class CopyObservation(gym.ObservationWrapper[Any, Any, Any]):
+    """For an environment that hands out one and the same array again and again."""
+
+    def observation(self, observation: Any) -> Any:  # noqa: ANN401 - whatever the space holds
+        """A copy."""
+        return np.array(observation)
+
+
+@dataclasses.dataclass(frozen=True)
+class EnvFactory:
+    """Makes one environment, here or in a worker process.
+
+    Attributes:
+        env_id: Gymnasium id, unless `make` is given.
+        env_kwargs: the environment's keyword arguments.
+        copy_obs: whether its observations must be copied (see `CopyObservation`).
+        make: the user's own constructor.
+    """
+
+    env_id: str
+    env_kwargs: dict[str, Any]
+    copy_obs: bool = False
+    make: MakeEnv | None = None
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        """The environment, with Atari's preprocessing if it is an ALE game."""
+        if multiprocessing.parent_process() is not None:
+            # Ctrl-C reaches the whole process group; the trainer decides when a worker ends
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if self.make is not None:
+            env = self.make()
+        elif is_atari(find_spec(self.env_id)):
+            env = gym.make(self.env_id, frameskip=1, **self.env_kwargs)
+            env = gym.wrappers.AtariPreprocessing(
+                env, noop_max=ATARI_NOOP_MAX, frame_skip=ATARI_FRAME_SKIP, screen_size=ATARI_SIZE
+            )
+            # black before the first frame, as ALE's own vector environment stacks
+            env = gym.wrappers.FrameStackObservation(env, ATARI_STACK, padding_type="zero")
+        else:
+            env = gym.make(self.env_id, **self.env_kwargs)
+        return CopyObservation(env) if self.copy_obs else env
+
+
+def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
+    """Whether the id is an ALE game."""
+    return "ale_py" in str(spec.entry_point)
+
+
+def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
+    """Gymnasium's registration of `env_id`, importing what it takes.
+
+    Raises:
+        ConfigError: no such id, with the nearest one; or a package that isn't installed.
+    """
+    if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
+        try:
+            import ale_py
+        except ImportError:
+            raise ConfigError(
+                f"env_id={env_id!r} needs ale-py; install it with: pip install 'fastppo[atari]'."
+            ) from None
+        gym.register_envs(ale_py)
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            __import__(module)
+        except ImportError as error:
+            raise ConfigError(f"env_id={env_id!r}: can't import {module} ({error}).") from None
+        except ValueError as error:
+            raise ConfigError(f"env_id={env_id!r} must be Name-v0 or module:Name-v0 ({error}).") from None
+    try:
+        return gym.spec(name)
+    except gym.error.Error as error:
+        if module:
+            raise ConfigError(
+                f"env_id={env_id!r}: {module} was imported, but registers no environment {name!r}; "
+                "register it there with gymnasium.register, or use make_env from Python."
+            ) from None
+        near = difflib.get_close_matches(name, list(gym.registry), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "see gymnasium.pprint_registry() for the known ones."
+        reason = "is deprecated" if isinstance(error, gym.error.DeprecatedEnv) else "is not a registered environment"
+        raise ConfigError(f"env_id={env_id!r} {reason}; {hint}") from None
+
+
+def build(factory: EnvFactory) -> gym.Env[Any, Any]:
+    """Call `factory` in this process, telling a user's mistake from a defect.
+
+    Raises:
+        ConfigError: a missing package, or keyword arguments that the environment or gymnasium.make refuses.
+    """
+    try:
+        return factory()
+    except gym.error.DependencyNotInstalled as error:
+        raise ConfigError(f"env_id={factory.env_id!r} needs a package that isn't installed: {error}") from None
+    except (TypeError, ValueError, gym.error.Error) as error:
+        if factory.make is not None:
+            raise
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"env_id={factory.env_id!r} with env_kwargs={factory.env_kwargs}: {message}") from None
+
+
+def reuses_observations(env: gym.Env[Any, Any]) -> bool:
+    """Whether `env` hands out the same memory twice, over a step or a reset: last observations would be lost."""
+    first, _ = env.reset(seed=0)
+    second = env.step(env.action_space.sample())[0]
+    third, _ = env.reset()
+    pairs = ((first, second), (second, third))
+    return any(isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.shares_memory(a, b) for a, b in pairs)

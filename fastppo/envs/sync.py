@@ -1,0 +1,376 @@
+"""Environments stepped one after the other in one process: a whole vector environment, or a pool worker's share.
+
+Rollouts equal those of Gymnasium's SyncVectorEnv bit for bit (same-step autoreset); the loop costs a third to a half of
+its overhead (benchmarks/vectorizers.py), as results go straight to their rows and no infos are merged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from fastppo.envs.env_state import EpisodeLog, NotPlainError, Way, play_again, set_state, state_of
+from fastppo.errors import ConfigError, EnvError
+
+_Array = np.ndarray[Any, Any]
+Outcome = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
+_MOST = 400  # characters of a complaint
+
+
+@dataclasses.dataclass(frozen=True)
+class Care:
+    """What is done for environments beside stepping them.
+
+    Attributes:
+        way: how they will continue after a resume; what that takes is kept.
+        restarts: how many may be made anew after a failure, their episodes cut, before one is an error.
+        timeout: seconds that a step or a reset may take in a worker process; None: any.
+    """
+
+    way: Way = "restart"
+    restarts: int = 0
+    timeout: float | None = None
+
+
+NO_CARE = Care()
+
+
+def layout(n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes of the arrays that hold N environments' actions and results, by name.
+
+    Raises:
+        EnvError: a space whose elements are no arrays.
+    """
+    return {
+        "obs": ((n, *_shape(obs)), obs.dtype),
+        "final_obs": ((n, *_shape(obs)), obs.dtype),
+        "actions": ((n, *_shape(action)), action.dtype),
+        "rewards": ((n,), np.float64),
+        "terminated": ((n,), np.bool_),
+        "truncated": ((n,), np.bool_),
+        "seeds": ((n,), np.int64),
+        "restarts": ((n,), np.int64),  # how often each was made anew, for whatever reason: part of its seed
+        "failures": ((n,), np.int64),  # how often each failed
+    }
+
+
+def _shape(space: gym.Space[Any]) -> tuple[int, ...]:
+    if space.shape is None or space.dtype is None:
+        raise EnvError(
+            f"observations and actions must be arrays; {type(space).__name__} is none: wrap the environment."
+        )
+    return tuple(space.shape)
+
+
+def same_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gym.Space[Any]) -> None:
+    """Refuse environment i if its spaces aren't those of the others.
+
+    Raises:
+        EnvError: they differ.
+    """
+    for name, mine, theirs in (("observation", env.observation_space, obs), ("action", env.action_space, action)):
+        if mine != theirs:
+            raise EnvError(f"environment {i} has another {name}_space ({mine}) than the others ({theirs}).")
+
+
+def outcome(arrays: Mapping[str, _Array], rows: slice) -> Outcome:
+    """What Gymnasium's `step` returns, for `rows`; the arrays themselves, which the next step overwrites."""
+    terminated, truncated = arrays["terminated"][rows], arrays["truncated"][rows]
+    done = terminated | truncated
+    infos = {"final_obs": arrays["final_obs"][rows].copy(), "_final_obs": done} if done.any() else {}
+    return arrays["obs"][rows], arrays["rewards"][rows], terminated, truncated, infos
+
+
+def cut(arrays: Mapping[str, _Array], rows: slice | int) -> None:
+    """Write down that episodes were lost: cut where they last stood, without a reward."""
+    arrays["final_obs"][rows] = arrays["obs"][rows]
+    arrays["rewards"][rows], arrays["terminated"][rows], arrays["truncated"][rows] = 0.0, False, True
+
+
+def fresh_seed(seed: int, restarts: int) -> int:
+    """The seed of an environment that began with `seed`, once it has been made anew; negative ones stay."""
+    return seed if seed < 0 else int(np.random.SeedSequence((seed, restarts)).generate_state(1)[0] >> 1)
+
+
+def told(error: Exception) -> str:
+    """An error's text, whatever its class makes of that."""
+    try:
+        return str(error)
+    except Exception:
+        return "(it has no text)"
+
+
+_BOOLS = frozenset((bool, np.bool_))
+_NUMBERS = _BOOLS | {float, int, np.float64, np.float32, np.int64, np.int32}
+
+
+class Share:
+    """Some environments and their rows of the arrays that `layout` describes.
+
+    Attributes:
+        envs: the environments.
+        at: the one that is being stepped or reset, counted from 0 here.
+        steps: taken so far.
+        complaints: a line for each that was made anew.
+    """
+
+    def __init__(
+        self,
+        envs: list[gym.Env[Any, Any]],
+        makers: Sequence[Callable[[], gym.Env[Any, Any]]],
+        arrays: Mapping[str, _Array],
+        rows: slice,
+        care: Care,
+    ) -> None:
+        """Bind `envs`, as `makers` made them, to `rows` of `arrays`."""
+        self.envs, self.at, self.steps, self.complaints = envs, 0, 0, list[str]()
+        self._makers, self._first, self._care = makers, rows.start, care
+        self._arrays = {name: array[rows] for name, array in arrays.items()}
+        self._obs, self._final_obs, self._actions, self._rewards, self._terminated, self._truncated, self._seeds = (
+            self._arrays[name]
+            for name in ("obs", "final_obs", "actions", "rewards", "terminated", "truncated", "seeds")
+        )
+        # as Gymnasium, floats of any width will do; whole numbers must fit, or they would wrap
+        self._casting: Any = "same_kind" if self._obs.dtype.kind == "f" else "safe"
+        self._log = EpisodeLog(len(makers)) if care.way == "replay" else None
+
+    def reset(self) -> None:
+        """Reset each, by its seed; a negative one leaves its random stream as it is."""
+        try:
+            for i in range(len(self.envs)):
+                self.at = i
+                self._put(self.at, self._reset(self.at, int(self._seeds[self.at])))
+        except Exception as error:
+            raise self._named(error, "reset") from error
+
+    def step(self) -> None:
+        """Step each once by its action, and reset those that ended."""
+        rewards, terminated, truncated = columns = list[Any](), list[Any](), list[Any]()
+        # a copy, as an environment may keep its action
+        actions = self._actions.copy()
+        self.steps += 1
+        if self._log is not None:
+            self._log.add(actions)
+        try:
+            while len(rewards) < len(self.envs):
+                try:
+                    self._step_on(actions, *columns)
+                except Exception as error:
+                    self._replace(self.at, error)
+                    for column, value in zip(columns, (0.0, False, True), strict=True):
+                        del column[self.at :]
+                        column.append(value)
+            # types alone tell in the common case, at a tenth of what an array costs
+            plain = _NUMBERS.issuperset(map(type, rewards))
+            self._rewards[:] = rewards if plain else self._checked("reward", rewards)
+            plain = _BOOLS.issuperset(map(type, terminated)) and _BOOLS.issuperset(map(type, truncated))
+            self._terminated[:] = terminated if plain else self._checked("terminated", terminated)
+            self._truncated[:] = truncated if plain else self._checked("truncated", truncated)
+        except Exception as error:
+            raise self._named(error, f"step {self.steps}") from error
+
+    def _step_on(self, actions: _Array, rewards: list[Any], terminated: list[Any], truncated: list[Any]) -> None:
+        """Step from where the lists end."""
+        rows, shape, casting = self._obs, self._obs.shape[1:], self._casting
+        for i in range(len(rewards), len(self.envs)):
+            self.at = i
+            obs, reward, terminal, cut, _ = self.envs[i].step(actions[i])
+            if getattr(obs, "shape", None) != shape:
+                self._check_shape("step", obs)
+            if terminal or cut:
+                np.copyto(self._final_obs[i, ...], obs, casting)
+                obs = self._reset(i, None)
+            np.copyto(rows[i, ...], obs, casting)
+            rewards.append(reward)
+            terminated.append(terminal)
+            truncated.append(cut)
+
+    def _reset(self, i: int, seed: int | None) -> Any:  # noqa: ANN401 - an observation
+        seed = None if seed is None or seed < 0 else seed
+        if self._log is not None:
+            self._log.begin(i, self.envs[i], seed)
+        obs, _ = self.envs[i].reset(seed=seed)
+        self._check_shape("reset", obs)
+        return obs
+
+    def _named(self, error: Exception, doing: str) -> EnvError:
+        """`error` as one that names the environment."""
+        which = f"environment {self._first + self.at} (seed {self._seeds[self.at]})"
+        kind = "" if isinstance(error, EnvError) else f"{type(error).__name__}: "
+        return EnvError(f"{which} failed in {doing}: {kind}{told(error)}")
+
+    def _put(self, i: int, obs: Any) -> None:  # noqa: ANN401 - an observation
+        np.copyto(self._obs[i, ...], obs, self._casting)
+
+    def _check_shape(self, where: str, obs: Any) -> None:  # noqa: ANN401 - an observation
+        shape = self._obs.shape[1:]
+        if np.shape(obs) != shape:
+            raise EnvError(f"{where} returned an observation of shape {np.shape(obs)}; its space says {shape}.")
+
+    def _checked(self, what: str, values: list[Any]) -> _Array:
+        """A column of results, each of them a number, or a bool where that is promised."""
+        kinds, promised = ("biuf", "a number") if what == "reward" else ("b", "a bool")
+        try:
+            column: _Array = np.array(values)
+            if column.ndim == 1 and column.dtype.kind in kinds:
+                return column
+        except ValueError:  # of several shapes
+            pass
+        for i, value in enumerate(values):
+            self.at, x = i, np.asarray(value)
+            if x.ndim or x.dtype.kind not in kinds:
+                shape = f" of shape {x.shape}" if x.ndim else ""
+                raise EnvError(f"step returned {what} {value!r} ({x.dtype}{shape}); it must be {promised}.")
+        raise AssertionError("one of the values is not as promised")
+
+    def _replace(self, i: int, error: Exception) -> None:
+        """Make environment i anew after `error`, or raise that again."""
+        restarts, failures = self._arrays["restarts"], self._arrays["failures"]
+        if isinstance(error, EnvError) or failures.sum() >= self._care.restarts:
+            raise error
+        restarts[i] += 1
+        failures[i] += 1
+        text = f"environment {self._first + i} failed ({type(error).__name__}: {told(error)})"
+        self.complaints.append(f"{text[:_MOST]}; made anew, its episode cut.")
+        with contextlib.suppress(Exception):
+            self.envs[i].close()
+        self.envs[i] = self._makers[i]()
+        obs = self._reset(i, fresh_seed(int(self._seeds[i]), int(restarts[i])))
+        cut(self._arrays, i)
+        self._put(i, obs)
+
+    def state(self) -> list[Any]:
+        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way any longer."""
+        try:
+            if self._care.way == "exact":
+                return [state_of(env) for env in self.envs]
+        except NotPlainError:  # it was when it was tried out
+            return []
+        if self._log is None or self._log.too_long:
+            return []
+        return [self._log.episode(i) for i in range(len(self.envs))]
+
+    def load(self, states: Sequence[Any]) -> None:
+        """Bring each environment to where `state` found it; those that play again leave their observation in obs.
+
+        Raises:
+            EnvError: what is no such state.
+        """
+        if self._log is not None:
+            self._log.load(states)
+        for i, (env, state) in enumerate(zip(self.envs, states, strict=True)):
+            if self._log is None:
+                set_state(env, state)
+            else:
+                self._put(i, play_again(env, state))
+
+
+def take_actions(place: _Array, actions: _Array) -> None:
+    """Write `actions` into `place`; numpy would repeat one for all.
+
+    Raises:
+        EnvError: they are of another number or shape.
+    """
+    if np.shape(actions) != place.shape:
+        raise EnvError(f"actions have shape {np.shape(actions)}; these environments take {place.shape}.")
+    place[...] = actions
+
+
+class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
+    """Environments in this process, stepped one after the other.
+
+    `step` returns the arrays that the next step overwrites.
+
+    Attributes:
+        envs: the environments.
+        care: what is done for them beside stepping.
+    """
+
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]], care: Care = NO_CARE) -> None:
+        """Make the environments.
+
+        Args:
+            env_fns: one maker for each.
+            care: what to do beside stepping them.
+
+        Raises:
+            EnvError: their spaces aren't arrays.
+        """
+        self.envs = [make() for make in env_fns]
+        first, self.num_envs, self.care = self.envs[0], len(self.envs), care
+        self.spec = first.spec
+        self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
+        self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        for i, env in enumerate(self.envs):
+            same_spaces(i, env, first.observation_space, first.action_space)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        shapes = layout(self.num_envs, self.single_observation_space, self.single_action_space)
+        self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        self._share = Share(self.envs, env_fns, self._arrays, slice(0, self.num_envs), care)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[_Array, dict[str, Any]]:
+        """Reset every environment; one seed s means s, s + 1, ... as in Gymnasium."""
+        self._arrays["seeds"][:] = seeds(seed, self.num_envs, options)
+        self._share.reset()
+        return self._arrays["obs"].copy(), {}
+
+    def step(self, actions: _Array) -> Outcome:
+        """Step every environment.
+
+        Raises:
+            EnvError: an environment failed, or `actions` are not one for each.
+        """
+        take_actions(self._arrays["actions"], actions)
+        self._share.step()
+        return outcome(self._arrays, slice(0, self.num_envs))
+
+    def env_states(self) -> list[Any]:
+        """See `Share.state`."""
+        return self._share.state()
+
+    def load_env_states(self, states: Sequence[Any]) -> _Array:
+        """See `Share.load`; returns the observations."""
+        self._share.load(states)
+        return self._arrays["obs"]
+
+    def complaints(self) -> list[str]:
+        """Lines about environments that were made anew since the last call."""
+        found, self._share.complaints[:] = list(self._share.complaints), []
+        return found
+
+    @property
+    def failures(self) -> int:
+        """How many times an environment failed and was made anew."""
+        return int(self._arrays["failures"].sum())
+
+    @property
+    def seeding(self) -> tuple[_Array, _Array]:
+        """Seeds [N] that environments began with, and how many times each was made anew [N]; not copies."""
+        return self._arrays["seeds"], self._arrays["restarts"]
+
+    def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
+        """Close every environment."""
+        for env in self.envs:
+            env.close()
+
+
+def seeds(seed: int | Sequence[int | None] | None, n: int, options: dict[str, Any] | None) -> list[int]:
+    """Gymnasium's `seed` as one number for each environment, -1 for none.
+
+    Raises:
+        ConfigError: options, which can't be served.
+    """
+    if options:
+        raise ConfigError(f"options={options}: environments here are reset whole, without options.")
+    each = seed if isinstance(seed, Sequence) else [None if seed is None else seed + i for i in range(n)]
+    return [-1 if s is None else s for s in each]

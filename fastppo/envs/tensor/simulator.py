@@ -1,0 +1,188 @@
+"""Simulators that step many environments on the device and return torch tensors.
+
+Isaac Lab, mjlab and ManiSkill do; Brax and MJX can through dlpack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from fastppo.envs.env_state import Resumable
+from fastppo.envs.vec_env import Cuts, Transitions
+from fastppo.errors import EnvError
+from fastppo.spaces import ActionSpec, ObsSpec
+
+
+class Simulator(Protocol):
+    """What they have in common; each step ends with the successors of finished episodes (same-step autoreset).
+
+    Attributes:
+        num_envs: N.
+    """
+
+    num_envs: int
+
+    def reset(self) -> Any:  # noqa: ANN401 - obs, or (obs, extras)
+        """Observations [N, *obs] or a mapping that holds them, alone or with extras."""
+
+    def step(self, actions: Tensor) -> tuple[Any, Tensor, Tensor, Tensor, Mapping[str, Any]]:
+        """Observations, rewards [N], terminated [N], truncated [N], extras."""
+
+
+class SimulatorEnv:
+    """A simulator behind the VecEnv protocol: return it from `make_env`. It must live on the training device.
+
+    Where the simulator gives no last observations, V of the observation before the cut stands in for V of the last
+    one, which a note says. Not covered: simulators with next-step autoreset; per-environment seeds, for which
+    simulators have no common way.
+    """
+
+    fillers = False
+    state: None = None
+    obs_bounds: None = None
+    restarts = 0
+    resumable = Resumable("restart", "a simulator's state can't be asked for")
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        *,
+        obs_key: str = "policy",
+        final_obs_key: str | None = None,
+    ) -> None:
+        """Take over `simulator`.
+
+        Args:
+            simulator: already made, for N environments.
+            observation_space: of one environment.
+            action_space: of one environment.
+            obs_key: which observations, where they are a mapping.
+            final_obs_key: where extras hold last observations [N, *obs], true in rows that ended; None: nowhere.
+
+        Raises:
+            EnvError: an unsupported space.
+        """
+        self._simulator, self._key, self._final_key = simulator, obs_key, final_obs_key
+        self.n_envs = self.num_envs = simulator.num_envs
+        self.name = type(simulator).__name__
+        self.obs_spec, self.action_spec = ObsSpec.from_space(observation_space), ActionSpec.from_space(action_space)
+        self.groups: Sequence[slice] = [slice(0, self.n_envs)]
+        self.notes: Sequence[str] = ()
+        if final_obs_key is None:
+            self.notes = [
+                f"{self.name} gives no last observations: where a time limit cuts an episode, V of the "
+                "observation before stands in for V of the last one (approximate)."
+            ]
+        self.final_obs = self.obs_spec.blank(0)
+        self.cuts: Cuts
+        self._checked = False
+
+    def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
+        """Start every environment; the first seed goes to torch's generators, which such simulators draw from."""
+        torch.manual_seed(int(seeds[0]))
+        found = self._simulator.reset()
+        return self._obs(found[0] if isinstance(found, tuple) else found, "reset")
+
+    def attach(self, transitions: Transitions) -> None:
+        """Write into `transitions` from now on."""
+        self._to = transitions
+        device = transitions.rewards.device
+        # any step may cut: one row of last observations for each
+        self.cuts = Cuts.allocate(len(transitions.rewards), self.n_envs, self.obs_spec, 1, device)
+        bounds = self.action_spec.bounds(device) if self.action_spec.kind == "box" else None
+        self._bounds = bounds
+        self._start = torch.tensor(self.action_spec.start, device=device)
+
+    def send(self, t: int, group: int) -> None:
+        """Take step t.
+
+        Raises:
+            EnvError: shapes other than promised.
+        """
+        to, cuts = self._to, self.cuts
+        obs, rewards, terminated, truncated, extras = self._simulator.step(self._actions(to.actions[t]))
+        obs = self._obs(obs, "step")
+        if not self._checked:
+            self._check(rewards, terminated, truncated)
+        if self._final_key is None:
+            last = to.obs[t]
+        elif self._final_key in extras:
+            last = self._obs(extras[self._final_key], "step's extras")
+        else:
+            raise EnvError(
+                f"step's extras hold no {self._final_key!r}, but {', '.join(map(repr, extras)) or 'nothing'}."
+            )
+        if self._final_key is not None and last.untyped_storage().data_ptr() == obs.untyped_storage().data_ptr():
+            raise EnvError(
+                f"step's extras give {self._final_key!r} in the memory of the next observations, which overwrite it; "
+                "have the simulator copy it."
+            )
+        cuts.obs[t].copy_(last)
+        terminated, truncated = terminated.bool(), truncated.bool()
+        cuts.steps[t].copy_(torch.where(truncated & ~terminated, t, len(to.rewards)))
+        to.obs[t + 1].copy_(obs)
+        to.rewards[t].copy_(rewards.detach())
+        to.terminated[t].copy_(terminated)
+        to.truncated[t].copy_(truncated)
+
+    def wait(self, group: int) -> None:
+        """Nothing to wait for."""
+
+    def store(self, t: int, group: int) -> Sequence[int]:
+        """Nothing to store: `send` wrote it. Who was cut stays on the device, in `cuts`."""
+        return ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what a simulator is can't be asked."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Nothing to go on from."""
+
+    def complaints(self) -> Sequence[str]:
+        """None."""
+        return ()
+
+    def close(self) -> None:
+        """Close the simulator, if it can be."""
+        if hasattr(self._simulator, "close"):
+            self._simulator.close()
+
+    def _actions(self, actions: Tensor) -> Tensor:
+        if self._bounds is not None:
+            actions = actions.clamp(*self._bounds)
+        elif any(self.action_spec.start):
+            actions = actions + self._start
+        # a copy: what a simulator does to its actions must not reach the rollout
+        return actions.reshape(self.n_envs, *self.action_spec.shape).clone()
+
+    def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them
+        if isinstance(found, Mapping):
+            if self._key not in found:
+                raise EnvError(f"observations of {where} are {', '.join(map(repr, found))}; name one with obs_key.")
+            found = found[self._key]
+        expected = (self.n_envs, *self.obs_spec.shape)
+        if not isinstance(found, Tensor) or found.shape != expected:
+            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"as {type(found).__name__}"
+            raise EnvError(f"{where} gave observations {what}; its space says a tensor of {expected}.")
+        if hasattr(self, "_to") and found.device != self._to.rewards.device:
+            raise EnvError(
+                f"{where} gave observations on {found.device}; the rollout lies on {self._to.rewards.device}."
+            )
+        return found.detach()
+
+    def _check(self, rewards: Tensor, terminated: Tensor, truncated: Tensor) -> None:
+        rows = {"rewards": rewards, "terminated": terminated, "truncated": truncated}
+        for name, x in rows.items():
+            if not isinstance(x, Tensor) or x.shape != (self.n_envs,):
+                what = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"as {type(x).__name__}"
+                raise EnvError(f"step returned {name} {what}; it must be a tensor of ({self.n_envs},).")
+        self._checked = True

@@ -1,0 +1,1 @@
+"""A saved or live policy played without learning: episodes, periodic evaluation, video, export."""

@@ -1,0 +1,64 @@
+"""Figures in the terminal."""
+
+from __future__ import annotations
+
+import math
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from fastppo.monitoring.stats import Stats
+
+_PLAIN_SECONDS = 5.0
+
+
+class ConsoleSink:
+    """A live progress line; plain lines every few seconds where there is no terminal."""
+
+    def __init__(self, console: Console, n_iterations: int) -> None:
+        """Show progress towards `n_iterations` on `console`."""
+        self._console = console
+        self._next = 0.0
+        self._last: Stats | None = None
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.fields[head]}"), BarColumn(20), TextColumn("{task.fields[tail]}"), console=console
+            )
+            self._task = self._progress.add_task("", total=n_iterations, head="starting", tail="")
+            self._progress.start()
+
+    def write(self, stats: Stats) -> None:
+        """Show one iteration."""
+        self._last = stats
+        if self._progress is not None:
+            head, tail = _progress_texts(stats)
+            self._progress.update(self._task, completed=stats.iteration, head=head, tail=tail)
+        elif time.monotonic() >= self._next:
+            self._next = time.monotonic() + _PLAIN_SECONDS
+            self._print(stats)
+            self._last = None
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+        elif self._last is not None:
+            self._print(self._last)
+
+    def _print(self, stats: Stats) -> None:
+        head, tail = _progress_texts(stats)
+        self._console.print(f"{head}  {tail}", highlight=False, soft_wrap=True)
+
+
+def _progress_texts(stats: Stats) -> tuple[str, str]:
+    left = stats.seconds / stats.iteration * (stats.n_iterations - stats.iteration)
+    eta = f"{left / 3600:.1f}h" if left >= 3600 else f"{left / 60:.0f}m" if left >= 100 else f"{left:.0f}s"
+    mean = "-" if math.isnan(stats.mean_return) else f"{stats.mean_return:.1f}"
+    head = f"{stats.global_step:>9,}/{stats.total_timesteps:,} steps"
+    tail = f"{stats.sps:,.0f} sps  ETA {eta}  return {mean}  KL {stats.kl:.2g}"
+    if stats.findings:
+        rest = f" +{len(stats.findings) - 1}" if len(stats.findings) > 1 else ""
+        tail += f"  ! {stats.findings[0].name}{rest}"
+    return head, f"{tail}  {stats.stop}" if stats.stop else tail

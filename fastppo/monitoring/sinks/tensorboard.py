@@ -1,0 +1,88 @@
+"""Figures as TensorBoard's events."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import platform
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.text.metadata import PLUGIN_NAME as TEXT_PLUGIN
+from tensorboard.summary.writer.record_writer import RecordWriter
+from tensorboard.util.tensor_util import make_tensor_proto
+from torch.utils.tensorboard import summary
+
+from fastppo.monitoring.stats import Stats
+
+_FLUSH_SECONDS = 5.0
+_HPARAM_METRICS = ("charts/episodic_return", "charts/sps_steady", "losses/approx_kl", "losses/explained_variance")
+_number = itertools.count()  # two runs of one process may begin in one second
+
+
+class TensorBoardSink:
+    """An events file. All scalars of an iteration are one event, which costs a tenth of one event each."""
+
+    def __init__(self, run_dir: Path, config: dict[str, Any], resumed_at: int | None = None) -> None:
+        """Write into `run_dir`, beginning with the config as a table in the text tab.
+
+        `resumed_at`: the global step that a resumed run goes on from; TensorBoard forgets what lies behind it.
+        """
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{next(_number)}"
+        # a file that stays open: TensorBoard's own writer opens it anew at each flush, and dies with its folder
+        self._file = (run_dir / name).open("ab")
+        self._records = RecordWriter(self._file)
+        self._flushed = time.monotonic()
+        self._findings: list[str] = []
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if resumed_at is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._add(Event(wall_time=time.time(), step=resumed_at + 1, session_log=start))
+            return
+        table = "|setting|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in config.items())
+        self._add(Event(wall_time=time.time(), step=0, summary=Summary(value=[_text("config", table)])))
+        # so that the HParams tab sorts runs by their settings and shows what they came to
+        settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items() if v is not None}
+        for part in summary.hparams(settings, dict.fromkeys(_HPARAM_METRICS)):
+            self._add(Event(wall_time=time.time(), step=0, summary=part))
+
+    def write(self, stats: Stats) -> None:
+        """Every scalar at the iteration's global step; histograms where there are some, findings when they change."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in stats.scalars.items()]
+        if (names := [f.name for f in stats.findings]) != self._findings:
+            self._findings = names
+            lines = [f"- **{f.name}**: {f.evidence} {f.remedy}" for f in stats.findings] or ["- all is well"]
+            values.append(_text("health", "\n".join(lines)))
+        if stats.sample is not None:
+            for tag, array in stats.sample.histograms.items():
+                if np.isfinite(array).any():
+                    values.extend(summary.histogram(tag, array[np.isfinite(array)], 64).value)
+        for tag, gif in stats.images.items():
+            values.append(Summary.Value(tag=tag, image=_image(gif)))
+        self._add(Event(wall_time=time.time(), step=stats.global_step, summary=Summary(value=values)))
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._file.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._file.close()
+
+    def _add(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+
+
+def _text(tag: str, text: str) -> Summary.Value:
+    metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=TEXT_PLUGIN))
+    return Summary.Value(tag=tag, metadata=metadata, tensor=make_tensor_proto([text.encode()]))
+
+
+def _image(gif: bytes) -> Summary.Image:
+    """An animation, which TensorBoard shows as it is."""
+    width, height = struct.unpack("<HH", gif[6:10])
+    return Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)

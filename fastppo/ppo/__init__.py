@@ -1,0 +1,1 @@
+"""The algorithm: rollout, advantages, update, metrics and the memory plan."""

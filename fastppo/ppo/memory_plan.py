@@ -1,0 +1,162 @@
+"""What training will hold in memory, told before any of it is allocated.
+
+The rollout, the advantages and one minibatch are run with tensors that have shapes and no contents; the bytes of those
+that are alive at once are added up. Environments' own memory is not in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastppo.envs.vec_env import Cuts
+from fastppo.errors import ConfigError
+from fastppo.functional.losses import Coefficients
+from fastppo.ppo.rollout import Rollout
+from fastppo.ppo.update import PPOUpdate
+from fastppo.spaces import ActionSpec, ObsSpec
+
+# Of one row while an iteration's episodes are counted: three float32 on the host, five 8-byte arrays
+_STATISTICS = 3 * 4 + 5 * 8
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, before anything is allocated.
+
+    Attributes:
+        storage: the rollout, from first to last.
+        staging: where environments write before results are stored.
+        update: the most that advantages, update or statistics hold at once, beside the storage.
+    """
+
+    storage: int
+    staging: int
+    update: int
+
+    @property
+    def total(self) -> int:
+        """All of it at its highest."""
+        return self.storage + self.staging + self.update
+
+    def __str__(self) -> str:
+        """In GiB."""
+        parts = ", ".join(f"{name} {getattr(self, name) / _GIB:.2f}" for name in ("storage", "staging", "update"))
+        return f"{self.total / _GIB:.2f} GiB ({parts})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What storage must know of N environments; stands in for a VecEnv that is not made yet."""
+
+    n_envs: int
+    obs_spec: ObsSpec
+    action_spec: ActionSpec
+    fillers: bool = True
+    max_steps: int | None = None  # of environments on the device, which keep last observations of a whole rollout
+
+
+def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: Callable[..., Any]) -> MemoryPlan:
+    """Bytes of an iteration of `n_steps` in `env`.
+
+    Args:
+        n_steps: T.
+        env: the environments to come.
+        update: makes the update; its policy and parameters exist already.
+        gae: the kernel of the advantages.
+    """
+    obs = env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
+    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+        learner = update()
+        device, before = learner.parameters.vector.device, live.bytes
+        rollout = Rollout.allocate(n_steps, env, learner.policy, device)  # type: ignore[arg-type]
+        cuts = None
+        if env.max_steps is not None:
+            cuts = Cuts.allocate(n_steps, env.n_envs, env.obs_spec, env.max_steps, device)
+        storage = live.bytes - before
+        coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
+        r = rollout
+        gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
+        batch = rollout.batch()
+        data = learner.fill(batch)
+        learner.allocate(len(batch.logprobs))
+        learner.scales(batch)
+        order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
+        rows = order[: max(1, len(order) // learner.n_minibatches)]
+        learner.minibatch(data, rows, coefs, rollout.advantages.new_zeros(2))
+        if (normalizer := learner.policy.encoder.normalizer) is not None:
+            normalizer.update(batch.obs)  # in float64, and so larger than what it reads
+        highest = live.highest - storage
+        del cuts  # alive until here
+    statistics = n_steps * env.n_envs * _STATISTICS
+    return MemoryPlan(storage, 3 * obs, max(highest, statistics))
+
+
+def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, free: int) -> MemoryPlan:
+    """The plan for `n_envs`, if it fits into `free` bytes.
+
+    Raises:
+        ConfigError: it doesn't; says how many environments would fit.
+    """
+    wanted = plan(n_envs)
+    if wanted.total <= free:
+        return wanted
+    # all but linear in n_envs
+    least = plan(1)
+    fits = int((free - least.total) / (wanted.total - least.total) * (n_envs - 1)) + 1 if free >= least.total else 0
+    while fits and plan(fits).total > free:
+        fits = int(fits * 0.98)
+    way_out = f"n_envs={fits} fits" if fits else "no n_envs fits; use fewer n_steps"
+    raise ConfigError(
+        f"n_envs={n_envs} with n_steps={n_steps} needs {wanted} of memory beside the environments' own, and "
+        f"{free / _GIB:.2f} GiB are free here; {way_out}."
+    )
+
+
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the bytes of all tensors that are made while it is on and still alive.
+
+    Attributes:
+        bytes: alive now.
+        highest: most that were alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = self.highest = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - what func returns
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self._hold(x.untyped_storage())
+        return out
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        self.bytes += storage.nbytes()
+        self.highest = max(self.highest, self.bytes)
+        weakref.finalize(storage, self._drop, key, storage.nbytes())
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.bytes -= size

@@ -1,0 +1,250 @@
+"""The figures of an iteration, measured on the device and read by the host in one transfer; episode statistics."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastppo.errors import EnvError
+from fastppo.functional.diagnostics import explained_variance, masked_mean
+from fastppo.ppo.rollout import Rollout
+from fastppo.ppo.update import REPORT
+from fastppo.runtime.distributed import World
+from fastppo.spaces import ActionSpec
+
+_Array = np.ndarray[Any, Any]
+
+WINDOW = 100  # episodes that means are taken over
+# What an iteration brings to the host, all of it in one transfer; then the latest episodes' returns and lengths
+_MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
+NAMES: tuple[str, ...] = (*REPORT, *_MEASURED)
+
+
+class EpisodeStats:
+    """Returns and lengths of episodes, however many rollouts they span, from raw rewards, where the rollout lies.
+
+    Attributes:
+        recent_returns: of the last episodes, WINDOW at most, latest last.
+        recent_lengths: of the same.
+        count: episodes ended so far.
+        open: [2, N] float64, returns and lengths so far of the episodes that haven't ended.
+    """
+
+    def __init__(self, n_envs: int, device: torch.device) -> None:
+        """For `n_envs` environments."""
+        self.open = torch.zeros(2, n_envs, dtype=torch.float64, device=device)
+        self.recent_returns: deque[float] = deque(maxlen=WINDOW)
+        self.recent_lengths: deque[int] = deque(maxlen=WINDOW)
+        self.count = 0
+
+    def measure(self, rewards: Tensor, done: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Take in a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward.
+
+        Returns:
+            [3 + 3 K] float64: episodes that ended, the sums of their returns and of their lengths; then returns,
+            lengths and last steps of the latest K, latest first, NaN where there are fewer.
+        """
+        n_steps, n = rewards.shape
+        # running sums over the rollout, continuing the episodes that were open when it began
+        t = torch.arange(n_steps, device=done.device).unsqueeze(1)
+        if valid is None:
+            returns, lengths = rewards.cumsum(0, dtype=torch.float64), (t + 1).expand(n_steps, n)
+        else:
+            returns = torch.where(valid, rewards, 0.0).cumsum(0, dtype=torch.float64)
+            lengths = valid.cumsum(0)
+        totals = torch.stack((returns, lengths.double())).add_(self.open.unsqueeze(1))
+        ends = torch.where(done, t, -1).cummax(0).values  # the latest at t or before
+        env = torch.arange(n, device=done.device)
+
+        def total_at(end: Tensor, env: Tensor) -> Tensor:
+            return torch.where(end >= 0, totals[:, end.clamp(min=0), env], 0.0)
+
+        over = total_at(ends[-1], env)  # of all episodes of an environment that ended
+        self.open.copy_(totals[:, -1] - over)
+        latest = torch.where(done, t * n + env, -1).flatten().topk(min(WINDOW, n_steps * n)).values
+        at, whose = latest.clamp(min=0) // n, latest.clamp(min=0) % n
+        before = torch.where(at > 0, ends[at - 1, whose], -1)
+        chosen = torch.cat((total_at(at, whose) - total_at(before, whose), at.double().unsqueeze(0)))
+        chosen = torch.where(latest >= 0, chosen, torch.nan)
+        return torch.cat((done.sum().double().unsqueeze(0), over.sum(1), chosen.flatten()))
+
+    def add(self, count: int, latest: _Array) -> None:
+        """Remember what `measure` found: `count` episodes, and the latest [3 K]."""
+        returns, lengths, _ = latest.reshape(3, -1)[:, : min(count, WINDOW)][:, ::-1]
+        self.recent_returns.extend(returns.tolist())
+        self.recent_lengths.extend(lengths.astype(int).tolist())
+        self.count += count
+
+    def latest(self, n: int) -> list[float]:
+        """Returns of the latest `n` episodes, latest last."""
+        return list(self.recent_returns)[len(self.recent_returns) - n :]
+
+    @property
+    def mean_return(self) -> float:
+        """Mean return of the last episodes (100 at most); NaN before the first ends."""
+        return float(np.mean(self.recent_returns)) if self.recent_returns else float("nan")
+
+    @property
+    def mean_length(self) -> float:
+        """Mean length of the last episodes; NaN before the first ends."""
+        return float(np.mean(self.recent_lengths)) if self.recent_lengths else float("nan")
+
+    def reached(self, target: float | None) -> bool:
+        """Whether the mean of the last 100 episodes, no fewer, has reached `target`."""
+        full = len(self.recent_returns) == self.recent_returns.maxlen
+        return target is not None and full and self.mean_return >= target
+
+
+class Metrics:
+    """Measures an iteration on the device and brings its figures to the host in one transfer.
+
+    Attributes:
+        episodes: statistics of episodes.
+        global_step: real environment steps so far.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        spec: ActionSpec,
+        *,
+        world: World,
+        obs_bounds: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Measure the rollouts in `rollout`, pooled over the ranks of `world`.
+
+        Args:
+            rollout: the storage that every iteration fills.
+            spec: of the actions.
+            world: the ranks that train together.
+            obs_bounds: lowest and highest observation [*obs] that the space allows; None: any.
+        """
+        self._rollout, self._world = rollout, world
+        device = rollout.rewards.device
+        self._bounds = spec.bounds(device) if spec.kind == "box" else None
+        self._obs_bounds = None if obs_bounds is None else tuple(x.to(device) for x in obs_bounds)
+        self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
+        self.global_step = 0
+
+    @property
+    def checks_bounds(self) -> bool:
+        """Whether observations are compared with the bounds of their space."""
+        return self._obs_bounds is not None
+
+    def state(self) -> list[Tensor]:
+        """What `measure` changes and the next iteration needs."""
+        return [self.episodes.open]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps and episodes so far, those that are open among them."""
+        e = self.episodes
+        latest = {"returns": list(e.recent_returns), "lengths": list(e.recent_lengths)}
+        return {"open": e.open, "global_step": self.global_step, "episodes": e.count, **latest}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        e = self.episodes
+        e.open.copy_(saved["open"])
+        self.global_step, e.count = int(saved["global_step"]), int(saved["episodes"])
+        e.recent_returns.clear()
+        e.recent_lengths.clear()
+        e.recent_returns.extend(float(x) for x in saved["returns"])
+        e.recent_lengths.extend(int(x) for x in saved["lengths"])
+
+    def measure(self, report: Tensor) -> Tensor:
+        """The figures of an iteration, NAMES and then the latest episodes, as one vector on the device.
+
+        Args:
+            report: what the update told of itself.
+        """
+        r = self._rollout
+        variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
+        clipped = torch.zeros_like(variance)
+        if self._bounds is not None:
+            low, high = self._bounds
+            clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
+        steps = torch.full_like(variance, r.rewards.numel()) if r.valid is None else r.valid.sum()
+        # float64: float32 can't count beyond 2^24
+        scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps)]
+        return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
+
+    def read(self, figures: Tensor) -> _Array:
+        """The one transfer of an iteration: what `measure` made, on the host, of all processes together.
+
+        Raises:
+            EnvError: a reward or an observation is not finite; names the first environment and step.
+        """
+        everyone: _Array = self._world.gather(figures).numpy(force=True)
+        found = everyone[0] if len(everyone) == 1 else _merge(everyone)
+        if found[NAMES.index("broken")]:
+            r, broken = self._rollout, self._broken()
+            if not broken.any():
+                raise EnvError("another process stopped: its environment returned what is not finite; see its message.")
+            t, n = broken.any(0).nonzero()[0].tolist()
+            what = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
+            raise EnvError(
+                f"{self._name(t, n, f'returned {what}')} of its run; "
+                "the model so far is saved. Mend the environment, or wrap it to replace such values."
+            )
+        return found
+
+    def outside(self) -> str | None:
+        """Which environment of this process was the first in the last rollout to leave its observation space."""
+        outside = self._outside()
+        if not outside.any():
+            return None
+        t, n = outside.nonzero()[0].tolist()
+        # its steps are counted already
+        return self._name(t - len(outside), n, "returned an observation outside its observation_space")
+
+    def _name(self, t: int, n: int, did: str) -> str:
+        before = self.global_step // (len(self._rollout.rewards[0]) * self._world.size)
+        where = f" of process {self._world.rank}" if self._world.size > 1 else ""
+        return f"environment {n}{where} {did} at step {before + t}"
+
+    def _outside(self) -> Tensor:
+        """Where the observation that followed a row lies outside its space: [T, N] bool."""
+        r = self._rollout
+        if self._obs_bounds is None:
+            return torch.zeros_like(r.done)
+        low, high = self._obs_bounds
+        return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
+
+    def _broken(self) -> Tensor:
+        """Where a real row's reward [0] or the observation that followed it [1] is not finite: [2, T, N] bool."""
+        r = self._rollout
+        rewards = ~r.rewards.isfinite() if r.valid is None else ~r.rewards.isfinite() & r.valid
+        obs = (
+            ~r.obs[1:].reshape(*rewards.shape, -1).isfinite().all(-1)
+            if r.obs.is_floating_point()
+            else torch.zeros_like(rewards)
+        )
+        return torch.stack((rewards, obs))
+
+    def record(self, figures: _Array) -> dict[str, float]:
+        """Count the steps and episodes of an iteration; returns its figures by name, as `read` gave them."""
+        named: dict[str, float] = dict(zip(NAMES, figures.tolist(), strict=False))
+        self.global_step += int(named["steps"])
+        self.episodes.add(int(named["episodes"]), figures[len(NAMES) :])
+        return named
+
+
+def _merge(everyone: _Array) -> _Array:
+    """The figures [R, F] of R processes as those of one: counts added up, the latest episodes merged."""
+    at = NAMES.index
+    found: _Array = everyone[0].copy()
+    steps = everyone[:, at("steps")]
+    found[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
+    for name in ("broken", "outside", "steps", "episodes", "returns", "lengths"):
+        found[at(name)] = everyone[:, at(name)].sum()
+    latest = everyone[:, len(NAMES) :].reshape(len(everyone), 3, -1)
+    # latest first; of one step, later environments first, as if they were all in one process
+    columns = np.concatenate(list(latest[::-1]), axis=1)
+    columns = columns[:, ~np.isnan(columns[2])]
+    columns = columns[:, np.argsort(-columns[2], kind="stable")][:, :WINDOW]
+    return np.concatenate((found[: len(NAMES)], columns.reshape(-1)))
