@@ -34,7 +34,7 @@ import tyro
 from benchmarks import report
 from fastppo import Config, Trainer
 from fastppo.envs import sync as serial
-from fastppo.envs.sync import Share
+from fastppo.envs.sync import EnvGroup
 from fastppo.ppo.metrics import Metrics
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -75,8 +75,8 @@ class _Timed:
 
 
 def _step_without_comparing_shapes() -> Any:
-    """`Share._step_on` without two of its lines, which are no function that could be replaced."""
-    source = textwrap.dedent(inspect.getsource(Share._step_on))
+    """`EnvGroup._step_on` without two of its lines, which are no function that could be replaced."""
+    source = textwrap.dedent(inspect.getsource(EnvGroup._step_on))
     lines = [line for line in source.splitlines() if '"shape"' not in line and "_check_shape" not in line]
     assert len(lines) == len(source.splitlines()) - 2, "serial.py has changed"
     found: dict[str, Any] = {}
@@ -89,18 +89,18 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     nothing, anything, clock = torch.zeros(1), SimpleNamespace(issuperset=lambda types: True), _Timed()
     bools, numbers = (SimpleNamespace(issuperset=clock(x.issuperset)) for x in (serial._BOOLS, serial._NUMBERS))
-    checks = (Metrics._broken, Metrics._outside, Share._check_shape)
+    checks = (Metrics._broken, Metrics._outside, EnvGroup._check_shape)
     unchecked = (lambda self: nothing, lambda self: nothing, lambda self, where, obs: None)
     ways: dict[str, Any] = {
-        "on": (*checks, serial._BOOLS, serial._NUMBERS, Share._step_on),
+        "on": (*checks, serial._BOOLS, serial._NUMBERS, EnvGroup._step_on),
         "off": (*unchecked, anything, anything, _step_without_comparing_shapes()),
-        "timed": (*map(clock, checks), bools, numbers, Share._step_on),
+        "timed": (*map(clock, checks), bools, numbers, EnvGroup._step_on),
     }
 
     def put(way: str) -> None:
-        Metrics._broken, Metrics._outside, Share._check_shape, serial._BOOLS, serial._NUMBERS, Share._step_on = ways[
-            way
-        ]
+        Metrics._broken, Metrics._outside, EnvGroup._check_shape, serial._BOOLS, serial._NUMBERS, EnvGroup._step_on = (
+            ways[way]
+        )
 
     kinds = ("none", "sample", "histograms")
     seen: list[tuple[str, str, float]] = []  # of each iteration: how checks were, what was looked at, seconds

@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from benchmarks import report
 from fastppo.envs.auto_vectorization import _speed
-from fastppo.envs.registry import make_vectorized, probe
+from fastppo.envs.registry import inspect_env, make_vectorized
 
 
 @dataclasses.dataclass
@@ -40,7 +40,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    found = probe(options.env_id, {})
+    found = inspect_env(options.env_id, {})
     assert found.factory is not None
     factory = found.factory
     rows = []

@@ -14,8 +14,8 @@ from torch import nn
 from fastppo.config import Config, parse_schedule, resolve
 from fastppo.envs.auto_vectorization import env_key, recall
 from fastppo.envs.gymnasium_vector import HostEnv
-from fastppo.envs.registry import Probe, choose_vectorization, make_vec_env, resumability
-from fastppo.envs.sync import Care
+from fastppo.envs.registry import EnvInfo, choose_vectorization, make_vec_env, resumability
+from fastppo.envs.sync import FaultPolicy
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
@@ -32,7 +32,7 @@ from fastppo.ppo.rollout import Collector, Handover, Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.presets import TUNED
 from fastppo.runs.checkpoint import load_model, read_spec
-from fastppo.runtime import compile as accelerate
+from fastppo.runtime import compile as compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.cores import local_processes, usable_cores
@@ -41,7 +41,7 @@ from fastppo.runtime.distributed import World
 from fastppo.runtime.preflight import check_descriptors, free_memory
 
 
-def settle(config: Config, found: Probe, device: torch.device, *, custom_policy: bool) -> tuple[Config, list[str]]:
+def settle(config: Config, found: EnvInfo, device: torch.device, *, custom_policy: bool) -> tuple[Config, list[str]]:
     """The config with every choice made that comes before anything is built, and notes about them.
 
     Raises:
@@ -114,7 +114,7 @@ class Models(NamedTuple):
         return _saved(self.policy, self.rewards)
 
 
-def policy_spec(c: Config, found: Probe, *, custom: bool) -> PolicySpec:
+def policy_spec(c: Config, found: EnvInfo, *, custom: bool) -> PolicySpec:
     """The policy that `c` asks for, or one around a `custom` network."""
     return PolicySpec(
         obs=found.obs_spec,
@@ -128,7 +128,7 @@ def policy_spec(c: Config, found: Probe, *, custom: bool) -> PolicySpec:
     )
 
 
-def build_models(c: Config, found: Probe, network: nn.Module | None, device: torch.device, world: World) -> Models:
+def build_models(c: Config, found: EnvInfo, network: nn.Module | None, device: torch.device, world: World) -> Models:
     """The policy around `network` (None: the config's) with its first weights, or those of `init_from`."""
     spec = policy_spec(c, found, custom=network is not None)
     needed, free = 4 * 4 * spec.least_weights(), free_memory(device)  # weights, gradients, Adam's two moments
@@ -177,7 +177,7 @@ def build_update(c: Config, models: Models, device: torch.device, world: World) 
 
 
 def plan_run(
-    c: Config, found: Probe, models: Models, device: torch.device, world: World, notes: list[str]
+    c: Config, found: EnvInfo, models: Models, device: torch.device, world: World, notes: list[str]
 ) -> MemoryPlan:
     """Bytes of storage, staging and update; raises ConfigError where they don't fit."""
 
@@ -202,7 +202,7 @@ def plan_run(
 
 
 def build_envs(
-    c: Config, found: Probe, device: torch.device, world: World, notes: list[str], *, times_begun: int
+    c: Config, found: EnvInfo, device: torch.device, world: World, notes: list[str], *, times_begun: int
 ) -> VecEnv:
     """The environments; `times_begun` tells the streams apart of a run that is begun anew or goes on."""
     n_envs = resolved(c.n_envs)
@@ -225,7 +225,7 @@ def build_envs(
         n_workers=c.workers,
         half_batches=c.half_batches,
         device=device,
-        care=Care(how.way, restarts, c.env_timeout),
+        fault_policy=FaultPolicy(how.way, restarts, c.env_timeout),
         resumable=how,
     )
 
@@ -279,7 +279,7 @@ def compile_work(
     """
     mode, why = wanted, "asked for"
     device = learner.device
-    compiled_before = accelerate.compilations
+    compiled_before = compiling.compilations
     if wanted == "auto":
         pays, why = worth_compiling(minibatches)
         mode = "on" if pays else "off"
@@ -306,12 +306,12 @@ def compile_work(
         try:
             if world.size > 1 and device.type == "cpu":
                 raise CaptureError("several processes on the CPU can't be recorded; use compile on or off.")
-            learner.record()
-            collect.record()
+            learner.capture()
+            collect.capture()
         except CaptureError as error:
             if wanted == "graph":
                 raise
-            mode, why = "on" if accelerate.compilations > compiled_before else "off", str(error)
+            mode, why = "on" if compiling.compilations > compiled_before else "off", str(error)
     if mode != "off":
         seconds = time.perf_counter() - begin
         why = f"{why}; took {seconds:.1f} s"

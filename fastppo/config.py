@@ -236,7 +236,7 @@ class Config:
     log_histograms: bool = False
     """Log histograms of weights, gradients, actions and ratios of those updates."""
     video_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: never)")] = None
-    """Film an episode after so many steps, for TensorBoard (extra `video`)."""
+    """Video an episode after so many steps, for TensorBoard (extra `video`)."""
     track: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Log to these too (extras `wandb`, `mlflow`), set up by their own environment variables."""
     name: str = "ppo"

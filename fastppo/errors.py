@@ -23,3 +23,12 @@ class FinishedError(CheckpointError):
 
 class CaptureError(FastPPOError):
     """Work that can't be recorded as a graph; the text says why and what to change."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text that is not blank, or the name of its class if it has no text."""
+    try:
+        lines = str(error).splitlines()
+    except Exception:  # a class of the user's may fail to describe itself
+        lines = []
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)

@@ -29,24 +29,24 @@ from fastppo.build import (
     target_of,
 )
 from fastppo.config import SCHEDULED, Config
-from fastppo.envs.registry import Maker, probe
+from fastppo.envs.registry import Maker, inspect_env
 from fastppo.errors import CheckpointError, ConfigError, EnvError, FinishedError
-from fastppo.evaluation.periodic import Intermission
-from fastppo.monitoring.run_logger import Logbook
+from fastppo.evaluation.periodic import PeriodicEvaluation
+from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
 from fastppo.monitoring.sinks.jsonl import JsonlSink, SampleSink, read_rows
 from fastppo.monitoring.sinks.tensorboard import TensorBoardSink
 from fastppo.monitoring.sinks.trackers import check_trackers, open_tracker
 from fastppo.monitoring.stats import Statistics, Stats
-from fastppo.monitoring.update_samples import Sample, Sampler
+from fastppo.monitoring.update_samples import UpdateSample, UpdateSampler
 from fastppo.ppo.learner import Learner
 from fastppo.ppo.metrics import NAMES, Metrics
-from fastppo.runs.checkpoint import freeze, model_files, save_model, state_files, tidy
-from fastppo.runs.checkpoint_writer import Saver
-from fastppo.runs.nan_dump import save_capsule
+from fastppo.runs.checkpoint import model_files, save_model, snapshot, state_files, tidy
+from fastppo.runs.checkpoint_writer import CheckpointWriter
+from fastppo.runs.nan_dump import save_nan_dump
 from fastppo.runs.restore import Part, Progress, about_run, restore
 from fastppo.runs.run_dir import RunLock, appears, create_run_dir, surroundings, versions, write_json
-from fastppo.runtime import compile as accelerate
+from fastppo.runtime import compile as compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
     GlobalRandomness,
@@ -148,16 +148,16 @@ class Trainer:
         if self.device.type == "cuda":  # kernels and graphs go to the current device
             torch.cuda.set_device(self.device)
         self.world = join_world(self.device)
-        found = probe(config.env_id, config.env_kwargs, make_env)
+        found = inspect_env(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
-        self._compiled_before = accelerate.compilations
+        self._compiled_before = compiling.compilations
         self._signals: StopSignals | None = None
         self._doing = "nothing"
         with contextlib.ExitStack() as undo:
             undo.callback(self.world.close)
             c, self.notes = settle(config, found, self.device, custom_policy=policy is not None)
-            self.logbook = Logbook(console if self.world.is_main else None, found.action_spec.dimensions)
+            self.logger = RunLogger(console if self.world.is_main else None, found.action_spec.dimensions)
             if found.vector is not None:
                 undo.callback(found.vector.close)
             models = build_models(c, found, policy, self.device, self.world)
@@ -171,7 +171,7 @@ class Trainer:
             self.env = build_envs(c, found, self.device, self.world, self.notes, times_begun=begun)
             undo.callback(self.env.close)
             self._build_loop(c, models)
-            self.intermission = Intermission(
+            self.periodic = PeriodicEvaluation(
                 found,
                 self.policy,
                 self.device,
@@ -180,9 +180,9 @@ class Trainer:
                 eval_episodes=c.eval_episodes,
                 video_every=c.video_every,
                 main=self.world.is_main,
-                say=self.logbook.say,
+                say=self.logger.say,
             )
-            undo.callback(self.intermission.close)
+            undo.callback(self.periodic.close)
             if resume_from is None:
                 self.run_dir = self.world.shared(
                     lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, again=c.resume == "auto")
@@ -204,7 +204,7 @@ class Trainer:
             self.world.shared(lambda: check_disk(self.run_dir, n_kept * state, f"{n_kept} checkpoints"))
             ahead = self.n_iterations * resolved(c.update_epochs) * resolved(c.n_minibatches)
             mode, self.compile_seconds = compile_work(
-                c.compile, ahead, self.learner, self.collect, self.env, self.world, self.notes, self.logbook.say
+                c.compile, ahead, self.learner, self.collect, self.env, self.world, self.notes, self.logger.say
             )
             self.config = dataclasses.replace(self.config, compile=mode)
             self._resumed = resume_from is not None
@@ -256,7 +256,7 @@ class Trainer:
         every = c.record_ratios
         if every is None:
             every = max(_FEWEST_BETWEEN_LOOKS, -(-self.n_iterations // 20))
-        self._sampler = Sampler(self.rollout, self.update, every=every, histograms=c.log_histograms)
+        self._sampler = UpdateSampler(self.rollout, self.update, every=every, histograms=c.log_histograms)
         self._told_outside = False
         self.stop_requested = False
         self.result: Result | None = None
@@ -279,7 +279,7 @@ class Trainer:
             obs=self.collect.rollout.obs[-1],
             world=self.world,
         )
-        self.intermission.seen = self.metrics.global_step
+        self.periodic.seen = self.metrics.global_step
         self.notes += notes
         if self.config.exact_resume and not goes_on:
             raise CheckpointError(f"exact_resume: {notes[0]}")
@@ -294,14 +294,14 @@ class Trainer:
 
     def _open_run(self, c: Config, console: Console | None) -> None:
         self.notes += self.env.notes
-        self._saver = Saver(
+        self._writer = CheckpointWriter(
             self.run_dir,
             keep=c.keep_checkpoints,
             every_steps=c.checkpoint_every,
             every_minutes=c.checkpoint_minutes,
             world=self.world,
             device=self.device,
-            say=self.logbook.say,
+            say=self.logger.say,
         )
         if not self.world.is_main:
             return
@@ -334,7 +334,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             self._signals = signals or stack.enter_context(StopSignals())
-            self._signals.on_first = lambda: self.logbook.say("stopping after this iteration; once more stops at once")
+            self._signals.on_first = lambda: self.logger.say("stopping after this iteration; once more stops at once")
             for _ in self.iterations():
                 pass
         assert self.result is not None
@@ -350,9 +350,9 @@ class Trainer:
             raise RuntimeError("this trainer has run already; fastppo.resume makes one that goes on")
         progress = self.progress
         try:
-            self._open_logbook()
+            self._open_logger()
             self.clock.start(progress.seconds, self.metrics.global_step)
-            self._saver.start(self.metrics.global_step)
+            self._writer.start(self.metrics.global_step)
             while progress.iteration < self.n_iterations and not self._asked_to_stop():
                 self._doing = "rollout"
                 self.learner.anneal(progress.iteration / self.n_iterations)
@@ -367,16 +367,16 @@ class Trainer:
                 progress.iteration += 1
                 with self.clock.phase("log"):
                     sample = None if look is None else self._sample()
-                    named = self.metrics.record(found)
+                    named = self.metrics.count(found)
                     stats = self._statistics(progress.iteration, named, self.learner.values, sample)
                     progress.seconds = stats.seconds
                 self._doing = "nothing"
                 self._look_after_envs(stats)
                 best = self._evaluate(stats)
                 with self.clock.phase("log"):
-                    stats = self.logbook.write(stats)
+                    stats = self.logger.write(stats)
                 with self.clock.phase("save"):
-                    if best or self._saver.due(stats.global_step):
+                    if best or self._writer.due(stats.global_step):
                         self._save_checkpoint(best)
                 with self.clock.paused():
                     yield stats
@@ -392,7 +392,7 @@ class Trainer:
         finally:
             self._finish()
 
-    def _open_logbook(self) -> None:
+    def _open_logger(self) -> None:
         if not self.world.is_main:
             return
         again = self._resumed or any(self.run_dir.glob("events.*"))  # or begun before, without a checkpoint
@@ -400,15 +400,15 @@ class Trainer:
         jsonl = JsonlSink(self.run_dir, at)
         for row in read_rows(self.run_dir) if again else ():
             figures = {tag: value for tag, value in row.items() if "/" in tag and isinstance(value, (int, float))}
-            self.logbook.history.add(figures)
+            self.logger.history.add(figures)
         settings = self.config.to_dict()
-        self.logbook.open(TensorBoardSink(self.run_dir, settings, at), jsonl, SampleSink(self.run_dir, after))
+        self.logger.open(TensorBoardSink(self.run_dir, settings, at), jsonl, SampleSink(self.run_dir, after))
         for name in self.config.track:
-            self.logbook.open(open_tracker(name, self.run_dir, settings))
-        if self.logbook.console is not None:
-            self.logbook.open(ConsoleSink(self.logbook.console, self.n_iterations))
+            self.logger.open(open_tracker(name, self.run_dir, settings))
+        if self.logger.console is not None:
+            self.logger.open(ConsoleSink(self.logger.console, self.n_iterations))
 
-    def _sample(self) -> Sample:
+    def _sample(self) -> UpdateSample:
         return self._sampler.sample(self.progress.iteration, self.learner.coefs, self.learner.rewards)
 
     def _asked_to_stop(self) -> bool:
@@ -424,7 +424,7 @@ class Trainer:
         about = {"iteration": self.progress.iteration + 1, "config": self.config.to_dict()}
         batch, coefs = self.rollout.batch(), self.learner.coefs
         try:
-            save_capsule(folder, self.spec, self.models, batch, coefs, self.update, about)
+            save_nan_dump(folder, self.spec, self.models, batch, coefs, self.update, about)
             how = f"Where it begins: fastppo replay {folder}"
         except OSError as error:
             how = f"What led there could not be kept ({error.strerror or error})."
@@ -441,23 +441,23 @@ class Trainer:
             where = self.metrics.outside() or "another process's environment left its observation_space"
             if c.strict_obs:
                 raise EnvError(f"{where} of its run (--strict-obs).")
-            self.logbook.say(
+            self.logger.say(
                 f"warning: {where} of its run; charts/obs_outside_space counts how often, this is said once."
             )
         if c.on_env_error == "fail":
             return
         restarts = self.world.total(self.env.restarts, self.device)
         stats.scalars["charts/env_restarts"] = restarts
-        for line in self.env.complaints():
-            self.logbook.say(f"{line} {restarts} of {c.env_restarts} (--env-restarts).")
+        for line in self.env.restart_messages():
+            self.logger.say(f"{line} {restarts} of {c.env_restarts} (--env-restarts).")
         if restarts > c.env_restarts:
             raise EnvError(f"environments failed {restarts} times; {c.env_restarts} are allowed (--env-restarts).")
 
     def _evaluate(self, stats: Stats) -> bool:
         """Play what is due; returns whether an evaluation went better than ever."""
-        evaluates = self.intermission.evaluates_at(stats.global_step)
+        evaluates = self.periodic.evaluates_at(stats.global_step)
         with self.clock.paused():
-            played = self.intermission(stats)
+            played = self.periodic(stats)
         if not evaluates:
             return False
         better = False
@@ -466,7 +466,7 @@ class Trainer:
             better = math.isfinite(played.mean) and (best is None or played.mean > best)
             note = ", the best so far" if better else ""
             how = f"return {played.mean:.2f} +- {played.std:.2f}{note}{played.remark}"
-            self.logbook.say(f"evaluation at {stats.global_step:,} steps: {how}")
+            self.logger.say(f"evaluation at {stats.global_step:,} steps: {how}")
             if better:
                 self.progress.best = played.mean
         return self.world.any(better, self.device)
@@ -476,9 +476,9 @@ class Trainer:
         about = about_run(self.config, self.env, self.world, versions(), machine_name())
         if env_lost:
             about["way"] = "restart"
-        model, about_model = freeze(self.models), self._about_model()
-        mine = freeze(self._parts if env_lost else {**self._parts, "env": self.env})
-        self._saver.save(
+        model, about_model = snapshot(self.models), self._about_model()
+        mine = snapshot(self._parts if env_lost else {**self._parts, "env": self.env})
+        self._writer.save(
             self.metrics.global_step,
             lambda: model_files(model, self.spec, about_model),
             lambda: state_files(self.world.rank, mine, about),
@@ -494,16 +494,16 @@ class Trainer:
             stack.callback(self.world.close)
             stack.callback(self._let_go)
             stack.callback(self.env.close)
-            stack.callback(self.intermission.close)
-            stack.callback(self.logbook.close)
-            stack.callback(self._saver.close)
+            stack.callback(self.periodic.close)
+            stack.callback(self.logger.close)
+            stack.callback(self._writer.close)
             self._save_the_end()
 
     def _save_the_end(self) -> None:
         """Save what is whole: a checkpoint where an iteration has ended, the model anyway, and how it ended."""
         c, clock = self.config, self.clock
         target = self.metrics.episodes.reached(target_of(c))
-        if self._doing in ("nothing", "rollout") and not self._saver.has(self.metrics.global_step):
+        if self._doing in ("nothing", "rollout") and not self._writer.has(self.metrics.global_step):
             # an error in a rollout leaves all that is learned as the last iteration left it
             env_lost = self._doing == "rollout"
             try:
@@ -511,7 +511,7 @@ class Trainer:
             except EnvError:  # what is wrong with them will be said, or has been
                 if self.world.size == 1:
                     self._save_checkpoint(env_lost=True)
-        self._saver.wait()
+        self._writer.wait()
         self.result = Result(
             mean_return=self.metrics.episodes.mean_return,
             mean_length=self.metrics.episodes.mean_length,
@@ -523,10 +523,10 @@ class Trainer:
             sps_total=clock.sps_total,
             seconds=clock.seconds,
             compile_seconds=self.compile_seconds,
-            compilations=accelerate.compilations - self._compiled_before,
+            compilations=compiling.compilations - self._compiled_before,
             phases=clock.phase_seconds(),
             run_dir=self.run_dir,
-            unsaved=self._saver.failure,
+            unsaved=self._writer.failure,
         )
         if self.world.is_main and self._doing != "leaving":
             try:
@@ -537,4 +537,4 @@ class Trainer:
             except OSError as error:
                 trouble = f"the model could not be saved ({error.strerror or error})"
                 self.result = dataclasses.replace(self.result, unsaved=trouble)
-                self.logbook.say(f"{trouble}.")
+                self.logger.say(f"{trouble}.")

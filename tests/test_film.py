@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastppo import Config, Trainer
 from fastppo.errors import ConfigError
-from fastppo.evaluation.video import Film
+from fastppo.evaluation.video import Video
 
 
 def frames_of(gif):
@@ -26,11 +26,11 @@ def colored(n, height=40, width=60):
 
 
 def test_a_gif_holds_every_frame_of_a_short_episode():
-    assert frames_of(Film(colored(12), 30.0, 1.0).gif()) == ((60, 40), 12)
+    assert frames_of(Video(colored(12), 30.0, 1.0).gif()) == ((60, 40), 12)
 
 
 def test_a_gif_of_a_long_episode_is_thinned_and_small():
-    size, n = frames_of(Film(colored(1000, 400, 600), 50.0, 1.0).gif())
+    size, n = frames_of(Video(colored(1000, 400, 600), 50.0, 1.0).gif())
     assert size == (300, 200)
     assert n <= 200
 
@@ -38,7 +38,7 @@ def test_a_gif_of_a_long_episode_is_thinned_and_small():
 def test_a_video_is_one_and_without_ffmpeg_a_gif(tmp_path, monkeypatch):
     import imageio.v3
 
-    film = Film(colored(20, 41, 61), 20.0, 1.0)
+    film = Video(colored(20, 41, 61), 20.0, 1.0)
     path = film.write(tmp_path / "a" / "film.mp4")
     assert path == tmp_path / "a" / "film.mp4"
     about = imageio.v3.immeta(path, plugin="FFMPEG")
@@ -96,8 +96,8 @@ def test_a_film_that_fails_ends_no_training(tmp_path):
 def test_frames_of_an_endless_episode_stay_few():
     import gymnasium as gym
 
-    from fastppo.envs.registry import probe
-    from fastppo.evaluation.video import Camera
+    from fastppo.envs.registry import inspect_env
+    from fastppo.evaluation.video import VideoRecorder
 
     def make():
         env = gym.make("CartPole-v1", render_mode="rgb_array", max_episode_steps=3000)
@@ -105,7 +105,7 @@ def test_frames_of_an_endless_episode_stay_few():
         env.unwrapped.screen_width, env.unwrapped.screen_height = 30, 20
         return env
 
-    camera = Camera(probe("", {}, make), lambda obs: np.int64(0))
+    camera = VideoRecorder(inspect_env("", {}, make), lambda obs: np.int64(0))
     film = camera.episode(0)
     camera.close()
     assert film.episode_return == 3000

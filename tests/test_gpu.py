@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from fastppo import Trainer
-from fastppo.envs.registry import TASKS, make_vec_env, probe
+from fastppo.envs.registry import TASKS, inspect_env, make_vec_env
 from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.errors import CaptureError
 from fastppo.functional.gae import choose_gae, gae_loop
-from fastppo.runtime.graphs import record
+from fastppo.runtime.graphs import capture
 from tests.functional.test_gae import PATTERNS, as_tensors, make_case
 from tests.worlds import short
 
@@ -33,7 +33,7 @@ def test_triton_advantages_equal_the_recursion(t, n):
 def test_tensor_environments_do_the_same_on_both_devices(env_id):
     runs = []
     for device in (CPU, CUDA):
-        env = make_vec_env(probe(env_id, {}), 5, "tensor", device=device)
+        env = make_vec_env(inspect_env(env_id, {}), 5, "tensor", device=device)
         to = Transitions.allocate(30, env, device)
         env.attach(to)
         to.obs[0].copy_(env.reset(env_seeds(np.random.SeedSequence(0), 5)))
@@ -112,7 +112,7 @@ def test_an_eager_update_never_waits_within_its_minibatches(tmp_path):
 def test_reading_back_in_a_capture_is_named():
     x = torch.ones(2, device=CUDA)
     with pytest.raises(CaptureError, match="must not look at values on the host"):
-        record(lambda: x.mul_(x.sum().item()), keep=[x], fresh=[], device=CUDA)
+        capture(lambda: x.mul_(x.sum().item()), keep=[x], fresh=[], device=CUDA)
 
 
 @pytest.mark.parametrize("act", ["cpu", "cuda"])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fastppo.monitoring.health import POINTS, RULES, History, judge
+from fastppo.monitoring.health import POINTS, RULES, History, check_health
 
 N = 200
 WELL = {
@@ -76,7 +76,7 @@ def history(changes=(), n=N):
 
 
 def names(h, **kwargs):
-    return [finding.name for finding in judge(h, **kwargs)]
+    return [finding.name for finding in check_health(h, **kwargs)]
 
 
 def test_every_rule_has_both_outcomes():
@@ -93,7 +93,7 @@ def test_a_run_that_is_well_is_left_alone_from_first_to_last():
 def test_each_rule_fires_alone_and_is_quiet_beside_it(rule):
     quiet, fires = CASES[rule]
     assert names(history(quiet)) == []
-    (finding,) = judge(history(fires))
+    (finding,) = check_health(history(fires))
     assert finding.name == rule
     text = str(finding)
     assert text.startswith(rule)
@@ -128,15 +128,15 @@ def test_without_a_target_nothing_is_said_of_the_kl():
     h = History()
     for _ in range(N):
         h.add({"losses/approx_kl": 5.0})
-    assert judge(h) == []
+    assert check_health(h) == []
 
 
 def test_an_empty_history_and_one_of_nan_are_nothing():
-    assert judge(History()) == []
+    assert check_health(History()) == []
     h = History()
     for _ in range(N):
         h.add(dict.fromkeys(WELL, math.nan))
-    assert judge(h) == []
+    assert check_health(h) == []
     assert np.isnan(h["losses/clipfrac"]).all()
 
 

@@ -42,9 +42,9 @@ def test_planning_changes_nothing(tmp_path):
 
 
 def _probe():
-    from fastppo.envs.registry import probe
+    from fastppo.envs.registry import inspect_env
 
-    return probe("", {}, Counter)
+    return inspect_env("", {}, Counter)
 
 
 def test_too_much_is_refused_with_what_fits(tmp_path):

@@ -12,10 +12,10 @@ import torch
 from fastppo import Config, Trainer
 from fastppo.analysis.diff import difference
 from fastppo.analysis.report import advantages_by_lambda, report
-from fastppo.analysis.run_data import read_record, read_records, thin
+from fastppo.analysis.run_data import read_run, read_runs, thin
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
-from fastppo.monitoring.health import Finding
+from fastppo.monitoring.health import HealthFinding
 from fastppo.monitoring.update_samples import read_samples
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 12, compile="off", threads=1, record_ratios=4, target_kl=0.1)
@@ -38,7 +38,7 @@ def runs(tmp_path_factory):
 
 
 def test_a_record_holds_every_figure_of_every_iteration(runs):
-    r = read_record(runs / "seed1")
+    r = read_run(runs / "seed1")
     lines = [json.loads(line) for line in (runs / "seed1" / "metrics.jsonl").read_text().splitlines()]
     assert len(r) == 12
     assert r.column("global_step").tolist() == [64 * (i + 1) for i in range(12)]
@@ -58,7 +58,7 @@ def test_samples_begin_at_one_and_agree_with_what_the_update_reports(tmp_path):
     )
     samples = read_samples(tmp_path / "run" / "samples")
     assert [s.iteration for s in samples] == [1, 5, 9]
-    r = read_record(tmp_path / "run")
+    r = read_run(tmp_path / "run")
     for s in samples:
         assert s.ratios.shape == (4, 64)
         assert s.first_ratio_error < 1e-5
@@ -107,10 +107,10 @@ def test_looking_leaves_no_trace_in_a_users_network(tmp_path):
 
 
 def test_who_loops_sees_what_health_finds(tmp_path, monkeypatch):
-    finding = Finding("a name", "evidence.", "remedy.")
+    finding = HealthFinding("a name", "evidence.", "remedy.")
     monkeypatch.setattr("fastppo.monitoring.run_logger._JUDGE_SECONDS", -1.0)
     monkeypatch.setattr(
-        "fastppo.monitoring.run_logger.judge", lambda history, size: [finding] if history.iterations > 3 else []
+        "fastppo.monitoring.run_logger.check_health", lambda history, size: [finding] if history.iterations > 3 else []
     )
     trainer = Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run"))
     assert [stats.findings for stats in trainer.iterations()] == [[]] * 3 + [[finding]] * 9
@@ -159,7 +159,7 @@ def test_a_resumed_run_forgets_samples_of_what_it_does_again(tmp_path):
     assert next(resumed.iterations()).iteration == 5
     resumed.request_stop()
     assert [s.iteration for s in read_samples(tmp_path / "run" / "samples")] == [1, 2, 3, 4, 5]
-    assert resumed.logbook.history.iterations == 5
+    assert resumed.logger.history.iterations == 5
 
 
 def test_thin_takes_means_of_neighbours():
@@ -267,7 +267,7 @@ def test_what_is_cut_or_damaged_is_left_out_and_told(runs, tmp_path):
     shutil.copytree(runs / "seed1", run)
     path = run / "metrics.jsonl"
     path.write_text(path.read_text()[:-100])
-    r = read_record(run)
+    r = read_run(run)
     assert len(r) == 11
     assert r.troubles() == [
         "1 lines of metrics.jsonl are damaged and left out.",
@@ -280,7 +280,7 @@ def test_what_is_cut_or_damaged_is_left_out_and_told(runs, tmp_path):
     lines[3] = lines[3].replace('"returns": [', '"returns": 5, "x": [')
     lines[4] = lines[4].replace('"losses/entropy": ', '"losses/entropy": "abc", "y": ')
     path.write_text("\n".join([*lines, "[]", '{"iteration": 1e400}']) + "\n")
-    r = read_record(run)
+    r = read_run(run)
     assert len(r) == 11
     assert math.isnan(r.column("losses/entropy")[4])
     assert "1 of its samples are damaged" in " ".join(r.troubles())
@@ -290,7 +290,7 @@ def test_what_is_cut_or_damaged_is_left_out_and_told(runs, tmp_path):
 def test_runs_of_one_name_are_told_apart(runs, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(runs / "seed1", tmp_path / place / "run")
-    records = read_records([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    records = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])
     assert [r.label for r in records] == ["a/run", "b/run"]
     report([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "report.html")
     assert '<option value="1">b/run</option>' in (tmp_path / "report.html").read_text()
@@ -306,15 +306,15 @@ def test_what_is_no_run_is_refused(tmp_path, runs):
 
 
 def test_diff_finds_where_numbers_part(runs, tmp_path):
-    a = read_record(runs / "seed1")
+    a = read_run(runs / "seed1")
     same = difference(a, a)
     assert same.settings == same.surroundings == []
     assert "the same in all 12 iterations" in same.numbers
     assert same.returns == "the same to step 768"
-    found = difference(a, read_record(runs / "seed2"))
+    found = difference(a, read_run(runs / "seed2"))
     assert found.settings == [("seed", "1", "2")]
     assert "until iteration 1 (step 64)" in found.numbers
-    other = difference(a, read_record(runs / "other"))
+    other = difference(a, read_run(runs / "other"))
     assert ("n_envs", "2", "4") in other.settings
     assert ("n_steps", "32", "16") in other.settings
 
@@ -327,13 +327,12 @@ def test_diff_finds_where_numbers_part(runs, tmp_path):
 
     spoil(tmp_path / "run", change)
     assert (
-        "until iteration 7 (step 448), where losses/entropy differ"
-        in difference(a, read_record(tmp_path / "run")).numbers
+        "until iteration 7 (step 448), where losses/entropy differ" in difference(a, read_run(tmp_path / "run")).numbers
     )
 
 
 def test_diff_finds_where_returns_part(runs):
-    a = read_record(runs / "seed1")
+    a = read_run(runs / "seed1")
     steps = np.linspace(1, 1000, 200)
     rising = dict(a.columns) | {"global_step": steps, "mean_return": steps}
     stuck = dict(a.columns) | {"global_step": steps, "mean_return": np.minimum(steps, 300)}
@@ -363,7 +362,7 @@ def test_a_finding_that_came_and_went_is_left_out(runs, tmp_path):
             for i, fraction in enumerate(fractions)
         ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (record,) = read_records([run])
+        (record,) = read_runs([run])
         return {f.name: record.lasted(a, b) for f, a, b in record.findings}
 
     name, n = "clip fraction high", 640

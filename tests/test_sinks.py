@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from fastppo import Config, Trainer
-from fastppo.monitoring.health import Finding
-from fastppo.monitoring.run_logger import Logbook
+from fastppo.monitoring.health import HealthFinding
+from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
 from fastppo.monitoring.sinks.trackers import Throttled
 from fastppo.monitoring.stats import Stats
@@ -96,10 +96,10 @@ def test_a_throttled_sink_gets_the_first_the_last_and_what_has_a_sample():
 def test_findings_reach_the_terminal_once_and_every_sink(monkeypatch):
     monkeypatch.setattr("fastppo.monitoring.run_logger._JUDGE_SECONDS", -1.0)
     console, kept = Console(record=True, width=200, file=open(os.devnull, "w")), Kept()
-    logbook = Logbook(console, 0)
-    logbook.open(kept)
+    logger = RunLogger(console, 0)
+    logger.open(kept)
     for step in range(1, 40):
-        logbook.write(stats(step, **{"losses/clipfrac": 0.9}))
+        logger.write(stats(step, **{"losses/clipfrac": 0.9}))
     console.file.close()
     assert console.export_text().count("clip fraction high: 90% of the ratios") == 1
     assert kept.findings[-1][0].name == "clip fraction high"
@@ -110,7 +110,7 @@ def test_the_progress_line_names_what_is_wrong(capsys):
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=200, file=nowhere)
         sink = ConsoleSink(console, 10)
-        findings = [Finding("clip fraction high", "e.", "r."), Finding("returns flat", "e.", "r.")]
+        findings = [HealthFinding("clip fraction high", "e.", "r."), HealthFinding("returns flat", "e.", "r.")]
         sink.write(dataclasses.replace(stats(1), findings=findings))
         assert "! clip fraction high +1" in console.export_text()
 
@@ -121,7 +121,7 @@ def test_findings_are_text_in_tensorboard(tmp_path):
     from fastppo.monitoring.sinks.tensorboard import TensorBoardSink
 
     sink = TensorBoardSink(tmp_path, {"n_envs": 2})
-    finding = Finding("clip fraction high", "evidence.", "remedy.")
+    finding = HealthFinding("clip fraction high", "evidence.", "remedy.")
     for step, findings in ((1, []), (2, [finding]), (3, [finding]), (4, [])):
         sink.write(dataclasses.replace(stats(step), findings=findings))
     sink.close()

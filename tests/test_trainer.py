@@ -22,7 +22,7 @@ from torch import nn
 from fastppo import Config, Trainer, evaluate, load_policy
 from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.losses import DIAGNOSTICS
-from fastppo.runtime import compile as accelerate
+from fastppo.runtime import compile as compiling
 from tests.worlds import Counter, Spaces, short
 
 TIMES = ("time/", "charts/SPS", "charts/sps", "seconds")
@@ -523,10 +523,10 @@ def test_a_start_from_another_kind_of_policy_is_refused(tmp_path, changes, messa
 def test_a_compiled_annealed_run_compiles_nothing_after_its_first_iteration(tmp_path):
     annealed = {"learning_rate": "linear:1e-3:0", "clip_coef": "cosine:0.2:0.05", "ent_coef": "linear:0.01:0"}
     trainer = Trainer(short(tmp_path, total_timesteps=160, compile="on", target_kl=0.01, **annealed), make_env=Counter)
-    before = accelerate.compilations
+    before = compiling.compilations
     result = trainer.run()
     assert result.iterations == 10
-    assert accelerate.compilations == before
+    assert compiling.compilations == before
     assert result.compilations == 2, "the minibatch and the advantages"
     ended = json.loads((trainer.run_dir / "result.json").read_text())
     assert ended["compilations"] == 2

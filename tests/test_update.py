@@ -13,7 +13,7 @@ from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Encoder, Policy
 from fastppo.ppo.update import REPORT, PPOUpdate, Rows
-from fastppo.runtime import compile as accelerate
+from fastppo.runtime import compile as compiling
 from fastppo.spaces import ObsSpec
 from tests.reference.ppo import reference_update
 
@@ -311,12 +311,12 @@ def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
         if compiled:
             update.compile(batch, coefficients())
             assert torch.equal(update.parameters.vector, before), "compiling takes no step"
-            count = accelerate.compilations
+            count = compiling.compilations
         for i in range(3):  # annealed, and with a limit that stops the last one
             coefs = coefficients(learning_rate=1e-3 / (i + 1), clip_coef=0.2 / (i + 1))
             stats = update(batch, coefs, (math.inf, 1.0, 1e-4)[i])
         results.append((update.parameters.vector.clone(), stats))
-    assert accelerate.compilations == count
+    assert compiling.compilations == count
     (eager, a), (fast, b) = results
     torch.testing.assert_close(fast, eager, atol=1e-5, rtol=0)
     torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4, equal_nan=True)
@@ -327,20 +327,20 @@ def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
 @pytest.mark.parametrize(("kind", "reason"), [("lstm", "LSTM .body. is one opaque"), ("counting", "the buffer calls")])
 def test_what_cannot_be_compiled_is_named(kind, reason):
     policy = small_network(kind)
-    with pytest.raises(accelerate.CompileError, match=reason):
+    with pytest.raises(compiling.CompileError, match=reason):
         make_update(policy).compile(make_batch(policy), coefficients())
 
 
 def test_no_compiler_is_one_line(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     policy = make_policy()
-    with pytest.raises(accelerate.CompileError, match=r"there is no C\+\+ compiler \(no-such-compiler\)"):
+    with pytest.raises(compiling.CompileError, match=r"there is no C\+\+ compiler \(no-such-compiler\)"):
         make_update(policy).compile(make_batch(policy), coefficients())
 
 
 def test_rational_tanh_is_within_its_bound():
     x = torch.linspace(-12, 12, 200_001)
-    fast = accelerate.compile_graph(torch.tanh, [x])(x)
+    fast = compiling.compile_graph(torch.tanh, [x])(x)
     assert (fast - x.tanh()).abs().max() < 4e-7
     assert fast.abs().max() <= 1
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.analysis.run_data import Record
+from fastppo.analysis.run_data import RunData
 
 _Array = np.ndarray[Any, Any]
 Row = tuple[str, str, str]  # what, in the one, in the other
@@ -40,7 +40,7 @@ class Difference:
     returns: str
 
 
-def difference(a: Record, b: Record) -> Difference:
+def difference(a: RunData, b: RunData) -> Difference:
     """Compare two runs."""
     settings = _differing(a.config, b.config, (a.config.keys() | b.config.keys()) - {"run_dir"})
     versions = [_dict(r.about.get("versions")) for r in (a, b)]
@@ -73,12 +73,12 @@ def _dict(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _last(r: Record, tag: str, form: str) -> str:
+def _last(r: RunData, tag: str, form: str) -> str:
     row = r.column(tag)
     return format(row[-1], form) if len(row) and np.isfinite(row[-1]) else "-"
 
 
-def _numbers(a: Record, b: Record) -> str:
+def _numbers(a: RunData, b: RunData) -> str:
     """The first iteration in which a figure that both log, and that isn't a time, differs at all."""
     _, at_a, at_b = np.intersect1d(a.column("iteration"), b.column("iteration"), return_indices=True)
     if not len(at_a):
@@ -95,7 +95,7 @@ def _numbers(a: Record, b: Record) -> str:
     return f"the same until iteration {i:,.0f} (step {step:,.0f}), where {', '.join(names[:3])}{more} differ"
 
 
-def _returns(a: Record, b: Record) -> str:
+def _returns(a: RunData, b: RunData) -> str:
     """The first step from which mean returns stay further apart than a tenth of all their range."""
     curves = []
     for r in (a, b):

@@ -24,7 +24,7 @@ from fastppo.functional.gae import choose_gae, gae_loop
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, cpu_name
-from fastppo.runtime.graphs import record
+from fastppo.runtime.graphs import capture
 from fastppo.runtime.preflight import free_memory
 from fastppo.trainer import Trainer
 
@@ -33,7 +33,7 @@ _OPTIONAL = ("triton", "ale-py", "mujoco", "mujoco-warp", "envpool", "stable-bas
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line of the report.
 
     Attributes:
@@ -49,7 +49,7 @@ class Finding:
     advice: str = ""
 
 
-def examine(env_id: str, seconds: float = 5.0) -> Iterator[Finding]:
+def examine(env_id: str, seconds: float = 5.0) -> Iterator[CheckResult]:
     """Look at everything; the self-test of about `seconds` trains `env_id`."""
     device = choose_device("auto")
     yield from _software()
@@ -60,9 +60,9 @@ def examine(env_id: str, seconds: float = 5.0) -> Iterator[Finding]:
     yield from _training(env_id, seconds)
 
 
-def _software() -> Iterator[Finding]:
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    yield Finding(
+def _software() -> Iterator[CheckResult]:
+    yield CheckResult("python", f"{platform.python_version()} on {platform.platform()}")
+    yield CheckResult(
         "torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'}"
     )
     found = []
@@ -71,24 +71,24 @@ def _software() -> Iterator[Finding]:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    yield Finding("packages", ", ".join(found) or "none of the optional ones")
+    yield CheckResult("packages", ", ".join(found) or "none of the optional ones")
 
 
-def _gpu(device: torch.device) -> Iterator[Finding]:
+def _gpu(device: torch.device) -> Iterator[CheckResult]:
     if device.type != "cuda":
         why = "" if torch.version.cuda is None else "torch was built for CUDA, but sees no GPU: look at nvidia-smi"
-        yield Finding("gpu", "none", "note" if why else "ok", why)
+        yield CheckResult("gpu", "none", "note" if why else "ok", why)
         return
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
-        yield Finding(
+        yield CheckResult(
             f"gpu {i}", f"{about.name}, {about.total_memory / _GIB:.0f} GiB, capability {about.major}.{about.minor}"
         )
-    yield Finding("driver", _driver())
+    yield CheckResult("driver", _driver())
     yield _graph(device)
     triton = importlib.util.find_spec("triton") is not None
     advice = "" if triton else "pip install triton: advantages and compiled kernels need it on CUDA"
-    yield Finding("triton", "there" if triton else "not there", "ok" if triton else "note", advice)
+    yield CheckResult("triton", "there" if triton else "not there", "ok" if triton else "note", advice)
 
 
 def _driver() -> str:
@@ -100,43 +100,43 @@ def _driver() -> str:
         return "unknown: nvidia-smi doesn't say"
 
 
-def _graph(device: torch.device) -> Finding:
+def _graph(device: torch.device) -> CheckResult:
     """Whether work can be recorded and played again."""
     x = torch.zeros(8, device=device)
     try:
-        record(lambda: x.add_(1), keep=[x], fresh=[], device=device)()
+        capture(lambda: x.add_(1), keep=[x], fresh=[], device=device)()
     except CaptureError as error:
-        return Finding("graphs", "can't be recorded", "note", f"--compile on is taken in their place: {error}")
+        return CheckResult("graphs", "can't be recorded", "note", f"--compile on is taken in their place: {error}")
     good = bool((x == 1).all())
-    return Finding("graphs", "recorded and played" if good else "play other numbers", "ok" if good else "bad")
+    return CheckResult("graphs", "recorded and played" if good else "play other numbers", "ok" if good else "bad")
 
 
-def _machine(device: torch.device) -> Iterator[Finding]:
+def _machine(device: torch.device) -> Iterator[CheckResult]:
     cores = usable_cores()
     limit = os.environ.get("OMP_NUM_THREADS")
     few = limit is not None and limit.isdecimal() and int(limit) < cores
-    yield Finding(
+    yield CheckResult(
         "cores",
         f"{cores} of {cpu_name()}" + (f", OMP_NUM_THREADS={limit}" if limit else ""),
         "note" if few else "ok",
         f"OMP_NUM_THREADS keeps torch to {limit} of {cores} cores" if few else "",
     )
-    yield Finding("free memory", f"{free_memory(torch.device('cpu')) / _GIB:.1f} GiB")
+    yield CheckResult("free memory", f"{free_memory(torch.device('cpu')) / _GIB:.1f} GiB")
     if device.type == "cuda":
-        yield Finding("free GPU memory", f"{free_memory(device) / _GIB:.1f} GiB")
+        yield CheckResult("free GPU memory", f"{free_memory(device) / _GIB:.1f} GiB")
     shared = Path("/dev/shm")
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / _GIB
         small = free < 0.25
         advice = "the pool keeps observations there: docker run --shm-size=1g" if small else ""
-        yield Finding("/dev/shm", f"{free:.2f} GiB free", "note" if small else "ok", advice)
+        yield CheckResult("/dev/shm", f"{free:.2f} GiB free", "note" if small else "ok", advice)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     tight = files < 1024
     advice = "vectorization async takes several for each environment: ulimit -n 4096" if tight else ""
-    yield Finding("open files", f"{files:,} allowed", "note" if tight else "ok", advice)
+    yield CheckResult("open files", f"{files:,} allowed", "note" if tight else "ok", advice)
 
 
-def _gae(device: torch.device) -> Finding:
+def _gae(device: torch.device) -> CheckResult:
     generator = torch.Generator(device).manual_seed(0)
     numbers = [torch.randn(64, 33, generator=generator, device=device) for _ in range(3)]
     done = torch.rand(64, 33, generator=generator, device=device) < 0.1
@@ -145,7 +145,7 @@ def _gae(device: torch.device) -> Finding:
     exact = gae_loop(*(x.double() if x.is_floating_point() else x for x in inputs))[0]
     error = (kernel(*inputs)[0] - exact).abs().max().item()
     good = error < 1e-4
-    return Finding(
+    return CheckResult(
         "advantages",
         f"{kernel.__name__}, error {error:.1e}",
         "ok" if good else "bad",
@@ -153,18 +153,22 @@ def _gae(device: torch.device) -> Finding:
     )
 
 
-def _compiler(device: torch.device) -> Finding:
+def _compiler(device: torch.device) -> CheckResult:
     x = torch.randn(64, device=device)
     begin = time.perf_counter()
     try:
         same = torch.allclose(compile_graph(lambda x: (x.tanh() * 2).sum(), [x])(x), (x.tanh() * 2).sum(), atol=1e-4)
     except CompileError as error:
-        return Finding("compiler", "doesn't work", "note", f"updates run eagerly, several times slower: {error}")
+        return CheckResult("compiler", "doesn't work", "note", f"updates run eagerly, several times slower: {error}")
     took = f"{time.perf_counter() - begin:.1f} s for a small kernel"
-    return Finding("compiler", took) if same else Finding("compiler", "gives other numbers", "bad", "use --compile off")
+    return (
+        CheckResult("compiler", took)
+        if same
+        else CheckResult("compiler", "gives other numbers", "bad", "use --compile off")
+    )
 
 
-def _training(env_id: str, seconds: float) -> Iterator[Finding]:
+def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
     """A short run with what `auto` chooses, stopped when the time is over."""
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"n_envs": 8, "n_steps": 64, "total_timesteps": 10**9, "vectorization": "auto"}
@@ -174,13 +178,15 @@ def _training(env_id: str, seconds: float) -> Iterator[Finding]:
                 if stats.seconds > seconds:
                     break
         except FastPPOError as error:
-            yield Finding("training", "failed", "bad", str(error))
+            yield CheckResult("training", "failed", "bad", str(error))
             return
         assert trainer.result is not None
         finite = bool(trainer.update.parameters.vector.isfinite().all())
         speed = f"{trainer.result.sps_steady:,.0f} steps/s of {trainer.env_name}, not compiled, n_envs 8"
-        yield Finding("training", speed, "ok" if finite else "bad", "" if finite else "parameters are not finite")
+        yield CheckResult("training", speed, "ok" if finite else "bad", "" if finite else "parameters are not finite")
         c = trainer.config
-        yield Finding("auto", f"device {c.device}, vectorization {c.vectorization}, threads {c.threads} at this size")
+        yield CheckResult(
+            "auto", f"device {c.device}, vectorization {c.vectorization}, threads {c.threads} at this size"
+        )
         compiled = "graph" if trainer.device.type == "cuda" else "on where a run is long enough to gain from it"
-        yield Finding("auto", f"compile {compiled}")
+        yield CheckResult("auto", f"compile {compiled}")

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from fastppo.errors import CheckpointError
 from fastppo.evaluation.saved_policy import load_policy
 from fastppo.functional.losses import advantage_scale, normalize_advantages, ppo_loss
-from fastppo.runs.nan_dump import read_capsule
+from fastppo.runs.nan_dump import read_nan_dump
 
 
-class Finding(NamedTuple):
+class TensorReport(NamedTuple):
     """One tensor on the way from rows to gradients.
 
     Attributes:
@@ -48,10 +48,10 @@ class Replay(NamedTuple):
     minibatches: int
     epoch: int
     minibatch: int
-    findings: list[Finding]
+    findings: list[TensorReport]
 
     @property
-    def first_bad(self) -> Finding | None:
+    def first_bad(self) -> TensorReport | None:
         """The first tensor that is not finite."""
         return next((finding for finding in self.findings if finding.bad), None)
 
@@ -67,7 +67,7 @@ def replay(capsule: Path | str, policy: nn.Module | None = None) -> Replay:
         CheckpointError: no capsule, or one that can't be understood.
     """
     folder = Path(capsule)
-    held = read_capsule(folder)
+    held = read_nan_dump(folder)
     judge = load_policy(folder, policy).policy
     looked = 0
     try:
@@ -82,7 +82,7 @@ def replay(capsule: Path | str, policy: nn.Module | None = None) -> Replay:
     return Replay(looked, 0, 0, [])
 
 
-def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401 - a Policy, a Capsule
+def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tensor]]:  # noqa: ANN401 - a Policy, a NanDump
     """Every tensor of a minibatch's loss and gradient, in order."""
     batch = type(held.batch)(*(None if x is None else x[rows] for x in held.batch))
     for name, x in batch._asdict().items():
@@ -113,7 +113,7 @@ def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tenso
             yield from seen
             yield "distribution parameters", params.detach()
             yield "values", values.detach()
-            now = policy.judge(params, values, batch.actions, batch.params)
+            now = policy.evaluate_actions(params, values, batch.actions, batch.params)
             yield "log-probabilities", now.logprobs.detach()
             yield "ratios", (now.logprobs.detach() - batch.logprobs).exp()
             yield "entropy", now.entropy.detach()
@@ -131,10 +131,12 @@ def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tenso
     yield "gradient norm", torch.stack([g.norm() for g in gradients]).norm()
 
 
-def _look(name: str, x: Tensor) -> Finding:
+def _look(name: str, x: Tensor) -> TensorReport:
     if not x.is_floating_point():
-        return Finding(name, tuple(x.shape), 0, (), float(x.abs().max()) if x.numel() else 0.0)
+        return TensorReport(name, tuple(x.shape), 0, (), float(x.abs().max()) if x.numel() else 0.0)
     bad = ~x.isfinite()
     first = tuple(bad.nonzero()[0].tolist()) if bad.any() else ()
     finite = x[~bad]
-    return Finding(name, tuple(x.shape), int(bad.sum()), first, float(finite.abs().max()) if finite.numel() else 0.0)
+    return TensorReport(
+        name, tuple(x.shape), int(bad.sum()), first, float(finite.abs().max()) if finite.numel() else 0.0
+    )

@@ -15,10 +15,10 @@ import plotly.graph_objects as go
 import torch
 
 from fastppo.analysis.html import LAYOUT, PHASE_COLORS, Figures, heading, items, page, paragraphs, table
-from fastppo.analysis.run_data import Record, read_records, thin
+from fastppo.analysis.run_data import RunData, read_runs, thin
 from fastppo.errors import ConfigError
 from fastppo.functional.gae import gae_doubling
-from fastppo.monitoring.update_samples import ROWS, TRAJECTORY, Sample
+from fastppo.monitoring.update_samples import ROWS, TRAJECTORY, UpdateSample
 from fastppo.runtime.clock import PHASES
 
 _Array = np.ndarray[Any, Any]
@@ -62,7 +62,7 @@ _DIAGNOSTICS = (
 )
 
 
-def report(runs: Sequence[Path], output: Path) -> list[Record]:
+def report(runs: Sequence[Path], output: Path) -> list[RunData]:
     """Write the page on `runs` to `output`; returns what was read.
 
     Raises:
@@ -74,7 +74,7 @@ def report(runs: Sequence[Path], output: Path) -> list[Record]:
     for i, run in enumerate(runs):
         if run.resolve() in {other.resolve() for other in runs[:i]}:
             raise ConfigError(f"report: {run} is named twice; name each run once.")
-    records = read_records(runs)
+    records = read_runs(runs)
     try:
         output.write_text(report_page(records), encoding="utf-8")
     except OSError as error:
@@ -82,7 +82,7 @@ def report(runs: Sequence[Path], output: Path) -> list[Record]:
     return records
 
 
-def report_page(records: Sequence[Record]) -> str:
+def report_page(records: Sequence[RunData]) -> str:
     """The page, as HTML."""
     names = list(dict.fromkeys(str(r.config.get("env_id")) for r in records))
     what = f"{len(records)} runs" if len(records) > 1 else records[0].label
@@ -108,7 +108,7 @@ def _plot(drawn: str) -> str:
     return f'<div class="plot">{drawn}</div>'
 
 
-def _summary(records: Sequence[Record]) -> str:
+def _summary(records: Sequence[RunData]) -> str:
     head = ("run", "ended", "mean return", "episodes", "steps", "steps/s", "seconds")
     rows, troubles = [], []
     for r in records:
@@ -132,7 +132,7 @@ def _figure(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "-"
 
 
-def _health(records: Sequence[Record]) -> str:
+def _health(records: Sequence[RunData]) -> str:
     parts = [heading("Health")]
     for r in records:
         if not len(r):
@@ -145,15 +145,15 @@ def _health(records: Sequence[Record]) -> str:
     return "".join(parts)
 
 
-def _groups(records: Sequence[Record]) -> list[list[Record]]:
+def _groups(records: Sequence[RunData]) -> list[list[RunData]]:
     """Runs that differ by their seed alone, together."""
-    by_setting: dict[str, list[Record]] = {}
+    by_setting: dict[str, list[RunData]] = {}
     for r in records:
         by_setting.setdefault(r.setting, []).append(r)
     return list(by_setting.values())
 
 
-def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by: str = "") -> go.Figure:
+def returns_figure(records: Sequence[RunData], axes: Mapping[str, str] = AXES, by: str = "") -> go.Figure:
     """Returns of episodes with their moving average.
 
     Args:
@@ -233,7 +233,7 @@ def returns_figure(records: Sequence[Record], axes: Mapping[str, str] = AXES, by
     return figure
 
 
-def _band(group: Sequence[Record], tag: str) -> tuple[_Array, _Array, _Array]:
+def _band(group: Sequence[RunData], tag: str) -> tuple[_Array, _Array, _Array]:
     """Over the range of `tag` that all runs have: places, mean over runs, standard deviation over runs."""
     xs = [r.column(tag) for r in group]
     grid = np.linspace(max(x[0] for x in xs), min(x[-1] for x in xs), _BAND)
@@ -245,7 +245,7 @@ def _around(there: _Array, back: _Array) -> list[float | None]:
     return _plain(np.concatenate((there, back[::-1])))
 
 
-def _curves(records: Sequence[Record], what: _Curves) -> go.Figure:
+def _curves(records: Sequence[RunData], what: _Curves) -> go.Figure:
     figure, alone = go.Figure(), len(records) == 1
     if what.band is not None:
         figure.add_hrect(y0=what.band[0], y1=what.band[1], fillcolor="#54a24b", opacity=0.12, line_width=0)
@@ -270,7 +270,7 @@ def _curves(records: Sequence[Record], what: _Curves) -> go.Figure:
     return figure
 
 
-def _speed(records: Sequence[Record]) -> go.Figure:
+def _speed(records: Sequence[RunData]) -> go.Figure:
     figure = go.Figure()
     for r, color in zip(records, itertools.cycle(_COLORS), strict=False):
         figure.add_scatter(
@@ -286,7 +286,7 @@ def _speed(records: Sequence[Record]) -> go.Figure:
     return figure
 
 
-def _phases(r: Record) -> go.Figure:
+def _phases(r: RunData) -> go.Figure:
     """Stacked milliseconds of each phase of an iteration."""
     figure = go.Figure()
     steps = _plain(thin(r.column("global_step")))
@@ -307,7 +307,7 @@ def _phases(r: Record) -> go.Figure:
     return figure
 
 
-def _settings(records: Sequence[Record]) -> str:
+def _settings(records: Sequence[RunData]) -> str:
     """Every setting and result; of several runs, first those in which they differ."""
     rows: dict[str, list[str]] = {}
     for i, r in enumerate(records):
@@ -332,7 +332,7 @@ def _brief(value: object) -> object:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _update_section(records: Sequence[Record], drawing: Figures) -> Iterator[str]:
+def _update_section(records: Sequence[RunData], drawing: Figures) -> Iterator[str]:
     """Ratios, the surrogate and advantages of single updates, chosen by two sliders."""
     yield heading("Inside the update")
     data = [[_sample_data(r, s) for s in _spread(r.samples, max(4, _SAMPLES // len(records)))] for r in records]
@@ -362,13 +362,13 @@ def _update_section(records: Sequence[Record], drawing: Figures) -> Iterator[str
     yield f"<script>{_SLIDERS}</script>"
 
 
-def _spread(samples: Sequence[Sample], most: int) -> list[Sample]:
+def _spread(samples: Sequence[UpdateSample], most: int) -> list[UpdateSample]:
     """At most so many of them, from first to last."""
     picked = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
     return [samples[i] for i in picked]
 
 
-def _sample_data(r: Record, sample: Sample) -> dict[str, Any]:
+def _sample_data(r: RunData, sample: UpdateSample) -> dict[str, Any]:
     at = np.flatnonzero(r.column("iteration") == sample.iteration)
     return {
         "update": sample.iteration,
@@ -380,7 +380,7 @@ def _sample_data(r: Record, sample: Sample) -> dict[str, Any]:
     }
 
 
-def advantages_by_lambda(sample: Sample) -> dict[str, _Array]:
+def advantages_by_lambda(sample: UpdateSample) -> dict[str, _Array]:
     """Advantages [T'] of the trajectory for several lambdas, the run's own marked; T' of its first steps at most."""
     own = sample.coefs["gae_lambda"]
     lambdas = sorted({*_LAMBDAS, round(own, 6)})

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from fastppo.errors import CheckpointError
-from fastppo.monitoring.health import Finding, History, judge
+from fastppo.monitoring.health import HealthFinding, History, check_health
 from fastppo.monitoring.sinks.jsonl import read_rows
-from fastppo.monitoring.update_samples import Sample, read_samples
+from fastppo.monitoring.update_samples import UpdateSample, read_samples
 
 _Array = np.ndarray[Any, Any]
 
@@ -40,7 +40,7 @@ PLACES = ("global_step", "seconds", "episodes", "iteration")  # what curves can 
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class RunData:
     """A run, finished or not.
 
     Attributes:
@@ -64,7 +64,7 @@ class Record:
     columns: dict[str, _Array]
     returns: _Array
     return_places: dict[str, _Array]
-    samples: list[Sample]
+    samples: list[UpdateSample]
     damaged: list[str] = dataclasses.field(default_factory=list)
 
     def column(self, tag: str) -> _Array:
@@ -115,32 +115,32 @@ class Record:
         return f"from step {first:,.0f} to {'the end' if at_end else f'{latest:,.0f}'}"
 
     @functools.cached_property
-    def findings(self) -> list[tuple[Finding, float, float]]:
+    def findings(self) -> list[tuple[HealthFinding, float, float]]:
         """What health found as the run went on, with the global steps of its first and its latest sight.
 
         Left out is what came and went within a twentieth of the run.
         """
-        history, seen = History(), dict[str, tuple[Finding, float, float]]()
+        history, seen = History(), dict[str, tuple[HealthFinding, float, float]]()
         steps, looks = self.column("global_step"), max(1, len(self) // 64)
         tags = [tag for tag in self.columns if "/" in tag]
         table = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
         for i, row in enumerate(table):
             history.add(dict(zip(tags, row, strict=True)))
             if (i + 1) % looks == 0 or i + 1 == len(table):
-                for finding in judge(history, self.action_size):
+                for finding in check_health(history, self.action_size):
                     first = seen[finding.name][1] if finding.name in seen else float(steps[i])
                     seen[finding.name] = finding, first, float(steps[i])
         brief = 0.05 * (steps[-1] if len(steps) else 0.0)
         return [s for s in seen.values() if s[2] == steps[-1] or s[2] - s[1] >= brief]
 
 
-def read_records(run_dirs: Sequence[Path]) -> list[Record]:
+def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
     """Read several runs, each under a label of its own: the folder's name, or as much of its path as tells them apart.
 
     Raises:
         CheckpointError: one of them is no run folder.
     """
-    records = [read_record(run_dir) for run_dir in run_dirs]
+    records = [read_run(run_dir) for run_dir in run_dirs]
     parts = [r.run_dir.resolve().parts for r in records]
     n = 1
     while len({p[-n:] for p in parts}) < len({*parts}):
@@ -148,7 +148,7 @@ def read_records(run_dirs: Sequence[Path]) -> list[Record]:
     return [dataclasses.replace(r, label="/".join(p[-n:])) for r, p in zip(records, parts, strict=True)]
 
 
-def read_record(run_dir: Path) -> Record:
+def read_run(run_dir: Path) -> RunData:
     """Read a run folder, of a broken run too.
 
     Raises:
@@ -164,7 +164,7 @@ def read_record(run_dir: Path) -> Record:
     samples = read_samples(run_dir / "samples")
     if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):
         damaged.append(f"{lost} of its samples are damaged and left out.")
-    return Record(
+    return RunData(
         run_dir,
         run_dir.resolve().name,
         config,

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from fastppo.analysis.run_data import Record, read_record
+from fastppo.analysis.run_data import RunData, read_run
 from fastppo.build import policy_spec, settle, target_of
 from fastppo.config import Config
-from fastppo.envs.registry import probe
+from fastppo.envs.registry import inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
 from fastppo.runs.run_dir import surroundings, write_json
 from fastppo.runtime.cores import usable_cores
@@ -100,7 +100,7 @@ class Setting:
 
     n_envs: int
     n_steps: int
-    runs: list[Record]
+    runs: list[RunData]
     failures: dict[int, str]
     reached: int
     steps: Estimate
@@ -129,7 +129,7 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     """
     if seeds < 1:
         raise ConfigError(f"seeds={seeds} must be at least 1; 5 say something.")
-    found = probe(base.env_id, base.env_kwargs)
+    found = inspect_env(base.env_id, base.env_kwargs)
     device = choose_device(base.device)
 
     def settled_like(config: Config) -> Config:
@@ -292,7 +292,7 @@ def summarize(plan: Plan, failures: dict[Path, str]) -> list[Setting]:
         by_size.setdefault(config.n_envs or 0, []).append(config)
     found = []
     for n, configs in by_size.items():
-        runs = [read_record(c.run_dir) for c in configs if c.run_dir is not None and ended(c)]
+        runs = [read_run(c.run_dir) for c in configs if c.run_dir is not None and ended(c)]
         good = [r for r in runs if r.result["ended"] == "target"]
         speeds = [float(r.result["sps_steady"]) for r in runs if r.result.get("sps_steady") is not None]
         found.append(

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from fastppo.analysis.doctor import Finding
+from fastppo.analysis.doctor import CheckResult
 from fastppo.build import settle
 from fastppo.config import Config
 from fastppo.envs import factory as single
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.factory import EnvFactory
-from fastppo.envs.registry import Maker, Probe, make_vectorized, probe, resumability
+from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized, resumability
 from fastppo.errors import ConfigError
 from fastppo.resume_run import resume
 from fastppo.runs.checkpoint import newest_checkpoint, read_state, read_tensors
@@ -40,7 +40,7 @@ _Array = np.ndarray[Any, Any]
 
 def verify_env(
     env_id: str, env_kwargs: dict[str, Any], steps: int = 300, make_env: Maker | None = None
-) -> Iterator[Finding]:
+) -> Iterator[CheckResult]:
     """Look at one environment, and at several of them in each vectorisation; a finding for each look.
 
     Args:
@@ -52,11 +52,11 @@ def verify_env(
     Raises:
         ConfigError, EnvError: it can't be made, or its spaces aren't supported.
     """
-    found = probe(env_id, env_kwargs, make_env)
+    found = inspect_env(env_id, env_kwargs, make_env)
     factory = found.factory
     if factory is None:
         raise ConfigError("make_env returned a vector environment; return a single one to have it looked at.")
-    yield Finding(
+    yield CheckResult(
         "environment", f"{found.name}: {found.obs_spec.kind} {found.obs_spec.shape}, {found.action_spec.kind}"
     )
     yield from _whatever_happens("steps", lambda: _one(factory, steps))
@@ -66,18 +66,18 @@ def verify_env(
     yield from _vectorized(found, steps, repeatable=seeds[0].state == "ok")
     how = resumability(found, _N, "sync")
     advice = {"exact": "", "replay": "resuming takes the actions of open episodes again", "restart": "see README"}
-    yield Finding("resume", f"{how.way}: {how.why}", "ok" if how.way == "exact" else "note", advice[how.way])
+    yield CheckResult("resume", f"{how.way}: {how.why}", "ok" if how.way == "exact" else "note", advice[how.way])
 
 
-def _whatever_happens(name: str, look: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:
+def _whatever_happens(name: str, look: Callable[[], Iterable[CheckResult]]) -> Iterator[CheckResult]:
     """What a look finds; an error in the environment is a finding too."""
     try:
         yield from look()
     except Exception as error:
-        yield Finding(name, f"it fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}", "bad")
+        yield CheckResult(name, f"it fails: {type(error).__name__}: {str(error).partition(chr(10))[0]}", "bad")
 
 
-def _one(factory: EnvFactory, steps: int) -> Iterator[Finding]:
+def _one(factory: EnvFactory, steps: int) -> Iterator[CheckResult]:
     """Types, shapes and bounds of what one environment returns, and its time."""
     env = factory()
     space = env.observation_space
@@ -117,14 +117,14 @@ def _one(factory: EnvFactory, steps: int) -> Iterator[Finding]:
     mild = {"dtype"}
     for name, text in wrong.items():
         castable = name in mild and np.issubdtype(space.dtype, np.floating)
-        yield Finding(name, text, "note" if castable else "bad", "stored as its space says" if castable else "")
+        yield CheckResult(name, text, "note" if castable else "bad", "stored as its space says" if castable else "")
     if not wrong:
-        yield Finding("types", f"shapes, dtypes, rewards and flags as promised, over {steps} steps")
+        yield CheckResult("types", f"shapes, dtypes, rewards and flags as promised, over {steps} steps")
     if outside:
-        yield Finding("space", f"{outside} of {steps} observations lie outside observation_space", "note")
+        yield CheckResult("space", f"{outside} of {steps} observations lie outside observation_space", "note")
     if factory.copy_obs:
-        yield Finding("memory", "it hands out one and the same array; its observations are copied", "note")
-    yield Finding("speed", f"{spent / steps * 1e6:,.0f} us a step; {episodes} episodes ended in {steps} steps")
+        yield CheckResult("memory", "it hands out one and the same array; its observations are copied", "note")
+    yield CheckResult("speed", f"{spent / steps * 1e6:,.0f} us a step; {episodes} episodes ended in {steps} steps")
 
 
 def _inside(space: gym.Space[Any], x: _Array) -> bool:
@@ -133,7 +133,7 @@ def _inside(space: gym.Space[Any], x: _Array) -> bool:
     return bool(((x >= space.low) & (x <= space.high)).all())
 
 
-def _seeds(factory: EnvFactory, steps: int) -> Finding:
+def _seeds(factory: EnvFactory, steps: int) -> CheckResult:
     """Whether a seed decides everything, in a fresh environment and in a used one."""
     a, b = factory(), factory()
     try:
@@ -144,13 +144,15 @@ def _seeds(factory: EnvFactory, steps: int) -> Finding:
         mine, theirs = a.reset(seed=5)[0], b.reset(seed=5)[0]
         for step in range(steps):
             if not np.array_equal(mine, theirs, equal_nan=np.asarray(mine).dtype.kind == "f"):
-                return Finding("seeds", f"two environments with one seed differ: obs at step {step}", "note", _SEEDS)
+                return CheckResult(
+                    "seeds", f"two environments with one seed differ: obs at step {step}", "note", _SEEDS
+                )
             action = a.action_space.sample()
             mine, *rest, _ = a.step(action)
             theirs, *others, _ = b.step(action)
             for name, x, y in zip(_RESULTS, map(np.asarray, rest), map(np.asarray, others), strict=True):
                 if not np.array_equal(x, y, equal_nan=x.dtype.kind == "f"):
-                    return Finding(
+                    return CheckResult(
                         "seeds", f"two environments with one seed differ: {name} at step {step}", "note", _SEEDS
                     )
             if rest[1] or rest[2]:
@@ -158,21 +160,21 @@ def _seeds(factory: EnvFactory, steps: int) -> Finding:
     finally:
         a.close()
         b.close()
-    return Finding("seeds", f"a seed decides everything, over {steps} steps")
+    return CheckResult("seeds", f"a seed decides everything, over {steps} steps")
 
 
 _SEEDS = "runs on it can't be repeated; draw all randomness from self.np_random"
 
 
-def _pickles(factory: EnvFactory) -> Finding:
+def _pickles(factory: EnvFactory) -> CheckResult:
     try:
         cloudpickle.loads(cloudpickle.dumps(factory))
     except Exception as error:
-        return Finding("processes", f"its maker can't be sent to a process: {error}", "note", "use sync")
-    return Finding("processes", "its maker can be sent to worker processes")
+        return CheckResult("processes", f"its maker can't be sent to a process: {error}", "note", "use sync")
+    return CheckResult("processes", "its maker can be sent to worker processes")
 
 
-def _vectorized(found: Probe, steps: int, *, repeatable: bool) -> Iterator[Finding]:
+def _vectorized(found: EnvInfo, steps: int, *, repeatable: bool) -> Iterator[CheckResult]:
     """Whether all ways to step several of them agree, as a `repeatable` environment must, and how they reset."""
     assert found.factory is not None
     spec = None if found.factory.make else single.find_spec(found.factory.env_id)
@@ -184,17 +186,17 @@ def _vectorized(found: Probe, steps: int, *, repeatable: bool) -> Iterator[Findi
                 warnings.simplefilter("ignore")
                 mine = _play(make_vectorized(found, _N, way), steps)
         except Exception as error:
-            yield Finding(way, f"it can't be stepped so: {str(error).partition(chr(10))[0]}", "bad")
+            yield CheckResult(way, f"it can't be stepped so: {str(error).partition(chr(10))[0]}", "bad")
             continue
         reference = reference or mine
         difference = _first_difference(reference, mine)
         if difference is None:
-            yield Finding(way, f"{_N} environments, {steps} steps: the same as sync" if way != "sync" else "works")
+            yield CheckResult(way, f"{_N} environments, {steps} steps: the same as sync" if way != "sync" else "works")
         else:
             n, step, key = difference
             text = f"differs from sync: environment {n}, step {step}, {key}"
             advice = "it depends on the process, or on what ran in it before" if repeatable else _SEEDS
-            yield Finding(way, text, "bad" if repeatable else "note", advice)
+            yield CheckResult(way, text, "bad" if repeatable else "note", advice)
     if spec is not None and spec.vector_entry_point is not None:
         yield _autoreset(lambda: make_vectorized(found, _N, "native"))
 
@@ -232,13 +234,13 @@ def _first_difference(a: list[dict[str, _Array]], b: list[dict[str, _Array]]) ->
     return None
 
 
-def _autoreset(make: Callable[[], VectorEnv[Any, Any, Any]]) -> Finding:
+def _autoreset(make: Callable[[], VectorEnv[Any, Any, Any]]) -> CheckResult:
     """What the environment's own vector version does at the end of an episode, against what it declares."""
     venv = make()
     try:
         declared = venv.metadata.get("autoreset_mode")
         if declared is None:
-            return Finding("native", "it declares no autoreset mode", "bad", "set metadata['autoreset_mode']")
+            return CheckResult("native", "it declares no autoreset mode", "bad", "set metadata['autoreset_mode']")
         mode = AutoresetMode(declared)
         venv.action_space.seed(0)
         venv.reset(seed=0)
@@ -248,26 +250,26 @@ def _autoreset(make: Callable[[], VectorEnv[Any, Any, Any]]) -> Finding:
             if done.any():
                 break
         else:
-            return Finding("native", f"declares {mode.name}; no episode ended in 2000 steps", "note")
+            return CheckResult("native", f"declares {mode.name}; no episode ended in 2000 steps", "note")
         i, last = int(np.flatnonzero(done)[0]), np.array(last)
         if mode == AutoresetMode.DISABLED:
-            return Finding("native", "declares DISABLED: reset from here, through reset_mask")
+            return CheckResult("native", "declares DISABLED: reset from here, through reset_mask")
         same_step = "final_obs" in infos
         if same_step and mode == AutoresetMode.SAME_STEP:
             kept = np.array(infos["final_obs"][i])
             if np.array_equal(kept, last[i]):
-                return Finding("native", "declares SAME_STEP, but final_obs equals the next observation", "bad")
-            return Finding("native", "declares SAME_STEP, and keeps last observations in final_obs")
+                return CheckResult("native", "declares SAME_STEP, but final_obs equals the next observation", "bad")
+            return CheckResult("native", "declares SAME_STEP, and keeps last observations in final_obs")
         following = venv.step(venv.action_space.sample())
         resets = float(following[1][i]) == 0.0 and not (following[2] | following[3])[i]
         if mode == AutoresetMode.NEXT_STEP and resets and not same_step:
-            return Finding("native", "declares NEXT_STEP, and the step after an end only resets")
-        return Finding("native", f"declares {mode.name}, but does otherwise at the end of an episode", "bad")
+            return CheckResult("native", "declares NEXT_STEP, and the step after an end only resets")
+        return CheckResult("native", f"declares {mode.name}, but does otherwise at the end of an episode", "bad")
     finally:
         venv.close()
 
 
-def verify_resume(config: Config, iterations: int = 6) -> Iterator[Finding]:
+def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
     """Train for some iterations, and once more with an interruption; compare every tensor and every figure.
 
     Args:
@@ -278,7 +280,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[Finding]:
         ConfigError, EnvError: see their texts.
     """
     device = choose_device(config.device)
-    found = probe(config.env_id, config.env_kwargs)
+    found = inspect_env(config.env_id, config.env_kwargs)
     settled, notes = settle(config, found, device, custom_policy=False)
     steps = iterations * settled.batch_size
     quiet: dict[str, Any] = {
@@ -289,12 +291,12 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[Finding]:
     }
     settled = dataclasses.replace(settled, total_timesteps=steps, **quiet)
     for note in notes:
-        yield Finding("note", note)
+        yield CheckResult("note", note)
     with tempfile.TemporaryDirectory(prefix="fastppo-verify-") as folder:
         whole, parted, again = (Path(folder) / name for name in ("whole", "parted", "again"))
         trainer = Trainer(dataclasses.replace(settled, run_dir=whole))
         way = trainer.env.resumable
-        yield Finding("way", f"{way.way}: {way.why}", "note" if way.way == "restart" else "ok")
+        yield CheckResult("way", f"{way.way}: {way.why}", "note" if way.way == "restart" else "ok")
         _to_the_end(trainer)
         for stats in Trainer(dataclasses.replace(settled, run_dir=parted)).iterations():
             if stats.iteration >= iterations // 2:
@@ -303,7 +305,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[Finding]:
         _to_the_end(resume(parted, allow_import=True))
         if way.way == "restart":
             _to_the_end(resume(again, allow_import=True))
-            yield Finding(
+            yield CheckResult(
                 "what that means",
                 "network, optimiser, normalisers and schedules go on exactly; environments start new episodes",
                 "note",
@@ -322,16 +324,16 @@ def _to_the_end(trainer: Trainer) -> None:
         raise KeyboardInterrupt
 
 
-def _compare(a: Mapping[str, str], b: Mapping[str, str], what: str) -> Iterator[Finding]:
+def _compare(a: Mapping[str, str], b: Mapping[str, str], what: str) -> Iterator[CheckResult]:
     for group in ("policy", "rewards", "update", "learner", "collector", "metrics", "env", "figures"):
         mine = {name: x for name, x in a.items() if name.split(".")[0] == group}
         differing = [name for name, x in mine.items() if b.get(name) != x]
         if not mine:
             continue
         if differing:
-            yield Finding(group, f"{what}: {len(differing)} of {len(mine)} differ, first {differing[0]}", "bad")
+            yield CheckResult(group, f"{what}: {len(differing)} of {len(mine)} differ, first {differing[0]}", "bad")
         else:
-            yield Finding(group, f"{what}: {len(mine)} of {len(mine)} equal, bit for bit")
+            yield CheckResult(group, f"{what}: {len(mine)} of {len(mine)} equal, bit for bit")
 
 
 def run_hashes(run: Path) -> dict[str, str]:

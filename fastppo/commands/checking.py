@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastppo.commands.console import open_console, print_findings
+from fastppo.commands.console import open_console, print_checks
 from fastppo.commands.training import Train
 from fastppo.config import EnvKwargs
 from fastppo.errors import ConfigError
@@ -31,9 +31,7 @@ class VerifyEnv:
             raise ConfigError(f"steps={self.steps} must be at least 1.")
         from fastppo.analysis.verify import verify_env
 
-        return print_findings(
-            verify_env(self.env_id, self.env_kwargs, self.steps), "this environment keeps its promises"
-        )
+        return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment keeps its promises")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +55,7 @@ class VerifyResume(Train):
         config = self.settings()
         from fastppo.analysis.verify import verify_resume
 
-        return print_findings(verify_resume(config, self.iterations), "a resumed run is the same run")
+        return print_checks(verify_resume(config, self.iterations), "a resumed run is the same run")
 
 
 @dataclasses.dataclass(frozen=True)

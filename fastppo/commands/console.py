@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastppo.analysis.doctor import Finding
+    from fastppo.analysis.doctor import CheckResult
 
 
 class _Stdout:
@@ -50,7 +50,7 @@ def open_console() -> Console:
     return Console(file=cast("IO[str]", _Stdout()))
 
 
-def print_findings(findings: Iterable[Finding], good: str) -> int:
+def print_checks(findings: Iterable[CheckResult], good: str) -> int:
     """A line for each as it is found; exit status 1 if one is bad."""
     from rich.markup import escape
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from fastppo.commands.console import open_console, print_findings
+from fastppo.commands.console import open_console, print_checks
 from fastppo.commands.training import Train
 from fastppo.config import Config, TargetReturn
 from fastppo.errors import ConfigError
@@ -76,11 +76,11 @@ class Bench(Train):
         configs = self.points()
         from fastppo.analysis import bench, bench_report
         from fastppo.envs.auto_vectorization import env_key, remember
-        from fastppo.envs.registry import probe
+        from fastppo.envs.registry import inspect_env
         from fastppo.runs.run_dir import create_run_dir, surroundings
         from fastppo.runtime.device import choose_device, machine_name
 
-        env_name = probe(self.env_id, self.env_kwargs).name  # mistakes answer here, not once for each point
+        env_name = inspect_env(self.env_id, self.env_kwargs).name  # mistakes answer here, not once for each point
         about = surroundings(choose_device(self.device))
         folder = create_run_dir(self.run_dir, env_name, self.name, self.seed)
         console, points = open_console(), list[bench.Point]()
@@ -130,7 +130,7 @@ class Doctor:
             raise ConfigError(f"seconds={self.seconds} must be more than 0; 5 is enough.")
         from fastppo.analysis.doctor import examine
 
-        return print_findings(examine(self.env_id, self.seconds), "everything essential works here")
+        return print_checks(examine(self.env_id, self.seconds), "everything essential works here")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -53,9 +53,9 @@ class Diff:
         from rich.text import Text
 
         from fastppo.analysis.diff import difference
-        from fastppo.analysis.run_data import read_records
+        from fastppo.analysis.run_data import read_runs
 
-        a, b = read_records((self.run_a, self.run_b))
+        a, b = read_runs((self.run_a, self.run_b))
         found, console = difference(a, b), open_console()
         for title, rows in (
             ("settings that differ", found.settings),

@@ -90,7 +90,7 @@ class Eval:
     episodes: int = 20
     """How many episodes."""
     sampled: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Sample actions instead of taking the most probable ones."""
+    """UpdateSample actions instead of taking the most probable ones."""
     seed: int = 0
     """Seed of the environments and of sampling."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -98,7 +98,7 @@ class Eval:
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Take the checkpoint that evaluated best while it trained, not the last model."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
-    """Film one episode more into this .mp4, .webm or .gif (extra `video`); a .gif where there is no ffmpeg."""
+    """Video one episode more into this .mp4, .webm or .gif (extra `video`); a .gif where there is no ffmpeg."""
 
     def __call__(self) -> int:
         """Play, and print one line."""

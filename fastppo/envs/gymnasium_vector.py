@@ -276,9 +276,9 @@ class HostEnv:
         else:
             there[:] = obs.cpu().numpy()  # where an environment last stood, should it fail in its first step
 
-    def complaints(self) -> Sequence[str]:
+    def restart_messages(self) -> Sequence[str]:
         """Lines about environments that failed and were made anew since the last call."""
-        return () if self._keeper is None or not self._keeper.care.restarts else self._keeper.complaints()
+        return () if self._keeper is None or not self._keeper.fault_policy.restarts else self._keeper.restart_messages()
 
     @property
     def restarts(self) -> int:

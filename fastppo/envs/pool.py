@@ -33,10 +33,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from fastppo.envs.sync import (
-    NO_CARE,
-    Care,
+    NO_FAULT_POLICY,
+    EnvGroup,
+    FaultPolicy,
     Outcome,
-    Share,
     cut,
     fresh_seed,
     layout,
@@ -85,7 +85,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
     Attributes:
         groups: slices of 0..num_envs-1.
         n_workers: processes.
-        care: what is done for environments beside stepping.
+        fault_policy: what is done for environments beside stepping.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         n_workers: int | None = None,
         n_groups: int = 1,
         start_method: str = "forkserver",
-        care: Care = NO_CARE,
+        fault_policy: FaultPolicy = NO_FAULT_POLICY,
     ) -> None:
         """Start the workers and make the environments in them.
 
@@ -104,7 +104,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             n_workers: processes; None: one for each core this process may run on, at most one for each environment.
             n_groups: groups of environments that are stepped apart; each worker has a share of each.
             start_method: of multiprocessing. Plain fork and a trainer's threads don't go together.
-            care: what to do beside stepping.
+            fault_policy: what to do beside stepping.
 
         Raises:
             ConfigError: fewer environments than groups.
@@ -119,7 +119,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.metadata = {**probe.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.spec = probe.spec
         probe.close()
-        self.num_envs, self.care = n, care
+        self.num_envs, self.fault_policy = n, fault_policy
         self.observation_space = batch_space(self.single_observation_space, n)
         self.action_space = batch_space(self.single_action_space, n)
         self.groups = [slice(*_share(n, n_groups, g)) for g in range(n_groups)]
@@ -144,7 +144,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         makers = {i: self._env_fns[i] for part in parts for i in range(part.start, part.stop)}
         with _single_threaded():
             spaces = self.single_observation_space, self.single_action_space
-            return _Worker(self._ctx, self._shared, parts, makers, self.care, spaces)
+            return _Worker(self._ctx, self._shared, parts, makers, self.fault_policy, spaces)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -216,7 +216,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
                     raise EnvError(trouble)
         return self._arrays["obs"]
 
-    def complaints(self) -> list[str]:
+    def restart_messages(self) -> list[str]:
         """Lines about environments that were made anew since the last call."""
         asked = [self._ask(w, _COMPLAIN, 0) for w in range(self.n_workers)]
         found, self._complaints = self._complaints, []
@@ -292,9 +292,9 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             return self._obituary(worker)
         slow = time.monotonic() - worker.since
         # environments are made and reset one after the other, the first after Python has started
-        patience = (self.care.timeout or 0.0) * (self.num_envs // self.n_workers + 1 if worker.patiently else 1)
+        patience = (self.fault_policy.timeout or 0.0) * (self.num_envs // self.n_workers + 1 if worker.patiently else 1)
         patience += 0.0 if worker.ready else _START
-        if self.care.timeout is None or slow < patience:
+        if self.fault_policy.timeout is None or slow < patience:
             return None
         return f"{worker.name} has not answered for {slow:.0f} s (--env-timeout). Where it is:\n{worker.stacks()}"
 
@@ -309,7 +309,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """Put a new worker in the place of one that is in trouble, or raise."""
         old, restarts = self._workers[w], self._arrays["restarts"]
         mine = [i for part in old.parts for i in range(part.start, part.stop)]
-        if not old.ready or self.failures >= self.care.restarts:
+        if not old.ready or self.failures >= self.fault_policy.restarts:
             self._fail(trouble)
         self._lost_workers += 1
         old.end()
@@ -365,7 +365,7 @@ class _Worker:
         shared: _Shared,
         parts: list[slice],
         env_fns: dict[int, Callable[[], gym.Env[Any, Any]]],
-        care: Care,
+        fault_policy: FaultPolicy,
         spaces: tuple[gym.Space[Any], gym.Space[Any]],
     ) -> None:
         from cloudpickle import dumps
@@ -381,7 +381,7 @@ class _Worker:
         self.talk, talk = ctx.Pipe()
         self._stacks, stacks = ctx.Pipe(duplex=False)
         lifeline, self._lifeline = ctx.Pipe(duplex=False)  # this end closes when the trainer is gone
-        arguments = (shared, parts, dumps(env_fns), care, spaces, self._go, self._ring, self.done, self.failed)
+        arguments = (shared, parts, dumps(env_fns), fault_policy, spaces, self._go, self._ring, self.done, self.failed)
         self.process = ctx.Process(target=_work, args=(*arguments, talk, stacks, lifeline), daemon=True)
         self.process.start()
         for theirs in (talk, stacks, lifeline):
@@ -471,7 +471,7 @@ def _work(
     shared: _Shared,
     parts: list[slice],
     pickled: bytes,
-    care: Care,
+    fault_policy: FaultPolicy,
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
     go: Any,  # noqa: ANN401 - multiprocessing's semaphore
     ring: Any,  # noqa: ANN401 - multiprocessing's array
@@ -492,7 +492,7 @@ def _work(
     trainer = multiprocessing.parent_process()  # not getppid: that is the fork server
     envs: dict[int, gym.Env[Any, Any]] = {}
     try:
-        shares = _make_shares(pickled, envs, shared.arrays(), parts, care, spaces)
+        shares = _make_shares(pickled, envs, shared.arrays(), parts, fault_policy, spaces)
         for semaphore in done:
             semaphore.release()
         at = 0
@@ -531,9 +531,9 @@ def _make_shares(
     envs: dict[int, gym.Env[Any, Any]],
     arrays: dict[str, _Array],
     parts: list[slice],
-    care: Care,
+    fault_policy: FaultPolicy,
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
-) -> list[Share]:
+) -> list[EnvGroup]:
     """Make a worker's environments, into `envs`, and its share of each group."""
     import cloudpickle
 
@@ -547,12 +547,12 @@ def _make_shares(
         same_spaces(i, envs[i], *spaces)
     ranges = [range(part.start, part.stop) for part in parts]
     return [
-        Share([envs[i] for i in mine], [makers[i] for i in mine], arrays, part, care)
+        EnvGroup([envs[i] for i in mine], [makers[i] for i in mine], arrays, part, fault_policy)
         for part, mine in zip(parts, ranges, strict=True)
     ]
 
 
-def _answer(what: int, shares: list[Share], group: int, talk: Connection) -> Any:  # noqa: ANN401 - JSON-able
+def _answer(what: int, shares: list[EnvGroup], group: int, talk: Connection) -> Any:  # noqa: ANN401 - JSON-able
     """What a worker says to an order that is no step."""
     if what == _STATE:
         return shares[group].state()
@@ -562,10 +562,10 @@ def _answer(what: int, shares: list[Share], group: int, talk: Connection) -> Any
         except EnvError as error:  # what was saved is at fault, not the environments
             return str(error)
         return None
-    complaints = [line for share in shares for line in share.complaints]
+    restart_messages = [line for share in shares for line in share.restart_messages]
     for share in shares:
-        share.complaints.clear()
-    return complaints
+        share.restart_messages.clear()
+    return restart_messages
 
 
 def _die_with(lifeline: Connection) -> None:

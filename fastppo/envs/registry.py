@@ -20,7 +20,7 @@ from fastppo.envs.env_state import Resumable, how_resumable, how_resumable_toget
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.gymnasium_vector import HostEnv
 from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
-from fastppo.envs.sync import NO_CARE, Care, SerialVectorEnv
+from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv
 from fastppo.envs.tensor.acrobot import Acrobot
 from fastppo.envs.tensor.cartpole import CartPole
 from fastppo.envs.tensor.catch import Catch
@@ -45,7 +45,7 @@ Maker = Callable[[], Any]  # -> gymnasium Env, or a VectorEnv or SimulatorEnv th
 
 
 @dataclasses.dataclass
-class Probe:
+class EnvInfo:
     """What one look at an environment tells, before N of them are made.
 
     Attributes:
@@ -76,7 +76,7 @@ class Probe:
         return "continuous" if self.action_spec.kind == "box" else "discrete"
 
 
-def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None) -> Probe:
+def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None) -> EnvInfo:
     """Make one environment, look, and close it.
 
     Raises:
@@ -100,9 +100,9 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
     if isinstance(env, VectorEnv):
         obs_spec = ObsSpec.from_space(env.single_observation_space)
         name = type(env.unwrapped).__name__
-        return Probe(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env, name)
+        return EnvInfo(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env, name)
     if isinstance(env, SimulatorEnv):
-        return Probe(env.obs_spec, env.action_spec, False, None, None, env, env.name)
+        return EnvInfo(env.obs_spec, env.action_spec, False, None, None, env, env.name)
     if not isinstance(env, gym.Env):
         raise ConfigError(
             f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv, or a SimulatorEnv."
@@ -115,11 +115,11 @@ def probe(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None
         env.close()
     name = env.spec.id if env.spec else type(env.unwrapped).__name__
     max_steps = env.spec.max_episode_steps if env.spec else None
-    return Probe(obs_spec, action_spec, atari, threshold, factory, None, name, max_steps)
+    return EnvInfo(obs_spec, action_spec, atari, threshold, factory, None, name, max_steps)
 
 
 def make_vec_env(
-    found: Probe,
+    found: EnvInfo,
     n_envs: int,
     vectorization: Vectorization,
     *,
@@ -127,7 +127,7 @@ def make_vec_env(
     n_workers: int | None = None,
     half_batches: bool = False,
     device: torch.device | None = None,
-    care: Care = NO_CARE,
+    fault_policy: FaultPolicy = NO_FAULT_POLICY,
     resumable: Resumable | None = None,
 ) -> VecEnv:
     """N environments of the kind that was probed.
@@ -140,7 +140,7 @@ def make_vec_env(
         n_workers: processes of the pool; None: one for each core.
         half_batches: step the pool's environments in two groups.
         device: where tensor environments live.
-        care: what is done for environments in this process and in the pool beside stepping.
+        fault_policy: what is done for environments in this process and in the pool beside stepping.
         resumable: how they go on after a resume, as `resumability` found.
 
     Raises:
@@ -167,12 +167,12 @@ def make_vec_env(
         return HostEnv(found.vector)
     if vectorization == "tensor":
         return _tensor(found, n_envs, device or torch.device("cpu"))
-    venv = make_vectorized(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1, care)
+    venv = make_vectorized(found, n_envs, vectorization, seed, n_workers, 2 if half_batches else 1, fault_policy)
     how = {} if resumable is None else {"resumable": resumable}
-    return HostEnv(venv, seeded=vectorization == "envpool", timeout=care.timeout, **how)
+    return HostEnv(venv, seeded=vectorization == "envpool", timeout=fault_policy.timeout, **how)
 
 
-def resumability(found: Probe, n_envs: int, vectorization: Vectorization) -> Resumable:
+def resumability(found: EnvInfo, n_envs: int, vectorization: Vectorization) -> Resumable:
     """How N environments of the kind that was probed will go on after a resume: tried out, on some of them."""
     if found.factory is None:
         return Resumable("restart", "make_env's own vector environment keeps its state to itself")
@@ -187,7 +187,7 @@ def resumability(found: Probe, n_envs: int, vectorization: Vectorization) -> Res
     return how_resumable(found.factory)
 
 
-def choose_vectorization(found: Probe, n_envs: int, seconds: float = 1.0) -> tuple[Vectorization, str]:
+def choose_vectorization(found: EnvInfo, n_envs: int, seconds: float = 1.0) -> tuple[Vectorization, str]:
     """The fastest way to step N of the environments that were probed, and why; takes about `seconds`, plus start-up."""
     if found.vector is not None:
         return "sync", "vectorization: make_env's own vector environment"
@@ -203,13 +203,13 @@ def choose_vectorization(found: Probe, n_envs: int, seconds: float = 1.0) -> tup
 
 
 def make_vectorized(
-    found: Probe,
+    found: EnvInfo,
     n_envs: int,
     vectorization: Vectorization,
     seed: int = 0,
     n_workers: int | None = None,
     n_groups: int = 1,
-    care: Care = NO_CARE,
+    fault_policy: FaultPolicy = NO_FAULT_POLICY,
 ) -> VectorEnv[Any, Any, Any]:
     """N of the environments that were probed, as a Gymnasium vector environment; arguments as in `make_vec_env`.
 
@@ -223,14 +223,16 @@ def make_vectorized(
         return _envpool(found.factory, n_envs, found.atari, seed)
     factories = [found.factory] * n_envs
     if vectorization == "sync":
-        return SerialVectorEnv(factories, care)
+        return SerialVectorEnv(factories, fault_policy)
     if vectorization == "pool":
         method = _start_method()
-        return PoolVectorEnv(factories, n_workers=n_workers, n_groups=n_groups, start_method=method, care=care)
+        return PoolVectorEnv(
+            factories, n_workers=n_workers, n_groups=n_groups, start_method=method, fault_policy=fault_policy
+        )
     return AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def _tensor(found: Probe, n_envs: int, device: torch.device) -> TensorEnv:
+def _tensor(found: EnvInfo, n_envs: int, device: torch.device) -> TensorEnv:
     assert found.factory is not None
     factory = found.factory
     if factory.make is not None or factory.env_id not in TASKS:

@@ -25,7 +25,7 @@ _MOST = 400  # characters of a complaint
 
 
 @dataclasses.dataclass(frozen=True)
-class Care:
+class FaultPolicy:
     """What is done for environments beside stepping them.
 
     Attributes:
@@ -39,7 +39,7 @@ class Care:
     timeout: float | None = None
 
 
-NO_CARE = Care()
+NO_FAULT_POLICY = FaultPolicy()
 
 
 def layout(n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
@@ -111,14 +111,14 @@ _BOOLS = frozenset((bool, np.bool_))
 _NUMBERS = _BOOLS | {float, int, np.float64, np.float32, np.int64, np.int32}
 
 
-class Share:
+class EnvGroup:
     """Some environments and their rows of the arrays that `layout` describes.
 
     Attributes:
         envs: the environments.
         at: the one that is being stepped or reset, counted from 0 here.
         steps: taken so far.
-        complaints: a line for each that was made anew.
+        restart_messages: a line for each that was made anew.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class Share:
         makers: Sequence[Callable[[], gym.Env[Any, Any]]],
         arrays: Mapping[str, _Array],
         rows: slice,
-        care: Care,
+        fault_policy: FaultPolicy,
     ) -> None:
         """Bind `envs`, as `makers` made them, to `rows` of `arrays`."""
-        self.envs, self.at, self.steps, self.complaints = envs, 0, 0, list[str]()
-        self._makers, self._first, self._care = makers, rows.start, care
+        self.envs, self.at, self.steps, self.restart_messages = envs, 0, 0, list[str]()
+        self._makers, self._first, self._fault_policy = makers, rows.start, fault_policy
         self._arrays = {name: array[rows] for name, array in arrays.items()}
         self._obs, self._final_obs, self._actions, self._rewards, self._terminated, self._truncated, self._seeds = (
             self._arrays[name]
@@ -139,7 +139,7 @@ class Share:
         )
         # as Gymnasium, floats of any width will do; whole numbers must fit, or they would wrap
         self._casting: Any = "same_kind" if self._obs.dtype.kind == "f" else "safe"
-        self._log = EpisodeLog(len(makers)) if care.way == "replay" else None
+        self._log = EpisodeLog(len(makers)) if fault_policy.way == "replay" else None
 
     def reset(self) -> None:
         """Reset each, by its seed; a negative one leaves its random stream as it is."""
@@ -233,12 +233,12 @@ class Share:
     def _replace(self, i: int, error: Exception) -> None:
         """Make environment i anew after `error`, or raise that again."""
         restarts, failures = self._arrays["restarts"], self._arrays["failures"]
-        if isinstance(error, EnvError) or failures.sum() >= self._care.restarts:
+        if isinstance(error, EnvError) or failures.sum() >= self._fault_policy.restarts:
             raise error
         restarts[i] += 1
         failures[i] += 1
         text = f"environment {self._first + i} failed ({type(error).__name__}: {told(error)})"
-        self.complaints.append(f"{text[:_MOST]}; made anew, its episode cut.")
+        self.restart_messages.append(f"{text[:_MOST]}; made anew, its episode cut.")
         with contextlib.suppress(Exception):
             self.envs[i].close()
         self.envs[i] = self._makers[i]()
@@ -249,7 +249,7 @@ class Share:
     def state(self) -> list[Any]:
         """What each environment needs to go on elsewhere, JSON-able; empty where there is no way any longer."""
         try:
-            if self._care.way == "exact":
+            if self._fault_policy.way == "exact":
                 return [state_of(env) for env in self.envs]
         except NotPlainError:  # it was when it was tried out
             return []
@@ -290,21 +290,23 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
 
     Attributes:
         envs: the environments.
-        care: what is done for them beside stepping.
+        fault_policy: what is done for them beside stepping.
     """
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]], care: Care = NO_CARE) -> None:
+    def __init__(
+        self, env_fns: Sequence[Callable[[], gym.Env[Any, Any]]], fault_policy: FaultPolicy = NO_FAULT_POLICY
+    ) -> None:
         """Make the environments.
 
         Args:
             env_fns: one maker for each.
-            care: what to do beside stepping them.
+            fault_policy: what to do beside stepping them.
 
         Raises:
             EnvError: their spaces aren't arrays.
         """
         self.envs = [make() for make in env_fns]
-        first, self.num_envs, self.care = self.envs[0], len(self.envs), care
+        first, self.num_envs, self.fault_policy = self.envs[0], len(self.envs), fault_policy
         self.spec = first.spec
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -314,7 +316,7 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         shapes = layout(self.num_envs, self.single_observation_space, self.single_action_space)
         self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        self._share = Share(self.envs, env_fns, self._arrays, slice(0, self.num_envs), care)
+        self._share = EnvGroup(self.envs, env_fns, self._arrays, slice(0, self.num_envs), fault_policy)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -335,17 +337,17 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return outcome(self._arrays, slice(0, self.num_envs))
 
     def env_states(self) -> list[Any]:
-        """See `Share.state`."""
+        """See `EnvGroup.state`."""
         return self._share.state()
 
     def load_env_states(self, states: Sequence[Any]) -> _Array:
-        """See `Share.load`; returns the observations."""
+        """See `EnvGroup.load`; returns the observations."""
         self._share.load(states)
         return self._arrays["obs"]
 
-    def complaints(self) -> list[str]:
+    def restart_messages(self) -> list[str]:
         """Lines about environments that were made anew since the last call."""
-        found, self._share.complaints[:] = list(self._share.complaints), []
+        found, self._share.restart_messages[:] = list(self._share.restart_messages), []
         return found
 
     @property

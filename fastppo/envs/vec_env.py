@@ -126,7 +126,7 @@ class VecEnv(Protocol):
             EnvError: what is no such state, or leads to other observations.
         """
 
-    def complaints(self) -> Sequence[str]:
+    def restart_messages(self) -> Sequence[str]:
         """Lines about environments that failed and were made anew since the last call."""
 
     @property

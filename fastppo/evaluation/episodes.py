@@ -46,7 +46,7 @@ class Evaluation:
         return float(np.std(self.returns))
 
 
-class Player:
+class EpisodePlayer:
     """Plays whole episodes in an environment; each call begins anew, from the same seeds."""
 
     def __init__(self, env: VecEnv, policy: Policy, device: torch.device, stream: np.random.SeedSequence) -> None:

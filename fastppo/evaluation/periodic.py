@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo.envs.registry import Probe, make_vec_env
-from fastppo.evaluation.episodes import Evaluation, Player
-from fastppo.evaluation.video import Camera
+from fastppo.envs.registry import EnvInfo, make_vec_env
+from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
+from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
 from fastppo.runtime.device import seed_stream, untouched_randomness
@@ -20,7 +20,7 @@ from fastppo.spaces import ActionSpec, ObsSpec
 _MOST_ENVS = 8
 
 
-class Intermission:
+class PeriodicEvaluation:
     """Plays and films in environments of its own, so that training's are not disturbed, nor its random numbers.
 
     Attributes:
@@ -29,7 +29,7 @@ class Intermission:
 
     def __init__(
         self,
-        found: Probe,
+        found: EnvInfo,
         policy: Policy,
         device: torch.device,
         *,
@@ -58,15 +58,15 @@ class Intermission:
         """
         self._eval_every, self._episodes, self._video_every = eval_every, eval_episodes, video_every
         self._seed, self._say, self.seen = seed, say, 0
-        self._player: Player | None = None
-        self._camera: Camera | None = None
+        self._player: EpisodePlayer | None = None
+        self._camera: VideoRecorder | None = None
         with contextlib.ExitStack() as undo:
             if main and eval_every is not None:
                 env = make_vec_env(found, min(eval_episodes, _MOST_ENVS), "sync")
-                self._player = Player(env, policy, device, seed_stream(seed, "eval"))
+                self._player = EpisodePlayer(env, policy, device, seed_stream(seed, "eval"))
                 undo.callback(self._player.close)
             if main and video_every is not None:
-                self._camera = Camera(found, _acting(policy, found.obs_spec, found.action_spec, device))
+                self._camera = VideoRecorder(found, _acting(policy, found.obs_spec, found.action_spec, device))
             undo.pop_all()
 
     def evaluates_at(self, step: int) -> bool:

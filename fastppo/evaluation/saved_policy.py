@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fastppo.config import Config
-from fastppo.envs.registry import Maker, Probe, make_vec_env, probe
+from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.evaluation.episodes import Evaluation, Player
-from fastppo.evaluation.video import Camera, Film, check_video_name
+from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
+from fastppo.evaluation.video import Video, VideoRecorder, check_video_name
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint, weights_file
@@ -117,7 +117,7 @@ def evaluate(
         raise ConfigError(f"episodes={episodes} must be at least 1.")
     saved, found = _open(Path(run), seed, make_env, policy, allow_import, best)
     n = found.vector.num_envs if found.vector else min(episodes, 8)
-    player = Player(make_vec_env(found, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
+    player = EpisodePlayer(make_vec_env(found, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
     try:
         return player(episodes, None if deterministic else saved._generator)
     finally:
@@ -134,8 +134,8 @@ def film(
     policy: nn.Module | None = None,
     allow_import: bool = False,
     best: bool = False,
-) -> tuple[Path, Film]:
-    """Film one episode of `run` into `output` (.mp4, .webm, .gif; a GIF without ffmpeg); arguments as of `evaluate`.
+) -> tuple[Path, Video]:
+    """Video one episode of `run` into `output` (.mp4, .webm, .gif; a GIF without ffmpeg); arguments as of `evaluate`.
 
     Returns:
         the file that was written, and the film.
@@ -145,7 +145,7 @@ def film(
     """
     check_video_name(output)
     saved, found = _open(Path(run), seed, make_env, policy, allow_import, best)
-    camera = Camera(found, lambda obs: saved.predict(obs, deterministic))
+    camera = VideoRecorder(found, lambda obs: saved.predict(obs, deterministic))
     try:
         shot = camera.episode(seed)
     finally:
@@ -155,7 +155,7 @@ def film(
 
 def _open(
     run_dir: Path, seed: int, make_env: Maker | None, policy: nn.Module | None, allow_import: bool, best: bool
-) -> tuple[SavedPolicy, Probe]:
+) -> tuple[SavedPolicy, EnvInfo]:
     """The policy of a run, and a look at the environment that it was trained on."""
     if best:
         found_best = best_checkpoint(run_dir)
@@ -172,7 +172,7 @@ def _open(
         raise ConfigError(
             f"{run_dir} was trained on {about.get('env')} from make_env; play it with evaluate(..., make_env=...)."
         )
-    found = probe(config.env_id, config.env_kwargs, make_env)
+    found = inspect_env(config.env_id, config.env_kwargs, make_env)
     if (found.obs_spec, found.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {run_dir}; give its make_env.")
     return saved, found

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from fastppo.envs import factory as single
-from fastppo.envs.registry import Probe
+from fastppo.envs.registry import EnvInfo
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
@@ -25,7 +25,7 @@ _GIF_FPS = 50
 
 
 @dataclasses.dataclass(frozen=True)
-class Film:
+class Video:
     """One episode.
 
     Attributes:
@@ -73,10 +73,10 @@ def check_video_name(path: Path) -> None:
         raise ConfigError(f"video {path}: its name must end in .mp4, .webm or .gif.")
 
 
-class Camera:
+class VideoRecorder:
     """Films episodes in an environment of its own."""
 
-    def __init__(self, found: Probe, act: Callable[[_Array], _Array]) -> None:
+    def __init__(self, found: EnvInfo, act: Callable[[_Array], _Array]) -> None:
         """Make the environment, rendered to arrays.
 
         Args:
@@ -107,8 +107,8 @@ class Camera:
             why = str(error).removeprefix("video: ")
             raise ConfigError(f"video: {found.name} can't be rendered: {why}") from None
 
-    def episode(self, seed: int) -> Film:
-        """Film one episode from a seed.
+    def episode(self, seed: int) -> Video:
+        """Video one episode from a seed.
 
         Raises:
             ConfigError, EnvError: it can't be rendered, or fails.
@@ -130,7 +130,7 @@ class Camera:
             raise
         except Exception as error:
             raise EnvError(f"video: the environment failed: {type(error).__name__}: {error}") from error
-        return Film(frames, self._fps / stride, total, whole)
+        return Video(frames, self._fps / stride, total, whole)
 
     def close(self) -> None:
         """Close the environment."""

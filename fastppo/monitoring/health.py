@@ -109,7 +109,7 @@ class Rule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class HealthFinding:
     """A rule that fired.
 
     Attributes:
@@ -127,7 +127,7 @@ class Finding:
         return f"{self.name}: {self.evidence} {self.remedy}"
 
 
-def judge(history: History, action_size: int = 0) -> list[Finding]:
+def check_health(history: History, action_size: int = 0) -> list[HealthFinding]:
     """What is wrong with a run, by RULES, as far as `history` shows it.
 
     Args:
@@ -139,7 +139,7 @@ def judge(history: History, action_size: int = 0) -> list[Finding]:
         value = rule.value(history, rule.threshold, action_size) if history.iterations >= rule.after else None
         if value is not None:
             evidence = rule.evidence.format(value=value, threshold=rule.threshold)
-            found.append(Finding(rule.name, evidence, rule.remedy))
+            found.append(HealthFinding(rule.name, evidence, rule.remedy))
     return found
 
 

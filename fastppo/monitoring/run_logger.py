@@ -9,14 +9,14 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from fastppo.monitoring.health import Finding, History, judge
+from fastppo.monitoring.health import HealthFinding, History, check_health
 from fastppo.monitoring.sinks.api import Sink
 from fastppo.monitoring.stats import Stats
 
 _JUDGE_SECONDS = 5.0
 
 
-class Logbook:
+class RunLogger:
     """Hands figures on; a sink that fails is dropped, and training goes on.
 
     Attributes:
@@ -27,13 +27,13 @@ class Logbook:
     """
 
     def __init__(self, console: Console | None, action_size: int) -> None:
-        """Speak on `console`; `action_size` as `judge` takes it."""
+        """Speak on `console`; `action_size` as `check_health` takes it."""
         self.console, self._action_size = console, action_size
         self.sinks: list[Sink] = []
         self._judged, self._judged_at, self._step = time.monotonic(), 0, 0
         self._told: set[str] = set()
         self.history = History()
-        self.findings: list[Finding] = []
+        self.findings: list[HealthFinding] = []
 
     def open(self, *sinks: Sink) -> None:
         """Hand figures to these too."""
@@ -64,7 +64,7 @@ class Logbook:
         return stats
 
     def _judge(self) -> None:
-        self.findings = judge(self.history, self._action_size)
+        self.findings = check_health(self.history, self._action_size)
         self._judged, self._judged_at = time.monotonic(), self._step
         for finding in self.findings:
             if finding.name not in self._told:

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from fastppo.monitoring.health import Finding
-from fastppo.monitoring.update_samples import Sample
+from fastppo.monitoring.health import HealthFinding
+from fastppo.monitoring.update_samples import UpdateSample
 from fastppo.ppo.metrics import Metrics
 from fastppo.runtime.clock import Clock
 
@@ -48,8 +48,8 @@ class Stats:
     stop: str
     scalars: dict[str, float]
     returns: list[float] = dataclasses.field(default_factory=list)
-    sample: Sample | None = None
-    findings: list[Finding] = dataclasses.field(default_factory=list)
+    sample: UpdateSample | None = None
+    findings: list[HealthFinding] = dataclasses.field(default_factory=list)
     images: dict[str, bytes] = dataclasses.field(default_factory=dict)
 
 
@@ -74,13 +74,13 @@ class Statistics:
         self._seconds = clock.phase_seconds()
 
     def __call__(
-        self, iteration: int, named: Mapping[str, float], coefs: Mapping[str, float], sample: Sample | None = None
+        self, iteration: int, named: Mapping[str, float], coefs: Mapping[str, float], sample: UpdateSample | None = None
     ) -> Stats:
         """Return the statistics of the iteration that has just been updated from; ticks the clock.
 
         Args:
             iteration: counted from 1.
-            named: the figures, as `Metrics.record` returned them.
+            named: the figures, as `Metrics.count` returned them.
             coefs: scheduled coefficients, with `kl_limit`.
             sample: of this update, if one was taken.
         """

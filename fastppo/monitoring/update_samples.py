@@ -34,7 +34,7 @@ TRAJECTORY = ("rewards", "values", "next_values", "terminated", "done", "advanta
 
 
 @dataclasses.dataclass(frozen=True)
-class Sample:
+class UpdateSample:
     """One update, looked into; of several processes the first one's rows.
 
     Attributes:
@@ -71,7 +71,7 @@ class Sample:
         temporary.replace(path)
 
 
-def read_samples(folder: Path) -> list[Sample]:
+def read_samples(folder: Path) -> list[UpdateSample]:
     """The samples in `folder`, earliest first; files that are damaged are passed over."""
     found = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -80,7 +80,7 @@ def read_samples(folder: Path) -> list[Sample]:
                 about = json.loads(file.metadata()["sample"])
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             found.append(
-                Sample(
+                UpdateSample(
                     iteration=int(about["iteration"]),
                     coefs={name: float(about["coefs"][name]) for name in COEFS},
                     ratios=arrays["ratios"],
@@ -100,7 +100,7 @@ def forget_samples(folder: Path, after: int) -> None:
             path.unlink()
 
 
-class Sampler:
+class UpdateSampler:
     """Looks into the updates of every so many iterations; `look` goes to the learner, `sample` gives what was seen."""
 
     def __init__(self, rollout: Rollout, update: PPOUpdate, *, every: int, histograms: bool) -> None:
@@ -130,7 +130,7 @@ class Sampler:
         logprobs = policy.distribution.log_prob(params, batch.actions[rows])
         self._seen.append(torch.exp(logprobs - batch.logprobs[rows]))
 
-    def sample(self, iteration: int, coefs: Coefficients, rewards: Tensor) -> Sample:
+    def sample(self, iteration: int, coefs: Coefficients, rewards: Tensor) -> UpdateSample:
         """What was seen of the update that has just ended.
 
         Args:
@@ -148,7 +148,7 @@ class Sampler:
         ratios = torch.stack(self._seen)
         self._seen = []
         trajectory = {name: rewards if name == "rewards" else getattr(r, name) for name in TRAJECTORY}
-        return Sample(
+        return UpdateSample(
             iteration=iteration,
             coefs={name: getattr(coefs, name).item() for name in COEFS},
             ratios=_numpy(ratios[:, kept]),

@@ -49,7 +49,7 @@ class Decisions(NamedTuple):
 # Compiles a function for tensors like the given ones
 Compiler = Callable[[Callable[..., Any], Sequence[Tensor]], Callable[..., Any]]
 # Makes a recording of work that keeps some tensors
-Recorder = Callable[[Callable[[], None], Sequence[Tensor]], Callable[[], None]]
+Capturer = Callable[[Callable[[], None], Sequence[Tensor]], Callable[[], None]]
 
 
 class Actor(Protocol):
@@ -64,7 +64,7 @@ class Actor(Protocol):
     def compile(self, compiler: Compiler) -> None:
         """Have what decides compiled, where that is torch."""
 
-    def record(self, recorder: Recorder) -> None:
+    def capture(self, capturer: Capturer) -> None:
         """Replace what decides by a recording, where that is torch."""
 
     def begin(self) -> None:
@@ -180,10 +180,10 @@ class _ModuleActor:
         compiled = compiler(act, [d.obs[0], d.noise[0], *state])
         self._compiled = lambda obs, noise: Action(*compiled(obs, noise, *state))
 
-    def record(self, recorder: Recorder) -> None:
+    def capture(self, capturer: Capturer) -> None:
         """Have a recording decide from now on, unless compiled code does, which no recording sees into."""
         if self._compiled is None:
-            self._recording = recorder(self._decide, [self._row])
+            self._recording = capturer(self._decide, [self._row])
 
     def _decide(self) -> None:
         d, row = self._d, self._row
@@ -248,7 +248,7 @@ class _NumpyActor:
     def compile(self, compiler: Compiler) -> None:
         """Nothing to compile."""
 
-    def record(self, recorder: Recorder) -> None:
+    def capture(self, capturer: Capturer) -> None:
         """Nothing to record: numpy is not launched."""
 
     def act(self, t: int) -> None:

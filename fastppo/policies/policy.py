@@ -33,7 +33,7 @@ class Action(NamedTuple):
     values: Tensor  # [N]
 
 
-class Evaluation(NamedTuple):
+class ActionEvaluation(NamedTuple):
     """What the current policy says of stored actions."""
 
     logprobs: Tensor  # [B] nats
@@ -103,7 +103,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: Tensor, noise: Tensor) -> Action:
-        """Sample an action for each row of obs with pre-drawn noise [N, noise_size]."""
+        """UpdateSample an action for each row of obs with pre-drawn noise [N, noise_size]."""
         params, values = self(obs)
         actions = self.distribution.sample(params, noise)
         return Action(actions, self.distribution.log_prob(params, actions), params, values)
@@ -123,16 +123,16 @@ class Policy(nn.Module):
         values: Tensor = self(obs)[1]
         return values
 
-    def evaluate(self, obs: Tensor, actions: Tensor, old_params: Tensor) -> Evaluation:
+    def evaluate(self, obs: Tensor, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
         """Judge stored actions [B, *action] made with `old_params` [B, P]; gradients flow except into exact_kl."""
         params, values = self(obs)
-        return self.judge(params, values, actions, old_params)
+        return self.evaluate_actions(params, values, actions, old_params)
 
-    def judge(self, params: Tensor, values: Tensor, actions: Tensor, old_params: Tensor) -> Evaluation:
+    def evaluate_actions(self, params: Tensor, values: Tensor, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
         """As `evaluate`, from what `forward` gave."""
         dist = self.distribution
         exact_kl = dist.kl(old_params, params.detach())
-        return Evaluation(dist.log_prob(params, actions), dist.entropy(params), values, exact_kl)
+        return ActionEvaluation(dist.log_prob(params, actions), dist.entropy(params), values, exact_kl)
 
     def uncompilable(self) -> str | None:
         """What in the network can't be one graph of tensor operations without side effects; None if nothing is seen."""

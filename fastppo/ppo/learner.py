@@ -19,7 +19,7 @@ from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import compile_graph
-from fastppo.runtime.graphs import record
+from fastppo.runtime.graphs import capture
 
 
 class Learner:
@@ -133,7 +133,7 @@ class Learner:
         self.update.compile(self._rollout.batch(), self.coefs)
         self.gae = gae
 
-    def record(self) -> None:
+    def capture(self) -> None:
         """Replace what a call does by a recording of it.
 
         Raises:
@@ -145,7 +145,7 @@ class Learner:
         self.anneal(0.0)
         self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is recorded
         rewards = [] if self._rewards is None else list(self._rewards.buffers())
-        learn = record(
+        learn = capture(
             lambda: self.learn(watched=False),
             keep=[*self.update.state(), *self._metrics.state(), *rewards],
             fresh=[*self.coefs, *self.update.inputs()],

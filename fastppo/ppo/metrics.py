@@ -226,7 +226,7 @@ class Metrics:
         )
         return torch.stack((rewards, obs))
 
-    def record(self, figures: _Array) -> dict[str, float]:
+    def count(self, figures: _Array) -> dict[str, float]:
         """Count the steps and episodes of an iteration; returns its figures by name, as `read` gave them."""
         named: dict[str, float] = dict(zip(NAMES, figures.tolist(), strict=False))
         self.global_step += int(named["steps"])

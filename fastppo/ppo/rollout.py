@@ -14,7 +14,7 @@ from fastppo.policies.actors import Decisions, complete, make_actor
 from fastppo.policies.policy import Policy
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import compile_graph
-from fastppo.runtime.graphs import record
+from fastppo.runtime.graphs import capture
 
 
 @dataclasses.dataclass
@@ -251,7 +251,7 @@ class Collector:
             for actor in self.actors:
                 actor.compile(compile_graph)
 
-    def record(self) -> None:
+    def capture(self) -> None:
         """Replace the rollout by a recording, where the environment can be recorded; else the decisions alone.
 
         Raises:
@@ -261,9 +261,9 @@ class Collector:
         device = r.rewards.device
         if env.state is None:
             for actor in self.actors:
-                actor.record(lambda work, keep: record(work, keep=keep, fresh=[], device=device))
+                actor.capture(lambda work, keep: capture(work, keep=keep, fresh=[], device=device))
             return
-        roll = record(self._roll, keep=[*env.state.values(), r.obs[-1]], fresh=[r.noise], device=device)
+        roll = capture(self._roll, keep=[*env.state.values(), r.obs[-1]], fresh=[r.noise], device=device)
 
         def replay() -> None:
             with self._clock.phase("rollout"):

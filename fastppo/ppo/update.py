@@ -334,7 +334,7 @@ class PPOUpdate:
             leaves = [view.detach().requires_grad_() for view in self.parameters.views(vector)]
             tensors_by_name = dict(zip(self.trained, leaves, strict=True)) | dict(zip(self._fixed, fixed, strict=True))
             params, values = torch.func.functional_call(self.policy, tensors_by_name, (batch.obs,))
-            now = self.policy.judge(params, values, batch.actions, batch.params)
+            now = self.policy.evaluate_actions(params, values, batch.actions, batch.params)
             loss, diagnostics = ppo_loss(
                 now.logprobs, now.entropy, now.values, now.exact_kl, batch, coefs, self.value_clip
             )

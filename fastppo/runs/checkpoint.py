@@ -47,7 +47,7 @@ class Stateful(Protocol):
         """By name."""
 
 
-class Frozen(NamedTuple):
+class StateSnapshot(NamedTuple):
     """The state of some parts at one moment, copied to this memory.
 
     Attributes:
@@ -70,7 +70,7 @@ class Frozen(NamedTuple):
         return self.values[name] | mine
 
 
-def freeze(parts: Mapping[str, Stateful]) -> Frozen:
+def snapshot(parts: Mapping[str, Stateful]) -> StateSnapshot:
     """Copy the state of each part."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
@@ -81,16 +81,16 @@ def freeze(parts: Mapping[str, Stateful]) -> Frozen:
                 tensors[f"{part}.{key}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
             else:
                 values[part][key] = value
-    return Frozen(tensors, values)
+    return StateSnapshot(tensors, values)
 
 
-def model_files(frozen: Frozen, spec: PolicySpec, about: Mapping[str, Any]) -> dict[str, bytes]:
+def model_files(frozen: StateSnapshot, spec: PolicySpec, about: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of a model, from its frozen parts; `about` goes into model.json."""
     text = json.dumps({"format": FORMAT, "policy": spec.to_dict(), **about}, indent=2)
     return {"model.safetensors": safetensors.torch.save(frozen.tensors), "model.json": text.encode()}
 
 
-def state_files(rank: int, frozen: Frozen, about: Mapping[str, Any]) -> dict[str, bytes]:
+def state_files(rank: int, frozen: StateSnapshot, about: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of one process's state; `about` says of which run."""
     text = json.dumps({"format": FORMAT, "about": dict(about), "values": frozen.values})
     return {f"state-{rank}.safetensors": safetensors.torch.save(frozen.tensors), f"state-{rank}.json": text.encode()}
@@ -99,7 +99,7 @@ def state_files(rank: int, frozen: Frozen, about: Mapping[str, Any]) -> dict[str
 def save_model(run_dir: Path, spec: PolicySpec, parts: Mapping[str, Stateful], about: Mapping[str, Any]) -> None:
     """Save a model into the run folder; the last save stays whole if this one doesn't finish."""
     run_dir.mkdir(parents=True, exist_ok=True)  # someone may have deleted it
-    for name, data in model_files(freeze(parts), spec, about).items():
+    for name, data in model_files(snapshot(parts), spec, about).items():
         _write(run_dir / f".{name}.tmp", data)
         (run_dir / f".{name}.tmp").replace(run_dir / name)
 
@@ -256,7 +256,7 @@ def verify_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{file} is not what was written: its SHA-256 differs.")
 
 
-def read_state(path: Path, rank: int) -> tuple[Frozen, dict[str, Any]] | None:
+def read_state(path: Path, rank: int) -> tuple[StateSnapshot, dict[str, Any]] | None:
     """One process's state from a checkpoint, and what it says of the run; None: there was no such process.
 
     Raises:
@@ -271,7 +271,7 @@ def read_state(path: Path, rank: int) -> tuple[Frozen, dict[str, Any]] | None:
         about, parts = dict(values["about"]), dict(values["values"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}/state-{rank}.json can't be understood ({error}).") from None
-    return Frozen(read_tensors(path / f"state-{rank}.safetensors"), parts), about
+    return StateSnapshot(read_tensors(path / f"state-{rank}.safetensors"), parts), about
 
 
 def read_spec(run_dir: Path) -> tuple[PolicySpec, dict[str, Any]]:

@@ -23,7 +23,7 @@ Files = Callable[[], dict[str, bytes]]  # names and contents, made where they ar
 _RETRY = 30.0  # seconds after a save that failed
 
 
-class Saver:
+class CheckpointWriter:
     """Writes checkpoints of a run, one at a time: by a thread, or together with the other processes.
 
     Attributes:

@@ -20,10 +20,10 @@ from fastppo.errors import CheckpointError
 from fastppo.functional.losses import Batch, Coefficients
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.update import PPOUpdate
-from fastppo.runs.checkpoint import FORMAT, Stateful, freeze, model_files, read_json, read_tensors, write_files
+from fastppo.runs.checkpoint import FORMAT, Stateful, model_files, read_json, read_tensors, snapshot, write_files
 
 
-class Capsule(NamedTuple):
+class NanDump(NamedTuple):
     """What a capsule holds beside the policy.
 
     Attributes:
@@ -39,7 +39,7 @@ class Capsule(NamedTuple):
     about: dict[str, Any]
 
 
-def save_capsule(
+def save_nan_dump(
     folder: Path,
     spec: PolicySpec,
     models: Mapping[str, Stateful],
@@ -55,12 +55,12 @@ def save_capsule(
     tensors |= {f"coefs.{name}": x.cpu().clone() for name, x in coefs._asdict().items()}
     settings = {"value_clip": update.value_clip, "normalize": update.normalize}
     text = json.dumps({"format": FORMAT, **settings, **about}, indent=2)
-    files = model_files(freeze(models), spec, {})
+    files = model_files(snapshot(models), spec, {})
     files |= {"batch.safetensors": safetensors.torch.save(tensors), "capsule.json": text.encode()}
     write_files(folder, files)
 
 
-def read_capsule(folder: Path) -> Capsule:
+def read_nan_dump(folder: Path) -> NanDump:
     """Read one.
 
     Raises:
@@ -74,6 +74,6 @@ def read_capsule(folder: Path) -> Capsule:
         about["value_clip"], about["normalize"]
         coefs = Coefficients(*(tensors[f"coefs.{name}"] for name in Coefficients._fields))
         orders = tensors["orders"]
-        return Capsule(Batch(**{name: tensors.get(name) for name in Batch._fields}), orders, coefs, dict(about))  # type: ignore[arg-type]
+        return NanDump(Batch(**{name: tensors.get(name) for name in Batch._fields}), orders, coefs, dict(about))  # type: ignore[arg-type]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder} can't be understood ({type(error).__name__}: {error}).") from None

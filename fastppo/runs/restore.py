@@ -14,7 +14,7 @@ from fastppo.config import Config
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
-from fastppo.runs.checkpoint import Frozen, load_model, read_spec, read_state
+from fastppo.runs.checkpoint import StateSnapshot, load_model, read_spec, read_state
 from fastppo.runtime.device import generator, seed_stream
 from fastppo.runtime.distributed import World
 
@@ -165,11 +165,11 @@ def _compare(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any], spe
     return [f"equal bits are not promised: the checkpoint was written with {'; '.join(others)}."] if others else []
 
 
-def _own_episodes(shared: Frozen, own: Frozen) -> dict[str, Any]:
+def _own_episodes(shared: StateSnapshot, own: StateSnapshot) -> dict[str, Any]:
     return shared.part("metrics") | {"open": own.part("metrics")["open"]}
 
 
-def _go_on(own: Frozen, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
+def _go_on(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
     """Let the environments go on where they were; returns why they can't."""
     if env.resumable.way == "restart":
         return env.resumable.why

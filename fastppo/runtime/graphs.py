@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 _WARM_UP = 3  # runs before a capture: libraries and Inductor choose algorithms and allocate in the first ones
 
 
-def record(
+def capture(
     work: Callable[[], Result], *, keep: Iterable[Tensor], fresh: Iterable[Tensor], device: torch.device
 ) -> Callable[[], Result]:
     """`work` as a recording; calling that repeats it and returns the same tensors, with new contents.

@@ -7,7 +7,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from fastppo.envs import factory as single
 from fastppo.envs.gymnasium_vector import HostEnv
-from fastppo.envs.registry import make_vec_env, probe
+from fastppo.envs.registry import inspect_env, make_vec_env
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, Spaces, step
@@ -61,7 +61,7 @@ def test_only_episodes_that_were_cut_keep_their_last_observation(mode):
 
 
 def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
-    found = probe("CartPole-v1", {})
+    found = inspect_env("CartPole-v1", {})
     rng = np.random.default_rng(0)
     actions = torch.as_tensor(rng.integers(0, 2, (300, 3)))
     seen = []
@@ -78,7 +78,7 @@ def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
 
 
 def test_every_environment_has_a_seed_of_its_own():
-    env = make_vec_env(probe("CartPole-v1", {}), 8, "sync")
+    env = make_vec_env(inspect_env("CartPole-v1", {}), 8, "sync")
     first = env.reset(env_seeds(SEED, env.n_envs)).clone()
     assert len({tuple(row) for row in first.tolist()}) == 8
     # neighbouring seeds must not share lanes, as seed + i would have them do
@@ -89,7 +89,7 @@ def test_every_environment_has_a_seed_of_its_own():
 
 
 def test_gymnasiums_vector_cartpole_says_that_it_has_one_random_stream():
-    env = make_vec_env(probe("CartPole-v1", {}), 4, "native")
+    env = make_vec_env(inspect_env("CartPole-v1", {}), 4, "native")
     env.reset(env_seeds(SEED, env.n_envs))
     assert env.fillers
     assert any("one random stream" in note for note in env.notes)
@@ -98,7 +98,7 @@ def test_gymnasiums_vector_cartpole_says_that_it_has_one_random_stream():
 
 def test_a_native_version_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="Pendulum-v1 has no vector version of its own; use sync or async"):
-        make_vec_env(probe("Pendulum-v1", {}), 2, "native")
+        make_vec_env(inspect_env("Pendulum-v1", {}), 2, "native")
 
 
 def test_an_undeclared_autoreset_mode_is_refused():
@@ -155,7 +155,7 @@ def test_an_environment_that_reuses_its_buffer_is_found_and_its_last_observation
     space, actions = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
     finals = []
     for reuse in (False, True):
-        found = probe("custom", {}, lambda reuse=reuse: Spaces(space, actions, reuse))
+        found = inspect_env("custom", {}, lambda reuse=reuse: Spaces(space, actions, reuse))
         assert found.factory.copy_obs is reuse
         env = make_vec_env(found, 2, "sync")
         env.reset(env_seeds(SEED, env.n_envs))
@@ -168,7 +168,7 @@ def test_a_vector_environment_whose_environments_reuse_their_buffer_is_refused()
     space = spaces.Box(-1, 1, (3,), np.float32)
     venv = SyncVectorEnv([lambda: Spaces(space, spaces.Discrete(2), True)], autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(EnvError, match="one and the same array"):
-        make_vec_env(probe("custom", {}, lambda: venv), 1, "sync")
+        make_vec_env(inspect_env("custom", {}, lambda: venv), 1, "sync")
 
 
 def test_the_first_error_of_a_reset_is_the_one_that_is_told():
@@ -182,14 +182,14 @@ def test_the_first_error_of_a_reset_is_the_one_that_is_told():
 
 
 def test_float64_observations_are_named():
-    found = probe("custom", {}, lambda: Spaces(spaces.Box(-1, 1, (3,), np.float64), spaces.Discrete(2)))
+    found = inspect_env("custom", {}, lambda: Spaces(spaces.Box(-1, 1, (3,), np.float64), spaces.Discrete(2)))
     assert make_vec_env(found, 2, "sync").notes == ["observations are float64; stored as float32, cast once."]
 
 
 def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
     """The same game, pixel for pixel, once the random no-ops and sticky actions are off."""
     monkeypatch.setattr(single, "ATARI_NOOP_MAX", 0)
-    found = probe("ALE/Breakout-v5", {"repeat_action_probability": 0.0})
+    found = inspect_env("ALE/Breakout-v5", {"repeat_action_probability": 0.0})
     envs = [make_vec_env(found, 2, vectorization) for vectorization in ("sync", "native")]
     assert len({(env.obs_spec, env.action_spec.nvec, env.fillers) for env in envs}) == 1
     assert envs[0].obs_spec.shape == (4, 84, 84)
@@ -211,22 +211,22 @@ def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
 
 def test_discrete_actions_count_from_their_start():
     space = spaces.Discrete(3, start=5)
-    env = make_vec_env(probe("custom", {}, lambda: Spaces(spaces.Discrete(4), space)), 2, "sync")
+    env = make_vec_env(inspect_env("custom", {}, lambda: Spaces(spaces.Discrete(4), space)), 2, "sync")
     env.reset(env_seeds(SEED, env.n_envs))
     assert step(env, torch.tensor([0, 2])).rewards.tolist() == [5, 7]
 
 
 def test_make_env_may_return_a_vector_environment():
-    found = probe("custom", {}, lambda: gym.make_vec("CartPole-v1", 3, vectorization_mode="sync"))
+    found = inspect_env("custom", {}, lambda: gym.make_vec("CartPole-v1", 3, vectorization_mode="sync"))
     assert make_vec_env(found, 3, "sync").n_envs == 3
     with pytest.raises(ConfigError, match="n_envs=4, but make_env returned a vector environment of 3"):
         make_vec_env(found, 4, "sync")
     with pytest.raises(ConfigError, match="make_env returned int"):
-        probe("custom", {}, lambda: 3)
+        inspect_env("custom", {}, lambda: 3)
 
 
 def test_async_workers_are_not_forked_from_a_process_with_threads():
-    env = make_vec_env(probe("CartPole-v1", {}), 2, "async")
+    env = make_vec_env(inspect_env("CartPole-v1", {}), 2, "async")
     assert isinstance(env.venv, AsyncVectorEnv)
     assert env.venv.context == "forkserver"
     env.close()

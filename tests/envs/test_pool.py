@@ -14,7 +14,7 @@ from fastppo import Config, Trainer
 from fastppo.envs import registry
 from fastppo.envs.auto_vectorization import choose
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import NO_CARE, SerialVectorEnv, Share, outcome
+from fastppo.envs.sync import NO_FAULT_POLICY, EnvGroup, SerialVectorEnv, outcome
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, short
 
@@ -175,8 +175,8 @@ class SplitSerial(PoolVectorEnv):
             inner.single_observation_space,
             inner.single_action_space,
         )
-        self._shares = [Share(inner.envs[at], [], inner._arrays, at, NO_CARE) for at in self.groups]
-        self._arrays, self.care = inner._arrays, NO_CARE
+        self._shares = [EnvGroup(inner.envs[at], [], inner._arrays, at, NO_FAULT_POLICY) for at in self.groups]
+        self._arrays, self.fault_policy = inner._arrays, NO_FAULT_POLICY
 
     def env_states(self):
         return []

@@ -12,7 +12,7 @@ import pytest
 from fastppo.envs import env_state as snapshot
 from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, how_resumable, set_state, state_of
 from fastppo.envs.factory import EnvFactory
-from fastppo.envs.sync import Care, SerialVectorEnv
+from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.errors import EnvError
 from tests.worlds import Counter
 
@@ -135,8 +135,8 @@ def test_ways_are_told_apart():
 
 
 def test_open_episodes_are_played_again_and_only_they():
-    venv = SerialVectorEnv([Clock, Clock, Clock], Care("replay"))
-    twin = SerialVectorEnv([Clock, Clock, Clock], Care("replay"))
+    venv = SerialVectorEnv([Clock, Clock, Clock], FaultPolicy("replay"))
+    twin = SerialVectorEnv([Clock, Clock, Clock], FaultPolicy("replay"))
     obs, _ = venv.reset(seed=3)
     twin.reset(seed=99)
     rng = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_an_episode_that_never_ends_is_let_go(monkeypatch):
 
 
 def test_counters_of_restarts_come_back_too():
-    venv = SerialVectorEnv([Counter, Counter], Care("exact", restarts=2))
+    venv = SerialVectorEnv([Counter, Counter], FaultPolicy("exact", restarts=2))
     venv.reset(seed=1)
     seeds, restarts = venv.seeding
     assert seeds.tolist() == [1, 2]

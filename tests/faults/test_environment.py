@@ -16,7 +16,7 @@ from gymnasium import spaces
 
 from fastppo import Trainer, resume
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import NO_CARE, Care, SerialVectorEnv, fresh_seed
+from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv, fresh_seed
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from fastppo.runtime.device import seed_stream
@@ -26,12 +26,12 @@ from tests.worlds import short
 ROOT = Path(__file__).parents[2]
 
 
-def pool(n=4, workers=2, care=NO_CARE, groups=1, **changes):
-    return PoolVectorEnv(makers(n, **changes), n_workers=workers, n_groups=groups, care=care)
+def pool(n=4, workers=2, fault_policy=NO_FAULT_POLICY, groups=1, **changes):
+    return PoolVectorEnv(makers(n, **changes), n_workers=workers, n_groups=groups, fault_policy=fault_policy)
 
 
-def serial(n=4, care=NO_CARE, **changes):
-    return SerialVectorEnv(makers(n, **changes), care)
+def serial(n=4, fault_policy=NO_FAULT_POLICY, **changes):
+    return SerialVectorEnv(makers(n, **changes), fault_policy)
 
 
 def drive(venv, steps):
@@ -70,7 +70,7 @@ def test_e1_the_command_line_shows_the_trace_and_one_line(tmp_path):
 @pytest.mark.parametrize("kind", ["raises", "two arguments"])
 def test_e1_a_restart_cuts_the_episode_and_counts(make, kind, tmp_path):
     once = str(tmp_path / "once")
-    venv = make(kind=kind, env_index=2, at_step=5, once=once, care=Care(restarts=3))
+    venv = make(kind=kind, env_index=2, at_step=5, once=once, fault_policy=FaultPolicy(restarts=3))
     seen = drive(venv, 12)
     before, (obs, rewards, terminated, truncated, infos) = seen[4], seen[5]
     assert truncated.tolist() == [False, False, True, False]
@@ -80,16 +80,16 @@ def test_e1_a_restart_cuts_the_episode_and_counts(make, kind, tmp_path):
     assert obs[2][0] == 2  # at the start of an episode
     assert obs[1][0] == 51
     assert venv.seeding[1].sum() == 1
-    (line,) = venv.complaints()
+    (line,) = venv.restart_messages()
     assert "environment 2 failed" in line
-    assert venv.complaints() == []
+    assert venv.restart_messages() == []
     assert seen[-1][0][2][0] == 72  # 7 steps into the new episode
     venv.close()
 
 
 @pytest.mark.parametrize("make", [serial, pool])
 def test_e1_the_budget_ends_it(make):
-    venv = make(kind="reset raises", env_index=1, at_step=1, care=Care(restarts=2))
+    venv = make(kind="reset raises", env_index=1, at_step=1, fault_policy=FaultPolicy(restarts=2))
     with pytest.raises(EnvError, match="reset went wrong"):
         drive(venv, 100)
     venv.close()
@@ -122,7 +122,7 @@ def test_e3_a_constructor_that_fails_in_a_worker_only():
 
 @pytest.mark.parametrize("kind", ["sleeps", "loops in C"])
 def test_e4_a_hung_step_is_found_and_says_where_it_is(kind):
-    venv = pool(kind=kind, env_index=3, at_step=3, care=Care(timeout=1.0))
+    venv = pool(kind=kind, env_index=3, at_step=3, fault_policy=FaultPolicy(timeout=1.0))
     venv.reset(seed=7)
     begin = time.monotonic()
     with pytest.raises(EnvError, match=r"environments 2-3.*has not answered for \d s") as caught:
@@ -135,8 +135,8 @@ def test_e4_a_hung_step_is_found_and_says_where_it_is(kind):
 @pytest.mark.parametrize("kind", ["sleeps", "loops in C", "killed", "segfault", "stopped"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_e4_p1_p2_a_lost_worker_is_replaced_and_its_episodes_cut(kind, groups, tmp_path):
-    care = Care(timeout=1.0, restarts=2)
-    venv = pool(8, 2, care, groups, kind=kind, env_index=5, at_step=3, once=str(tmp_path / "once"))
+    fault_policy = FaultPolicy(timeout=1.0, restarts=2)
+    venv = pool(8, 2, fault_policy, groups, kind=kind, env_index=5, at_step=3, once=str(tmp_path / "once"))
     seen = drive(venv, 10)
     shares = [[i for part in w.parts for i in range(part.start, part.stop)] for w in venv._workers]
     (worker,) = (share for share in shares if 5 in share)
@@ -154,14 +154,16 @@ def test_e4_p1_p2_a_lost_worker_is_replaced_and_its_episodes_cut(kind, groups, t
         else:
             assert not ends
             assert seen[10][0][i][0] == 100 + i
-    assert any("Started anew" in line for line in venv.complaints())
+    assert any("Started anew" in line for line in venv.restart_messages())
     venv.close()
     assert not workers()
 
 
 def test_e5_a_late_reply_reaches_nobody(tmp_path):
     """The worker is slow, not stuck: it would answer, after its successor has begun."""
-    venv = pool(2, 2, Care(timeout=0.6, restarts=2), kind="stopped", env_index=1, at_step=3, once=str(tmp_path / "f"))
+    venv = pool(
+        2, 2, FaultPolicy(timeout=0.6, restarts=2), kind="stopped", env_index=1, at_step=3, once=str(tmp_path / "f")
+    )
     old = venv._workers[1].process.pid
     seen = drive(venv, 8)
     assert not psutil.pid_exists(old)
@@ -341,7 +343,7 @@ def alive(pid):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_p4_signals_to_all_processes_of_a_job_leave_the_fork_server_alive(number):
-    venv = pool(care=Care(restarts=1))
+    venv = pool(fault_policy=FaultPolicy(restarts=1))
     venv.reset(seed=0)
     server = psutil.Process(venv._workers[0].process.pid).parent()
     server.send_signal(number)
@@ -353,7 +355,7 @@ def test_p4_signals_to_all_processes_of_a_job_leave_the_fork_server_alive(number
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 def test_p1_p2_a_worker_that_is_lost_between_two_rollouts(tmp_path, how):
-    """It is found when it is asked for complaints, or for the state of its environments."""
+    """It is found when it is asked for restart_messages, or for the state of its environments."""
     config = short(
         tmp_path,
         vectorization="pool",
@@ -387,7 +389,7 @@ def test_p1_without_restarts_everything_learned_is_saved(tmp_path):
 
 
 def test_a_lost_worker_counts_once(tmp_path):
-    venv = pool(16, 2, Care(restarts=2), kind="killed", env_index=3, at_step=3, once=str(tmp_path / "once"))
+    venv = pool(16, 2, FaultPolicy(restarts=2), kind="killed", env_index=3, at_step=3, once=str(tmp_path / "once"))
     drive(venv, 8)
     assert venv.failures == 1
     assert venv.seeding[1].sum() == 8

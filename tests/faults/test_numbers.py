@@ -89,12 +89,12 @@ def test_n1_one_look_at_the_device_for_each_iteration(tmp_path, monkeypatch):
 
 
 def test_a_capsule_of_healthy_numbers_says_so(tmp_path):
-    from fastppo.runs.nan_dump import save_capsule
+    from fastppo.runs.nan_dump import save_nan_dump
 
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1"))
     trainer.run()
     folder = tmp_path / "capsule"
-    save_capsule(
+    save_nan_dump(
         folder, trainer.spec, trainer.models, trainer.rollout.batch(), trainer.learner.coefs, trainer.update, {}
     )
     assert replay(folder).first_bad is None

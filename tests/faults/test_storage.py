@@ -325,7 +325,7 @@ def test_s5_damaged_ones_dont_count_among_those_that_are_kept(trained, tmp_path)
         (path / "model.json").write_text("{}")
     trainer = resume(run)
     trainer.config = dataclasses.replace(trainer.config, keep_checkpoints=2)
-    trainer._saver._keep = 2
+    trainer._writer._keep = 2
     for stats in trainer.iterations():
         if stats.iteration == 3:
             break
@@ -400,7 +400,7 @@ def test_s10_a_full_log_is_one_warning(tmp_path, monkeypatch):
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1", **LONG), console=console)
     for stats in trainer.iterations():
         if stats.iteration == 2:
-            jsonl = trainer.logbook.sinks[1]
+            jsonl = trainer.logger.sinks[1]
             jsonl._file.close()
             jsonl._file = open("/dev/full", "w", buffering=1)
     assert console.export_text().count("JsonlSink can't write (No space left on device)") == 1

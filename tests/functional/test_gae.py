@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, linear_scan
-from fastppo.runtime import compile as accelerate
+from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import compile_graph
 from tests.reference.gae import advantage_by_definition, advantages_by_definition
 
@@ -82,13 +82,13 @@ def test_equals_the_definition_for_any_pattern_of_endings(kernel, data):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 37), (37, 2), (128, 8)])
 def test_compiled_equals_the_definition_and_a_new_gamma_recompiles_nothing(shape):
     compiled = compile_graph(gae_doubling, as_tensors(make_case(*shape, "none")))
-    before = accelerate.compilations
+    before = compiling.compilations
     for gamma, gae_lambda in [(0.99, 0.95), (0.5, 0.0), (1.0, 1.0)]:
         case = make_case(*shape, "both", gamma, gae_lambda)
         expected = torch.tensor(advantages_by_definition(plain(case)), dtype=torch.float64)
         advantages, _ = compiled(*as_tensors(case))
         torch.testing.assert_close(advantages.double(), expected, atol=2e-5, rtol=1e-5)
-    assert accelerate.compilations == before
+    assert compiling.compilations == before
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -7,7 +7,7 @@ import torch
 
 from fastppo import Config, Trainer
 from fastppo.errors import CaptureError
-from fastppo.runtime.graphs import record
+from fastppo.runtime.graphs import capture
 from tests.worlds import Counter, short
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ def test_a_recording_repeats_operations_and_not_python():
         total.add_(x * len(calls))
         return total * 2
 
-    replay = record(work, keep=[total], fresh=[], device=CPU)
+    replay = capture(work, keep=[total], fresh=[], device=CPU)
     assert total.tolist() == [0, 0, 0], "recording changes nothing that is kept"
     x.fill_(5.0)
     first = replay()
@@ -35,11 +35,11 @@ def test_a_recording_repeats_operations_and_not_python():
 
 def test_inputs_that_are_not_written_again_show():
     x, rows, out = torch.ones(2), torch.tensor([1, 0]), torch.zeros(2)
-    replay = record(lambda: out.copy_(x * 2), keep=[], fresh=[x], device=CPU)
+    replay = capture(lambda: out.copy_(x * 2), keep=[], fresh=[x], device=CPU)
     x.fill_(3.0)
     assert replay().tolist() == [6, 6]
     assert replay().isnan().all()
-    replay = record(lambda: out.copy_(torch.ones(2)[rows]), keep=[], fresh=[rows], device=CPU)
+    replay = capture(lambda: out.copy_(torch.ones(2)[rows]), keep=[], fresh=[rows], device=CPU)
     replay()
     with pytest.raises((IndexError, RuntimeError)):
         replay()
@@ -63,7 +63,7 @@ def test_inputs_that_are_not_written_again_show():
 def test_reading_back_is_refused_with_what_to_change(work):
     x = torch.ones(2)
     with pytest.raises(CaptureError, match=r"can't be recorded as a graph \(.*\); a network must not look at values"):
-        record(lambda: work(x), keep=[x], fresh=[], device=CPU)
+        capture(lambda: work(x), keep=[x], fresh=[], device=CPU)
     assert x.tolist() == [1, 1]
 
 

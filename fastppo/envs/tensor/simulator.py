@@ -147,7 +147,7 @@ class SimulatorEnv:
     def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
         """Nothing to go on from."""
 
-    def complaints(self) -> Sequence[str]:
+    def restart_messages(self) -> Sequence[str]:
         """None."""
         return ()
 

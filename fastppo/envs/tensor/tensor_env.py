@@ -93,7 +93,7 @@ class TensorEnv:
         for name, column in self.state.items():
             column.copy_(saved[name])
 
-    def complaints(self) -> Sequence[str]:
+    def restart_messages(self) -> Sequence[str]:
         """None: tensors don't fail."""
         return ()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.envs.registry import TASKS, make_vec_env, probe
+from fastppo.envs.registry import TASKS, inspect_env, make_vec_env
 from fastppo.envs.tensor.task import uniforms
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import Transitions, env_seeds, stepper
@@ -113,7 +113,7 @@ def test_catch_is_the_plain_game():
 
 
 def make(env_id="CartPole-v1", n=6, seed=3, **kwargs):
-    env = make_vec_env(probe(env_id, kwargs), n, "tensor")
+    env = make_vec_env(inspect_env(env_id, kwargs), n, "tensor")
     return env, env.reset(env_seeds(np.random.SeedSequence(seed), env.n_envs)).clone()
 
 
@@ -235,11 +235,11 @@ def test_compiled_is_eager(env_id):
 
 def test_other_environments_are_refused_in_one_line():
     with pytest.raises(ConfigError, match=r"vectorization=tensor knows Acrobot-v1, .*, not MountainCar-v0; use native"):
-        make_vec_env(probe("MountainCar-v0", {}), 4, "tensor")
+        make_vec_env(inspect_env("MountainCar-v0", {}), 4, "tensor")
 
 
 def test_float64_may_be_asked_for():
-    found = probe("Pendulum-v1", {})
+    found = inspect_env("Pendulum-v1", {})
     env = TensorEnv(
         TASKS["Pendulum-v1"](), 2, found.obs_spec, found.action_spec, max_steps=200, device=CPU, dtype=torch.float64
     )

@@ -25,10 +25,10 @@ class Parts:
             raise CompileError("there is no C++ compiler")
         self.done.append("compile")
 
-    def record(self):
+    def capture(self):
         if not self.records:
             raise CaptureError("forward looks at values")
-        self.done.append("record")
+        self.done.append("capture")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mod
     assert note is None or notes[0].startswith(note)
     assert bool(seconds) == (mode != "off")
     assert not said or said == ["compiling: 10-20 s, the next time 5"]
-    assert ("record" in parts.done) == (mode == "graph")
+    assert ("capture" in parts.done) == (mode == "graph")
 
 
 def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
@@ -161,7 +161,7 @@ def test_compiled_acting_is_not_recorded_over(tmp_path):
     config = Config(**sizes, learning_rate=1e-12, compile="off", threads=1, run_dir=tmp_path / "run")
     trainer = Trainer(config, policy=Own())
     trainer.collect.compile()
-    trainer.collect.record()
+    trainer.collect.capture()
     trainer.run()
     r = trainer.rollout
     params, values = trainer.policy.network(r.obs[:-1].flatten(0, 1))

@@ -1,0 +1,11 @@
+"""Plain lines on a rich console."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+
+def print_line(console: Console | None, text: str) -> None:
+    """Print `text` as it is: no markup, no highlighting, no line breaks inside words; None: silence."""
+    if console is not None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
