@@ -18,9 +18,10 @@ import tyro
 
 from benchmarks import median_ms, report
 from fastppo.functional.distributions import Categorical
-from fastppo.policies.actors import Decisions, _ModuleActor, _NumpyActor, _plain_layers, complete
+from fastppo.policies.actors import Decisions, ModuleActor, NumpyActor, fill_values_and_logprobs, plain_layers
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
-from fastppo.policies.policy import Encoder, Policy
+from fastppo.policies.policy import Policy
 from fastppo.runtime.compile import compile_graph
 from fastppo.runtime.device import set_threads
 from fastppo.spaces import ObsSpec
@@ -44,7 +45,7 @@ def main(options: Options) -> None:
     rows = []
     for n in options.n_envs:
         net = MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
-        policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), net, Categorical(2))
+        policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), net, Categorical(2))
         d = Decisions(
             torch.randn(T + 1, n, 4),
             torch.randn(T, n, 2),
@@ -53,16 +54,16 @@ def main(options: Options) -> None:
             torch.zeros(T, n, 2),
             torch.zeros(T, n),
         )
-        layers = _plain_layers(policy)
+        layers = plain_layers(policy)
         assert layers is not None
-        numpy, module = _NumpyActor(policy, layers, d), _ModuleActor(policy, d)
+        numpy, module = NumpyActor(policy, layers, d), ModuleActor(policy, d)
         one = (d.obs[0], d.noise[0])
-        compiled = compile_graph(lambda obs, noise: tuple(policy.act(obs, noise)), one)  # noqa: B023
+        compiled = compile_graph(policy.act, one)
         rows.append(
             {
                 "n_envs": n,
                 "numpy us": median_ms(lambda: numpy.act(0)) * 1e3,  # noqa: B023 - called in this round only
-                "the rest us": median_ms(lambda: complete(policy, d)) * 1e3 / T,  # noqa: B023
+                "the rest us": median_ms(lambda: fill_values_and_logprobs(policy, d)) * 1e3 / T,  # noqa: B023
                 "module us": median_ms(lambda: module.act(0)) * 1e3,  # noqa: B023
                 "compiled us": median_ms(lambda: compiled(*one)) * 1e3,  # noqa: B023
             }

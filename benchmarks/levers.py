@@ -20,11 +20,14 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import median_ms, report
+from fastppo.functional.adam import adam
 from fastppo.functional.distributions import Categorical
-from fastppo.functional.losses import Batch, Coefficients
+from fastppo.functional.losses import Batch, Coefficients, PPOLoss
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
-from fastppo.policies.policy import Encoder, Policy
+from fastppo.policies.policy import Policy
+from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.device import keep_freed_memory, set_threads
 from fastppo.spaces import ObsSpec
@@ -82,7 +85,7 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def prepare(network: nn.Module, rows: int, options: dict[str, Any]) -> Callable[[], None]:
     """A compiled minibatch as something to call."""
     total = max(16384, rows)
-    policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), network, Categorical(2))
+    policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), network, Categorical(2))
     obs, noise = torch.randn(total, 4), torch.empty(total, 2)
     generator = torch.Generator().manual_seed(0)
     policy.distribution.fill_noise(noise, generator)
@@ -90,11 +93,21 @@ def prepare(network: nn.Module, rows: int, options: dict[str, Any]) -> Callable[
     rest = (acted.actions, acted.logprobs, acted.params, acted.values, torch.randn(total), torch.randn(total), None)
     batch = Batch(obs, *rest)
     coefs = Coefficients(*(torch.tensor(x) for x in (2.5e-4, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95)))
-    update = PPOUpdate(policy, FlatParameters(network), generator, 1, total // rows, 1e-5, "off", "minibatch", "epoch")
+    update = PPOUpdate(
+        policy,
+        FlatParameters(network),
+        generator,
+        loss=PPOLoss("off"),
+        optimizer=adam(1e-5),
+        update_epochs=1,
+        n_minibatches=total // rows,
+        normalize="minibatch",
+        kl_stop="epoch",
+    )
     with torch._inductor.config.patch(options) if options else contextlib.nullcontext():
         update.compile(batch, coefs)
-    data, scale, order = update.fill(batch), torch.tensor([0.0, 1.0]), torch.randperm(total)[:rows]
-    return lambda: update.minibatch(data, order, coefs, scale)
+    minibatch = Minibatch(torch.tensor([0.0, 1.0]), torch.randperm(total)[:rows], update.pack(batch))
+    return lambda: update.step(minibatch, coefs)
 
 
 def main(rounds: int = 5, output: Path | None = None) -> None:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.update
 
-Timed: `PPOUpdate.minibatch` on a rollout of 16384 rows or more, CartPole's shapes (4 numbers, 2 actions), two 64x64
+Timed: `PPOUpdate.step` on a rollout of 16384 rows or more, CartPole's shapes (4 numbers, 2 actions), two 64x64
 tanh networks; the median of half a second of calls. `module + Adam` is the same mathematics as one would write it:
 nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with the module and the loss
 compiled. Each row is a process of its own, as the C library's memory settings and the threads are a process's.
@@ -56,11 +56,14 @@ def main(options: Options) -> None:
 def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     import torch
 
+    from fastppo.functional.adam import adam
     from fastppo.functional.distributions import Categorical
-    from fastppo.functional.losses import Batch, Coefficients, normalize_advantages, ppo_loss
+    from fastppo.functional.losses import Batch, Coefficients, PPOLoss, normalize_advantages
+    from fastppo.policies.encoder import Encoder
     from fastppo.policies.flat_parameters import FlatParameters
     from fastppo.policies.mlp import MLP
-    from fastppo.policies.policy import Encoder, Policy
+    from fastppo.policies.policy import Policy
+    from fastppo.ppo.minibatches import Minibatch
     from fastppo.ppo.update import PPOUpdate
     from fastppo.runtime.device import keep_freed_memory, set_threads
     from fastppo.spaces import ObsSpec
@@ -69,7 +72,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     set_threads(threads)
     total = max(16384, size)
     net = MLP(4, 2, gaussian=False, hidden_sizes=(hidden, hidden), activation="tanh", shared_trunk=False)
-    policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), net, Categorical(2))
+    policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), net, Categorical(2))
     obs, noise = torch.randn(total, 4), torch.empty(total, 2)
     generator = torch.Generator().manual_seed(0)
     policy.distribution.fill_noise(noise, generator)
@@ -82,19 +85,19 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     row: dict[str, Any] = {"rows": size, "threads": threads, "hidden": hidden}
 
     # as one would write it, before anything of ours changes how memory is handled
-    adam = torch.optim.Adam(net.parameters(), 2.5e-4, eps=1e-5)
+    torch_adam = torch.optim.Adam(net.parameters(), 2.5e-4, eps=1e-5)
 
     def loss_of(part: Batch) -> torch.Tensor:
         part = part._replace(advantages=normalize_advantages(part.advantages))
-        now = policy.evaluate(part.obs, part.actions, part.params)
-        return ppo_loss(now.logprobs, now.entropy, now.values, now.exact_kl, part, coefs, "off")[0]
+        current = policy.evaluate_actions(policy(part.obs), part.actions, part.params)
+        return PPOLoss("off")(current, part, coefs)[0]
 
     def plain(loss: Any = loss_of) -> None:
         part = Batch(*(None if x is None else x[order] for x in batch))
-        adam.zero_grad()
+        torch_adam.zero_grad()
         loss(part).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-        adam.step()
+        torch_adam.step()
 
     row["module + Adam ms"] = median_ms(plain)
     compiled_loss = torch.compile(loss_of)
@@ -107,17 +110,17 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
         generator=generator,
         update_epochs=1,
         n_minibatches=total // size,
-        adam_eps=1e-5,
-        value_clip="off",
+        loss=PPOLoss("off"),
+        optimizer=adam(1e-5),
         normalize="minibatch",
         kl_stop="epoch",
     )
-    data, scale = update.fill(batch), torch.tensor([0.0, 1.0], device=order.device)
-    row["ours, eager ms"] = median_ms(lambda: update.minibatch(data, order, coefs, scale))
+    minibatch = Minibatch(torch.tensor([0.0, 1.0], device=order.device), order, update.pack(batch))
+    row["ours, eager ms"] = median_ms(lambda: update.step(minibatch, coefs))
     begin = time.perf_counter()
     update.compile(batch, coefs)
     row["seconds to compile"] = time.perf_counter() - begin
-    row["ours, compiled ms"] = median_ms(lambda: update.minibatch(data, order, coefs, scale))
+    row["ours, compiled ms"] = median_ms(lambda: update.step(minibatch, coefs))
     return row
 
 

@@ -20,15 +20,18 @@ from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CaptureError, CheckpointError, ConfigError, EnvError
+from fastppo.functional.adam import adam
 from fastppo.functional.gae import gae_doubling
+from fastppo.functional.losses import PPOLoss
 from fastppo.policies.actors import choose_act_device
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec, default_network
+from fastppo.ppo.collector import ActingCopy, Collector
 from fastppo.ppo.learner import Learner
 from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
-from fastppo.ppo.rollout import Collector, Handover, Rollout
+from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.presets import TUNED
 from fastppo.runs.checkpoint import load_model, read_spec
@@ -55,7 +58,7 @@ def settle(config: Config, found: EnvInfo, device: torch.device, *, custom_polic
         changes["network"] = default_network(found.obs_spec)
     if custom_policy and config.network != "auto":
         raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
-    if found.obs_spec.kind != "vector" and config.normalize_obs is None:
+    if found.obs_spec.leaf.kind != "vector" and config.normalize_obs is None:
         changes["normalize_obs"] = False
     if config.eval_every is not None and found.vector is not None:
         raise ConfigError(
@@ -166,10 +169,10 @@ def build_update(c: Config, models: Models, device: torch.device, world: World) 
         policy=models.policy,
         parameters=models.parameters,
         generator=generator(c.seed, "shuffle", device, world.rank),
+        loss=PPOLoss(c.value_clip or "off"),
+        optimizer=adam(c.adam_eps),
         update_epochs=resolved(c.update_epochs),
         n_minibatches=resolved(c.n_minibatches),
-        adam_eps=c.adam_eps,
-        value_clip=c.value_clip or "off",
         normalize=c.normalize_advantages,
         kl_stop=c.kl_stop,
         world=world,
@@ -247,7 +250,7 @@ def build_collector(
     c: Config, env: VecEnv, policy: Policy, rollout: Rollout, clock: Clock, world: World, notes: list[str]
 ) -> tuple[Collector, Literal["auto", "cpu", "cuda"]]:
     """What fills the rollout, and where it acts ("auto" where there is but one place)."""
-    acting, here, handover, place = policy, rollout, None, c.act_device
+    acting, here, acting_copy, place = policy, rollout, None, c.act_device
     device = rollout.rewards.device
     if device.type == "cuda" and isinstance(env, HostEnv):
         place, why = choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device)
@@ -255,11 +258,11 @@ def build_collector(
         if place == "cpu":
             acting = copy.deepcopy(policy).cpu()
             here = Rollout.allocate(resolved(c.n_steps), env, acting, torch.device("cpu"))
-            handover = Handover(acting, here, policy, rollout)
+            acting_copy = ActingCopy(acting, here, policy, rollout)
             here.obs[-1].copy_(rollout.obs[-1])
     noise = generator(c.seed, "noise", here.rewards.device, world.rank)
     whole = c.compile == "graph" and env.state is not None
-    return Collector(env, acting, here, noise, clock, torch_only=whole, handover=handover), place
+    return Collector(env, acting, here, noise, clock, torch_only=whole, acting_copy=acting_copy), place
 
 
 def compile_work(

@@ -1,7 +1,7 @@
-"""What a Gymnasium space becomes as tensors: one description for observations, one for actions.
+"""Gymnasium spaces as tensors: one description for observations, one for actions.
 
-Floor 0, because environments and policies (which don't know each other) both need it. Both descriptions are plain data,
-saved as JSON beside a model, so that a policy can be used without its environment.
+Environments and policies don't know each other and both need these. They are plain data, saved as JSON beside a model,
+so that a policy can be used without its environment.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ ActionKind = Literal["discrete", "multidiscrete", "multibinary", "box"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ObsSpec:
-    """Observations as they are stored.
+class ObsLeaf:
+    """One array of an observation.
 
     Attributes:
-        kind: "vector" (float32, any Box that is no image, flattened for the network), "image" (uint8 [C, H, W],
-            [H, W, C] or [H, W]) or "discrete" (int64 indices, one-hot for the network).
-        shape: of one stored observation.
-        source_dtype: NumPy's name of the space's own dtype; float64 and integers are cast to float32 when stored.
+        kind: "vector" (float32; any Box that is not an image, MultiBinary), "image" (uint8 [C, H, W], [H, W, C] or
+            [H, W]) or "discrete" (int64 indices, one-hot for the network).
+        shape: of the array.
+        source_dtype: NumPy name of the space's own dtype; float64 and integers are cast to float32 when stored.
         nvec: number of values of each index, for "discrete".
         start: first value of each index, for "discrete".
     """
@@ -45,36 +45,29 @@ class ObsSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of stored observations."""
+        """Dtype in storage."""
         return {"vector": torch.float32, "image": torch.uint8, "discrete": torch.int64}[self.kind]
-
-    def blank(self, *rows: int, device: torch.device | None = None) -> Tensor:
-        """A block [*rows, *shape] of observations that any policy can read: zeros, or the first value of each index."""
-        block = torch.zeros((*rows, *self.shape), dtype=self.dtype, device=device)
-        if self.kind == "discrete":
-            block += torch.tensor(self.start, device=device).reshape(self.shape)
-        return block
 
     @property
     def features(self) -> int:
-        """Length of an observation flattened (one-hot where discrete) for an MLP."""
+        """Length of the array once it is flattened (one-hot where discrete) for an MLP."""
         return sum(self.nvec) if self.kind == "discrete" else math.prod(self.shape)
 
     @property
     def image_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image, wherever its channels lie."""
+        """(C, H, W) of an image, wherever its channels are."""
         if len(self.shape) == 2:
             return (1, *self.shape)
         return (self.shape[2], *self.shape[:2]) if self.channels_last else self.shape  # type: ignore[return-value]
 
     @property
     def channels_last(self) -> bool:
-        """Whether an image is [H, W, C]: the smaller of the outer dimensions is taken for the channels."""
+        """Whether an image is [H, W, C]: the smaller of the outer dimensions counts as the channels."""
         return len(self.shape) == 3 and self.shape[2] < self.shape[0]
 
     @classmethod
-    def from_space(cls, space: spaces.Space[Any]) -> ObsSpec:
-        """Describe `space`.
+    def from_space(cls, space: spaces.Space[Any]) -> ObsLeaf:
+        """Describe a space whose elements are single arrays.
 
         Raises:
             EnvError: the space is neither Box, Discrete, MultiDiscrete nor MultiBinary.
@@ -95,24 +88,91 @@ class ObsSpec:
             "are); wrap the environment in gymnasium.wrappers.FlattenObservation."
         )
 
+
+@dataclasses.dataclass(frozen=True)
+class ObsSpec:
+    """An observation: a tree of arrays that is packed into one row where the environment is stepped.
+
+    Storage, rollouts, checkpoints and minibatches see rows of `shape` and `dtype` and nothing of the tree. Only the
+    policy's encoder takes rows apart again, by `unpack`. A single array is a tree of one leaf, and is its own row.
+
+    Attributes:
+        leaves: the arrays, in the order of the space.
+    """
+
+    leaves: tuple[ObsLeaf, ...]
+
+    @classmethod
+    def single(
+        cls,
+        kind: ObsKind,
+        shape: tuple[int, ...],
+        source_dtype: str,
+        nvec: tuple[int, ...] = (),
+        start: tuple[int, ...] = (),
+    ) -> ObsSpec:
+        """Describe an observation that is one array; arguments as `ObsLeaf`'s attributes."""
+        return cls((ObsLeaf(kind, shape, source_dtype, nvec, start),))
+
+    @classmethod
+    def from_space(cls, space: spaces.Space[Any]) -> ObsSpec:
+        """Describe `space`.
+
+        Raises:
+            EnvError: the space is not supported.
+        """
+        return cls((ObsLeaf.from_space(space),))
+
+    @property
+    def leaf(self) -> ObsLeaf:
+        """The only leaf of an observation that is one array."""
+        (leaf,) = self.leaves
+        return leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one stored row."""
+        return self.leaf.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of stored rows."""
+        return self.leaf.dtype
+
+    @property
+    def source_dtype(self) -> str:
+        """NumPy name of the dtype in which the environment gives rows."""
+        return self.leaf.source_dtype
+
+    def blank(self, *rows: int, device: torch.device | None = None) -> Tensor:
+        """Return rows [*rows, *shape] that any policy can read: zeros, or the first value of each index."""
+        block = torch.zeros((*rows, *self.shape), dtype=self.dtype, device=device)
+        if self.leaf.kind == "discrete":
+            block += torch.tensor(self.leaf.start, device=device).reshape(self.shape)
+        return block
+
+    def unpack(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Split rows [B, *shape] into the leaves' arrays [B, *leaf.shape]."""
+        return (rows,)
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
-        return dataclasses.asdict(self)
+        """Return JSON-able values."""
+        return dataclasses.asdict(self.leaf)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ObsSpec:
-        """The inverse of `to_dict`."""
-        return cls(**_tuples(values))
+        """Invert `to_dict`."""
+        return cls((ObsLeaf(**_tuples(values)),))
 
 
 @dataclasses.dataclass(frozen=True)
 class ActionSpec:
-    """Actions: as the policy's distribution makes them (flat, from 0) and as the environment takes them.
+    """Actions, as the distribution makes them (flat, counted from 0) and as the environment takes them.
 
     Attributes:
-        kind: which space.
+        kind: of the action space.
         shape: of one action of the environment.
-        dtype: NumPy's name of the environment's dtype.
+        dtype: NumPy name of the environment's dtype.
         nvec: number of choices of each component ("discrete", "multidiscrete").
         start: first value of each component ("discrete", "multidiscrete").
         low: lower bounds, flat ("box"); None where infinite.
@@ -155,7 +215,7 @@ class ActionSpec:
 
     @property
     def distribution(self) -> Distribution:
-        """The distribution over this space's actions."""
+        """Return the distribution over this space's actions."""
         if self.kind == "discrete":
             return Categorical(self.nvec[0])
         if self.kind == "multidiscrete":
@@ -164,7 +224,7 @@ class ActionSpec:
         return Bernoulli(size) if self.kind == "multibinary" else Gaussian(size)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Lower and upper bound of each component of a Box action, [D] float32 each."""
+        """Return lower and upper bounds of a Box action, [D] float32 each, on `device`."""
         low = [-math.inf if x is None else x for x in self.low]
         high = [math.inf if x is None else x for x in self.high]
         return torch.tensor(low, device=device), torch.tensor(high, device=device)
@@ -176,11 +236,11 @@ class ActionSpec:
 
     @property
     def dimensions(self) -> int:
-        """Numbers in a continuous action; 0 where actions are discrete."""
+        """Components of a continuous action; 0 for discrete actions."""
         return math.prod(self.shape) if self.kind == "box" else 0
 
     def to_env(self, actions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Actions [N, ...] of the distribution as the environment's, [N, *shape]: shifted by start or clipped."""
+        """Convert the distribution's actions [N, ...] to the environment's [N, *shape]: clip, or shift by start."""
         if self.kind == "box":
             actions = np.clip(actions, *self._box)
         elif any(self.start):
@@ -188,12 +248,12 @@ class ActionSpec:
         return actions.reshape(len(actions), *self.shape).astype(self.dtype, copy=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON-able values."""
+        """Return JSON-able values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
-        """The inverse of `to_dict`."""
+        """Invert `to_dict`."""
         return cls(**_tuples(values))
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -40,7 +39,7 @@ from fastppo.monitoring.sinks.trackers import check_trackers, open_tracker
 from fastppo.monitoring.stats import Statistics, Stats
 from fastppo.monitoring.update_samples import UpdateSample, UpdateSampler
 from fastppo.ppo.learner import Learner
-from fastppo.ppo.metrics import NAMES, Metrics
+from fastppo.ppo.metrics import Metrics
 from fastppo.runs.checkpoint import model_files, save_model, snapshot, state_files, tidy
 from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.nan_dump import save_nan_dump
@@ -199,7 +198,7 @@ class Trainer:
             undo.callback(self._let_go)
             if resume_from is not None:
                 self._restore(resume_from)
-            state = sum(x.numel() * x.element_size() for x in (self.update.parameters.vector, *self.update.adam))
+            state = sum(x.numel() * x.element_size() for x in self.update.kept())
             n_kept = c.keep_checkpoints + 2
             self.world.shared(lambda: check_disk(self.run_dir, n_kept * state, f"{n_kept} checkpoints"))
             ahead = self.n_iterations * resolved(c.update_epochs) * resolved(c.n_minibatches)
@@ -223,6 +222,7 @@ class Trainer:
         self.metrics = Metrics(
             self.rollout,
             self.env.action_spec,
+            self.update.report_names,
             world=self.world,
             obs_bounds=self.env.obs_bounds,
         )
@@ -239,7 +239,7 @@ class Trainer:
             self.update,
             self.metrics,
             self.clock,
-            rewards=self.rewards,
+            reward_normalizer=self.rewards,
             sign_rewards=bool(c.sign_rewards),
             schedules={name: schedule_of(c, name) for name in SCHEDULED},
             kl_stop_factor=c.kl_stop_factor,
@@ -358,17 +358,17 @@ class Trainer:
                 self.learner.anneal(progress.iteration / self.n_iterations)
                 self.collect()
                 self._doing = "update"
-                look = self._sampler.look if self._sampler.due(progress.iteration + 1) else None
-                figures = self.learner(look)
+                sample_now = self._sampler.due(progress.iteration + 1)
+                measured = self.learner(on_epoch=self._sampler.record_ratios if sample_now else None)
                 with self.clock.phase("update"):
-                    found = self.metrics.read(figures)
-                    self._stop_what_skips(found)
+                    metrics = self.metrics.read(measured)
+                    self._stop_what_skips(metrics)
                     self.learner.update_obs_moments()
                 progress.iteration += 1
                 with self.clock.phase("log"):
-                    sample = None if look is None else self._sample()
-                    named = self.metrics.count(found)
-                    stats = self._statistics(progress.iteration, named, self.learner.values, sample)
+                    sample = self._sample() if sample_now else None
+                    self.metrics.count(metrics)
+                    stats = self._statistics(progress.iteration, metrics, self.learner.values, sample)
                     progress.seconds = stats.seconds
                 self._doing = "nothing"
                 self._look_after_envs(stats)
@@ -415,9 +415,9 @@ class Trainer:
         asked = self.stop_requested or (self._signals is not None and self._signals.received is not None)
         return self.world.any(asked, self.device)
 
-    def _stop_what_skips(self, figures: np.ndarray[Any, Any]) -> None:
+    def _stop_what_skips(self, metrics: dict[str, float]) -> None:
         """End a run in which no gradient is finite any longer, and keep what shows why."""
-        skipped = int(figures[NAMES.index("skipped_in_a_row")])
+        skipped = int(metrics["skipped_in_a_row"])
         if skipped < self.config.max_skipped:
             return
         folder = self.run_dir / f"capsule-{self.world.rank}-{self.progress.iteration:06d}"

@@ -68,7 +68,7 @@ def test_functional_imports_torch_alone():
         if path.parts[0] == "functional":
             outside = {m.split(".")[0] for m in imports(path)} - {"torch", "fastppo", "__future__", "math", "typing"}
             kernel = {"triton"} if path.name == "gae_triton.py" else set()
-            assert outside <= {"collections", "dataclasses", "importlib"} | kernel, path
+            assert outside <= {"collections", "dataclasses", "functools", "importlib"} | kernel, path
 
 
 def test_the_layers_below_the_trainer_take_no_config():

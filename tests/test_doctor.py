@@ -46,7 +46,7 @@ def test_what_does_not_work_is_named_and_the_status_is_1(capsys, monkeypatch):
 
 
 def test_where_to_act_is_measured_and_told():
-    policy, spec, cpu = make_policy(), ObsSpec("vector", (4,), "float32"), torch.device("cpu")
+    policy, spec, cpu = make_policy(), ObsSpec.single("vector", (4,), "float32"), torch.device("cpu")
     assert choose_act_device("cuda", policy, spec, 4, cpu) == ("cuda", "asked for")
     chosen, why = choose_act_device("auto", policy, spec, 4, cpu)
     assert chosen in ("cpu", "cuda")

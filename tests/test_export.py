@@ -55,7 +55,7 @@ def run(request, tmp_path_factory):
         obs = np.clip(obs, -50, 50)
     rows = torch.as_tensor(obs).to(saved.spec.obs.dtype)
     with torch.no_grad():
-        params, values = saved.policy(rows)
+        params, values, _ = saved.policy(rows)
     return folder, rows, saved.predict(obs), params.numpy(), values.numpy()
 
 

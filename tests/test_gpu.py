@@ -104,7 +104,7 @@ def test_an_eager_update_never_waits_within_its_minibatches(tmp_path):
     trainer.learner.anneal(0.0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.update.learn(trainer.rollout.batch(), trainer.learner.coefs, watched=False)
+        trainer.update.run(trainer.rollout.batch(), trainer.learner.coefs, watch=False)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

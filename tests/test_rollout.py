@@ -13,9 +13,10 @@ from fastppo import Trainer
 from fastppo.envs.gymnasium_vector import HostEnv
 from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.functional.gae import gae_loop
-from fastppo.policies.policy import Encoder
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.policy_spec import PolicySpec
-from fastppo.ppo.rollout import Collector, Handover, Rollout
+from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces import ObsSpec
 from tests.worlds import Counter, short, step
@@ -166,9 +167,9 @@ def handed_over(trainer):
     here = Rollout.allocate(len(trainer.rollout.rewards), trainer.env, acting, CPU)
     here.obs[-1].copy_(trainer.rollout.obs[-1])
     trainer.rollout.obs.fill_(torch.nan)
-    handover = Handover(acting, here, trainer.policy, trainer.rollout)
+    acting_copy = ActingCopy(acting, here, trainer.policy, trainer.rollout)
     generator = trainer.collect._generator
-    trainer.collect = Collector(trainer.env, acting, here, generator, trainer.clock, handover=handover)
+    trainer.collect = Collector(trainer.env, acting, here, generator, trainer.clock, acting_copy=acting_copy)
 
 
 @pytest.mark.parametrize("change", [staged, handed_over])

@@ -21,7 +21,7 @@ from torch import nn
 
 from fastppo import Config, Trainer, evaluate, load_policy
 from fastppo.errors import CheckpointError, ConfigError, EnvError
-from fastppo.functional.losses import DIAGNOSTICS
+from fastppo.functional.losses import PPOLoss
 from fastppo.runtime import compile as compiling
 from tests.worlds import Counter, Spaces, short
 
@@ -53,7 +53,7 @@ def test_a_run_writes_its_folder(tmp_path):
     events = EventAccumulator(str(run))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"losses/{name}" for name in DIAGNOSTICS} <= tags
+    assert {f"losses/{name}" for name in PPOLoss.diagnostics} <= tags
     assert {"charts/SPS", "charts/sps_window", "charts/sps_steady", "charts/learning_rate", "charts/clip_coef"} <= tags
     assert {"charts/episodic_return", "charts/episodic_length", "losses/explained_variance"} <= tags
     assert {"losses/grad_norm", "losses/epochs_run"} <= tags
@@ -105,7 +105,7 @@ def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(
     def watch(data, rows, *rest):
         batch = trainer.update._rows.take(data, rows)
         with torch.no_grad():
-            logprobs = trainer.policy.evaluate(batch.obs, batch.actions, batch.params).logprobs
+            logprobs = trainer.policy.evaluate_actions(trainer.policy(batch.obs), batch.actions, batch.params).logprobs
         worst.append((logprobs - batch.logprobs).abs().max().item())
         inner(data, rows, *rest)
 
@@ -293,8 +293,8 @@ def test_every_pair_of_spaces_trains(tmp_path, observation_space, action_space):
     trainer = Trainer(short(tmp_path), make_env=lambda: Spaces(observation_space, action_space))
     result = trainer.run()
     assert trainer.rollout.obs.dtype == trainer.env.obs_spec.dtype
-    losses = [row[f"losses/{name}"] for row in rows_of(result.run_dir) for name in DIAGNOSTICS]
-    assert len(losses) == 3 * len(DIAGNOSTICS)
+    losses = [row[f"losses/{name}"] for row in rows_of(result.run_dir) for name in PPOLoss.diagnostics]
+    assert len(losses) == 3 * len(PPOLoss.diagnostics)
     assert all(math.isfinite(loss) for loss in losses)
     assert ("charts/clipped_actions" in rows_of(result.run_dir)[0]) is isinstance(action_space, spaces.Box)
     obs = np.asarray(observation_space.sample())

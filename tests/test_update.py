@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastppo.functional.adam import adam
 from fastppo.functional.distributions import Categorical
-from fastppo.functional.losses import Batch, Coefficients
+from fastppo.functional.losses import Batch, Coefficients, PPOLoss
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
-from fastppo.policies.policy import Encoder, Policy
-from fastppo.ppo.update import REPORT, PPOUpdate, Rows
+from fastppo.policies.policy import Policy
+from fastppo.ppo.minibatches import BatchLayout, Minibatch
+from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime import compile as compiling
 from fastppo.spaces import ObsSpec
 from tests.reference.ppo import reference_update
@@ -38,7 +41,7 @@ def coefficients(**changes):
 def make_policy(seed=0):
     torch.manual_seed(seed)
     net = MLP(D, A, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
-    return Policy(Encoder(ObsSpec("vector", (D,), "float32")), net, Categorical(A))
+    return Policy(Encoder(ObsSpec.single("vector", (D,), "float32")), net, Categorical(A))
 
 
 def make_batch(policy, seed=1, rows=B, valid=None):
@@ -54,12 +57,27 @@ def make_batch(policy, seed=1, rows=B, valid=None):
 
 
 def make_update(policy, **changes):
-    settings = {"update_epochs": 2, "n_minibatches": 4, "adam_eps": 1e-5, "value_clip": "max"}
-    settings |= {"normalize": "minibatch", "kl_stop": "epoch"} | changes
+    settings = {"update_epochs": 2, "n_minibatches": 4, "normalize": "minibatch", "kl_stop": "epoch"}
+    settings |= {"loss": PPOLoss(changes.pop("value_clip", "max")), "optimizer": adam(1e-5)} | changes
     return PPOUpdate(policy, FlatParameters(policy.network), torch.Generator().manual_seed(5), **settings)
 
 
-def told(report):
+def learn(update, batch, coefs, kl_limit, watch=True):
+    """The report of one whole update."""
+    update.prepare(len(batch.logprobs), kl_limit)
+    return update.run(batch, coefs, watch=watch and kl_limit != math.inf)
+
+
+def logprobs_now(policy, batch):
+    """Log-probabilities of the batch's actions under the policy as it is."""
+    return policy.evaluate_actions(policy(batch.obs), batch.actions, batch.params).logprobs.detach()
+
+
+REPORT = (*PPOLoss.diagnostics, "grad_norm", "skipped_minibatches", "minibatches_run", "epochs_run", "stopped")
+REPORT += ("stop_kl", "skipped_in_a_row")
+
+
+def named(report):
     """An update's report by name."""
     return dict(zip(REPORT, report.tolist(), strict=True))
 
@@ -80,7 +98,9 @@ def test_parameters_after_an_update_equal_plain_autograd_and_torchs_adam(value_c
     twin = copy.deepcopy(policy.network)
     before = torch.nn.utils.parameters_to_vector(twin.parameters()).detach().clone()
     batch = make_batch(policy)
-    stats = told(make_update(policy, value_clip=value_clip, normalize=normalize)(batch, coefficients(), math.inf))
+    stats = named(
+        learn(make_update(policy, value_clip=value_clip, normalize=normalize), batch, coefficients(), math.inf)
+    )
     split = minibatches(batch, 2, 4)
     reference_update(twin, split, value_clip=value_clip, normalize=normalize == "minibatch", **SETTINGS)
     ours = torch.nn.utils.parameters_to_vector(policy.network.parameters())
@@ -103,7 +123,7 @@ def test_parameters_after_an_update_equal_stable_baselines3s():
     model.set_logger(configure(None, []))
     torch.manual_seed(0)
     net = MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
-    policy = Policy(Encoder(ObsSpec("vector", (4,), "float32")), net, Categorical(2))
+    policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), net, Categorical(2))
     theirs = model.policy
     pairs = [
         (theirs.mlp_extractor.policy_net[0], net.actor_trunk[1]),
@@ -143,7 +163,7 @@ def test_parameters_after_an_update_equal_stable_baselines3s():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", lambda n, **_: torch.as_tensor(next(queue)))
         # vf_coef: ours halves the squared error, theirs doesn't
-        update(batch, coefficients(vf_coef=0.7, value_clip_coef=0.3), math.inf)
+        learn(update, batch, coefficients(vf_coef=0.7, value_clip_coef=0.3), math.inf)
     for a, b in pairs:
         torch.testing.assert_close(a.weight, b.weight, atol=1e-5, rtol=0)
         torch.testing.assert_close(a.bias, b.bias, atol=1e-5, rtol=0)
@@ -153,7 +173,7 @@ def test_batch_normalisation_of_advantages_is_done_once():
     policy = make_policy()
     twin = copy.deepcopy(policy.network)
     batch = make_batch(policy)
-    make_update(policy, normalize="batch")(batch, coefficients(), math.inf)
+    learn(make_update(policy, normalize="batch"), batch, coefficients(), math.inf)
     a = batch.advantages
     scaled = batch._replace(advantages=(a - a.mean()) / (a.std() + 1e-8))
     split = minibatches(scaled, 2, 4)
@@ -171,7 +191,7 @@ def test_filler_rows_do_not_touch_the_update():
         batch = make_batch(policy, valid=valid)
         noise = torch.where(valid, 0.0, spoil)
         batch = batch._replace(advantages=batch.advantages + noise, returns=batch.returns - noise)
-        stats = make_update(policy)(batch, coefficients(), math.inf)
+        stats = learn(make_update(policy), batch, coefficients(), math.inf)
         results.append((torch.nn.utils.parameters_to_vector(policy.network.parameters()), stats))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -181,39 +201,41 @@ def test_each_epoch_has_a_permutation_of_its_own():
     policy = make_policy()
     update = make_update(policy, update_epochs=3, n_minibatches=1)
     seen = []
-    inner = update.minibatch
-    update.minibatch = lambda data, rows, *rest: seen.append(rows.tolist()) or inner(data, rows, *rest)
-    update(make_batch(policy), coefficients(), math.inf)
+    inner = update._step
+    update._step = lambda state, minibatch, *rest: (
+        seen.append(minibatch.rows.tolist()) or inner(state, minibatch, *rest)
+    )
+    learn(update, make_batch(policy), coefficients(), math.inf)
     assert len({tuple(rows) for rows in seen}) == 3
     assert all(sorted(rows) == list(range(B)) for rows in seen)
 
 
-@pytest.mark.parametrize("watched", [True, False])
+@pytest.mark.parametrize("watch", [True, False])
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
-def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divide_by_what_ran(kl_stop, watched):
+def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divide_by_what_ran(kl_stop, watch):
     policy = make_policy()
     batch = make_batch(policy)
-    batch = batch._replace(logprobs=policy.evaluate(batch.obs, batch.actions, batch.params).logprobs.detach())
+    batch = batch._replace(logprobs=logprobs_now(policy, batch))
     update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
     steps, ran = [], []
-    inner = update.minibatch
+    inner = update._step
 
     def spy(*arguments):
         before = update.parameters.vector.clone()
         inner(*arguments)
         ran.append(1)
         if not torch.equal(before, update.parameters.vector):
-            steps.append(update._sums[REPORT.index("grad_norm")].item())
+            steps.append(update.state.sums[REPORT.index("grad_norm")].item())
 
-    update.minibatch = spy
+    update._step = spy
     update.prepare(B, 0.02)
-    stats = told(update.learn(batch, coefficients(learning_rate=0.1), watched=watched))
+    stats = named(update.run(batch, coefficients(learning_rate=0.1), watch=watch))
     assert stats["epochs_run"] <= 2
     assert stats["stopped"] == 1
     assert stats["stop_kl"] > 0.02
     assert stats["minibatches_run"] == len(steps) < 40
     assert stats["grad_norm"] == pytest.approx(steps[-1] / len(steps), rel=1e-5)
-    if not watched:
+    if not watch:
         assert len(ran) == 40, "nobody looks, so everything runs and changes nothing"
     elif kl_stop == "minibatch":
         assert len(ran) == len(steps) + 1, "the minibatch that went too far is judged before its step"
@@ -224,16 +246,16 @@ def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divid
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
 def test_to_look_or_not_to_look_gives_the_same_bits(kl_stop):
     results = []
-    for watched in (True, False):
+    for watch in (True, False):
         policy = make_policy()
         update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
         reports = []
         for i in range(3):
             batch = make_batch(policy, seed=i)
-            batch = batch._replace(logprobs=policy.evaluate(batch.obs, batch.actions, batch.params).logprobs.detach())
+            batch = batch._replace(logprobs=logprobs_now(policy, batch))
             update.prepare(B, (0.02, math.inf, 0.005)[i])
-            reports.append(update.learn(batch, coefficients(learning_rate=0.1), watched=watched and i != 1))
-        results.append([*reports, update.parameters.vector, *update.adam])
+            reports.append(update.run(batch, coefficients(learning_rate=0.1), watch=watch and i != 1))
+        results.append([*reports, update.parameters.vector, *update.state.optimizer])
     assert [r[REPORT.index("stopped")] for r in results[0][:3]] == [1, 0, 1]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -244,7 +266,7 @@ def test_a_nan_kl_stops_too(kl_stop):
     batch = make_batch(policy)
     batch = batch._replace(logprobs=torch.full_like(batch.logprobs, torch.nan))
     before = copy.deepcopy(policy.network.state_dict())
-    stats = told(make_update(policy, update_epochs=5, kl_stop=kl_stop)(batch, coefficients(), 0.02))
+    stats = named(learn(make_update(policy, update_epochs=5, kl_stop=kl_stop), batch, coefficients(), 0.02))
     assert (stats["epochs_run"], stats["stopped"]) == (1, 1)
     assert math.isnan(stats["stop_kl"])
     assert stats["minibatches_run"] == (0 if kl_stop == "minibatch" else 4)
@@ -259,24 +281,26 @@ def test_a_minibatch_without_a_finite_gradient_is_left_out_of_steps_and_means():
         batch = make_batch(policy)
         if spoil:
             batch.returns[torch.randperm(B, generator=torch.Generator().manual_seed(5))[-1]] = torch.inf
-        report = make_update(policy, update_epochs=1)(batch, coefficients(), math.inf)
+        report = learn(make_update(policy, update_epochs=1), batch, coefficients(), math.inf)
         results.append((report, policy.network.state_dict()))
     (whole, _), (partial, weights) = results
-    assert (told(whole)["skipped_minibatches"], told(partial)["skipped_minibatches"]) == (0, 1)
+    assert (named(whole)["skipped_minibatches"], named(partial)["skipped_minibatches"]) == (0, 1)
     assert partial.isfinite().all()
     assert all(x.isfinite().all() for x in weights.values())
 
 
 def test_a_generous_limit_stops_nothing():
     policy = make_policy()
-    stats = told(make_update(policy, update_epochs=3)(make_batch(policy), coefficients(learning_rate=1e-4), 10.0))
+    stats = named(
+        learn(make_update(policy, update_epochs=3), make_batch(policy), coefficients(learning_rate=1e-4), 10.0)
+    )
     assert (stats["epochs_run"], stats["minibatches_run"], stats["stopped"]) == (3, 12, 0)
 
 
 def test_every_coefficient_at_0_leaves_the_parameters_where_they_are():
     policy = make_policy()
     before = copy.deepcopy(policy.network.state_dict())
-    make_update(policy)(make_batch(policy), coefficients(learning_rate=0.0, clip_coef=0.0), math.inf)
+    learn(make_update(policy), make_batch(policy), coefficients(learning_rate=0.0, clip_coef=0.0), math.inf)
     assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
 
 
@@ -297,7 +321,7 @@ def small_network(kind):
             return self.head(x), self.critic(x).squeeze(-1)
 
     torch.manual_seed(0)
-    return Policy(Encoder(ObsSpec("vector", (D,), "float32")), Small(), Categorical(A))
+    return Policy(Encoder(ObsSpec.single("vector", (D,), "float32")), Small(), Categorical(A))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "own"])
@@ -314,13 +338,13 @@ def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
             count = compiling.compilations
         for i in range(3):  # annealed, and with a limit that stops the last one
             coefs = coefficients(learning_rate=1e-3 / (i + 1), clip_coef=0.2 / (i + 1))
-            stats = update(batch, coefs, (math.inf, 1.0, 1e-4)[i])
+            stats = learn(update, batch, coefs, (math.inf, 1.0, 1e-4)[i])
         results.append((update.parameters.vector.clone(), stats))
     assert compiling.compilations == count
     (eager, a), (fast, b) = results
     torch.testing.assert_close(fast, eager, atol=1e-5, rtol=0)
     torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4, equal_nan=True)
-    assert told(a)["minibatches_run"] == told(b)["minibatches_run"]
+    assert named(a)["minibatches_run"] == named(b)["minibatches_run"]
     assert (eager - before).abs().max() > 1e-3
 
 
@@ -362,7 +386,7 @@ def test_wide_observations_are_gathered_apart():
         valid = torch.rand(10, generator=g) < 0.5
         params = torch.randn(10, 3, generator=g)
         batch = Batch(obs, actions, columns[0], params, columns[1], columns[2], columns[3], valid)
-        rows = Rows(batch)
+        layout = BatchLayout(batch)
         index = torch.tensor([7, 0, 3])
-        taken = rows.take(rows.fill(batch), index)
+        taken = layout.gather(Minibatch(torch.zeros(2), index, layout.pack(batch)))
         assert all(torch.equal(a, b[index]) and a.dtype == b.dtype for a, b in zip(taken, batch, strict=True))

@@ -245,7 +245,8 @@ def ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401 
             trainer.learner.anneal(0.0)
             trainer.learner()
         else:
-            trainer.update(rollout.batch(), trainer.learner.coefs, math.inf)
+            trainer.update.prepare(rollout.rewards.numel(), math.inf)
+            trainer.update.run(rollout.batch(), trainer.learner.coefs, watch=False)
 
     def waited(call: Callable[[], None]) -> Callable[[], None]:
         def both() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastppo.errors import CheckpointError
 from fastppo.evaluation.saved_policy import load_policy
-from fastppo.functional.losses import advantage_scale, normalize_advantages, ppo_loss
+from fastppo.functional.losses import PPOLoss, advantage_scale, normalize_advantages
 from fastppo.runs.nan_dump import read_nan_dump
 
 
@@ -109,17 +109,15 @@ def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tenso
     ]
     try:
         with torch.enable_grad():
-            params, values = policy(batch.obs)
+            output = policy(batch.obs)
             yield from seen
-            yield "distribution parameters", params.detach()
-            yield "values", values.detach()
-            now = policy.evaluate_actions(params, values, batch.actions, batch.params)
+            yield "distribution parameters", output.params.detach()
+            yield "values", output.values.detach()
+            now = policy.evaluate_actions(output, batch.actions, batch.params)
             yield "log-probabilities", now.logprobs.detach()
             yield "ratios", (now.logprobs.detach() - batch.logprobs).exp()
             yield "entropy", now.entropy.detach()
-            loss, _ = ppo_loss(
-                now.logprobs, now.entropy, now.values, now.exact_kl, batch, held.coefs, held.about["value_clip"]
-            )
+            loss, _ = PPOLoss(held.about["value_clip"])(now, batch, held.coefs)
             yield "loss", loss.detach()
             trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
             gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)

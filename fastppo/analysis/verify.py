@@ -57,7 +57,7 @@ def verify_env(
     if factory is None:
         raise ConfigError("make_env returned a vector environment; return a single one to have it looked at.")
     yield CheckResult(
-        "environment", f"{found.name}: {found.obs_spec.kind} {found.obs_spec.shape}, {found.action_spec.kind}"
+        "environment", f"{found.name}: {found.obs_spec.leaf.kind} {found.obs_spec.shape}, {found.action_spec.kind}"
     )
     yield from _whatever_happens("steps", lambda: _one(factory, steps))
     seeds = list(_whatever_happens("seeds", lambda: [_seeds(factory, steps)]))

@@ -119,7 +119,7 @@ class HostEnv:
             raise EnvError(f"metadata['autoreset_mode'] is {declared!r}; it must be one of {modes}.") from None
         self.fillers = self.mode == AutoresetMode.NEXT_STEP
         self.notes: Sequence[str] = []
-        if self.obs_spec.kind == "vector" and self.obs_spec.source_dtype != "float32":
+        if self.obs_spec.leaf.kind == "vector" and self.obs_spec.source_dtype != "float32":
             self._note(f"observations are {self.obs_spec.source_dtype}; stored as float32, cast once.")
         self.groups: Sequence[slice] = getattr(venv, "groups", [slice(0, self.n_envs)])
         self._ended = np.zeros(self.n_envs, bool)

@@ -71,7 +71,7 @@ class EnvInfo:
     @property
     def kind(self) -> Literal["discrete", "image", "continuous"]:
         """Which of CleanRL's scripts fits."""
-        if self.obs_spec.kind == "image":
+        if self.obs_spec.leaf.kind == "image":
             return "image"
         return "continuous" if self.action_spec.kind == "box" else "discrete"
 

@@ -37,7 +37,7 @@ class Deployed(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """For raw obs [B, *obs]: the environment's actions [B, *action], the distribution's parameters, and values."""
-        params, values = self.policy(obs)
+        params, values, _ = self.policy(obs)
         actions = self.policy.distribution.mode(params)
         if self._action.kind == "box":
             actions = torch.minimum(torch.maximum(actions, self.low), self.high)

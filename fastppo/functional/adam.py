@@ -1,11 +1,14 @@
-"""Gradient clipping and Adam on one flat parameter vector: pure functions over explicit state."""
+"""Adam on one flat parameter vector."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastppo.functional.optimizer import Optimizer
 
 BETA1, BETA2 = 0.9, 0.999
 
@@ -16,8 +19,8 @@ class AdamState(NamedTuple):
     Attributes:
         mean: [P] running mean of gradients.
         square: [P] running mean of squared gradients.
-        left1: [] float64, b1^n after n steps, what is left of the zero start in `mean`.
-        left2: [] float64, b2^n. Kept as running products: a power inside a compiled kernel is taken for every element.
+        left1: [] float64, b1^n after n steps: the weight of the zero start in `mean`.
+        left2: [] float64, b2^n. Kept as running products, since a compiled kernel computes a power per element.
     """
 
     mean: Tensor
@@ -26,44 +29,40 @@ class AdamState(NamedTuple):
     left2: Tensor
 
 
+def adam(eps: float) -> Optimizer:
+    """Adam with the given epsilon."""
+    return Optimizer(adam_init, functools.partial(adam_step, eps=eps))
+
+
 def adam_init(params: Tensor) -> AdamState:
-    """Adam's memory before the first step, for the flat `params` [P]."""
+    """Return Adam's state before the first step, for flat params [P]."""
     left1, left2 = (torch.ones((), dtype=torch.float64, device=params.device) for _ in range(2))
     return AdamState(torch.zeros_like(params), torch.zeros_like(params), left1, left2)
 
 
-def clip_by_norm(grad: Tensor, max_norm: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient scaled to an L2 norm of at most `max_norm`, and its norm before.
-
-    As torch.nn.utils.clip_grad_norm_: the factor is min(1, max_norm / (norm + 1e-6)).
-    """
-    norm = torch.linalg.vector_norm(grad)
-    return grad * (max_norm / (norm + 1e-6)).clamp(max=1.0), norm
-
-
 def adam_step(
-    params: Tensor, grad: Tensor, state: AdamState, learning_rate: Tensor, eps: float
+    params: Tensor, gradient: Tensor, state: AdamState, learning_rate: Tensor, eps: float
 ) -> tuple[Tensor, AdamState]:
-    """One step of Adam.
+    """Take one step of Adam.
 
         m <- b1 m + (1 - b1) g;  s <- b2 s + (1 - b2) g^2
         x <- x - lr * (m / (1 - b1^n)) / (sqrt(s / (1 - b2^n)) + eps)
 
     Args:
         params: x, [P].
-        grad: g, [P].
+        gradient: g, [P].
         state: m, s and the powers of b1 and b2 before this step.
         learning_rate: [] lr.
-        eps: epsilon, added after the bias correction as torch.optim.Adam does.
+        eps: epsilon, added after the bias correction as in torch.optim.Adam.
 
     Returns:
-        the new parameters and the new state; nothing is changed in place.
+        New params and new state; nothing is changed in place.
 
     Source: Kingma and Ba 2015, algorithm 1 (arXiv:1412.6980).
     """
     left1, left2 = BETA1 * state.left1, BETA2 * state.left2
-    mean = torch.lerp(state.mean, grad, 1 - BETA1)
-    square = BETA2 * state.square + (1 - BETA2) * grad * grad
+    mean = torch.lerp(state.mean, gradient, 1 - BETA1)
+    square = BETA2 * state.square + (1 - BETA2) * gradient * gradient
     step_size = (learning_rate / (1 - left1)).to(params.dtype)
     correction = (1 - left2).rsqrt().to(params.dtype)
     new = params - step_size * mean / (square.sqrt() * correction + eps)

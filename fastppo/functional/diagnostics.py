@@ -32,7 +32,7 @@ def approx_kl_k3(logratio: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def clip_fraction(logratio: Tensor, clip_coef: Tensor, valid: Tensor | None = None) -> Tensor:
-    """EnvGroup of rows whose ratio lies further than clip_coef from 1."""
+    """Fraction of rows whose ratio lies further than clip_coef from 1."""
     return masked_mean((torch.expm1(logratio).abs() > clip_coef).float(), valid)
 
 

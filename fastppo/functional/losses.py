@@ -1,8 +1,9 @@
-"""PPO's losses, as quantities to minimise. Rows where `valid` is False (next-step autoreset's filler) count nowhere."""
+"""PPO's losses, as quantities to minimise. Rows where `valid` is False (filler of next-step autoreset) don't count."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import dataclasses
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ ValueClip = Literal["off", "max", "clipped_only"]
 
 
 class Batch(NamedTuple):
-    """Rows of a rollout, B of them, that an update learns from.
+    """B rows of a rollout that an update learns from.
 
     Attributes:
         obs: [B, *obs] raw, as stored.
@@ -38,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """The scheduled scalars, each a 0-d tensor on the training device, so that annealing recompiles nothing."""
+    """Scheduled scalars, each a 0-d tensor on the training device, so that annealing recompiles nothing."""
 
     learning_rate: Tensor
     clip_coef: Tensor
@@ -50,7 +51,35 @@ class Coefficients(NamedTuple):
     gae_lambda: Tensor
 
 
-DIAGNOSTICS = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "exact_kl", "clipfrac")
+class ActionEvaluation(NamedTuple):
+    """Stored actions under the current policy.
+
+    Attributes:
+        logprobs: [B] in nats.
+        entropy: [B] of the current policy's distribution, in nats.
+        values: [B] V of the current critic.
+        exact_kl: [B] KL(old || current) in nats; no gradient flows here.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    values: Tensor
+    exact_kl: Tensor
+
+
+class Loss(Protocol):
+    """A loss of one minibatch.
+
+    Attributes:
+        diagnostics: names of what a call reports beside the loss; `approx_kl` among them, which the early stop reads.
+    """
+
+    @property
+    def diagnostics(self) -> tuple[str, ...]:
+        """Names, in the order of the values."""
+
+    def __call__(self, current: ActionEvaluation, batch: Batch, coefs: Coefficients) -> tuple[Tensor, Tensor]:
+        """Compute the loss [] to minimise, and the diagnostics [D], detached."""
 
 
 def clipped_policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -79,7 +108,7 @@ def value_loss(
     value_clip_coef: Tensor,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Half the mean squared error of the critic, optionally with its step away from the old values clipped.
+    """Half the mean squared error of the critic, optionally with the step away from the old values clipped.
 
         off:           0.5 mean((v - R)^2)
         clipped_only:  0.5 mean((v_old + clamp(v - v_old, -c, c) - R)^2)
@@ -89,8 +118,8 @@ def value_loss(
         values: [B] v.
         old_values: [B] v_old, from the rollout.
         returns: [B] R, in units of the (scaled) return.
-        value_clip: which of the three.
-        value_clip_coef: [] c, in units of the return; negative means no clipping, as PPO2's cliprange_vf.
+        value_clip: one of the three.
+        value_clip_coef: [] c, in units of the return; negative: no clipping, as in PPO2's cliprange_vf.
         valid: [B] bool or None.
 
     The factor of one half is CleanRL's: stable-baselines3's vf_coef of 0.5 is 1.0 here.
@@ -104,15 +133,15 @@ def value_loss(
 
 
 def advantage_scale(advantages: Tensor, valid: Tensor | None = None, pool: Pool = None) -> tuple[Tensor, Tensor]:
-    """Mean and divisor that bring advantages to mean 0 and unbiased standard deviation 1, over the last dimension.
+    """Mean and divisor that normalise advantages to mean 0 and unbiased standard deviation 1 over the last dimension.
 
     Args:
         advantages: [..., B].
         valid: [..., B] bool or None.
-        pool: sums a tensor over the processes whose rows count together.
+        pool: sums a tensor over the ranks whose rows count together; None: one rank.
 
     Returns:
-        the mean, and the standard deviation plus 1e-8, [...] each; 0 and 1 where fewer than two rows count.
+        Mean, and standard deviation plus 1e-8, [...] each; 0 and 1 where fewer than two rows count.
     """
     if valid is None and pool is None:
         if advantages.shape[-1] < 2:
@@ -133,58 +162,65 @@ def advantage_scale(advantages: Tensor, valid: Tensor | None = None, pool: Pool 
 
 
 def normalize_advantages(advantages: Tensor, valid: Tensor | None = None, pool: Pool = None) -> Tensor:
-    """Advantages to mean 0 and unbiased standard deviation 1 (plus 1e-8); unchanged where fewer than two rows count.
+    """Normalise advantages to mean 0 and unbiased standard deviation 1; unchanged where fewer than two rows count.
 
-    Arguments as `advantage_scale`.
+    Arguments as for `advantage_scale`.
     """
     mean, scale = advantage_scale(advantages, valid, pool)
     return (advantages - mean) / scale
 
 
-def ppo_loss(
-    logprobs: Tensor,
-    entropy: Tensor,
-    values: Tensor,
-    exact_kl: Tensor,
-    batch: Batch,
-    coefs: Coefficients,
-    value_clip: ValueClip,
-) -> tuple[Tensor, Tensor]:
-    """PPO's whole loss for one minibatch.
+@dataclasses.dataclass(frozen=True)
+class PPOLoss:
+    """PPO's loss of one minibatch.
 
         L = L_clip + vf_coef L_value - ent_coef mean(entropy)
 
-    Args:
-        logprobs: [B] of batch.actions under the current policy.
-        entropy: [B] of the current policy.
-        values: [B] of the current critic.
-        exact_kl: [B] KL(old || new) of the two distributions; only reported.
-        batch: the rows, with advantages already normalised if they should be.
-        coefs: scheduled scalars.
-        value_clip: see `value_loss`.
+    A loss is any callable with this signature and `diagnostics`; `PPOUpdate` takes one.
 
-    Returns:
-        the loss [], and the values of DIAGNOSTICS [7], detached. Entropy is reported positive.
+    Attributes:
+        value_clip: see `value_loss`.
+        diagnostics: names of the values that a call reports beside the loss.
 
     Source: Schulman et al. 2017, eq. 9 (arXiv:1707.06347), with the sign turned.
     """
-    valid = batch.valid
-    logratio = logprobs - batch.logprobs
-    policy = clipped_policy_loss(logratio, batch.advantages, coefs.clip_coef, valid)
-    critic = value_loss(values, batch.values, batch.returns, value_clip, coefs.value_clip_coef, valid)
-    mean_entropy = masked_mean(entropy, valid)
-    loss = policy + coefs.vf_coef * critic - coefs.ent_coef * mean_entropy
-    with torch.no_grad():
-        x = logratio.detach()
-        diagnostics = torch.stack(
-            (
-                policy.detach(),
-                critic.detach(),
-                mean_entropy.detach(),
-                approx_kl_k1(x, valid),
-                approx_kl_k3(x, valid),
-                masked_mean(exact_kl.detach(), valid),
-                clip_fraction(x, coefs.clip_coef, valid),
+
+    value_clip: ValueClip
+    diagnostics: ClassVar[tuple[str, ...]] = (
+        "policy_loss",
+        "value_loss",
+        "entropy",
+        "old_approx_kl",
+        "approx_kl",
+        "exact_kl",
+        "clipfrac",
+    )
+
+    def __call__(self, current: ActionEvaluation, batch: Batch, coefs: Coefficients) -> tuple[Tensor, Tensor]:
+        """Compute the loss [], and the values of `diagnostics` [7], detached; entropy is reported positive.
+
+        Args:
+            current: batch.actions under the current policy.
+            batch: the rows, with advantages normalised already if they should be.
+            coefs: scheduled scalars.
+        """
+        valid = batch.valid
+        logratio = current.logprobs - batch.logprobs
+        policy = clipped_policy_loss(logratio, batch.advantages, coefs.clip_coef, valid)
+        critic = value_loss(current.values, batch.values, batch.returns, self.value_clip, coefs.value_clip_coef, valid)
+        entropy = masked_mean(current.entropy, valid)
+        loss = policy + coefs.vf_coef * critic - coefs.ent_coef * entropy
+        with torch.no_grad():
+            x = logratio.detach()
+            diagnostics = torch.stack(
+                (
+                    policy.detach(),
+                    critic.detach(),
+                    entropy.detach(),
+                    approx_kl_k1(x, valid),
+                    approx_kl_k3(x, valid),
+                    masked_mean(current.exact_kl.detach(), valid),
+                    clip_fraction(x, coefs.clip_coef, valid),
+                )
             )
-        )
-    return loss, diagnostics
+        return loss, diagnostics

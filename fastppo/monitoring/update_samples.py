@@ -101,7 +101,7 @@ def forget_samples(folder: Path, after: int) -> None:
 
 
 class UpdateSampler:
-    """Looks into the updates of every so many iterations; `look` goes to the learner, `sample` gives what was seen."""
+    """Samples the update of every N-th iteration: the learner calls `record_ratios`, the trainer then `sample`."""
 
     def __init__(self, rollout: Rollout, update: PPOUpdate, *, every: int, histograms: bool) -> None:
         """Look into `update`, which learns from `rollout`.
@@ -122,11 +122,11 @@ class UpdateSampler:
         return self._every > 0 and (iteration - 1) % self._every == 0
 
     @torch.no_grad()
-    def look(self) -> None:
+    def record_ratios(self) -> None:
         """Judge the rows by the policy as it is now."""
         policy, batch, rows = self._update.policy, self._rollout.batch(), self._rows
         with _unchanged(policy):
-            params, _ = policy(batch.obs[rows])
+            params = policy(batch.obs[rows]).params
         logprobs = policy.distribution.log_prob(params, batch.actions[rows])
         self._seen.append(torch.exp(logprobs - batch.logprobs[rows]))
 

@@ -1,6 +1,6 @@
-"""Acting: the action of each environment, written into the rollout's row, at the lowest cost this policy allows.
+"""Acting: the action of each environment, written into the rollout's row, at the lowest cost the policy allows.
 
-Values and log-probabilities of a rollout are not needed to act. Where policy and value have layers of their own they
+Acting doesn't need the values and log-probabilities of a rollout. Where policy and value have layers of their own, they
 are computed afterwards, for all rows at once.
 """
 
@@ -19,23 +19,26 @@ from torch.func import functional_call
 
 from fastppo.functional.distributions import Categorical, Gaussian, bound_log_std
 from fastppo.policies.mlp import MLP
-from fastppo.policies.policy import Action, Policy
+from fastppo.policies.policy import ActionStep, Policy, PolicyState
+from fastppo.runtime.compile import compile_graph
+from fastppo.runtime.graphs import capture
 from fastppo.spaces import ObsSpec
 
 _Array = np.ndarray[Any, Any]
-_CHUNK = 4096  # rows of one pass: what stays in a core's cache
+_CHUNK = 4096  # rows of one pass: they stay in a core's cache
 
 
 class Decisions(NamedTuple):
-    """What a rollout holds of the policy's side, for one group of N environments.
+    """The tensors of a rollout that acting reads and writes, for N environments.
 
     Attributes:
-        obs: [T + 1, N, *obs] where environments stand before each step.
-        noise: [T, N, noise_size] drawn before each rollout.
-        actions: [T, N, *action] where actions go.
+        obs: [T + 1, N, *obs] before each step; read.
+        noise: [T, N, noise_size]; read.
+        actions: [T, N, *action].
         logprobs: [T, N] of those actions.
         params: [T, N, P] of the distribution.
         values: [T, N] V(s_t).
+        state: of the policy, each [N, ...], read and written in each step.
     """
 
     obs: Tensor
@@ -44,12 +47,12 @@ class Decisions(NamedTuple):
     logprobs: Tensor
     params: Tensor
     values: Tensor
+    state: PolicyState = ()
 
-
-# Compiles a function for tensors like the given ones
-Compiler = Callable[[Callable[..., Any], Sequence[Tensor]], Callable[..., Any]]
-# Makes a recording of work that keeps some tensors
-Capturer = Callable[[Callable[[], None], Sequence[Tensor]], Callable[[], None]]
+    def of_group(self, group: slice) -> Decisions:
+        """Return the part of some environments."""
+        rows = {name: x[:, group] for name, x in self._asdict().items() if name != "state"}
+        return Decisions(**rows, state=tuple(x[group] for x in self.state))
 
 
 class Actor(Protocol):
@@ -61,41 +64,41 @@ class Actor(Protocol):
 
     complete: bool
 
-    def compile(self, compiler: Compiler) -> None:
-        """Have what decides compiled, where that is torch."""
+    def compile(self) -> None:
+        """Compile the decision, where it is torch."""
 
-    def capture(self, capturer: Capturer) -> None:
-        """Replace what decides by a recording, where that is torch."""
+    def capture(self, device: torch.device) -> None:
+        """Capture the decision on `device`, where it is torch."""
 
     def begin(self) -> None:
-        """A rollout begins: parameters and moments may have changed."""
+        """Begin a rollout: parameters and moments may have changed."""
 
     def act(self, t: int) -> None:
         """Decide step t from obs[t] and noise[t]."""
 
 
 def make_actor(policy: Policy, decisions: Decisions, *, torch_only: bool = False) -> Actor:
-    """The cheapest actor for `policy` where the rollout lies; `torch_only` for a rollout that is recorded as a graph.
+    """Make the cheapest actor for `policy` on the device of the rollout; `torch_only`: one that can be captured.
 
-    On the CPU, plain BLAS on numpy's views of the parameters beats torch, whose operations cost 3 us each: 13 against
-    35 us at N=1, 32 against 59 at N=64, 150 against 145 at N=512 (two 64-wide layers; benchmarks/act.py).
+    On the CPU, plain BLAS on numpy's views of the parameters beats torch, whose operations cost 3 us each: 13 us
+    instead of 35 at N=1, 32 instead of 59 at N=64, 150 instead of 145 at N=512 (two 64-wide layers; benchmarks/act.py).
     """
     if (
         not torch_only
         and not policy.bf16
         and decisions.obs.device.type == "cpu"
-        and (layers := _plain_layers(policy)) is not None
+        and (layers := plain_layers(policy)) is not None
     ):
-        return _NumpyActor(policy, layers, decisions)
-    return _ModuleActor(policy, decisions)
+        return NumpyActor(policy, layers, decisions)
+    return ModuleActor(policy, decisions)
 
 
 def choose_act_device(
     wanted: Literal["auto", "cpu", "cuda"], policy: Policy, obs_spec: ObsSpec, n_envs: int, device: torch.device
 ) -> tuple[Literal["cpu", "cuda"], str]:
-    """Where to act for environments on the host while `policy` learns on `device`, a GPU; and why.
+    """Choose where to act for environments on the host while `policy` learns on a GPU, and say why.
 
-    `auto` times a step both ways: here, and there with the way over and back.
+    `auto` times a step on the CPU, and one on the GPU with the copies there and back.
     """
     if wanted != "auto":
         return wanted, "asked for"
@@ -127,8 +130,8 @@ def _seconds(call: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def complete(policy: Policy, d: Decisions) -> None:
-    """Fill log-probabilities and values of a whole rollout from its observations, parameters and actions."""
+def fill_values_and_logprobs(policy: Policy, d: Decisions) -> None:
+    """Fill values and log-probabilities of a whole rollout from its observations, parameters and actions."""
     steps, n = d.noise.shape[:2]
     chunk = max(1, _CHUNK // n)
     for t in range(0, steps, chunk):
@@ -138,67 +141,75 @@ def complete(policy: Policy, d: Decisions) -> None:
         d.values[rows] = policy.value(d.obs[rows].flatten(0, 1)).view(-1, n)
 
 
-class _ModuleActor:
-    """Any module: one forward pass gives everything."""
+class ModuleActor:
+    """Acts by any network: one forward pass gives everything."""
 
     complete = True
 
     def __init__(self, policy: Policy, decisions: Decisions) -> None:
+        """Act by `policy` in the rows of `decisions`."""
         self._policy, self._d = policy, decisions
-        # the step that a recording is at: it finds its rows by itself, so that a step is one launch
+        # a replay finds its row by itself, so that a step is one launch
         self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
-        self._recording: Callable[[], None] | None = None
-        self._compiled: Callable[[Tensor, Tensor], Action] | None = None
+        self._replay: Callable[[], None] | None = None
+        self._decide: Callable[[Tensor, Tensor, PolicyState], ActionStep] = policy.act
+        self._compiled = False
 
     def begin(self) -> None:
-        """Back to the first row."""
+        """Go back to the first row."""
         self._row.zero_()
 
     def act(self, t: int) -> None:
-        """Decide step t; a recording takes the steps in their order."""
-        if self._recording is not None:
-            self._recording()
+        """Decide step t; a replay takes the steps in their order."""
+        if self._replay is not None:
+            self._replay()
             return
-        d, decide = self._d, self._compiled or self._policy.act
-        action = decide(d.obs[t], d.noise[t])
-        d.actions[t].copy_(action.actions)
-        d.logprobs[t].copy_(action.logprobs)
-        d.params[t].copy_(action.params)
-        d.values[t].copy_(action.values)
+        d = self._d
+        step = self._decide(d.obs[t], d.noise[t], d.state)
+        d.actions[t].copy_(step.actions)
+        d.logprobs[t].copy_(step.logprobs)
+        d.params[t].copy_(step.params)
+        d.values[t].copy_(step.values)
+        self._carry(step.state)
 
-    def compile(self, compiler: Compiler) -> None:
-        """Have compiled code decide, from parameters and buffers as they are when it is called."""
+    def compile(self) -> None:
+        """Compile the decision; it reads parameters and buffers as they are when it is called."""
         policy, d = self._policy, self._d
         tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
+        weights = tuple(x.detach() for x in tensors.values())
 
-        def act(obs: Tensor, noise: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
-            params, values = functional_call(policy, dict(zip(tensors, state, strict=True)), (obs,))
-            actions = policy.distribution.sample(params, noise)
-            return actions, policy.distribution.log_prob(params, actions), params, values
+        def act(obs: Tensor, noise: Tensor, weights: tuple[Tensor, ...], state: PolicyState) -> ActionStep:
+            output = functional_call(policy, dict(zip(tensors, weights, strict=True)), (obs, state))
+            return policy.decide(output, noise)
 
-        state = [x.detach() for x in tensors.values()]
-        compiled = compiler(act, [d.obs[0], d.noise[0], *state])
-        self._compiled = lambda obs, noise: Action(*compiled(obs, noise, *state))
+        compiled = compile_graph(act, (d.obs[0], d.noise[0], weights, d.state))
+        self._decide = lambda obs, noise, state: compiled(obs, noise, weights, state)
+        self._compiled = True
 
-    def capture(self, capturer: Capturer) -> None:
-        """Have a recording decide from now on, unless compiled code does, which no recording sees into."""
-        if self._compiled is None:
-            self._recording = capturer(self._decide, [self._row])
+    def capture(self, device: torch.device) -> None:
+        """Capture the decision, unless it is compiled: a capture can't see into compiled code."""
+        if not self._compiled:
+            self._replay = capture(self._act_on_row, keep=[self._row, *self._d.state], fresh=[], device=device)
 
-    def _decide(self) -> None:
+    def _act_on_row(self) -> None:
         d, row = self._d, self._row
-        action = self._policy.act(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0])
-        d.actions.index_copy_(0, row, action.actions.unsqueeze(0).to(d.actions.dtype))
-        d.logprobs.index_copy_(0, row, action.logprobs.unsqueeze(0))
-        d.params.index_copy_(0, row, action.params.unsqueeze(0))
-        d.values.index_copy_(0, row, action.values.unsqueeze(0))
+        step = self._policy.act(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0], d.state)
+        d.actions.index_copy_(0, row, step.actions.unsqueeze(0).to(d.actions.dtype))
+        d.logprobs.index_copy_(0, row, step.logprobs.unsqueeze(0))
+        d.params.index_copy_(0, row, step.params.unsqueeze(0))
+        d.values.index_copy_(0, row, step.values.unsqueeze(0))
+        self._carry(step.state)
         row.add_(1)
 
+    def _carry(self, state: PolicyState) -> None:
+        for kept, new in zip(self._d.state, state, strict=True):
+            kept.copy_(new)
 
-def _plain_layers(policy: Policy) -> list[nn.Linear] | None:
-    """The actor's linear layers, if it is nothing but those with tanh or ReLU between, on vectors."""
+
+def plain_layers(policy: Policy) -> list[nn.Linear] | None:
+    """The actor's linear layers, if it has nothing but those with tanh or ReLU between, on vectors."""
     network = policy.network
-    if type(network) is not MLP or network.actor_trunk is None or policy.encoder.spec.kind != "vector":
+    if type(network) is not MLP or network.actor_trunk is None or policy.encoder.spec.leaf.kind != "vector":
         return None
     if not isinstance(policy.distribution, (Categorical, Gaussian)):
         return None
@@ -208,12 +219,13 @@ def _plain_layers(policy: Policy) -> list[nn.Linear] | None:
     return [layer for layer in (*trunk, network.actor.linear) if isinstance(layer, nn.Linear)]
 
 
-class _NumpyActor:
-    """A multi-layer perceptron in preallocated numpy arrays that share their memory with the network's parameters."""
+class NumpyActor:
+    """Acts by a multi-layer perceptron in preallocated numpy arrays that share memory with the network's parameters."""
 
     complete = False
 
     def __init__(self, policy: Policy, layers: Sequence[nn.Linear], decisions: Decisions) -> None:
+        """Act by the actor's `layers` of `policy`, as `plain_layers` found them, in the rows of `decisions`."""
         steps, n = decisions.noise.shape[:2]
         self._policy = policy
         obs = decisions.obs.numpy()
@@ -231,7 +243,7 @@ class _NumpyActor:
         self.begin()
 
     def begin(self) -> None:
-        """Take up parameters that moved, and what changes only between rollouts."""
+        """Take the views of the parameters again, and compute what changes only between rollouts."""
         with torch.no_grad():
             self._weights = [layer.weight.numpy().T for layer in self._layers]
             self._biases = [layer.bias.numpy() for layer in self._layers]
@@ -245,11 +257,11 @@ class _NumpyActor:
             mean, scale = normalizer.mean.numpy(), (normalizer.var + 1e-8).rsqrt().numpy()
             self._moments = mean.reshape(-1), scale.reshape(-1), normalizer.clip
 
-    def compile(self, compiler: Compiler) -> None:
-        """Nothing to compile."""
+    def compile(self) -> None:
+        """Do nothing: numpy isn't compiled."""
 
-    def capture(self, capturer: Capturer) -> None:
-        """Nothing to record: numpy is not launched."""
+    def capture(self, device: torch.device) -> None:
+        """Do nothing: numpy launches no kernels."""
 
     def act(self, t: int) -> None:
         """Fill params[t] and actions[t] from obs[t] and noise[t]."""

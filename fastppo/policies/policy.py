@@ -1,12 +1,16 @@
-"""The policy: observations encoded, one network, one distribution.
+"""The policy: an encoder, a network and a distribution.
 
 A network is any nn.Module with
 
     forward(x) -> (params [B, P], value [B])
 
-where P is the distribution's `n_params` and x is what `Encoder` makes of raw observations: float32 [B, *shape] for
+where P is the distribution's `n_params` and x is what `Encoder` makes of stored observations: float32 [B, *shape] for
 vectors (normalised if that is on), float32 in [0, 1], [B, C, H, W], for images, one-hot float32 [B, sum(nvec)] for
-discrete observations. It must be deterministic (no dropout) and treat its rows apart (no batch normalisation).
+discrete observations. It must be deterministic (no dropout) and process each row independently (no batch
+normalisation).
+
+A policy has a state, a tuple of tensors [N, ...] that the rollout carries from step to step. It is empty, `()`, for
+networks without memory.
 """
 
 from __future__ import annotations
@@ -14,67 +18,55 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, first_line
 from fastppo.functional.distributions import Distribution
+from fastppo.functional.losses import ActionEvaluation
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
-from fastppo.policies.normalizers import ObsNormalizer
-from fastppo.spaces import ObsSpec
+
+PolicyState = tuple[Tensor, ...]  # each [N, ...], one row per environment; () without memory
 
 
-class Action(NamedTuple):
-    """One step of N environments, as the policy decided it."""
+class PolicyOutput(NamedTuple):
+    """What the network gives for a batch of observations.
 
-    actions: Tensor  # [N, *action]
-    logprobs: Tensor  # [N] nats
-    params: Tensor  # [N, P] of the distribution
-    values: Tensor  # [N]
+    Attributes:
+        params: [B, P] of the action distribution, float32.
+        values: [B] V, float32.
+        state: what the next step starts from.
+    """
 
-
-class ActionEvaluation(NamedTuple):
-    """What the current policy says of stored actions."""
-
-    logprobs: Tensor  # [B] nats
-    entropy: Tensor  # [B] nats
-    values: Tensor  # [B]
-    exact_kl: Tensor  # [B] nats, KL(old || new)
+    params: Tensor
+    values: Tensor
+    state: PolicyState
 
 
-class Encoder(nn.Module):
-    """Raw observations, as stored, to what a network reads."""
+class ActionStep(NamedTuple):
+    """One step of N environments, as the policy decided it.
 
-    def __init__(self, spec: ObsSpec, normalizer: ObsNormalizer | None = None) -> None:
-        """For observations of `spec`, vectors being passed through `normalizer` where there is one."""
-        super().__init__()
-        self.spec = spec
-        self.normalizer = normalizer
+    Attributes:
+        actions: [N, *action] as the distribution makes them.
+        logprobs: [N] in nats.
+        params: [N, P] of the distribution.
+        values: [N] V.
+        state: what the next step starts from.
+    """
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """Encode obs [B, *spec.shape]."""
-        if self.spec.kind == "image":
-            if self.spec.channels_last:
-                obs = obs.movedim(-1, 1)
-            return obs.reshape(-1, *self.spec.image_size).float() / 255
-        if self.spec.kind == "discrete":
-            flat = obs.reshape(obs.shape[0], -1)  # not len(): torch.export would take the batch for a constant
-            indices = zip(flat.unbind(1), self.spec.nvec, self.spec.start, strict=True)
-            return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
-        if obs.dim() == 1:  # observations without dimensions of their own
-            obs = obs.unsqueeze(-1)
-        if self.normalizer is None:
-            return obs
-        normalized: Tensor = self.normalizer(obs)
-        return normalized
+    actions: Tensor
+    logprobs: Tensor
+    params: Tensor
+    values: Tensor
+    state: PolicyState
 
 
 class Policy(nn.Module):
-    """Encoder, network and distribution: acts, judges stored actions, estimates values.
+    """Encodes observations, chooses actions, evaluates stored actions and estimates values.
 
     Attributes:
-        bf16: whether the network runs under bfloat16 autocast, acting and learning alike. Its outputs become float32
-            before anything is computed from them: log-probabilities and losses are float32 always.
+        bf16: whether the network runs under bfloat16 autocast, in acting and updates alike. Its outputs become float32
+            before anything is computed from them: log-probabilities and losses are always float32.
     """
 
     def __init__(self, encoder: Encoder, network: nn.Module, distribution: Distribution) -> None:
@@ -90,52 +82,66 @@ class Policy(nn.Module):
         self.bf16 = False
         self._check()
 
-    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution parameters [B, P] and values [B] for raw obs [B, *obs]."""
+    def initial_state(self, n_envs: int) -> PolicyState:
+        """Return the state [n_envs, ...] at the start of an episode: `()`, as no network here has memory yet."""
+        return ()
+
+    def forward(self, obs: Tensor, state: PolicyState = ()) -> PolicyOutput:
+        """Evaluate the network on stored observations [B, *obs], from `state`."""
         x = self.encoder(obs)
         with self._precision(x.device):
             params, values = self.network(x)
-        return params.float(), values.float()
+        return PolicyOutput(params.float(), values.float(), state)
 
     def _precision(self, device: torch.device) -> torch.autocast:
-        # no cache of cast weights: a recording would keep the first ones
+        # no cache of cast weights: a capture would keep the first ones
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor) -> Action:
-        """UpdateSample an action for each row of obs with pre-drawn noise [N, noise_size]."""
-        params, values = self(obs)
-        actions = self.distribution.sample(params, noise)
-        return Action(actions, self.distribution.log_prob(params, actions), params, values)
+    def act(self, obs: Tensor, noise: Tensor | None, state: PolicyState = ()) -> ActionStep:
+        """Choose an action for each row of obs [N, *obs].
+
+        Args:
+            obs: stored observations.
+            noise: [N, noise_size], drawn beforehand, to sample with; None: the most probable actions.
+            state: of the policy before this step.
+        """
+        return self.decide(self(obs, state), noise)
+
+    def decide(self, output: PolicyOutput, noise: Tensor | None) -> ActionStep:
+        """Choose an action for each row of the network's output; see `act`."""
+        dist = self.distribution
+        actions = dist.mode(output.params) if noise is None else dist.sample(output.params, noise)
+        logprobs = dist.log_prob(output.params, actions)
+        return ActionStep(actions, logprobs, output.params, output.values, output.state)
 
     @torch.no_grad()
     def mode(self, obs: Tensor) -> Tensor:
-        """The most probable action for each row of obs."""
-        return self.distribution.mode(self(obs)[0])
+        """Return the most probable action for each row of obs."""
+        return self.distribution.mode(self(obs).params)
 
     @torch.no_grad()
-    def value(self, obs: Tensor) -> Tensor:
-        """V of each row of obs, [B]."""
-        if type(self.network) is MLP:  # which need not ask its policy
+    def value(self, obs: Tensor, state: PolicyState = ()) -> Tensor:
+        """Return V of each row of obs, [B]."""
+        if type(self.network) is MLP:  # computes values without the policy's layers
             x = self.encoder(obs)
             with self._precision(x.device):
                 return self.network.value(x).float()
-        values: Tensor = self(obs)[1]
+        values: Tensor = self(obs, state).values
         return values
 
-    def evaluate(self, obs: Tensor, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
-        """Judge stored actions [B, *action] made with `old_params` [B, P]; gradients flow except into exact_kl."""
-        params, values = self(obs)
-        return self.evaluate_actions(params, values, actions, old_params)
+    def evaluate_actions(self, output: PolicyOutput, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
+        """Evaluate stored actions [B, *action], sampled with `old_params` [B, P], under the network's output.
 
-    def evaluate_actions(self, params: Tensor, values: Tensor, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
-        """As `evaluate`, from what `forward` gave."""
+        Gradients flow except into `exact_kl`.
+        """
         dist = self.distribution
-        exact_kl = dist.kl(old_params, params.detach())
-        return ActionEvaluation(dist.log_prob(params, actions), dist.entropy(params), values, exact_kl)
+        exact_kl = dist.kl(old_params, output.params.detach())
+        log_prob, entropy = dist.log_prob(output.params, actions), dist.entropy(output.params)
+        return ActionEvaluation(log_prob, entropy, output.values, exact_kl)
 
     def uncompilable(self) -> str | None:
-        """What in the network can't be one graph of tensor operations without side effects; None if nothing is seen."""
+        """Return what keeps the network from being one graph of tensor operations without side effects, if anything."""
         for name, module in self.network.named_modules():
             if isinstance(module, nn.RNNBase):
                 return f"{type(module).__name__} ({name or 'the network'}) is one opaque operation"
@@ -153,14 +159,14 @@ class Policy(nn.Module):
         expected = self.distribution.n_params
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
         x = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
-        x = torch.linspace(0, 1, x.numel(), device=device).view_as(x)  # dropout of zeros would be none
+        x = torch.linspace(0, 1, x.numel(), device=device).view_as(x)  # dropout of zeros would go unnoticed
         name = type(self.network).__name__
         try:
             out, again = self.network(x), self.network(x)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            shape = tuple(x.shape)
-            raise ConfigError(f"network {name} fails on observations of shape {shape}: {reason}") from error
+            raise ConfigError(
+                f"network {name} fails on observations of shape {tuple(x.shape)}: {first_line(error)}"
+            ) from error
         parts = out if isinstance(out, tuple) else (out,)
         shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
         if shapes != [(2, expected), (2,)]:
@@ -169,4 +175,6 @@ class Policy(nn.Module):
                 f"it must return distribution parameters (2, {expected}) and values (2,)."
             )
         if not all(map(torch.equal, out, again)):
-            raise ConfigError(f"network {name} answers the same observations differently; remove dropout or noise.")
+            raise ConfigError(
+                f"network {name} gives different outputs for equal observations; remove dropout or noise."
+            )

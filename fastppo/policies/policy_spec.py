@@ -12,9 +12,10 @@ from torch import nn
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.distributions import Gaussian
 from fastppo.policies.cnn import MIN_SIZE, NatureCNN
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
 from fastppo.policies.normalizers import ObsNormalizer
-from fastppo.policies.policy import Encoder, Policy
+from fastppo.policies.policy import Policy
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _QUICKLY_BUILT = 4_000_000  # weights
@@ -22,7 +23,8 @@ _QUICKLY_BUILT = 4_000_000  # weights
 
 def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
     """The Nature CNN for images that are large enough for it, an MLP for the rest."""
-    return "cnn" if obs.kind == "image" and min(obs.image_size[1:]) >= MIN_SIZE else "mlp"
+    leaf = obs.leaf
+    return "cnn" if leaf.kind == "image" and min(leaf.image_size[1:]) >= MIN_SIZE else "mlp"
 
 
 def _plain(kind: str, shape: tuple[int, ...], nvec: tuple[int, ...]) -> str:
@@ -59,12 +61,10 @@ class PolicySpec:
         Raises:
             ConfigError: the parts don't fit, or a custom network is needed and not given.
         """
-        normalizer = None
+        normalizer, leaf = None, self.obs.leaf
         if self.normalize_obs:
-            if self.obs.kind != "vector":
-                raise ConfigError(
-                    f"normalize_obs is for vector observations; these are {self.obs.kind}: switch it off."
-                )
+            if leaf.kind != "vector":
+                raise ConfigError(f"normalize_obs is for vector observations; these are {leaf.kind}: switch it off.")
             normalizer = ObsNormalizer(self.obs.shape, self.obs_clip)
         distribution = self.action.distribution
         gaussian = isinstance(distribution, Gaussian)
@@ -74,12 +74,12 @@ class PolicySpec:
                 raise ConfigError("this policy's network is a module of your own: pass it as policy=...")
             network = custom
         elif self.network == "cnn":
-            if self.obs.kind != "image":
+            if leaf.kind != "image":
                 raise ConfigError("network=cnn is for uint8 images; for this environment use network=mlp.")
-            network = NatureCNN(self.obs.image_size, distribution.n_params, gaussian=gaussian)
+            network = NatureCNN(leaf.image_size, distribution.n_params, gaussian=gaussian)
         else:
             network = MLP(
-                self.obs.features,
+                leaf.features,
                 distribution.n_params,
                 gaussian=gaussian,
                 hidden_sizes=self.hidden_sizes,
@@ -94,7 +94,7 @@ class PolicySpec:
         A layer counts 1,000 more, as it takes so long to build however narrow it is. Of a custom network only its
         inputs are known.
         """
-        outputs, inputs = self.action.distribution.n_params, max(self.obs.features, math.prod(self.obs.shape))
+        outputs, inputs = self.action.distribution.n_params, max(self.obs.leaf.features, math.prod(self.obs.shape))
         hidden = {"mlp": self.hidden_sizes, "cnn": (1, 512), "custom": ()}[self.network]
         sizes = (inputs, *hidden, outputs) if self.network != "custom" else (inputs, 1)
         return sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
@@ -117,8 +117,8 @@ class PolicySpec:
         """In words, what keeps weights saved under `saved` from meaning the same here."""
         pairs = {
             "observations": (
-                _plain(saved.obs.kind, saved.obs.shape, saved.obs.nvec),
-                _plain(self.obs.kind, self.obs.shape, self.obs.nvec),
+                _plain(saved.obs.leaf.kind, saved.obs.shape, saved.obs.leaf.nvec),
+                _plain(self.obs.leaf.kind, self.obs.shape, self.obs.leaf.nvec),
             ),
             "actions": (
                 _plain(saved.action.kind, saved.action.shape, saved.action.nvec),
@@ -134,7 +134,7 @@ class PolicySpec:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able values."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"obs": self.obs.to_dict(), "action": self.action.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PolicySpec:

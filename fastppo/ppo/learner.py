@@ -1,4 +1,4 @@
-"""All that follows a rollout: advantages, epochs and the iteration's figures, as one function of static tensors."""
+"""The learner: advantages, epochs and metrics of one iteration, as one function of static tensors."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from fastppo.runtime.graphs import capture
 
 
 class Learner:
-    """Learns from the rollout that lies in storage; calling it gives the figures, on the device.
+    """Learns from the rollout in storage: `anneal`, then call it.
 
     Attributes:
         coefs: this iteration's coefficients, as tensors that are written in place.
-        values: the same and all others that are scheduled, as numbers; `kl_limit` is where an update ends.
-        gae: the kernel of advantages.
+        values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
+        gae: the kernel that computes advantages.
         update: the epochs.
-        rewards: [T, N] as they were last learned from.
-        device: where it learns.
+        rewards: [T, N] that advantages were last computed from.
+        device: of all tensors.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Learner:
         metrics: Metrics,
         clock: Clock,
         *,
-        rewards: RewardNormalizer | None,
+        reward_normalizer: RewardNormalizer | None,
         sign_rewards: bool,
         schedules: Mapping[str, tuple[str, float, float]],
         kl_stop_factor: float,
@@ -50,18 +50,18 @@ class Learner:
         """Bind the parts.
 
         Args:
-            rollout: what is learned from.
+            rollout: to learn from.
             policy: whose observation moments follow each update.
             update: the epochs.
-            metrics: measures what is reported.
-            clock: whose phases are timed.
-            rewards: scales rewards by running moments; None: they stay as they are.
+            metrics: measures the iteration.
+            clock: times the phases.
+            reward_normalizer: scales rewards by running moments; None: rewards stay as they are.
             sign_rewards: learn from the sign of rewards.
             schedules: shape, start and end of each coefficient.
-            kl_stop_factor: times target_kl is the limit of an update.
+            kl_stop_factor: times target_kl is the KL that stops an update.
         """
         self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
-        self._rewards, self._sign_rewards, self.rewards = rewards, sign_rewards, rollout.rewards
+        self._reward_normalizer, self._sign_rewards, self.rewards = reward_normalizer, sign_rewards, rollout.rewards
         self._schedules, self._kl_stop_factor = schedules, kl_stop_factor
         self.update = update
         self.device = device = rollout.rewards.device
@@ -69,7 +69,7 @@ class Learner:
         self.gae = choose_gae(n_steps, n_envs, device)
         self.coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         self.values: dict[str, float] = {}
-        self._learn: Callable[[], Tensor] = self.learn
+        self._captured: Callable[[], Tensor] | None = None
 
     def anneal(self, progress: float) -> None:
         """Write the coefficients of an iteration that begins at `progress` in [0, 1], and draw its permutations."""
@@ -80,25 +80,28 @@ class Learner:
             self.values["kl_limit"] = limit = self.values["target_kl"] * self._kl_stop_factor
             self.update.prepare(self._rollout.rewards.numel(), limit)
 
-    def __call__(self, look: Callable[[], None] | None = None) -> Tensor:
-        """Learn, as `anneal` set it up: by a recording, which can't be looked into, or step by step."""
-        return self._learn() if look is None else self.learn(look=look)
+    def __call__(self, *, watch: bool = True, on_epoch: Callable[[], None] | None = None) -> Tensor:
+        """Compute advantages, run the epochs and measure both; returns the metrics, on the device.
 
-    def learn(self, *, watched: bool = True, look: Callable[[], None] | None = None) -> Tensor:
-        """Advantages, epochs, and the figures of both; for `watched` and `look` see `PPOUpdate.learn`."""
+        A capture is replayed if there is one, unless `on_epoch` needs to be called. For the arguments see
+        `PPOUpdate.run`.
+        """
+        if self._captured is not None and on_epoch is None:
+            with self._clock.phase("update"):
+                return self._captured()
         with self._clock.phase("advantages"):
-            self.set_targets()
+            self.compute_advantages()
         with self._clock.phase("update"):
-            watched = watched and self.values["target_kl"] != math.inf
-            report = self.update.learn(self._rollout.batch(), self.coefs, watched=watched, look=look)
+            watch = watch and self.values["target_kl"] != math.inf
+            report = self.update.run(self._rollout.batch(), self.coefs, watch=watch, on_epoch=on_epoch)
             return self._metrics.measure(report)
 
-    def set_targets(self) -> None:
-        """Advantages and returns of the rollout, from rewards as they are learned from."""
+    def compute_advantages(self) -> None:
+        """Write advantages and returns of the rollout, from normalised rewards."""
         r, rewards = self._rollout, self._rollout.rewards
-        if self._rewards is not None:
-            self._rewards.update_from_rollout(rewards, r.done, r.valid, self.coefs.gamma)
-            rewards = self._rewards(rewards)
+        if self._reward_normalizer is not None:
+            self._reward_normalizer.update_from_rollout(rewards, r.done, r.valid, self.coefs.gamma)
+            rewards = self._reward_normalizer(rewards)
         elif self._sign_rewards:
             rewards = rewards.sign()
         self.rewards = rewards
@@ -107,25 +110,24 @@ class Learner:
         r.returns.copy_(returns)
 
     def update_obs_moments(self) -> None:
-        """Take the rollout into the observation moments, which the next one will see."""
-        if (normalizer := self._policy.encoder.normalizer) is not None:
-            batch = self._rollout.batch()
-            normalizer.update(batch.obs, batch.valid)
+        """Add the rollout to the observation moments, which the next rollout uses."""
+        batch = self._rollout.batch()
+        self._policy.encoder.update_moments(batch.obs, batch.valid)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Discounted returns of the open episodes, where rewards are scaled."""
-        return {} if self._rewards is None else {"carry": self._rewards.carry}
+        """Return the discounted returns of open episodes, where rewards are normalised."""
+        return {} if self._reward_normalizer is None else {"carry": self._reward_normalizer.carry}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
-        if self._rewards is not None:
-            self._rewards.carry.copy_(saved["carry"])
+        """Restore in place from `state_dict()`."""
+        if self._reward_normalizer is not None:
+            self._reward_normalizer.carry.copy_(saved["carry"])
 
     def compile(self) -> None:
-        """Compile the kernels; nothing is changed.
+        """Compile the kernels; changes no state.
 
         Raises:
-            CompileError: one of them can't be.
+            CompileError: one of them can't be compiled.
         """
         gae = self.gae
         if gae is gae_doubling:  # the loop wins where it was chosen, compiled doubling or not
@@ -134,29 +136,23 @@ class Learner:
         self.gae = gae
 
     def capture(self) -> None:
-        """Replace what a call does by a recording of it.
+        """Capture what a call does, to be replayed from then on.
 
         Raises:
-            CaptureError: it can't be recorded.
+            CaptureError: it can't be captured.
         """
         if reason := self._policy.uncompilable():
             raise CaptureError(reason)
         shuffles = self.update.generator.get_state()
         self.anneal(0.0)
-        self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is recorded
-        rewards = [] if self._rewards is None else list(self._rewards.buffers())
-        learn = capture(
-            lambda: self.learn(watched=False),
-            keep=[*self.update.state(), *self._metrics.state(), *rewards],
-            fresh=[*self.coefs, *self.update.inputs()],
-            device=self._rollout.rewards.device,
+        self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is captured
+        rewards = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
+        self._captured = capture(
+            lambda: self(watch=False),
+            keep=[*self.update.kept(), *self._metrics.kept(), *rewards],
+            fresh=[*self.coefs, *self.update.prepared()],
+            device=self.device,
         )
-
-        def replay() -> Tensor:
-            with self._clock.phase("update"):
-                return learn()
-
-        self._learn = replay
 
     def _gae_inputs(self, rewards: Tensor) -> tuple[Tensor, ...]:
         r = self._rollout

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastppo.envs.vec_env import Cuts
 from fastppo.errors import ConfigError
 from fastppo.functional.losses import Coefficients
+from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.spaces import ActionSpec, ObsSpec
@@ -87,14 +88,13 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         r = rollout
         gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
         batch = rollout.batch()
-        data = learner.fill(batch)
+        data = learner.pack(batch)
         learner.allocate(len(batch.logprobs))
         learner.scales(batch)
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
         rows = order[: max(1, len(order) // learner.n_minibatches)]
-        learner.minibatch(data, rows, coefs, rollout.advantages.new_zeros(2))
-        if (normalizer := learner.policy.encoder.normalizer) is not None:
-            normalizer.update(batch.obs)  # in float64, and so larger than what it reads
+        learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
+        learner.policy.encoder.update_moments(batch.obs, None)  # in float64, and so larger than what it reads
         highest = live.highest - storage
         del cuts  # alive until here
     statistics = n_steps * env.n_envs * _STATISTICS

@@ -1,10 +1,10 @@
-"""The figures of an iteration, measured on the device and read by the host in one transfer; episode statistics."""
+"""The metrics of an iteration, measured on the device and read by the host in one transfer; episode statistics."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -13,40 +13,38 @@ from torch import Tensor
 from fastppo.errors import EnvError
 from fastppo.functional.diagnostics import explained_variance, masked_mean
 from fastppo.ppo.rollout import Rollout
-from fastppo.ppo.update import REPORT
 from fastppo.runtime.distributed import World
 from fastppo.spaces import ActionSpec
 
 _Array = np.ndarray[Any, Any]
 
 WINDOW = 100  # episodes that means are taken over
-# What an iteration brings to the host, all of it in one transfer; then the latest episodes' returns and lengths
-_MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
-NAMES: tuple[str, ...] = (*REPORT, *_MEASURED)
+# Measured beside the update's report; they follow it in the vector, and the latest episodes follow them
+MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
 
 
 class EpisodeStats:
-    """Returns and lengths of episodes, however many rollouts they span, from raw rewards, where the rollout lies.
+    """Returns and lengths of episodes, from raw rewards, on the device of the rollout. Episodes may span rollouts.
 
     Attributes:
         recent_returns: of the last episodes, WINDOW at most, latest last.
-        recent_lengths: of the same.
+        recent_lengths: of the same episodes.
         count: episodes ended so far.
-        open: [2, N] float64, returns and lengths so far of the episodes that haven't ended.
+        open: [2, N] float64, returns and lengths so far of episodes that have not ended.
     """
 
     def __init__(self, n_envs: int, device: torch.device) -> None:
-        """For `n_envs` environments."""
+        """Start with no episode in each of `n_envs` environments."""
         self.open = torch.zeros(2, n_envs, dtype=torch.float64, device=device)
         self.recent_returns: deque[float] = deque(maxlen=WINDOW)
         self.recent_lengths: deque[int] = deque(maxlen=WINDOW)
         self.count = 0
 
     def measure(self, rewards: Tensor, done: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Take in a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward.
+        """Add a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward.
 
         Returns:
-            [3 + 3 K] float64: episodes that ended, the sums of their returns and of their lengths; then returns,
+            [3 + 3 K] float64: number of episodes that ended, sums of their returns and of their lengths; then returns,
             lengths and last steps of the latest K, latest first, NaN where there are fewer.
         """
         n_steps, n = rewards.shape
@@ -74,14 +72,14 @@ class EpisodeStats:
         return torch.cat((done.sum().double().unsqueeze(0), over.sum(1), chosen.flatten()))
 
     def add(self, count: int, latest: _Array) -> None:
-        """Remember what `measure` found: `count` episodes, and the latest [3 K]."""
+        """Add what `measure` returned: `count` episodes, and the latest [3 K]."""
         returns, lengths, _ = latest.reshape(3, -1)[:, : min(count, WINDOW)][:, ::-1]
         self.recent_returns.extend(returns.tolist())
         self.recent_lengths.extend(lengths.astype(int).tolist())
         self.count += count
 
     def latest(self, n: int) -> list[float]:
-        """Returns of the latest `n` episodes, latest last."""
+        """Return the returns of the latest `n` episodes, latest last."""
         return list(self.recent_returns)[len(self.recent_returns) - n :]
 
     @property
@@ -101,9 +99,10 @@ class EpisodeStats:
 
 
 class Metrics:
-    """Measures an iteration on the device and brings its figures to the host in one transfer.
+    """Measures an iteration on the device and brings the metrics to the host in one transfer.
 
     Attributes:
+        names: of the metrics: the update's report, then MEASURED.
         episodes: statistics of episodes.
         global_step: real environment steps so far.
     """
@@ -112,6 +111,7 @@ class Metrics:
         self,
         rollout: Rollout,
         spec: ActionSpec,
+        report_names: Sequence[str],
         *,
         world: World,
         obs_bounds: tuple[Tensor, Tensor] | None = None,
@@ -121,33 +121,36 @@ class Metrics:
         Args:
             rollout: the storage that every iteration fills.
             spec: of the actions.
+            report_names: of the values that an update reports.
             world: the ranks that train together.
             obs_bounds: lowest and highest observation [*obs] that the space allows; None: any.
         """
         self._rollout, self._world = rollout, world
+        self.names: tuple[str, ...] = (*report_names, *MEASURED)
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
         self._obs_bounds = None if obs_bounds is None else tuple(x.to(device) for x in obs_bounds)
         self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
         self.global_step = 0
+        self._latest: _Array
 
     @property
     def checks_bounds(self) -> bool:
         """Whether observations are compared with the bounds of their space."""
         return self._obs_bounds is not None
 
-    def state(self) -> list[Tensor]:
-        """What `measure` changes and the next iteration needs."""
+    def kept(self) -> list[Tensor]:
+        """List the tensors that `measure` changes and the next iteration needs."""
         return [self.episodes.open]
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps and episodes so far, those that are open among them."""
+        """Return the steps and episodes so far, open episodes included."""
         e = self.episodes
         latest = {"returns": list(e.recent_returns), "lengths": list(e.recent_lengths)}
         return {"open": e.open, "global_step": self.global_step, "episodes": e.count, **latest}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Go on from there."""
+        """Restore in place from `state_dict()`."""
         e = self.episodes
         e.open.copy_(saved["open"])
         self.global_step, e.count = int(saved["global_step"]), int(saved["episodes"])
@@ -157,10 +160,10 @@ class Metrics:
         e.recent_lengths.extend(int(x) for x in saved["lengths"])
 
     def measure(self, report: Tensor) -> Tensor:
-        """The figures of an iteration, NAMES and then the latest episodes, as one vector on the device.
+        """Measure the iteration: the values of `names`, then the latest episodes, as one float64 vector on the device.
 
         Args:
-            report: what the update told of itself.
+            report: of the update.
         """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
@@ -173,42 +176,57 @@ class Metrics:
         scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
-    def read(self, figures: Tensor) -> _Array:
-        """The one transfer of an iteration: what `measure` made, on the host, of all processes together.
+    def read(self, measured: Tensor) -> dict[str, float]:
+        """Bring what `measure` returned to the host, pooled over ranks, in the one transfer of an iteration.
+
+        Returns:
+            The metrics by name; `count` adds them to the run.
 
         Raises:
             EnvError: a reward or an observation is not finite; names the first environment and step.
         """
-        everyone: _Array = self._world.gather(figures).numpy(force=True)
-        found = everyone[0] if len(everyone) == 1 else _merge(everyone)
-        if found[NAMES.index("broken")]:
-            r, broken = self._rollout, self._broken()
-            if not broken.any():
-                raise EnvError("another process stopped: its environment returned what is not finite; see its message.")
-            t, n = broken.any(0).nonzero()[0].tolist()
-            what = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
-            raise EnvError(
-                f"{self._name(t, n, f'returned {what}')} of its run; "
-                "the model so far is saved. Mend the environment, or wrap it to replace such values."
-            )
-        return found
+        everyone: _Array = self._world.gather(measured).numpy(force=True)
+        pooled = everyone[0] if len(everyone) == 1 else merge_ranks(everyone, self.names)
+        metrics: dict[str, float] = dict(zip(self.names, pooled.tolist(), strict=False))
+        if metrics["broken"]:
+            self._raise_broken()
+        self._latest = pooled[len(self.names) :]
+        return metrics
+
+    def count(self, metrics: Mapping[str, float]) -> None:
+        """Add the steps and episodes of an iteration, as `read` returned it, to those of the run."""
+        self.global_step += int(metrics["steps"])
+        self.episodes.add(int(metrics["episodes"]), self._latest)
 
     def outside(self) -> str | None:
-        """Which environment of this process was the first in the last rollout to leave its observation space."""
+        """Describe the first environment of this rank that left its observation space in the last rollout, if any."""
         outside = self._outside()
         if not outside.any():
             return None
         t, n = outside.nonzero()[0].tolist()
-        # its steps are counted already
-        return self._name(t - len(outside), n, "returned an observation outside its observation_space")
+        # the rollout's steps are counted already
+        return self._where(t - len(outside), n, "returned an observation outside its observation_space")
 
-    def _name(self, t: int, n: int, did: str) -> str:
+    def _raise_broken(self) -> NoReturn:
+        r, broken = self._rollout, self._broken()
+        if not broken.any():
+            raise EnvError(
+                "another process stopped: its environment returned a value that is not finite; see its message."
+            )
+        t, n = broken.any(0).nonzero()[0].tolist()
+        value = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
+        raise EnvError(
+            f"{self._where(t, n, f'returned {value}')} of its run; the model so far is saved. "
+            "Fix the environment, or wrap it to replace such values."
+        )
+
+    def _where(self, t: int, n: int, did: str) -> str:
         before = self.global_step // (len(self._rollout.rewards[0]) * self._world.size)
-        where = f" of process {self._world.rank}" if self._world.size > 1 else ""
-        return f"environment {n}{where} {did} at step {before + t}"
+        rank = f" of process {self._world.rank}" if self._world.size > 1 else ""
+        return f"environment {n}{rank} {did} at step {before + t}"
 
     def _outside(self) -> Tensor:
-        """Where the observation that followed a row lies outside its space: [T, N] bool."""
+        """Where the observation after a row lies outside its space: [T, N] bool."""
         r = self._rollout
         if self._obs_bounds is None:
             return torch.zeros_like(r.done)
@@ -216,7 +234,7 @@ class Metrics:
         return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
 
     def _broken(self) -> Tensor:
-        """Where a real row's reward [0] or the observation that followed it [1] is not finite: [2, T, N] bool."""
+        """Where a real row's reward [0] or the observation after it [1] is not finite: [2, T, N] bool."""
         r = self._rollout
         rewards = ~r.rewards.isfinite() if r.valid is None else ~r.rewards.isfinite() & r.valid
         obs = (
@@ -226,25 +244,18 @@ class Metrics:
         )
         return torch.stack((rewards, obs))
 
-    def count(self, figures: _Array) -> dict[str, float]:
-        """Count the steps and episodes of an iteration; returns its figures by name, as `read` gave them."""
-        named: dict[str, float] = dict(zip(NAMES, figures.tolist(), strict=False))
-        self.global_step += int(named["steps"])
-        self.episodes.add(int(named["episodes"]), figures[len(NAMES) :])
-        return named
 
-
-def _merge(everyone: _Array) -> _Array:
-    """The figures [R, F] of R processes as those of one: counts added up, the latest episodes merged."""
-    at = NAMES.index
-    found: _Array = everyone[0].copy()
+def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
+    """Merge the measured vectors [R, F] of R ranks into one: counts are summed, the latest episodes merged."""
+    at = list(names).index
+    merged: _Array = everyone[0].copy()
     steps = everyone[:, at("steps")]
-    found[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
+    merged[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
     for name in ("broken", "outside", "steps", "episodes", "returns", "lengths"):
-        found[at(name)] = everyone[:, at(name)].sum()
-    latest = everyone[:, len(NAMES) :].reshape(len(everyone), 3, -1)
+        merged[at(name)] = everyone[:, at(name)].sum()
+    latest = everyone[:, len(names) :].reshape(len(everyone), 3, -1)
     # latest first; of one step, later environments first, as if they were all in one process
     columns = np.concatenate(list(latest[::-1]), axis=1)
     columns = columns[:, ~np.isnan(columns[2])]
     columns = columns[:, np.argsort(-columns[2], kind="stable")][:, :WINDOW]
-    return np.concatenate((found[: len(NAMES)], columns.reshape(-1)))
+    return np.concatenate((merged[: len(names)], columns.reshape(-1)))

@@ -53,7 +53,7 @@ def save_nan_dump(
     tensors = {name: x.detach().cpu().contiguous() for name, x in batch._asdict().items() if x is not None}
     tensors["orders"] = update.orders.cpu().contiguous()
     tensors |= {f"coefs.{name}": x.cpu().clone() for name, x in coefs._asdict().items()}
-    settings = {"value_clip": update.value_clip, "normalize": update.normalize}
+    settings = {**vars(update.loss), "normalize": update.normalize}
     text = json.dumps({"format": FORMAT, **settings, **about}, indent=2)
     files = model_files(snapshot(models), spec, {})
     files |= {"batch.safetensors": safetensors.torch.save(tensors), "capsule.json": text.encode()}

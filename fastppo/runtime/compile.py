@@ -1,8 +1,10 @@
-"""A tensor function as compiled code: same arguments, same results within rounding, another cost.
+"""Compile a function of tensors for fixed shapes.
 
 The function is traced to one graph of tensor operations (`make_fx`), which goes to Inductor as it is. torch.compile
-itself would do the same with guards that are checked at each call, 100-300 us that a small update doesn't have; here
-the shapes are fixed, so nothing is checked and nothing can be recompiled.
+would do the same with guards that are checked at each call, 100-300 us that a small update doesn't have; here the
+shapes are fixed, so nothing is checked again and nothing can be recompiled.
+
+Arguments and results are trees: tensors, None, and tuples of trees, so that NamedTuples keep their names.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,58 +24,89 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fastppo.errors import first_line
+
 aten = torch.ops.aten
-compilations = 0  # of this process
+compilations = 0  # in this process
 
 
 class CompileError(Exception):
     """A function that can't be compiled here; the text says why."""
 
 
-def compile_graph(fn: Callable[..., Any], example: Sequence[Tensor]) -> Callable[..., Any]:
-    """`fn` compiled for tensors of the shapes, strides, dtypes and device of `example`, and for no others.
+def compile_graph(fn: Callable[..., Any], example: Sequence[Any]) -> Callable[..., Any]:
+    """Compile `fn` for arguments with the shapes, strides, dtypes and device of `example`, and for no others.
 
-    Asks of fn: tensors in, tensors out (or changed in place), no host reads, no randomness. It is traced with shapes
-    alone, so nothing in `example` is read or changed. What fn reaches other than by its arguments is frozen.
+    `fn` must take and return trees of tensors (or change tensors in place), read nothing on the host and draw no random
+    numbers. It is traced with shapes alone, so nothing in `example` is read or changed. Tensors that `fn` reaches
+    other than by its arguments become constants.
+
+    Args:
+        fn: takes as many positional arguments as `example` has.
+        example: one tree for each argument.
 
     Raises:
-        CompileError: no compiler, or an operation that can't be traced or compiled.
+        CompileError: there is no compiler, or an operation can't be traced or compiled.
     """
     global compilations
-    cpu = all(x.device.type == "cpu" for x in example)
+    flat = flatten(example)
+    cpu = all(x.device.type == "cpu" for x in flat)
     if cpu and (missing := _missing_compiler()):
         raise CompileError(missing)
+    result: list[Any] = []  # the tree that fn returned while it was traced
+
+    def on_flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        result[:] = [fn(*_rebuild(tuple(example), iter(tensors)))]
+        return tuple(flatten(result))
+
     with torch.no_grad():
         try:
-            graph = make_fx(fn, tracing_mode="fake", _allow_non_fake_inputs=True)(*example)
+            graph = make_fx(on_flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
             rational_tanh(graph)
             for node in graph.graph.nodes:
-                node.meta.clear()  # shapes of the tracer's own, which Inductor infers again
-            # fake tensors with an environment for shapes are what Inductor's cache on disk asks for
+                node.meta.clear()  # the tracer's shapes, which Inductor infers again
+            # Inductor's cache on disk asks for fake tensors with a shape environment
             fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_non_fake_inputs=True)
-            # its other cache can't take a graph from make_fx, and says so with a traceback
+            # its other cache can't take a graph from make_fx, and prints a traceback about it
             with tracing(TracingContext(fake)), torch._functorch.config.patch(enable_autograd_cache=False):
-                # a C++ caller instead of Python's: a third of a small update
-                compiled = torch._inductor.compile(graph, list(example), options={"cpp_wrapper": cpu})
+                # a C++ caller instead of Python's saves a third of a small update
+                compiled = torch._inductor.compile(graph, [*flat], options={"cpp_wrapper": cpu})
         except Exception as error:
-            text = str(error).strip().splitlines()
-            raise CompileError(f"{type(error).__name__}: {text[0] if text else ''}") from error
+            raise CompileError(f"{type(error).__name__}: {first_line(error)}") from error
     compilations += 1
-    shapes = [(x.shape, x.dtype) for x in example]
+    shapes = [(x.shape, x.dtype) for x in flat]
 
-    def checked(*tensors: Tensor) -> Any:  # noqa: ANN401 - what fn returns
+    def call(*arguments: Any) -> Any:  # noqa: ANN401 - trees
+        tensors = flatten(arguments)
         assert [(x.shape, x.dtype) for x in tensors] == shapes, "compiled for other shapes"
-        return compiled(*tensors)
+        return _rebuild(result[0], iter(compiled(*tensors)))
 
-    return checked
+    return call
+
+
+def flatten(tree: Any) -> list[Tensor]:  # noqa: ANN401 - a tree
+    """List the tensors of a tree, depth first."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return [] if tree is None else [x for part in tree for x in flatten(part)]
+
+
+def _rebuild(like: Any, tensors: Iterator[Tensor]) -> Any:  # noqa: ANN401 - trees
+    """Return a tree of the structure of `like` with the next of `tensors` as its leaves."""
+    if isinstance(like, Tensor):
+        return next(tensors)
+    if like is None:
+        return None
+    parts = [_rebuild(part, tensors) for part in like]
+    return type(like)(*parts) if hasattr(like, "_fields") else tuple(parts)
 
 
 def worth_compiling(minibatches: int) -> tuple[bool, str]:
     """Whether compiling the update pays within a run with `minibatches` ahead, and why.
 
-    From figures of two CPU cores (benchmarks/update.py), not from a clock, so that a run can be repeated: a small
-    minibatch loses 2.5 ms of its 3.5 when compiled, larger ones more; compiling costs 10-20 s, a third of that when
-    its result lies on disk already.
+    Decided from figures of two CPU cores (benchmarks/update.py), not from a clock, so that a run can be repeated:
+    compiling saves a small minibatch 2.5 of its 3.5 ms, larger ones more; it costs 10-20 s, a third of that when the
+    result is on disk already.
     """
     saved = minibatches * 2.5e-3
     verdict = f"{minibatches:,} minibatches ahead: compiling saves about {saved:,.0f} s and costs 10-20 s"
@@ -94,7 +127,7 @@ _EDGE = 7.90531110763549805
 
 
 def rational_tanh(graph: fx.GraphModule) -> None:
-    """Replace float32 tanh on the CPU by a quotient of polynomials, a third of the cost of Inductor's.
+    """Replace float32 tanh on the CPU by a quotient of polynomials, at a third of the cost of Inductor's.
 
     Gradients are in the graph already, as functions of the result.
     """

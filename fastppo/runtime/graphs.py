@@ -1,12 +1,12 @@
-"""Work over static tensors, recorded once and replayed: CUDA graphs, and the same contract kept on the CPU.
+"""Capture work over static tensors and replay it: CUDA graphs, and the same contract on the CPU.
 
-A replay repeats tensor operations at the addresses they were recorded at. Python is not run again, so what is recorded
-must decide nothing on the host, read nothing back to it, and draw no random numbers; everything that changes between
-replays is written into tensors beforehand.
+A replay repeats tensor operations at the addresses that were captured. Python doesn't run again, so captured work must
+decide nothing on the host, read nothing back and draw no random numbers; whatever changes between replays is written
+into tensors beforehand.
 
-On the CPU a recording is the list of operations that the function made (`make_fx`), run anew. It gains no time. It is
-there so that a function that would break under CUDA breaks in a test on any machine: host reads are refused, Python
-is not run again, and `fresh` tensors are spoilt after each replay, so that one that wasn't written again shows as NaN.
+On the CPU a capture is the list of operations that the function made (`make_fx`). Replaying it brings no speed-up; it
+lets a test on any machine find what would break under CUDA: host reads are refused, Python doesn't run again, and
+`fresh` tensors are spoilt after each replay, so that one that isn't written again shows as NaN.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastppo.errors import CaptureError
+from fastppo.errors import CaptureError, first_line
 
 Result = TypeVar("Result")
 _WARM_UP = 3  # runs before a capture: libraries and Inductor choose algorithms and allocate in the first ones
@@ -28,25 +28,24 @@ _WARM_UP = 3  # runs before a capture: libraries and Inductor choose algorithms 
 def capture(
     work: Callable[[], Result], *, keep: Iterable[Tensor], fresh: Iterable[Tensor], device: torch.device
 ) -> Callable[[], Result]:
-    """`work` as a recording; calling that repeats it and returns the same tensors, with new contents.
+    """Capture `work`; returns a function that replays it and returns the same tensors with new contents.
 
     Args:
         work: reads and writes tensors that stay where they are; returns tensors, or None.
-        keep: tensors that `work` changes and that must not be changed by recording.
-        fresh: tensors that will be written anew before each replay.
-        device: where all of it happens.
+        keep: tensors that `work` changes and that capturing must leave unchanged.
+        fresh: tensors that are written before each replay.
+        device: of all tensors.
 
     Raises:
-        CaptureError: it reads back to the host, or does what can't be recorded.
+        CaptureError: `work` reads back to the host, or does something else that can't be captured.
     """
     kept = [(tensor, tensor.clone()) for tensor in keep]
     try:
         with torch.no_grad():
             return _on_cuda(work) if device.type == "cuda" else _on_cpu(work, list(fresh))
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(
-            f"it can't be recorded as a graph ({first.strip()}); a network must not look at values on the host "
+            f"it can't be captured as a graph ({first_line(error)}); a network must not look at values on the host "
             "(.item(), .cpu(), if tensor: ...) or make tensors from Python numbers on another device."
         ) from error
     finally:
@@ -74,15 +73,15 @@ def _on_cuda(work: Callable[[], Result]) -> Callable[[], Result]:
 
 def _on_cpu(work: Callable[[], Result], fresh: list[Tensor]) -> Callable[[], Result]:
     with _Strict():  # type: ignore[no-untyped-call]
-        recording = make_fx(lambda: work())()  # a plain function: it looks at the signature
+        operations = make_fx(lambda: work())()  # a plain function: make_fx reads the signature
     out: list[Result] = []
 
     def replay() -> Result:
         with torch.no_grad():
-            result = recording()
+            result = operations()
         if not out:
             out.append(result)
-        elif isinstance(result, Tensor):  # as a graph: at the same address each time
+        elif isinstance(result, Tensor):  # like a graph, at the same address each time
             out[0].copy_(result)  # type: ignore[attr-defined]
         for tensor in fresh:
             tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
@@ -94,7 +93,7 @@ def _on_cpu(work: Callable[[], Result], fresh: list[Tensor]) -> Callable[[], Res
 class _Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses what CUDA refuses in a capture, or would freeze: results of unknown size, constants, random numbers.
 
-    Not seen: .tolist() and .numpy(), which go past torch's dispatcher.
+    It does not see .tolist() and .numpy(), which bypass torch's dispatcher.
     """
 
     def __torch_dispatch__(
@@ -106,17 +105,17 @@ class _Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:  # noqa: ANN401 - what it returns
         name = func.name().removeprefix("aten::").split(".")[0]
         if torch.Tag.dynamic_output_shape in func.tags and not _plain_index(args):
-            raise RuntimeError(f"{name} gives a result whose size only the values tell")
+            raise RuntimeError(f"the size of the result of {name} depends on values")
         if torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError(f"{name} reads values on the host")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise RuntimeError(f"{name} draws random numbers")
         if name == "lift_fresh":
-            raise RuntimeError("torch.tensor(...) makes a constant on the host; make it before, or by torch.full")
+            raise RuntimeError("torch.tensor(...) makes a constant on the host; make it beforehand, or with torch.full")
         return func(*args, **(kwargs or {}))
 
 
 def _plain_index(args: Sequence[Any]) -> bool:
-    """Whether the arguments are those of indexing without masks, whose result has the size of the indices."""
+    """Whether the arguments index without masks, so that the result has the size of the indices."""
     indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
     return indices is not None and all(x is None or x.dtype not in (torch.bool, torch.uint8) for x in indices)

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.functional.adam import adam_init, adam_step, clip_by_norm
+from fastppo.functional.adam import adam_init, adam_step
 from fastppo.functional.moments import Moments, merge_moments, moments_of
+from fastppo.functional.optimizer import clip_by_norm
 from fastppo.functional.schedules import scheduled
 
 

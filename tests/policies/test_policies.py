@@ -5,9 +5,10 @@ from torch import nn
 
 from fastppo.errors import ConfigError
 from fastppo.functional.distributions import Categorical
+from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import ObsNormalizer, RewardNormalizer
-from fastppo.policies.policy import Encoder, Policy
+from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec, default_network
 from fastppo.spaces import ActionSpec, ObsSpec
 
@@ -43,7 +44,7 @@ def test_the_nature_cnn_has_cleanrls_layers_for_either_order_of_channels():
     for shape in ((4, 84, 84), (84, 84, 4)):
         policy = spec(spaces.Box(0, 255, shape, "uint8"), spaces.Discrete(6)).build()
         assert sum(p.numel() for p in policy.network.parameters()) == 1_687_719
-        params, values = policy(torch.randint(0, 256, (5, *shape), dtype=torch.uint8))
+        params, values, _ = policy(torch.randint(0, 256, (5, *shape), dtype=torch.uint8))
         assert params.shape == (5, 6)
         assert values.shape == (5,)
 
@@ -79,7 +80,7 @@ def test_any_width_depth_and_activation(activation):
 
 def test_a_gaussian_starts_with_unit_deviation_that_does_not_depend_on_the_state():
     policy = spec(action=spaces.Box(-1, 1, (2,))).build()
-    params, _ = policy(torch.randn(9, 3))
+    params = policy(torch.randn(9, 3)).params
     assert not params[:, 2:].any()
     assert policy.network.actor.log_std.requires_grad
 

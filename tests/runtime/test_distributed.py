@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.ppo.metrics import NAMES, _merge
+from fastppo.ppo.metrics import MEASURED, merge_ranks
 from fastppo.runs.run_dir import appears
 
 TRAIN = """
@@ -148,6 +148,9 @@ def test_half_of_torchruns_variables_is_one_line(tmp_path):
     )
 
 
+NAMES = ("policy_loss", *MEASURED)
+
+
 def test_figures_of_processes_are_merged():
     at = NAMES.index
     rows = np.zeros((2, len(NAMES) + 6))
@@ -155,7 +158,7 @@ def test_figures_of_processes_are_merged():
     rows[:, at("episodes")], rows[:, at("returns")], rows[:, at("broken")] = (2, 1), (3.0, 9.0), (0, 1)
     rows[0, len(NAMES) :] = [1, 2, 10, 20, 7, 3]  # returns, lengths, steps at which they ended: latest first
     rows[1, len(NAMES) :] = [9, np.nan, 90, np.nan, 5, np.nan]
-    merged = _merge(rows)
+    merged = merge_ranks(rows, NAMES)
     assert [merged[at(n)] for n in ("steps", "clipped_actions", "episodes", "returns", "broken")] == [40, 0.2, 3, 12, 1]
     assert merged[len(NAMES) :].tolist() == [1, 9, 2, 10, 90, 20, 7, 5, 3], "none is lost, latest first"
 
@@ -163,7 +166,7 @@ def test_figures_of_processes_are_merged():
 def test_episodes_that_end_together_come_from_every_process():
     latest = [np.stack((np.full(100, 10.0 * rank), np.ones(100), np.repeat([7.0, 6.0], 50))) for rank in (1, 2)]
     rows = np.stack([np.concatenate((np.ones(len(NAMES)), x.reshape(-1))) for x in latest])
-    returns, _, steps = _merge(rows)[len(NAMES) :].reshape(3, -1)
+    returns, _, steps = merge_ranks(rows, NAMES)[len(NAMES) :].reshape(3, -1)
     assert sorted(set(returns)) == [10, 20]
     assert set(steps) == {7}
     assert len(returns) == 100

@@ -62,7 +62,7 @@ def test_inputs_that_are_not_written_again_show():
 )
 def test_reading_back_is_refused_with_what_to_change(work):
     x = torch.ones(2)
-    with pytest.raises(CaptureError, match=r"can't be recorded as a graph \(.*\); a network must not look at values"):
+    with pytest.raises(CaptureError, match=r"can't be captured as a graph \(.*\); a network must not look at values"):
         capture(lambda: work(x), keep=[x], fresh=[], device=CPU)
     assert x.tolist() == [1, 1]
 
@@ -129,7 +129,7 @@ def test_decisions_for_host_environments_are_recorded_too(tmp_path, halves):
     for compile in ("off", "graph"):
         changes = {"run_dir": tmp_path / compile, "compile": compile, "activation": "elu", "n_envs": 4, **pool}
         trainer = Trainer(short(tmp_path, **changes), make_env=Counter)
-        assert all((actor._recording is not None) == (compile == "graph") for actor in trainer.collect.actors)
+        assert all((actor._replay is not None) == (compile == "graph") for actor in trainer.collect.actors)
         trainer.run()
         runs.append(trainer)
     eager, graph = (run.rollout for run in runs)

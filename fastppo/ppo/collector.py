@@ -1,0 +1,234 @@
+"""Collecting: the loop that fills a rollout by T steps of a policy in N environments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastppo.envs.vec_env import VecEnv
+from fastppo.policies.actors import fill_values_and_logprobs, make_actor
+from fastppo.policies.policy import Policy
+from fastppo.ppo.rollout import Rollout
+from fastppo.runtime.clock import Clock
+from fastppo.runtime.graphs import capture
+
+
+class FinalValues:
+    """V of the final observations of truncated episodes, by critic calls of one fixed shape.
+
+    Observations gather in a preallocated block; the critic is called when it is full, and once at the end.
+    """
+
+    def __init__(self, rollout: Rollout, value: Callable[[Tensor], Tensor]) -> None:
+        """Gather in `rollout.final_obs`, evaluate with `value`, write into `rollout.next_values`."""
+        self._rollout = rollout
+        self._value = value
+        self._rows: list[tuple[int, int]] = []
+
+    def add(self, t: int, truncated: Sequence[int], final_obs: Tensor) -> None:
+        """Add the environments that step t truncated; their final observations are those rows of `final_obs` [N]."""
+        for i in truncated:
+            self._rollout.final_obs[len(self._rows)].copy_(final_obs[i])
+            self._rows.append((t, i))
+            if len(self._rows) == len(self._rollout.final_obs):
+                self.flush()
+
+    def flush(self) -> None:
+        """Evaluate the block and empty it."""
+        if self._rows:
+            values = self._value(self._rollout.final_obs)
+            t, i = torch.tensor(self._rows, device=values.device).unbind(1)
+            self._rollout.next_values[t, i] = values[: len(self._rows)]
+            self._rows.clear()
+
+
+class ActingCopy:
+    """Acting on one device for learning on another: the policy is copied before a rollout, the rollout after it.
+
+    A step of a small network on the CPU costs less than the way to a GPU and back.
+    """
+
+    # each side has these of its own
+    _NOT_COPIED = ("advantages", "returns", "noise", "final_obs")
+
+    def __init__(self, acting: Policy, here: Rollout, learning: Policy, there: Rollout) -> None:
+        """`acting` fills `here`; `learning` learns from `there`."""
+        self._acting, self._learning = acting, learning
+        self._there = {name: x for name, x in there.tensors().items() if name not in self._NOT_COPIED}
+        self._here = here.tensors()
+        if there.rewards.device.type == "cuda":
+            self._here = {name: x.pin_memory() if name in self._there else x for name, x in self._here.items()}
+            for name, x in self._here.items():
+                setattr(here, name, x)
+
+    def fetch_policy(self) -> None:
+        """Copy the learning policy's parameters and moments to the acting one."""
+        with torch.no_grad():
+            pairs = zip(self._acting.state_dict().values(), self._learning.state_dict().values(), strict=True)
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
+
+    def send_rollout(self) -> None:
+        """Copy the rollout to where it is learned from."""
+        for name, there in self._there.items():
+            there.copy_(self._here[name], non_blocking=True)
+
+
+class Collector:
+    """Fills a rollout by T steps of a policy in N environments.
+
+    Attributes:
+        rollout: the storage.
+        actors: one for each group of environments.
+        roll: takes the steps; `capture` replaces it by a replay of them.
+    """
+
+    def __init__(
+        self,
+        env: VecEnv,
+        policy: Policy,
+        rollout: Rollout,
+        generator: torch.Generator,
+        clock: Clock,
+        *,
+        torch_only: bool = False,
+        acting_copy: ActingCopy | None = None,
+    ) -> None:
+        """Bind the environment, and an actor for each of its groups, to the storage.
+
+        Args:
+            env: the environments.
+            policy: that acts.
+            rollout: the storage.
+            generator: draws the noise of actions.
+            clock: times the phases.
+            torch_only: act by torch operations alone, so that `capture` can capture whole rollouts.
+            acting_copy: copies policy and rollout where learning happens on another device.
+        """
+        self._acting_copy = acting_copy
+        r = self.rollout = rollout
+        self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
+        env.attach(r.transitions())
+        self._decisions = r.decisions()
+        self._final_values = FinalValues(r, policy.value)
+        self.actors = [
+            make_actor(policy, self._decisions.of_group(group), torch_only=torch_only) for group in env.groups
+        ]
+        self.roll: Callable[[], None] = self._roll
+
+    def __call__(self) -> None:
+        """Collect a rollout, from the observations in row T of the one before.
+
+        Afterwards every tensor but advantages and returns holds this rollout's values. next_values is V of the true
+        successor of each row: of the final observation where an episode was truncated, of the next row otherwise. With
+        next-step autoreset the next row is that final observation already.
+
+        While one group of environments steps, the policy acts on the next.
+        """
+        with self._clock.phase("act"):
+            if self._acting_copy is not None:
+                self._acting_copy.fetch_policy()
+            self.prepare()
+        self.roll()
+        if self._acting_copy is not None:
+            with self._clock.phase("store"):
+                self._acting_copy.send_rollout()
+
+    def prepare(self) -> None:
+        """Draw the rollout's noise and give the actors the policy as it is now."""
+        self._policy.distribution.fill_noise(self.rollout.noise, self._generator)
+        for actor in self.actors:
+            actor.begin()
+
+    def _roll(self) -> None:
+        r, env = self.rollout, self._env
+        acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
+        n_steps = len(r.rewards)
+        with acting:
+            r.obs[0].copy_(r.obs[-1])
+            if env.cuts is not None:
+                env.cuts.clear(n_steps)
+        for t in range(n_steps + 1):
+            for group, actor in enumerate(self.actors):
+                if t > 0:
+                    with stepping:
+                        env.wait(group)
+                    with storing:
+                        truncated = env.store(t - 1, group)
+                    if truncated:
+                        with acting:
+                            self._final_values.add(t - 1, truncated, env.final_obs)
+                if t < n_steps:
+                    with acting:
+                        actor.act(t)
+                    with stepping:
+                        env.send(t, group)
+        with acting:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Fill in what acting left out of the rollout, and the values of the true successors."""
+        r = self.rollout
+        if not self.actors[0].complete:
+            fill_values_and_logprobs(self._policy, self._decisions)
+        if (cuts := self._env.cuts) is None:
+            self._final_values.flush()
+        elif self._env.state is None:  # nothing is captured, so the host may read which episodes were truncated
+            k, n = (cuts.steps < len(r.rewards)).nonzero(as_tuple=True)
+            if len(k):
+                r.next_values[cuts.steps[k, n], n] = self._policy.value(cuts.obs[k, n])
+        elif len(cuts.steps):
+            values = self._policy.value(cuts.obs.flatten(0, 1)).view(cuts.steps.shape)
+            # one row more, for those that were not truncated
+            padded = torch.cat((r.next_values, r.next_values[:1]))
+            r.next_values.copy_(padded.scatter(0, cuts.steps, values)[:-1])
+        last_values = self._policy.value(r.obs[-1])
+        torch.logical_or(r.terminated, r.truncated, out=r.done)
+        successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
+        if r.valid is None:
+            successors = torch.where(r.truncated & ~r.terminated, r.next_values, successors)
+        r.next_values.copy_(successors)
+
+    def compile(self) -> None:
+        """Compile acting, on the CPU.
+
+        Raises:
+            CompileError: an actor can't be compiled.
+        """
+        if self.rollout.rewards.device.type == "cpu":
+            for actor in self.actors:
+                actor.compile()
+
+    def capture(self) -> None:
+        """Capture the whole rollout where the environment can be captured, else the policy's steps alone.
+
+        Raises:
+            CaptureError: it can't be captured.
+        """
+        r, env = self.rollout, self._env
+        device = r.rewards.device
+        if env.state is None:
+            for actor in self.actors:
+                actor.capture(device)
+            return
+        roll = capture(self._roll, keep=[*env.state.values(), r.obs[-1]], fresh=[r.noise], device=device)
+
+        def replay() -> None:
+            with self._clock.phase("rollout"):
+                roll()
+
+        self.roll = replay
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the observations to act on next, the policy's state and the random stream of the noise."""
+        states = {f"state{i}": x for i, x in enumerate(self.rollout.state)}
+        return {"obs": self.rollout.obs[-1], "noise": self._generator.get_state(), **states}
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """Restore in place from `state_dict()`."""
+        self.rollout.obs[-1].copy_(saved["obs"])
+        for i, x in enumerate(self.rollout.state):
+            x.copy_(saved[f"state{i}"])
+        self._generator.set_state(saved["noise"].cpu())
