@@ -25,10 +25,10 @@ def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> 
     """Print rows as a Markdown table and all of it as one line of JSON; write that to `output` too."""
     import torch
 
-    from fastppo.runs.run_dir import surroundings
+    from fastppo.runs.system_info import system_info
 
     print(table(rows))
-    about = surroundings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    about = system_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     kept = {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit", "command")}
     kept["command"] = [Path(word).name if word.startswith("/") else word for word in about["command"]]
     result = {"rows": list(rows), **more, **kept}

@@ -79,7 +79,7 @@ def main(options: Options) -> None:
 
 
 def compare(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    from fastppo.runs.run_dir import surroundings
+    from fastppo.runs.system_info import system_info
 
     runs: list[dict[str, Any]] = []
     for n in sizes:
@@ -94,7 +94,7 @@ def compare(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
                 print(f"n_envs {n}  round {i}  {name:22} {runs[-1]['sps']:9,.0f} steps/s", flush=True)
     import torch
 
-    about = surroundings(torch.device("cpu"))
+    about = system_info(torch.device("cpu"))
     kept = {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit")}
     setting = {"env_id": "CartPole-v1", "n_steps": T, "update_epochs": EPOCHS, "n_minibatches": MINIBATCHES}
     return {"setting": setting, "iterations": ITERATIONS, "warm_up": WARM_UP, "runs": runs, **kept}

@@ -34,7 +34,7 @@ from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.presets import TUNED
-from fastppo.runs.checkpoint import load_model, read_spec
+from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling

@@ -1,4 +1,4 @@
-"""Going on with a run that was interrupted, or that has more to do."""
+"""Resuming a run that was interrupted, or training it for more steps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from torch import nn
 from fastppo.config import Config
 from fastppo.envs.registry import Maker
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint, read_spec, read_state, tidy
+from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
+from fastppo.runs.open_run import open_run, read_config
 from fastppo.runs.run_dir import RunLock, find_run
+from fastppo.runtime.console import print_line
 from fastppo.trainer import Trainer
 
-# What "auto", or nothing, leaves to a measurement: a resumed run keeps what was found
+# Settings that "auto" or None leave to a measurement: a resumed run keeps the values that were measured first
 _MEASURED = ("vectorization", "compile", "threads", "act_device", "device", "network")
 
 
@@ -30,76 +32,70 @@ def resume(
     console: Console | None = None,
     allow_import: bool = False,
 ) -> Trainer:
-    """A trainer that goes on from the newest whole checkpoint of a run, in its folder.
+    """Return a trainer that continues a run in its folder, from its newest intact checkpoint.
 
     Args:
         run: the run folder.
-        total_timesteps: how many in all; None: as planned. Schedules stretch over the new plan.
-        make_env: makes one environment, where the run's came from Python.
-        policy: your own network, where the run trained one.
-        console: where progress goes; None for silence.
-        allow_import: the run's env id names a module that may be imported.
+        total_timesteps: environment steps in total; None: as planned. Schedules stretch over the new total.
+        make_env: makes one environment; needed if the run used a `make_env`.
+        policy: your own network; needed if the run trained one.
+        console: where progress is printed; None prints nothing.
+        allow_import: allow an env id that names a module to import.
 
     Raises:
-        FinishedError: it has run all of its steps.
+        FinishedError: the run has taken all of its steps.
         CheckpointError: no checkpoint can be used.
         ConfigError, EnvError: see their texts.
     """
     run_dir = Path(run)
     if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir} is no folder; name a run folder, as train prints it.")
-    _settle_folder(run_dir)
+        raise CheckpointError(f"{run_dir} is not a folder; name a run folder, as train prints it.")
+    _clean_up_unless_locked(run_dir)
     path, problems = newest_checkpoint(run_dir)
-    config = saved_config(path)
-    _, about = read_spec(path)
-    if ":" in config.env_id and make_env is None and not allow_import:
-        raise ConfigError(f"{run_dir} trains on {config.env_id}, which imports code; repeat with --allow-import.")
-    if about.get("make_env") and make_env is None:
-        raise ConfigError(
-            f"{run_dir} trains on {about.get('env')} from make_env; resume it with resume(..., make_env=...)."
-        )
+    config = open_run(path, make_env, allow_import)
     changes: dict[str, Any] = {"run_dir": run_dir, "init_from": None}
     if total_timesteps is not None:
         changes["total_timesteps"] = total_timesteps
-    return _go_on(dataclasses.replace(config, **changes), path, problems, console, make_env, policy)
+    return _resume_from(dataclasses.replace(config, **changes), path, problems, console, make_env, policy)
 
 
-def _settle_folder(run_dir: Path) -> None:
-    """Put right what a process that was killed in the middle of a save left, unless another trains there."""
+def resumable_run(config: Config) -> Path | None:
+    """Return the run folder that `resume="auto"` continues; None if there is none, so that a new run begins."""
+    run_dir = config.run_dir or find_run(config.env_id.rpartition(":")[2], config.name, config.seed)
+    if run_dir is not None:
+        _clean_up_unless_locked(run_dir)
+    return run_dir if run_dir is not None and list_checkpoints(run_dir) else None
+
+
+def continue_run(config: Config, run_dir: Path, console: Console | None = None) -> Trainer:
+    """Return a trainer that continues `run_dir` with the settings `config`, keeping what was measured there.
+
+    Raises:
+        FinishedError: the run has taken all of its steps.
+        CheckpointError: no checkpoint can be used, or the run has other settings.
+    """
+    path, problems = newest_checkpoint(run_dir)
+    before = read_config(path)
+    measured = {name: getattr(before, name) for name in _MEASURED if getattr(config, name) in (None, "auto")}
+    if config.vectorization == "auto":
+        measured |= {"workers": before.workers, "half_batches": before.half_batches}
+    config = dataclasses.replace(config, **measured, run_dir=run_dir, init_from=None)
+    return _resume_from(config, path, problems, console)
+
+
+def _clean_up_unless_locked(run_dir: Path) -> None:
+    """Remove what a process killed during a save left behind, unless another process trains there."""
     if not (run_dir / "checkpoints").is_dir():
         return
     with contextlib.suppress(ConfigError, OSError):
         lock = RunLock(run_dir)
         try:
-            tidy(run_dir)
+            clean_up(run_dir)
         finally:
             lock.release()
 
 
-def resumable_run(config: Config) -> Path | None:
-    """The run folder that `resume="auto"` goes on with; None: there is none, so begin."""
-    run_dir = config.run_dir or find_run(config.env_id.rpartition(":")[2], config.name, config.seed)
-    if run_dir is not None:
-        _settle_folder(run_dir)
-    return run_dir if run_dir is not None and list_checkpoints(run_dir) else None
-
-
-def continue_run(config: Config, run_dir: Path, console: Console | None = None) -> Trainer:
-    """A trainer with the settings `config` that goes on with `run_dir`; what was measured there is taken from there.
-
-    Raises:
-        FinishedError: it has run all of its steps.
-        CheckpointError: no checkpoint can be used, or it is of a run with other settings.
-    """
-    path, problems = newest_checkpoint(run_dir)
-    before = saved_config(path)
-    measured = {name: getattr(before, name) for name in _MEASURED if getattr(config, name) in (None, "auto")}
-    if config.vectorization == "auto":
-        measured |= {"workers": before.workers, "half_batches": before.half_batches}
-    return _go_on(dataclasses.replace(config, **measured, run_dir=run_dir, init_from=None), path, problems, console)
-
-
-def _go_on(
+def _resume_from(
     config: Config,
     path: Path,
     problems: list[str],
@@ -107,22 +103,6 @@ def _go_on(
     make_env: Maker | None = None,
     policy: nn.Module | None = None,
 ) -> Trainer:
-    if console is not None:
-        for problem in problems:
-            text = f"warning: {problem} Going on from {path.name}."
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+    for problem in problems:
+        print_line(console, f"warning: {problem} Resuming from {path.name}.")
     return Trainer(config, make_env, policy, console, resume_from=path)
-
-
-def saved_config(checkpoint: Path) -> Config:
-    """The settings of the run that a checkpoint is of.
-
-    Raises:
-        CheckpointError: they can't be understood.
-    """
-    found = read_state(checkpoint, 0)
-    assert found is not None, "verified"
-    try:
-        return Config.from_dict(found[1]["config"], str(checkpoint))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{checkpoint} says nothing of its settings ({type(error).__name__}).") from None

@@ -40,11 +40,14 @@ from fastppo.monitoring.stats import Statistics, Stats
 from fastppo.monitoring.update_samples import UpdateSample, UpdateSampler
 from fastppo.ppo.learner import Learner
 from fastppo.ppo.metrics import Metrics
-from fastppo.runs.checkpoint import model_files, save_model, snapshot, state_files, tidy
+from fastppo.runs.checkpoint import clean_up
 from fastppo.runs.checkpoint_writer import CheckpointWriter
+from fastppo.runs.model_files import model_files, save_model
 from fastppo.runs.nan_dump import save_nan_dump
-from fastppo.runs.restore import Part, Progress, about_run, restore
-from fastppo.runs.run_dir import RunLock, appears, create_run_dir, surroundings, versions, write_json
+from fastppo.runs.restore import Part, Progress, restore, run_metadata
+from fastppo.runs.run_dir import RunLock, create_run_dir, wait_for_folder
+from fastppo.runs.state_files import snapshot, state_files
+from fastppo.runs.system_info import system_info, versions
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import (
@@ -56,6 +59,7 @@ from fastppo.runtime.device import (
     set_threads,
 )
 from fastppo.runtime.distributed import join_world
+from fastppo.runtime.files import write_json
 from fastppo.runtime.preflight import check_disk
 from fastppo.runtime.signals import StopSignals
 
@@ -184,13 +188,13 @@ class Trainer:
             undo.callback(self.periodic.close)
             if resume_from is None:
                 self.run_dir = self.world.shared(
-                    lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, again=c.resume == "auto")
+                    lambda: create_run_dir(c.run_dir, self.env_name, c.name, c.seed, begin_again=c.resume == "auto")
                 )
             else:
                 self.run_dir = resume_from.parents[1]
             self._lock: RunLock | None = None
             self.world.shared(self._take_lock)
-            if not appears(self.run_dir):
+            if not wait_for_folder(self.run_dir):
                 raise ConfigError(
                     f"run_dir={self.run_dir} was made by process 0 and can't be seen by process {self.world.rank}: "
                     "machines that train together need one folder that all of them see."
@@ -271,7 +275,7 @@ class Trainer:
     def _restore(self, path: Path) -> None:
         goes_on, notes = restore(
             path,
-            about_run(self.config, self.env, self.world, versions(), machine_name()),
+            run_metadata(self.config, self.env, self.world, versions(), machine_name()),
             spec=self.spec,
             models=self.models,
             parts=self._parts,
@@ -279,7 +283,7 @@ class Trainer:
             obs=self.collect.rollout.obs[-1],
             world=self.world,
         )
-        self.periodic.seen = self.metrics.global_step
+        self.periodic.last_step = self.metrics.global_step
         self.notes += notes
         if self.config.exact_resume and not goes_on:
             raise CheckpointError(f"exact_resume: {notes[0]}")
@@ -305,11 +309,11 @@ class Trainer:
         )
         if not self.world.is_main:
             return
-        tidy(self.run_dir, self.metrics.global_step if self._resumed else None)
+        clean_up(self.run_dir, self.metrics.global_step if self._resumed else None)
         write_json(self.run_dir / "config.json", c.to_dict())
         write_json(
             self.run_dir / "run.json",
-            surroundings(self.device)
+            system_info(self.device)
             | {"notes": self.notes, "memory_plan": dataclasses.asdict(self.memory), "processes": self.world.size}
             | {"action_size": self.env.action_spec.dimensions},
         )
@@ -359,7 +363,7 @@ class Trainer:
                 self.collect()
                 self._doing = "update"
                 sample_now = self._sampler.due(progress.iteration + 1)
-                measured = self.learner(on_epoch=self._sampler.record_ratios if sample_now else None)
+                measured = self.learner(on_epoch=self._sampler.measure if sample_now else None)
                 with self.clock.phase("update"):
                     metrics = self.metrics.read(measured)
                     self._stop_what_skips(metrics)
@@ -473,7 +477,7 @@ class Trainer:
 
     def _save_checkpoint(self, best: bool = False, *, env_lost: bool = False) -> None:
         """Copy the run's state, and have it written."""
-        about = about_run(self.config, self.env, self.world, versions(), machine_name())
+        about = run_metadata(self.config, self.env, self.world, versions(), machine_name())
         if env_lost:
             about["way"] = "restart"
         model, about_model = snapshot(self.models), self._about_model()

@@ -35,7 +35,7 @@ def test_eval_plays_and_films(runs, tmp_path, capsys):
 
 
 def test_a_film_of_what_never_ends_says_so(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastppo.evaluation.video._MOST_STEPS", 5)
+    monkeypatch.setattr("fastppo.evaluation.video._MAX_STEPS", 5)
     text = said(capsys, "eval", runs / "seed1", "--episodes", 1, "--video", tmp_path / "film.gif")
     assert "6 frames, cut before its end)" in text
 

@@ -1,4 +1,4 @@
-"""Exported policies answer as the policy does."""
+"""Exported policies return what the saved policy returns."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from fastppo.evaluation.export import export
 
 
 class Spaces(gym.Env):
-    """Made of spaces."""
+    """Random observations, and a given action space."""
 
     observation_space = gym.spaces.Box(-1, 1, (3,), np.float32)
 
@@ -65,7 +65,7 @@ def agree(found, expected):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_onnx_answers_alike_for_any_batch(run, tmp_path):
+def test_onnx_returns_the_same_for_any_batch_size(run, tmp_path):
     import onnxruntime
 
     folder, rows, *expected = run
@@ -76,7 +76,7 @@ def test_onnx_answers_alike_for_any_batch(run, tmp_path):
         agree(session.run(None, {"obs": rows[:n].numpy()}), [x[:n] for x in expected])
 
 
-def test_pt2_answers_alike_without_fastppo(run, tmp_path):
+def test_pt2_returns_the_same_for_any_batch_size(run, tmp_path):
     folder, rows, *expected = run
     path = export(folder, None, "pt2")
     assert path == folder / "policy.pt2"
@@ -85,13 +85,13 @@ def test_pt2_answers_alike_without_fastppo(run, tmp_path):
         agree([x.detach().numpy() for x in module(rows[:n])], [x[:n] for x in expected])
 
 
-def test_actions_of_a_box_lie_in_it(run):
+def test_box_actions_are_within_bounds(run):
     _, _, actions, params, _ = run
     if params.shape[1] == 2 and actions.dtype == np.float32:  # Pendulum
         assert np.abs(actions).max() <= 2
 
 
-def test_what_cant_be_traced_is_one_line(tmp_path):
+def test_a_network_that_cant_be_traced_is_refused_and_leaves_no_file(tmp_path):
     class Branches(torch.nn.Linear):
         def forward(self, x):
             out = super().forward(x * 2 if x.sum() > 0 else x)
@@ -103,7 +103,7 @@ def test_what_cant_be_traced_is_one_line(tmp_path):
     assert not list((tmp_path / "run").glob("*policy*"))
 
 
-def test_mistakes_are_one_line(tmp_path, run):
+def test_a_missing_model_or_folder_is_refused(tmp_path, run):
     with pytest.raises(CheckpointError, match="holds no saved model"):
         export(tmp_path, None, "pt2")
     with pytest.raises(ConfigError, match="can't be written"):

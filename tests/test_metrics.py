@@ -1,4 +1,4 @@
-"""Episode statistics against counting by hand, over rollouts that cut episodes anywhere."""
+"""Episode statistics against a plain loop, over rollouts that split episodes anywhere."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from fastppo.ppo.metrics import WINDOW, EpisodeStats
 
 
 def by_hand(rewards, done, valid):
-    """Episodes in the order of time, one environment after the other within a step."""
+    """Return and length of each episode, by time and then by environment."""
     n = rewards.shape[1]
     total, length, out = np.zeros(n), np.zeros(n, int), []
     for t in range(len(rewards)):
@@ -27,7 +27,7 @@ def by_hand(rewards, done, valid):
 @pytest.mark.parametrize(
     ("shape", "often"), [((1, 1), 0.5), ((7, 3), 0.4), ((40, 5), 0.02), ((50, 9), 0.5), ((3, 200), 1.0)]
 )
-def test_episodes_over_several_rollouts_are_those_counted_by_hand(shape, often, fillers):
+def test_episodes_over_several_rollouts_match_a_plain_loop(shape, often, fillers):
     rng = np.random.default_rng(0)
     rollouts = 4
     steps, n = shape

@@ -12,7 +12,7 @@ from fastppo.analysis.bench_report import write_files
 from fastppo.analysis.report import report
 from fastppo.analysis.study import Plan, summarize
 from fastppo.analysis.study_report import write_page
-from fastppo.runs.run_dir import surroundings
+from fastppo.runs.system_info import system_info
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -167,7 +167,7 @@ def test_the_page_of_bench_is_one_of_them(open_page, tmp_path):
     point = {"sps": 1e4, "sps_low": 9e3, "sps_high": 1.1e4, "phases": shares, "config": Config(threads=1).to_dict()}
     ceilings = {"env": 3e4, "act": 5e4, "update": 3e4}
     points = [Point(n_envs=n, vectorization="sync", ceilings=ceilings, **point) for n in (4, 8)]
-    page = write_files(tmp_path, "CartPole-v1", points, surroundings(torch.device("cpu")))
+    page = write_files(tmp_path, "CartPole-v1", points, system_info(torch.device("cpu")))
     one = open_page(page, width=390)
     assert one.show_all() == 2
     one.page.wait_for_timeout(300)
@@ -185,7 +185,7 @@ def test_the_page_of_a_study_is_one_of_them(open_page, runs, tmp_path):
             result = json.loads((run / "result.json").read_text()) | {"ended": "target", "seconds": 1.0 * n_envs + seed}
             (run / "result.json").write_text(json.dumps(result))
             configs.append(dataclasses.replace(SMALL, n_envs=n_envs, seed=seed, run_dir=run))
-    plan = Plan(20.0, "batch", configs, 2, surroundings(torch.device("cpu")))
+    plan = Plan(20.0, "batch", configs, 2, system_info(torch.device("cpu")))
     one = open_page(write_page(tmp_path, "CartPole-v1", plan, summarize(plan, {})), width=390)
     assert one.show_all() == 3
     one.page.wait_for_timeout(300)

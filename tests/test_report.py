@@ -108,7 +108,7 @@ def test_looking_leaves_no_trace_in_a_users_network(tmp_path):
 
 def test_who_loops_sees_what_health_finds(tmp_path, monkeypatch):
     finding = HealthFinding("a name", "evidence.", "remedy.")
-    monkeypatch.setattr("fastppo.monitoring.run_logger._JUDGE_SECONDS", -1.0)
+    monkeypatch.setattr("fastppo.monitoring.run_logger._HEALTH_SECONDS", -1.0)
     monkeypatch.setattr(
         "fastppo.monitoring.run_logger.check_health", lambda history, size: [finding] if history.iterations > 3 else []
     )

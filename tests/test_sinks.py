@@ -1,4 +1,4 @@
-"""Where figures go: read back by others' readers."""
+"""Sinks: what they write, as the readers of TensorBoard, MLflow and wandb see it."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from fastppo import Config, Trainer
 from fastppo.monitoring.health import HealthFinding
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
-from fastppo.monitoring.sinks.trackers import Throttled
+from fastppo.monitoring.sinks.trackers import ThrottledSink
 from fastppo.monitoring.stats import Stats
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, compile="off", threads=1)
@@ -24,7 +24,7 @@ SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, compile="off", thre
 
 @pytest.fixture(scope="module")
 def events(tmp_path_factory):
-    """A run's events as TensorBoard reads them, and the run."""
+    """A run's events as TensorBoard reads them, and its trainer."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path_factory.mktemp("run") / "run"
@@ -35,11 +35,11 @@ def events(tmp_path_factory):
     return found, trainer
 
 
-def test_histograms_are_of_everything_that_learns(events):
+def test_histograms_cover_all_trainable_parameters(events):
     found, trainer = events
     names = set(found.Tags()["histograms"])
-    learns = {name for name, p in trainer.policy.named_parameters() if p.requires_grad}
-    assert names == {f"histograms/{kind}/{name}" for kind in ("weights", "gradients") for name in learns} | {
+    trainable = {name for name, p in trainer.policy.named_parameters() if p.requires_grad}
+    assert names == {f"histograms/{kind}/{name}" for kind in ("weights", "gradients") for name in trainable} | {
         "histograms/actions",
         "histograms/ratios",
     }
@@ -51,7 +51,7 @@ def test_histograms_are_of_everything_that_learns(events):
     assert abs(ratios.sum / ratios.num - 1) < 0.1
 
 
-def test_hparams_hold_every_setting_and_name_metrics_that_are_logged(events):
+def test_hparams_hold_every_setting_and_name_logged_metrics(events):
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     found, trainer = events
@@ -65,8 +65,8 @@ def test_hparams_hold_every_setting_and_name_metrics_that_are_logged(events):
     assert metrics <= set(found.Tags()["scalars"])
 
 
-class Kept:
-    """Keeps what it is given."""
+class RecordingSink:
+    """Records the steps and findings it receives."""
 
     def __init__(self):
         self.steps, self.findings, self.closed = [], [], False
@@ -83,30 +83,30 @@ def stats(step, sample=None, **scalars):
     return Stats(step, 10, step, 10, 1.0, 1, 1.0, 100.0, 0.0, "", scalars, sample=sample)
 
 
-def test_a_throttled_sink_gets_the_first_the_last_and_what_has_a_sample():
-    kept = Kept()
-    sink = Throttled(kept)
+def test_a_throttled_sink_receives_the_first_and_last_iteration_and_those_with_histograms():
+    recorder = RecordingSink()
+    sink = ThrottledSink(recorder)
     for step in range(1, 11):
         sink.write(stats(step, sample=SimpleNamespace(histograms={"a": 1} if step == 5 else {})))
-    assert kept.steps == [1, 5]
+    assert recorder.steps == [1, 5]
     sink.close()
-    assert (kept.steps, kept.closed) == ([1, 5, 10], True)
+    assert (recorder.steps, recorder.closed) == ([1, 5, 10], True)
 
 
-def test_findings_reach_the_terminal_once_and_every_sink(monkeypatch):
-    monkeypatch.setattr("fastppo.monitoring.run_logger._JUDGE_SECONDS", -1.0)
-    console, kept = Console(record=True, width=200, file=open(os.devnull, "w")), Kept()
+def test_findings_are_printed_once_and_reach_every_sink(monkeypatch):
+    monkeypatch.setattr("fastppo.monitoring.run_logger._HEALTH_SECONDS", -1.0)
+    console, recorder = Console(record=True, width=200, file=open(os.devnull, "w")), RecordingSink()
     logger = RunLogger(console, 0)
-    logger.open(kept)
+    logger.open(recorder)
     for step in range(1, 40):
         logger.write(stats(step, **{"losses/clipfrac": 0.9}))
     console.file.close()
     assert console.export_text().count("clip fraction high: 90% of the ratios") == 1
-    assert kept.findings[-1][0].name == "clip fraction high"
-    assert kept.findings[0] == []
+    assert recorder.findings[-1][0].name == "clip fraction high"
+    assert recorder.findings[0] == []
 
 
-def test_the_progress_line_names_what_is_wrong(capsys):
+def test_the_progress_line_shows_the_first_finding(capsys):
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=200, file=nowhere)
         sink = ConsoleSink(console, 10)
@@ -128,7 +128,7 @@ def test_findings_are_text_in_tensorboard(tmp_path):
     found = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
     found.Reload()
     texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors("health")]
-    assert texts == [(2, "- **clip fraction high**: evidence. remedy."), (4, "- all is well")]
+    assert texts == [(2, "- **clip fraction high**: evidence. remedy."), (4, "- no problems detected")]
 
 
 def fastppo(*arguments, **env):
@@ -136,7 +136,7 @@ def fastppo(*arguments, **env):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
-def test_mlflow_holds_the_figures_and_a_resumed_run_goes_on_in_its_run(tmp_path):
+def test_mlflow_receives_scalars_and_a_resumed_run_continues_its_mlflow_run(tmp_path):
     run, store = tmp_path / "run", tmp_path / "mlflow.db"
     env = {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}
     small = ["--n-envs", 2, "--n-steps", 32, "--compile", "off", "--record-ratios", 2, "--track", "mlflow"]
@@ -168,7 +168,7 @@ def test_wandb_logs_offline(tmp_path):
     assert b"histograms/ratios" in content
 
 
-def test_a_missing_library_is_one_line(tmp_path, monkeypatch):
+def test_a_missing_library_is_refused_before_the_run_starts(tmp_path, monkeypatch):
     from fastppo.errors import ConfigError
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -256,7 +256,7 @@ def test_an_episode_that_never_ends_is_cut(tmp_path, monkeypatch):
             obs, reward, _, _, info = super().step(action)
             return obs, reward, False, False, info
 
-    monkeypatch.setattr("fastppo.evaluation.episodes._MOST_STEPS", 50)
+    monkeypatch.setattr("fastppo.evaluation.episodes._MAX_STEPS", 50)
     trainer = Trainer(short(tmp_path, eval_every=16, eval_episodes=11), make_env=Endless)
     lengths = [stats.scalars["eval/length_mean"] for stats in trainer.iterations()]
     assert set(lengths) == {50}
@@ -420,9 +420,7 @@ def test_a_resolved_config_runs_again_also_with_ones_own_network(tmp_path):
 def test_another_environment_is_never_played_in_place_of_ones_own(tmp_path):
     make = lambda: Spaces(spaces.Box(-1, 1, (4,), np.float32), spaces.Discrete(2))  # noqa: E731
     Trainer(short(tmp_path), make_env=make).run()
-    with pytest.raises(
-        ConfigError, match=r"trained on Spaces from make_env; play it with evaluate\(..., make_env=...\)"
-    ):
+    with pytest.raises(ConfigError, match=r"trained on Spaces from make_env; call resume or evaluate with make_env="):
         evaluate(tmp_path / "run")
     assert len(evaluate(tmp_path / "run", 2, make_env=make).returns) == 2
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from fastppo.analysis.bench import PARTS, Point, verdict
 from fastppo.analysis.html import LAYOUT, PHASE_COLORS, Figures, heading, items, paragraphs, table
 from fastppo.analysis.html import page as html_page
-from fastppo.runs.run_dir import write_json
+from fastppo.runtime.files import write_json
 
 _SHOWN = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
 
@@ -60,7 +60,7 @@ def write_files(folder: Path, env_name: str, points: Sequence[Point], about: dic
         folder: of the bench.
         env_name: what was trained on.
         points: measured so far.
-        about: machine and versions, as `surroundings` gives them.
+        about: machine and versions, as `system_info` gives them.
     """
     values = [dataclasses.asdict(p) | {"verdict": verdict(p, points)} for p in points]
     write_json(folder / "bench.json", {"env": env_name, "points": values, "about": about})

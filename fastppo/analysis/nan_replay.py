@@ -90,10 +90,10 @@ def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tenso
             yield f"batch: {name}", x
     for name, parameter in policy.named_parameters():
         yield f"parameter: {name}", parameter.detach()
-    if held.about["normalize"] == "minibatch":
+    if held.metadata["normalize"] == "minibatch":
         mean, divisor = advantage_scale(batch.advantages, batch.valid, None)
         batch = batch._replace(advantages=(batch.advantages - mean) / divisor)
-    elif held.about["normalize"] == "batch":
+    elif held.metadata["normalize"] == "batch":
         whole = normalize_advantages(held.batch.advantages, held.batch.valid, None)
         batch = batch._replace(advantages=whole[rows])
     yield "normalised advantages", batch.advantages
@@ -117,7 +117,7 @@ def _computed(policy: Any, held: Any, rows: Tensor) -> Iterator[tuple[str, Tenso
             yield "log-probabilities", now.logprobs.detach()
             yield "ratios", (now.logprobs.detach() - batch.logprobs).exp()
             yield "entropy", now.entropy.detach()
-            loss, _ = PPOLoss(held.about["value_clip"])(now, batch, held.coefs)
+            loss, _ = PPOLoss(held.metadata["value_clip"])(now, batch, held.coefs)
             yield "loss", loss.detach()
             trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
             gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)

@@ -26,9 +26,10 @@ from fastppo.build import policy_spec, settle, target_of
 from fastppo.config import Config
 from fastppo.envs.registry import inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
-from fastppo.runs.run_dir import surroundings, write_json
+from fastppo.runs.system_info import system_info
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, choose_threads
+from fastppo.runtime.files import write_json
 
 Hold = Literal["batch", "n_steps"]
 
@@ -170,7 +171,7 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
             threads = base.threads or choose_threads(checked.minibatch_size * parameters)
             cores = max(cores, threads + _beside(config))
             configs.append(config)
-    return Plan(target, hold, configs, cores, surroundings(device))
+    return Plan(target, hold, configs, cores, system_info(device))
 
 
 def _beside(config: Config) -> int:

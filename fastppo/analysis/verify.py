@@ -29,7 +29,8 @@ from fastppo.envs.factory import EnvFactory
 from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized, resumability
 from fastppo.errors import ConfigError
 from fastppo.resume_run import resume
-from fastppo.runs.checkpoint import newest_checkpoint, read_state, read_tensors
+from fastppo.runs.checkpoint import newest_checkpoint
+from fastppo.runs.state_files import read_state, read_tensors
 from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
 

@@ -77,11 +77,12 @@ class Bench(Train):
         from fastppo.analysis import bench, bench_report
         from fastppo.envs.auto_vectorization import env_key, remember
         from fastppo.envs.registry import inspect_env
-        from fastppo.runs.run_dir import create_run_dir, surroundings
+        from fastppo.runs.run_dir import create_run_dir
+        from fastppo.runs.system_info import system_info
         from fastppo.runtime.device import choose_device, machine_name
 
         env_name = inspect_env(self.env_id, self.env_kwargs).name  # mistakes answer here, not once for each point
-        about = surroundings(choose_device(self.device))
+        about = system_info(choose_device(self.device))
         folder = create_run_dir(self.run_dir, env_name, self.name, self.seed)
         console, points = open_console(), list[bench.Point]()
         try:

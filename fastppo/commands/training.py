@@ -104,7 +104,7 @@ class Eval:
         """Play, and print one line."""
         if self.episodes < 1:
             raise ConfigError(f"episodes={self.episodes} must be at least 1.")
-        from fastppo.evaluation.saved_policy import evaluate, film
+        from fastppo.evaluation.saved_policy import evaluate, record_video
         from fastppo.evaluation.video import check_video_name
 
         if self.video is not None:
@@ -124,7 +124,7 @@ class Eval:
             soft_wrap=True,
         )
         if self.video is not None:
-            path, shot = film(self.run, self.video, **which)
+            path, shot = record_video(self.run, self.video, **which)
             if path != self.video:
                 console.print("no ffmpeg here: a GIF instead (pip install 'fastppo[video]' brings one)")
             frames = f"one episode more, return {shot.episode_return:.2f}, {len(shot.frames):,} frames"

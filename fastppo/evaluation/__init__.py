@@ -1,1 +1,1 @@
-"""A saved or live policy played without learning: episodes, periodic evaluation, video, export."""
+"""Evaluation of a saved or live policy: episodes, periodic evaluation, video, export."""

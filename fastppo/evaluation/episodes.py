@@ -1,4 +1,4 @@
-"""Whole episodes with a policy that doesn't learn."""
+"""Complete episodes with a fixed policy."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from fastppo.envs.vec_env import Step, VecEnv, env_seeds, stepper
 from fastppo.policies.policy import Policy
 
-_MOST_STEPS = 100_000  # of an episode; ALE's end after 27,000
+_MAX_STEPS = 100_000  # per episode; Atari episodes end after 27,000
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Whole episodes of a policy.
+    """Complete episodes of a policy.
 
     Attributes:
-        returns: undiscounted, raw.
-        lengths: in steps.
-        cut: episodes that were ended here after 100,000 steps, with the return they had: a policy without noise may
-            stand still for ever where there is no time limit. Their environments played no further ones.
+        returns: undiscounted return of each episode, from unnormalised rewards.
+        lengths: steps of each episode.
+        cut: number of episodes that were cut after 100,000 steps, with their return so far: without a time limit, a
+            deterministic policy may never finish. An environment whose episode was cut plays no further ones.
     """
 
     returns: list[float]
@@ -37,31 +37,32 @@ class Evaluation:
 
     @property
     def remark(self) -> str:
-        """Of episodes that were cut, if any."""
-        return f"; {self.cut} of {len(self.returns)} episodes were cut after {_MOST_STEPS:,} steps" if self.cut else ""
+        """A remark on the episodes that were cut, or ""."""
+        return f"; {self.cut} of {len(self.returns)} episodes were cut after {_MAX_STEPS:,} steps" if self.cut else ""
 
     @property
     def std(self) -> float:
-        """Standard deviation of the returns over episodes."""
+        """Standard deviation of the returns."""
         return float(np.std(self.returns))
 
 
 class EpisodePlayer:
-    """Plays whole episodes in an environment; each call begins anew, from the same seeds."""
+    """Plays complete episodes in a vector environment; every call starts from the same seeds."""
 
     def __init__(self, env: VecEnv, policy: Policy, device: torch.device, stream: np.random.SeedSequence) -> None:
-        """Play `policy`, which lies on `device`, in `env`, whose seeds come from `stream`."""
+        """Play `policy`, which is on `device`, in `env`, seeded from `stream`."""
         self._env, self._policy, self._device = env, policy, device
         self._seeds = env_seeds(stream, env.n_envs)
         self._step: Callable[[Tensor], Step] | None = None
 
     def __call__(self, episodes: int, generator: torch.Generator | None = None) -> Evaluation:
-        """Play `episodes`; the most probable actions, or ones sampled by `generator`.
+        """Play `episodes` episodes, with the most probable actions, or with actions sampled by `generator`.
 
-        Each environment plays its share from its first episode on, so that short episodes are not preferred.
+        Each environment plays a fixed number of episodes from its first on: taking the first `episodes` to end would
+        favour short ones.
         """
         n = self._env.n_envs
-        share = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
+        quota = np.full(n, episodes // n) + (np.arange(n) < episodes % n)
         played: list[list[tuple[float, int]]] = [[] for _ in range(n)]
         total, length = np.zeros(n), np.zeros(n, int)
         obs = self._env.reset(self._seeds)
@@ -69,7 +70,7 @@ class EpisodePlayer:
             self._step = stepper(self._env, obs.device)
         cut = 0
         noise = torch.zeros((n, self._policy.distribution.noise_size), device=self._device)
-        while any(len(mine) < k for mine, k in zip(played, share, strict=True)):
+        while any(len(own) < k for own, k in zip(played, quota, strict=True)):
             raw = obs.to(self._device, self._env.obs_spec.dtype)
             if generator is None:
                 actions = self._policy.mode(raw)
@@ -83,13 +84,13 @@ class EpisodePlayer:
             for i in np.flatnonzero((step.terminated | step.truncated).numpy(force=True)):
                 played[i].append((float(total[i]), int(length[i])))
                 total[i] = length[i] = 0
-            for i in np.flatnonzero(length >= _MOST_STEPS):
-                if len(played[i]) < share[i]:
+            for i in np.flatnonzero(length >= _MAX_STEPS):
+                if len(played[i]) < quota[i]:
                     played[i].append((float(total[i]), int(length[i])))
-                    share[i], cut = len(played[i]), cut + 1
+                    quota[i], cut = len(played[i]), cut + 1
                 length[i] = 0
             obs = step.obs
-        kept = [pair for mine, k in zip(played, share, strict=True) for pair in mine[:k]]
+        kept = [episode for own, k in zip(played, quota, strict=True) for episode in own[:k]]
         return Evaluation([r for r, _ in kept], [k for _, k in kept], cut)
 
     def close(self) -> None:

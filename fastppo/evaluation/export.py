@@ -1,7 +1,8 @@
-"""`fastppo export`: a policy as one file that needs no fastppo: raw observations in, the environment's actions out."""
+"""Export of a policy to one file that needs no fastppo: raw observations in, the environment's actions out."""
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from pathlib import Path
@@ -10,16 +11,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, first_line
 from fastppo.evaluation.saved_policy import load_policy
 from fastppo.policies.policy import Policy
+from fastppo.runtime.files import replace_file
 from fastppo.spaces import ActionSpec
 
 Format = Literal["onnx", "pt2"]
 
 
-class Deployed(nn.Module):
-    """A policy's most probable actions, with its normaliser before and the action space after."""
+class ExportedPolicy(nn.Module):
+    """A policy's most probable actions, with observation normaliser and conversion to the action space."""
 
     def __init__(self, policy: Policy, action: ActionSpec) -> None:
         """Wrap `policy`, whose actions belong to `action`."""
@@ -36,7 +38,7 @@ class Deployed(nn.Module):
         self.register_buffer("start", torch.tensor(action.start, dtype=torch.int64))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """For raw obs [B, *obs]: the environment's actions [B, *action], the distribution's parameters, and values."""
+        """Return the environment's actions [B, *action], parameters [B, P] and values [B] for raw obs [B, *obs]."""
         params, values, _ = self.policy(obs)
         actions = self.policy.distribution.mode(params)
         if self._action.kind == "box":
@@ -47,52 +49,55 @@ class Deployed(nn.Module):
 
 
 def export(run: Path, output: Path | None, kind: Format, policy: nn.Module | None = None) -> Path:
-    """Write the policy of `run` to `output` (RUN/policy.onnx or .pt2); returns where.
+    """Write the policy of `run` to one file and return its path.
 
     Args:
         run: the run folder, or one of its checkpoints.
-        output: the file; None: beside the model.
-        kind: ONNX, or torch.export's own.
-        policy: your own network, where the run trained one.
+        output: the file; None: RUN/policy.onnx or RUN/policy.pt2.
+        kind: "onnx", or "pt2" for torch.export's format.
+        policy: your own network; needed if the run trained one.
 
     Raises:
-        CheckpointError: there is no model.
-        ConfigError: it can't be written or exported, or a library is missing.
+        CheckpointError: there is no saved model.
+        ConfigError: the network can't be exported, the file can't be written, or a library is missing.
     """
     saved = load_policy(run, policy)
-    module = Deployed(saved.policy, saved.spec.action).eval()
-    example = saved.spec.obs.blank(2)
+    module = ExportedPolicy(saved.policy, saved.spec.action).eval()
     path = output or run / f"policy.{kind}"
     if not path.parent.is_dir():
         raise ConfigError(f"export: {path} can't be written (there is no folder {path.parent}).")
-    batch = torch.export.Dim("batch", min=1)
     if kind == "onnx":
         _check_onnx()
-    temporary = path.with_name(f".{path.name}.tmp.{kind}")  # the writers go by the ending
     log = logging.getLogger("torch.onnx")
     level = log.level
     try:
         log.setLevel(logging.ERROR)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters' own, about themselves
-            program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-            if kind == "pt2":
-                torch.export.save(program, temporary)
-            else:
-                names = ["actions", "params", "values"]
-                onnx = torch.onnx.export(program, input_names=["obs"], output_names=names, verbose=False)
-                assert onnx is not None
-                onnx.save(str(temporary))
-        temporary.replace(path)
+            warnings.simplefilter("ignore")  # the exporters warn about their own internals
+            data = _traced(module, saved.spec.obs.blank(2), kind)
+        replace_file(path, lambda temporary: temporary.write_bytes(data))
     except OSError as error:
         raise ConfigError(f"export: {path} can't be written ({error.strerror or error}).") from None
-    except Exception as error:  # torch has many kinds for what it can't trace
-        why = str(error).strip().splitlines()[0]
-        raise ConfigError(f"export: this network can't be traced ({type(error).__name__}: {why}).") from None
+    except Exception as error:  # torch has many classes for what it can't trace
+        raise ConfigError(
+            f"export: this network can't be traced ({type(error).__name__}: {first_line(error)})."
+        ) from None
     finally:
         log.setLevel(level)
-        temporary.unlink(missing_ok=True)
     return path
+
+
+def _traced(module: nn.Module, example: Tensor, kind: Format) -> bytes:
+    """Trace `module` for any batch size; return the content of the file."""
+    program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    if kind == "pt2":
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        return file.getvalue()
+    names = ["actions", "params", "values"]
+    onnx = torch.onnx.export(program, input_names=["obs"], output_names=names, verbose=False)
+    assert onnx is not None
+    return bytes(onnx.model_proto.SerializeToString())
 
 
 def _check_onnx() -> None:

@@ -1,4 +1,4 @@
-"""Whole episodes between two iterations of training: evaluations, and films for TensorBoard."""
+"""Periodic evaluation and video recording between the iterations of training."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from fastppo.policies.policy import Policy
 from fastppo.runtime.device import seed_stream, untouched_randomness
 from fastppo.spaces import ActionSpec, ObsSpec
 
-_MOST_ENVS = 8
+_MAX_ENVS = 8
+
+_Array = np.ndarray[Any, Any]
 
 
 class PeriodicEvaluation:
-    """Plays and films in environments of its own, so that training's are not disturbed, nor its random numbers.
+    """Evaluates the policy and records videos, in environments of its own and without touching random states.
 
     Attributes:
-        seen: the global step up to which what was due has been done.
+        last_step: global step of the last call; what was due until then is done.
     """
 
     def __init__(
         self,
-        found: EnvInfo,
+        env_info: EnvInfo,
         policy: Policy,
         device: torch.device,
         *,
@@ -40,81 +42,82 @@ class PeriodicEvaluation:
         main: bool,
         say: Callable[[str], None],
     ) -> None:
-        """Make the environments, in the main process.
+        """Make the environments, in the main process only.
 
         Args:
-            found: what `probe` said.
-            policy: the one that learns.
-            device: where it lies.
+            env_info: of the training environment.
+            policy: the policy in training.
+            device: device of the policy.
             seed: of the run.
-            eval_every: steps between evaluations; None: none.
-            eval_episodes: of each.
-            video_every: steps between films; None: none.
-            main: whether this is the process that plays; others only know when.
-            say: takes a line where filming fails.
+            eval_every: environment steps between evaluations; None disables them.
+            eval_episodes: episodes per evaluation.
+            video_every: environment steps between videos; None disables them.
+            main: whether this is the main process; the others only know when an evaluation is due.
+            say: prints a line when recording fails.
 
         Raises:
-            ConfigError: it can't be filmed.
+            ConfigError: the environment can't be recorded.
         """
         self._eval_every, self._episodes, self._video_every = eval_every, eval_episodes, video_every
-        self._seed, self._say, self.seen = seed, say, 0
+        self._seed, self._say, self.last_step = seed, say, 0
         self._player: EpisodePlayer | None = None
-        self._camera: VideoRecorder | None = None
+        self._recorder: VideoRecorder | None = None
         with contextlib.ExitStack() as undo:
             if main and eval_every is not None:
-                env = make_vec_env(found, min(eval_episodes, _MOST_ENVS), "sync")
+                env = make_vec_env(env_info, min(eval_episodes, _MAX_ENVS), "sync")
                 self._player = EpisodePlayer(env, policy, device, seed_stream(seed, "eval"))
                 undo.callback(self._player.close)
             if main and video_every is not None:
-                self._camera = VideoRecorder(found, _acting(policy, found.obs_spec, found.action_spec, device))
+                act = _greedy(policy, env_info.obs_spec, env_info.action_spec, device)
+                self._recorder = VideoRecorder(env_info, act)
             undo.pop_all()
 
     def evaluates_at(self, step: int) -> bool:
-        """Whether an evaluation is due at `step`; the same answer in every process."""
-        return _passes(self._eval_every, self.seen, step)
+        """Return whether an evaluation is due at `step`; the same answer in every process."""
+        return _due(self._eval_every, self.last_step, step)
 
     def __call__(self, stats: Stats) -> Evaluation | None:
-        """Do what is due after an iteration, into its figures; returns the evaluation, if there was one."""
-        before, self.seen = self.seen, stats.global_step
+        """Do what is due after an iteration and add it to `stats`; return the evaluation, if there was one."""
+        previous, self.last_step = self.last_step, stats.global_step
         with untouched_randomness():
-            if self._camera is not None and _passes(self._video_every, before, self.seen):
+            if self._recorder is not None and _due(self._video_every, previous, self.last_step):
                 try:
-                    stats.images["video/episode"] = self._camera.episode(self._seed).gif()
-                except Exception as error:  # whatever it is, training is worth more than its film
-                    self._say(f"{error} No more is filmed.")
-                    camera, self._camera = self._camera, None
+                    stats.images["video/episode"] = self._recorder.record_episode(self._seed).gif()
+                except Exception as error:  # whatever it is, it must not stop the training
+                    self._say(f"{str(error).rstrip('.')}. Video recording is off from here on.")
+                    recorder, self._recorder = self._recorder, None
                     with contextlib.suppress(Exception):
-                        camera.close()
-            if self._player is None or not _passes(self._eval_every, before, self.seen):
+                        recorder.close()
+            if self._player is None or not _due(self._eval_every, previous, self.last_step):
                 return None
             played = self._player(self._episodes)
-        lengths = sum(played.lengths) / len(played.lengths)
+        mean_length = sum(played.lengths) / len(played.lengths)
         stats.scalars.update(
-            {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": lengths}
+            {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": mean_length}
         )
         return played
 
     def close(self) -> None:
         """Close the environments."""
         with contextlib.ExitStack() as stack:
-            for part in (self._player, self._camera):
+            for part in (self._player, self._recorder):
                 if part is not None:
                     stack.callback(part.close)
 
 
-def _acting(
+def _greedy(
     policy: Policy, obs_spec: ObsSpec, action_spec: ActionSpec, device: torch.device
-) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
-    """From one observation to the environment's most probable action."""
+) -> Callable[[_Array], _Array]:
+    """Return a function from one observation to the environment's most probable action."""
 
-    def act(obs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def act(obs: _Array) -> _Array:
         row = torch.as_tensor(obs[None]).to(device, obs_spec.dtype)
-        action: np.ndarray[Any, Any] = action_spec.to_env(policy.mode(row).numpy(force=True))[0]
+        action: _Array = action_spec.to_env(policy.mode(row).numpy(force=True))[0]
         return action
 
     return act
 
 
-def _passes(every: int | None, before: int, now: int) -> bool:
-    """Whether a multiple of `every` steps lies after `before`, and not after `now`."""
-    return every is not None and now // every > before // every
+def _due(every: int | None, previous: int, now: int) -> bool:
+    """Return whether a multiple of `every` steps is in (previous, now]."""
+    return every is not None and now // every > previous // every

@@ -1,8 +1,7 @@
-"""A saved policy, without its trainer: act with it, and play whole episodes."""
+"""A saved policy without its trainer: actions, evaluation, videos."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +9,46 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastppo.config import Config
 from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
 from fastppo.evaluation.video import Video, VideoRecorder, check_video_name
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
-from fastppo.runs.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint, weights_file
+from fastppo.runs.checkpoint import best_checkpoint, verify_checkpoint
+from fastppo.runs.model_files import load_model, read_spec, weights_file
+from fastppo.runs.open_run import open_run
 from fastppo.runtime.device import choose_device, generator, seed_stream
 
 
 class SavedPolicy:
-    """A policy from a run folder, normaliser included.
+    """A policy from a run folder, observation normaliser included.
 
     Attributes:
-        spec: what it reads and what it makes.
+        spec: its observation and action spaces, network and distribution.
         policy: encoder, network, distribution.
+        device: device of the policy.
     """
 
     def __init__(self, spec: PolicySpec, policy: Policy, device: torch.device, seed: int = 0) -> None:
-        """Act on `device`; `seed` is for sampled actions."""
+        """Wrap `policy`, which is on `device`; `seed` is for sampled actions."""
         self.spec = spec
         self.policy = policy
         self.device = device
         self._generator = generator(seed, "noise", device)
 
     def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray[Any, Any]:  # noqa: ANN401 - array-like
-        """The environment's action for one observation, or actions for a batch of them.
+        """Return the action for one observation, or the actions for a batch.
 
         Args:
-            obs: as the environment gives it, [*obs] or [B, *obs]; raw, the policy normalises by itself.
-            deterministic: the most probable action; else sampled.
+            obs: raw observations as the environment returns them, [*obs] or [B, *obs].
+            deterministic: take the most probable action; otherwise sample.
 
         Returns:
             Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action].
 
         Raises:
-            ValueError: another shape.
+            ValueError: `obs` has another shape.
         """
         array, shape = np.asarray(obs, order="C"), self.spec.obs.shape
         single = array.shape == shape
@@ -65,26 +66,32 @@ class SavedPolicy:
 
 
 def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = "cpu", seed: int = 0) -> SavedPolicy:
-    """The policy saved in the folder `run`; `policy` is your own network, if the run trained one.
+    """Load the policy saved in a run folder or a checkpoint.
+
+    Args:
+        run: the folder.
+        policy: your own network; needed if the run trained one.
+        device: where the policy acts, for example "cpu" or "cuda".
+        seed: seed of sampled actions.
 
     Raises:
-        CheckpointError: no model there, or one that doesn't fit.
-        ConfigError: the run's network was your own and isn't given.
+        CheckpointError: there is no saved model, or it doesn't fit.
+        ConfigError: the run trained your own network, and `policy` isn't given.
     """
-    run_dir, on = Path(run), choose_device(device)
-    spec, _ = read_spec(run_dir)
-    size = weights_file(run_dir).stat().st_size
+    folder, torch_device = Path(run), choose_device(device)
+    spec, _ = read_spec(folder)
+    size = weights_file(folder).stat().st_size
     try:
         spec.check_size(size)
-        built = spec.build(policy).to(on)
+        built = spec.build(policy).to(torch_device)
     except CheckpointError as error:
-        raise CheckpointError(f"{run_dir}/model.json doesn't fit its weights: {error}") from None
+        raise CheckpointError(f"{folder}/model.json doesn't fit its weights: {error}") from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise CheckpointError(f"{run_dir}/model.json can't be understood ({type(error).__name__}: {error}).") from None
-    load_model(run_dir, {"policy": built})
-    return SavedPolicy(spec, built, on, seed)
+        raise CheckpointError(f"{folder}/model.json can't be understood ({type(error).__name__}: {error}).") from None
+    load_model(folder, {"policy": built})
+    return SavedPolicy(spec, built, torch_device, seed)
 
 
 def evaluate(
@@ -98,33 +105,33 @@ def evaluate(
     allow_import: bool = False,
     best: bool = False,
 ) -> Evaluation:
-    """Play `episodes` whole episodes of the environment that `run` was trained on; fewer where one has no end.
+    """Play complete episodes of the environment that `run` was trained on.
 
     Args:
         run: the run folder, or one of its checkpoints.
-        episodes: how many.
-        deterministic: the most probable actions; else sampled ones.
-        seed: of the environments and of sampling.
-        make_env: makes one environment, where the run's came from Python.
-        policy: your own network, where the run trained one.
-        allow_import: the run's env id names a module that may be imported.
-        best: the checkpoint that evaluated best while it trained, in place of the last model.
+        episodes: number of episodes; fewer are played if one has no end (see `Evaluation.cut`).
+        deterministic: take the most probable actions; otherwise sample.
+        seed: of the environments and of sampled actions.
+        make_env: makes one environment; needed if the run used a `make_env`.
+        policy: your own network; needed if the run trained one.
+        allow_import: allow an env id that names a module to import.
+        best: use the checkpoint with the best evaluation instead of the last model.
 
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
     """
     if episodes < 1:
         raise ConfigError(f"episodes={episodes} must be at least 1.")
-    saved, found = _open(Path(run), seed, make_env, policy, allow_import, best)
-    n = found.vector.num_envs if found.vector else min(episodes, 8)
-    player = EpisodePlayer(make_vec_env(found, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
+    saved, env_info = _open(Path(run), seed, make_env, policy, allow_import, best)
+    n = env_info.vector.num_envs if env_info.vector else min(episodes, 8)
+    player = EpisodePlayer(make_vec_env(env_info, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
     try:
         return player(episodes, None if deterministic else saved._generator)
     finally:
         player.close()
 
 
-def film(
+def record_video(
     run: Path | str,
     output: Path,
     *,
@@ -135,58 +142,39 @@ def film(
     allow_import: bool = False,
     best: bool = False,
 ) -> tuple[Path, Video]:
-    """Video one episode of `run` into `output` (.mp4, .webm, .gif; a GIF without ffmpeg); arguments as of `evaluate`.
+    """Record one episode of `run` to `output` (.mp4, .webm or .gif; without ffmpeg always a .gif).
+
+    The other arguments are those of `evaluate`.
 
     Returns:
-        the file that was written, and the film.
+        The path that was written, and the video.
 
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
     """
     check_video_name(output)
-    saved, found = _open(Path(run), seed, make_env, policy, allow_import, best)
-    camera = VideoRecorder(found, lambda obs: saved.predict(obs, deterministic))
+    saved, env_info = _open(Path(run), seed, make_env, policy, allow_import, best)
+    recorder = VideoRecorder(env_info, lambda obs: saved.predict(obs, deterministic))
     try:
-        shot = camera.episode(seed)
+        video = recorder.record_episode(seed)
     finally:
-        camera.close()
-    return shot.write(output), shot
+        recorder.close()
+    return video.write(output), video
 
 
 def _open(
-    run_dir: Path, seed: int, make_env: Maker | None, policy: nn.Module | None, allow_import: bool, best: bool
+    folder: Path, seed: int, make_env: Maker | None, policy: nn.Module | None, allow_import: bool, best: bool
 ) -> tuple[SavedPolicy, EnvInfo]:
-    """The policy of a run, and a look at the environment that it was trained on."""
+    """Load a run's policy and inspect the environment that it was trained on."""
     if best:
-        found_best = best_checkpoint(run_dir)
-        if found_best is None:
-            raise CheckpointError(f"{run_dir} has no best checkpoint; train with --eval-every to have one.")
-        verify_checkpoint(found_best)
-        run_dir = found_best
-    saved = load_policy(run_dir, policy, seed=seed)
-    config = _read_config(run_dir)
-    if ":" in config.env_id and make_env is None and not allow_import:
-        raise ConfigError(f"{run_dir} was trained on {config.env_id}, which imports code; repeat with --allow-import.")
-    _, about = read_spec(run_dir)
-    if about.get("make_env") and make_env is None:
-        raise ConfigError(
-            f"{run_dir} was trained on {about.get('env')} from make_env; play it with evaluate(..., make_env=...)."
-        )
-    found = inspect_env(config.env_id, config.env_kwargs, make_env)
-    if (found.obs_spec, found.action_spec) != (saved.spec.obs, saved.spec.action):
-        raise ConfigError(f"{config.env_id} has other spaces than the policy in {run_dir}; give its make_env.")
-    return saved, found
-
-
-def _read_config(run_dir: Path) -> Config:
-    path = run_dir / "config.json"
-    if not path.exists() and run_dir.parent.name == "checkpoints":
-        path = run_dir.parents[1] / "config.json"
-    try:
-        return Config.from_dict(json.loads(path.read_text()), str(path))
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be read ({error.strerror}).") from None
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise CheckpointError(f"{path} can't be understood ({error}).") from None
+        best_folder = best_checkpoint(folder)
+        if best_folder is None:
+            raise CheckpointError(f"{folder} has no best checkpoint; train with --eval-every to have one.")
+        verify_checkpoint(best_folder)
+        folder = best_folder
+    saved = load_policy(folder, policy, seed=seed)
+    config = open_run(folder, make_env, allow_import)
+    env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
+    if (env_info.obs_spec, env_info.action_spec) != (saved.spec.obs, saved.spec.action):
+        raise ConfigError(f"{config.env_id} has other spaces than the policy in {folder}; give its make_env.")
+    return saved, env_info

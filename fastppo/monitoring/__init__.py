@@ -1,1 +1,1 @@
-"""What a run reports: statistics, health rules, update samples, the run logger and its sinks."""
+"""Reporting of a run: statistics, health rules, update samples, the run logger and its sinks."""

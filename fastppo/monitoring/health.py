@@ -1,7 +1,7 @@
-"""Health of a run in words: rules over its history, each with its threshold, its evidence and what helps.
+"""Health rules: each finds one problem in a run's history and gives evidence and remedies.
 
-A rule looks at figures under the names they are logged by. Most of them look at the latest tenth of the run, so that
-one odd update says nothing; thresholds are rules of thumb, and lie where healthy runs of our presets don't come.
+Rules read the logged scalars by their tags. Most use the latest tenth of the run, so that one unusual update doesn't
+trigger them. Thresholds are rules of thumb that healthy runs of the presets don't reach.
 """
 
 from __future__ import annotations
@@ -15,68 +15,68 @@ import numpy as np
 _Array = np.ndarray[Any, Any]
 _Value = float | None
 
-POINTS = 512  # of a history, an even number
-_FIRST = 20  # iterations that later ones are held against
+POINTS = 512  # maximum length of a history; even, so that it can be halved
+_FIRST = 20  # number of first iterations that later ones are compared with
 
 
 class History:
-    """Figures of a run by tag, thinned as it grows: at most so many points, each a mean over as many iterations.
+    """The scalars of a run by tag, thinned as the run grows: each point is the mean of `stride` iterations.
 
     Attributes:
-        stride: iterations in a point.
-        iterations: taken in so far.
+        stride: iterations per point; doubles when the history is full.
+        iterations: number of iterations so far.
     """
 
     def __init__(self, points: int = POINTS) -> None:
-        """Keep at most `points`, an even number."""
+        """Keep at most `points` (even) per tag."""
         self._points = points
-        self._at: dict[str, int] = {}  # row of each tag in the tables
+        self._rows: dict[str, int] = {}  # of each tag in the tables
         self._sums, self._counts = np.zeros((2, 0, points))
         self._first: dict[str, list[float]] = {}
         self.stride, self.iterations = 1, 0
 
     def add(self, scalars: Mapping[str, float]) -> None:
-        """One iteration's figures; those that are missing or not finite leave no trace."""
-        if new := scalars.keys() - self._at.keys():
-            self._at |= {tag: len(self._at) + k for k, tag in enumerate(sorted(new))}
-            room = np.zeros((len(new), self._points))
-            self._sums, self._counts = np.concatenate((self._sums, room)), np.concatenate((self._counts, room))
-        at = self.iterations // self.stride
-        if at == self._points:
+        """Add one iteration; missing and non-finite scalars are left out of the means."""
+        if new := scalars.keys() - self._rows.keys():
+            self._rows |= {tag: len(self._rows) + k for k, tag in enumerate(sorted(new))}
+            empty = np.zeros((len(new), self._points))
+            self._sums, self._counts = np.concatenate((self._sums, empty)), np.concatenate((self._counts, empty))
+        point = self.iterations // self.stride
+        if point == self._points:
             self._sums, self._counts = _halved(self._sums), _halved(self._counts)
             self.stride *= 2
-            at //= 2
-        values = np.array([scalars.get(tag, np.nan) for tag in self._at])
+            point //= 2
+        values = np.array([scalars.get(tag, np.nan) for tag in self._rows])
         finite = np.isfinite(values)
-        self._sums[:, at] += np.where(finite, values, 0.0)
-        self._counts[:, at] += finite
+        self._sums[:, point] += np.where(finite, values, 0.0)
+        self._counts[:, point] += finite
         if self.iterations < _FIRST:
-            for tag, value, known in zip(self._at, values.tolist(), finite.tolist(), strict=True):
-                if known:
+            for tag, value, is_finite in zip(self._rows, values.tolist(), finite.tolist(), strict=True):
+                if is_finite:
                     self._first.setdefault(tag, []).append(value)
         self.iterations += 1
 
     def __getitem__(self, tag: str) -> _Array:
-        """The figure's points, NaN where it was never finite; empty where it was never logged."""
-        if tag not in self._at:
+        """Return the points of a tag: NaN where no value was finite, empty if the tag was never logged."""
+        if tag not in self._rows:
             return np.zeros(0)
         n = -(-self.iterations // self.stride)
-        sums, counts = self._sums[self._at[tag], :n], self._counts[self._at[tag], :n]
+        sums, counts = self._sums[self._rows[tag], :n], self._counts[self._rows[tag], :n]
         means: _Array = np.divide(sums, counts, out=np.full(n, np.nan), where=counts > 0)
         return means
 
     def recent(self, tag: str) -> _Array:
-        """Finite points of the latest tenth, of the latest five at least."""
+        """Return the finite points among the latest tenth, and at least among the latest five."""
         row = self[tag]
         return _finite(row[-max(5, len(row) // 10) :])
 
     def first(self, tag: str) -> _Array:
-        """Finite values of the very first iterations, however long the run has become."""
+        """Return the finite values of the first 20 iterations, unthinned."""
         return np.array(self._first.get(tag, []))
 
 
 def _halved(table: _Array) -> _Array:
-    """Every two points become one, and as many are free."""
+    """Merge pairs of points, which frees the second half of each row."""
     pairs = table.reshape(len(table), -1, 2).sum(2)
     return np.concatenate((pairs, np.zeros_like(pairs)), axis=1)
 
@@ -88,16 +88,16 @@ def _finite(row: _Array) -> _Array:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One thing that may be wrong.
+    """A check for one problem.
 
     Attributes:
         name: a few words, for the progress line.
-        threshold: what its `value` is held against, for its text.
-        value: what is wrong as a number, from a history and the size of a continuous action (0: discrete); None: all
-            is well, or nothing can be said yet.
+        threshold: passed to `value` and shown in the evidence.
+        value: returns the offending number from a history, the threshold and the size of a continuous action (0:
+            discrete); None if there is no problem, or not enough data yet.
         evidence: a sentence with {value} and {threshold}.
-        remedy: what to try, the likeliest first.
-        after: iterations before which it says nothing.
+        remedy: what to try, most likely first.
+        after: minimum number of iterations.
     """
 
     name: str
@@ -110,12 +110,12 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class HealthFinding:
-    """A rule that fired.
+    """A problem that a rule found.
 
     Attributes:
         name: of the rule.
-        evidence: what was seen, with numbers.
-        remedy: what to try.
+        evidence: a sentence with the numbers.
+        remedy: what to try, most likely first.
     """
 
     name: str
@@ -123,16 +123,16 @@ class HealthFinding:
     remedy: str
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """Return name, evidence and remedy in one line."""
         return f"{self.name}: {self.evidence} {self.remedy}"
 
 
 def check_health(history: History, action_size: int = 0) -> list[HealthFinding]:
-    """What is wrong with a run, by RULES, as far as `history` shows it.
+    """Return the problems that RULES find in a run's history.
 
     Args:
-        history: its figures.
-        action_size: dimensions of a continuous action; 0: actions are discrete.
+        history: the scalars of the run.
+        action_size: dimensions of a continuous action; 0: discrete actions.
     """
     found = []
     for rule in RULES:
@@ -144,7 +144,7 @@ def check_health(history: History, action_size: int = 0) -> list[HealthFinding]:
 
 
 def _recent_above(tag: str) -> Callable[[History, float, int], _Value]:
-    """The latest mean of a figure, where it lies above the threshold."""
+    """Return a rule value: the recent median of a tag if it exceeds the threshold."""
 
     def value(history: History, threshold: float, _: int) -> _Value:
         recent = history.recent(tag)
@@ -156,7 +156,7 @@ def _recent_above(tag: str) -> Callable[[History, float, int], _Value]:
 def _clipped_too_little(history: History, threshold: float, _: int) -> _Value:
     row, rate = history["losses/clipfrac"], history["charts/learning_rate"]
     recent = _finite(row[len(row) // 2 :])
-    if not len(recent) or not len(rate) or rate[-1] < rate[0] / 2:  # small steps at the end are what annealing is for
+    if not len(recent) or not len(rate) or rate[-1] < rate[0] / 2:  # annealing makes small steps on purpose
         return None
     return float(np.median(recent)) if np.median(recent) < threshold else None
 
@@ -165,25 +165,27 @@ def _kl_over_target(history: History, threshold: float, _: int) -> _Value:
     limit, kl = history.recent("charts/kl_limit"), history.recent("losses/approx_kl")
     if not len(limit) or not len(kl):
         return None
-    times = float(np.median(kl) / max(np.median(limit), 1e-12))
-    return times if times > threshold else None
+    ratio = float(np.median(kl) / max(np.median(limit), 1e-12))
+    return ratio if ratio > threshold else None
 
 
 def _entropy_lost(history: History, threshold: float, action_size: int) -> _Value:
     first, recent = history.first("losses/entropy"), history.recent("losses/entropy")
     if not len(first) or not len(recent):
         return None
-    if action_size:  # of a Gaussian it may be negative; what it loses per dimension is the log of the scale
+    if action_size:  # a Gaussian's entropy may be negative; its change per dimension is the log of the scale's ratio
         left = float(np.exp((np.median(recent) - first[0]) / action_size))
     else:
         left = float(np.median(recent) / first[0]) if first[0] > 0 else 1.0
     return left if left < threshold else None
 
 
-def _explained_below(low: float) -> Callable[[History, float, int], _Value]:
+def _explained_variance_below(low: float) -> Callable[[History, float, int], _Value]:
+    """Return a rule value: the recent median of the explained variance if it is in [low, threshold)."""
+
     def value(history: History, threshold: float, _: int) -> _Value:
         recent, loss = history.recent("losses/explained_variance"), _finite(history["losses/value_loss"])
-        # returns that hardly vary any longer, as those of a perfect policy, leave nothing to explain
+        # the returns of a near-perfect policy hardly vary, which leaves nothing to explain
         now = history.recent("losses/value_loss")
         if len(now) and np.median(now) < 0.01 * loss.max():
             return None
@@ -197,8 +199,8 @@ def _value_loss_jumped(history: History, threshold: float, _: int) -> _Value:
     n = max(5, len(row) // 10)
     if len(row) < 2 * n:
         return None
-    times = float(row[-n:].mean() / max(row[:-n].max(), 1e-12))
-    return times if times > threshold else None
+    ratio = float(row[-n:].mean() / max(row[:-n].max(), 1e-12))
+    return ratio if ratio > threshold else None
 
 
 def _gradient_always_clipped(history: History, threshold: float, _: int) -> _Value:
@@ -206,23 +208,23 @@ def _gradient_always_clipped(history: History, threshold: float, _: int) -> _Val
     norm = _finite(row[len(row) // 2 :])
     if not len(norm) or not len(limit):
         return None
-    times = float(norm.min() / max(np.median(limit), 1e-12))
-    return times if times > threshold else None
+    ratio = float(norm.min() / max(np.median(limit), 1e-12))
+    return ratio if ratio > threshold else None
 
 
 def _returns_flat(history: History, threshold: float, _: int) -> _Value:
-    """How far the returns ever came from where they began, in standard deviations of the first iterations."""
+    """Return the largest rise of the returns over the first iterations, in standard deviations of those."""
     first, row = history.first("charts/episodic_return"), _finite(history["charts/episodic_return"])
     if len(first) < 5 or len(row) < 10:
         return None
     n = max(5, len(row) // 10)
     best = max(float(np.median(row[k : k + n])) for k in range(0, len(row), n))
-    moved = (best - float(np.median(first))) / max(float(first.std()), abs(float(np.median(first))) * 1e-3, 1e-12)
-    return moved if moved < threshold else None
+    rise = (best - float(np.median(first))) / max(float(first.std()), abs(float(np.median(first))) * 1e-3, 1e-12)
+    return rise if rise < threshold else None
 
 
 def _last_above(tag: str) -> Callable[[History, float, int], _Value]:
-    """The latest value of a figure that few iterations have, where it lies above the threshold."""
+    """Return a rule value: the last value of a rarely logged tag if it exceeds the threshold."""
 
     def value(history: History, threshold: float, _: int) -> _Value:
         row = _finite(history[tag])
@@ -236,7 +238,7 @@ def _speed_lost(history: History, threshold: float, _: int) -> _Value:
     n = max(5, len(row) // 10)
     if len(row) < 4 * n:
         return None
-    share = float(np.median(row[-n:]) / np.median(row[n : 2 * n]))  # the first tenth is warming up
+    share = float(np.median(row[-n:]) / np.median(row[n : 2 * n]))  # the first tenth is warm-up
     return share if share < threshold else None
 
 
@@ -245,91 +247,91 @@ RULES = (
         "clip fraction high",
         0.3,
         _recent_above("losses/clipfrac"),
-        "{value:.0%} of the ratios lie outside the clip range (over {threshold:.0%}).",
-        "The policy wants to move further than it may: lower learning_rate or update_epochs, or set target_kl.",
+        "{value:.0%} of the ratios are outside the clip range (above {threshold:.0%}).",
+        "Updates push the policy beyond the clip range: lower learning_rate or update_epochs, or set target_kl.",
     ),
     Rule(
         "clip fraction low",
         0.05,
         _clipped_too_little,
-        "{value:.1%} of the ratios lie outside the clip range (under {threshold:.0%}).",
-        "Each update moves the policy little: raise learning_rate or update_epochs, or make minibatches smaller.",
+        "{value:.1%} of the ratios are outside the clip range (below {threshold:.0%}).",
+        "Each update changes the policy little: raise learning_rate or update_epochs, or use smaller minibatches.",
         after=50,
     ),
     Rule(
-        "KL over its target",
+        "KL above target",
         1.5,
         _kl_over_target,
-        "the mean KL of updates is {value:.1f} times its limit (over {threshold:g}).",
-        "Lower learning_rate, or stop within the epoch with kl_stop=minibatch.",
+        "the mean KL of an update is {value:.1f} times its limit (above {threshold:g}).",
+        "Lower learning_rate, or stop within an epoch with kl_stop=minibatch.",
     ),
     Rule(
         "entropy collapsed",
         0.05,
         _entropy_lost,
-        "the policy keeps {value:.1%} of the spread it began with (under {threshold:.0%}).",
-        "It has stopped exploring: raise ent_coef, lower learning_rate.",
+        "the policy has {value:.1%} of its initial entropy or scale left (below {threshold:.0%}).",
+        "It no longer explores: raise ent_coef or lower learning_rate.",
     ),
     Rule(
         "explained variance negative",
         0.0,
-        _explained_below(-np.inf),
-        "explained variance is {value:.2f}: the critic is worse than a constant.",
-        "Raise vf_coef or update_epochs, switch value_clip off, normalize_rewards.",
+        _explained_variance_below(-np.inf),
+        "explained variance is {value:.2f}: the critic predicts returns worse than a constant.",
+        "Raise vf_coef or update_epochs, turn value_clip off, or use normalize_rewards.",
         after=50,
     ),
     Rule(
         "explained variance low",
         0.5,
-        _explained_below(0.0),
-        "explained variance is {value:.2f} (under {threshold:g}): the critic explains little of the returns.",
-        "Longer n_steps, more update_epochs, a larger network, normalize_obs.",
+        _explained_variance_below(0.0),
+        "explained variance is {value:.2f} (below {threshold:g}): the critic explains little of the returns.",
+        "Raise n_steps or update_epochs, use a larger network or normalize_obs.",
         after=50,
     ),
     Rule(
         "value loss exploding",
         10.0,
         _value_loss_jumped,
-        "the value loss is {value:.0f} times its highest before (over {threshold:g}).",
-        "Rewards have grown or the critic diverges: normalize_rewards, lower learning_rate or vf_coef.",
+        "the value loss is {value:.0f} times its previous maximum (above {threshold:g}).",
+        "Rewards have grown or the critic diverges: use normalize_rewards, or lower learning_rate or vf_coef.",
     ),
     Rule(
         "actions at bounds",
         0.6,
         _recent_above("charts/clipped_actions"),
-        "{value:.0%} of action values lie outside the bounds and were clipped (over {threshold:.0%}).",
-        "Wrap the environment with RescaleAction to [-1, 1], lower learning_rate, or train on smaller rewards.",
+        "{value:.0%} of action values exceed the bounds and are clipped (above {threshold:.0%}).",
+        "Wrap the environment with RescaleAction to [-1, 1], lower learning_rate, or scale rewards down.",
     ),
     Rule(
         "gradient always clipped",
         10.0,
         _gradient_always_clipped,
-        "mean gradient norms stay over {value:.0f} times max_grad_norm (over {threshold:g}).",
-        "Its length is lost, only its direction counts: lower vf_coef, normalize_rewards, or raise max_grad_norm.",
+        "the gradient norm stays above {value:.0f} times max_grad_norm (threshold {threshold:g}).",
+        "Every step is scaled down to the same length: lower vf_coef, use normalize_rewards, or raise max_grad_norm.",
         after=50,
     ),
     Rule(
         "returns flat",
         1.0,
         _returns_flat,
-        "returns never came further than {value:.1f} standard deviations from their first (under {threshold:g}).",
-        "Look at the other findings first; then more exploration (ent_coef), normalize_rewards, another seed.",
+        "returns have risen by at most {value:.1f} initial standard deviations (below {threshold:g}).",
+        "Fix the other findings first; then try a higher ent_coef, normalize_rewards, another seed.",
         after=100,
     ),
     Rule(
         "first ratio not 1",
         0.01,
         _last_above("samples/first_ratio_error"),
-        "before the first step of an update a ratio lies {value:.2g} from 1 (over {threshold:g}).",
-        "The policy that learns is not the one that acted: look for dropout, batch norm, or memory in the network.",
+        "before the first optimiser step of an update, a ratio differs from 1 by {value:.2g} (above {threshold:g}).",
+        "The updated policy isn't the one that acted: look for dropout, batch norm or memory in the network.",
         after=1,
     ),
     Rule(
-        "speed drifting",
+        "speed dropped",
         0.7,
         _speed_lost,
-        "steps per second are {value:.0%} of what they were early in the run (under {threshold:.0%}).",
-        "Look for other work on the machine, longer episodes or a slowing environment: fastppo bench, time/env.",
+        "steps per second are {value:.0%} of those early in the run (below {threshold:.0%}).",
+        "Look for other load on the machine, or an environment that slows down: see time/env, fastppo bench.",
         after=100,
     ),
 )

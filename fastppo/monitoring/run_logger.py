@@ -1,86 +1,86 @@
-"""What a run says of itself: figures to every sink, health in words, lines in the terminal."""
+"""The run logger: statistics to every sink, health findings and messages to the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
 
 from rich.console import Console
 
+from fastppo.errors import first_line
 from fastppo.monitoring.health import HealthFinding, History, check_health
-from fastppo.monitoring.sinks.api import Sink
+from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
+from fastppo.runtime.console import print_line
 
-_JUDGE_SECONDS = 5.0
+_HEALTH_SECONDS = 5.0  # between two health checks
 
 
 class RunLogger:
-    """Hands figures on; a sink that fails is dropped, and training goes on.
+    """Passes statistics to sinks and checks the run's health; a sink that fails is removed, and training continues.
 
     Attributes:
-        console: where lines go; None: nowhere.
-        history: of the run's figures, thinned.
-        sinks: that take figures.
-        findings: what health found wrong when it last looked.
+        console: where messages are printed; None prints nothing.
+        history: statistics of the run, thinned.
+        sinks: the open sinks.
+        findings: of the latest health check.
     """
 
     def __init__(self, console: Console | None, action_size: int) -> None:
-        """Speak on `console`; `action_size` as `check_health` takes it."""
+        """Print to `console`; `action_size` as in `check_health`."""
         self.console, self._action_size = console, action_size
         self.sinks: list[Sink] = []
-        self._judged, self._judged_at, self._step = time.monotonic(), 0, 0
-        self._told: set[str] = set()
+        self._checked_at, self._checked_step, self._step = time.monotonic(), 0, 0
+        self._printed: set[str] = set()  # names of findings
         self.history = History()
         self.findings: list[HealthFinding] = []
 
     def open(self, *sinks: Sink) -> None:
-        """Hand figures to these too."""
+        """Add sinks."""
         self.sinks += sinks
 
     def say(self, text: str) -> None:
-        """A line in the terminal."""
-        if self.console is not None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        """Print a line in the terminal."""
+        print_line(self.console, text)
 
     def write(self, stats: Stats) -> Stats:
-        """One iteration; returns it with what health finds."""
-        if not self.sinks:  # a process that logs nothing, or whose logs have all failed
+        """Write one iteration to all sinks; return it with the current health findings."""
+        if not self.sinks:  # not the main process, or all sinks have failed
             return stats
         self.history.add(stats.scalars)
         self._step = stats.global_step
-        if time.monotonic() - self._judged > _JUDGE_SECONDS or stats.iteration == stats.n_iterations:
-            self._judge()
+        if time.monotonic() - self._checked_at > _HEALTH_SECONDS or stats.iteration == stats.n_iterations:
+            self._check_health()
         stats = dataclasses.replace(stats, findings=self.findings)
         for sink in list(self.sinks):
             try:
                 sink.write(stats)
-            except Exception as error:  # whatever a library raises, training is worth more than its log
+            except Exception as error:  # whatever a library raises, it must not stop the training
                 self.sinks.remove(sink)
-                _quietly(sink.close)
-                why = getattr(error, "strerror", None) or error
-                self.say(f"{type(sink).__name__} can't write ({why}); its figures end here.")
+                _close(sink)
+                reason = getattr(error, "strerror", None) or first_line(error)
+                self.say(f"{type(sink).__name__} can't write ({reason}); its log ends here, training continues.")
         return stats
 
-    def _judge(self) -> None:
-        self.findings = check_health(self.history, self._action_size)
-        self._judged, self._judged_at = time.monotonic(), self._step
-        for finding in self.findings:
-            if finding.name not in self._told:
-                self._told.add(finding.name)
-                self.say(f"health at {self._step:,} steps: {finding}")
-
     def close(self) -> None:
-        """Say what health finds at the end, and close every sink."""
-        if self.sinks and self._judged_at != self._step:  # it ended before its plan did
-            self._judge()
+        """Check the health once more if the run stopped early, and close all sinks."""
+        if self.sinks and self._checked_step != self._step:
+            self._check_health()
         for sink in self.sinks:
-            _quietly(sink.close)
+            _close(sink)
         self.sinks = []
 
+    def _check_health(self) -> None:
+        self.findings = check_health(self.history, self._action_size)
+        self._checked_at, self._checked_step = time.monotonic(), self._step
+        for finding in self.findings:
+            if finding.name not in self._printed:
+                self._printed.add(finding.name)
+                self.say(f"health at {self._step:,} steps: {finding}")
 
-def _quietly(close: Callable[[], None]) -> None:
-    """A file that can't be closed has been complained about already, or lost its last lines with its disk."""
+
+def _close(sink: Sink) -> None:
+    """Close a sink; an error here was reported by a write before, or costs only the last lines."""
     with contextlib.suppress(Exception):
-        close()
+        sink.close()

@@ -1,4 +1,4 @@
-"""One iteration's statistics under the tags that dashboards know (CleanRL's)."""
+"""The statistics of an iteration, under CleanRL's TensorBoard tags."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from fastppo.monitoring.update_samples import UpdateSample
 from fastppo.ppo.metrics import Metrics
 from fastppo.runtime.clock import Clock
 
-_RETURNS = 32  # episode returns logged with an iteration, at most
+_MAX_RETURNS = 32  # episode returns logged per iteration
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """One iteration, as it is logged.
+    """The statistics of one iteration.
 
     Attributes:
         iteration: counted from 1.
-        n_iterations: planned.
-        global_step: real environment steps so far, over all environments.
-        total_timesteps: planned.
-        mean_return: of the last 100 episodes (fewer at first); NaN before the first.
-        episodes: ended so far.
-        seconds: of training so far.
+        n_iterations: planned number of iterations.
+        global_step: environment steps so far, over all environments.
+        total_timesteps: planned environment steps.
+        mean_return: mean return of the last 100 episodes (fewer at first); NaN before the first ends.
+        episodes: episodes completed so far.
+        seconds: seconds of training so far.
         sps: steps per second over the last iterations.
-        kl: mean k3 of this update.
-        stop: why the update ended early, or "".
-        scalars: every figure by its TensorBoard tag.
-        returns: of the episodes that ended in it, the latest last, 32 at most.
-        sample: a look into its update, if this iteration was chosen for one.
-        findings: what health last found wrong with the run.
-        images: animations (GIF) by tag.
+        kl: mean approximate KL divergence (k3) of this update.
+        stop: why the update stopped early, or "".
+        scalars: all scalars by their TensorBoard tag.
+        returns: returns of the episodes that ended in this iteration, latest last, at most 32.
+        sample: the update sample, if one was taken in this iteration.
+        findings: of the latest health check.
+        images: animated GIFs by tag.
     """
 
     iteration: int
@@ -54,7 +54,7 @@ class Stats:
 
 
 class Statistics:
-    """Turns the figures of each iteration into `Stats`."""
+    """Builds the `Stats` of each iteration."""
 
     def __init__(
         self, metrics: Metrics, clock: Clock, *, n_iterations: int, steps_per_iteration: int, box_actions: bool
@@ -64,9 +64,9 @@ class Statistics:
         Args:
             metrics: of the run.
             clock: of the run.
-            n_iterations: planned.
-            steps_per_iteration: environment steps of one iteration, over all ranks.
-            box_actions: whether actions have bounds to be clipped to.
+            n_iterations: planned number of iterations.
+            steps_per_iteration: environment steps per iteration, over all ranks.
+            box_actions: whether actions are continuous and clipped to bounds.
         """
         self._metrics, self._clock = metrics, clock
         self._n_iterations, self._steps_per_iteration = n_iterations, steps_per_iteration
@@ -76,24 +76,24 @@ class Statistics:
     def __call__(
         self, iteration: int, named: Mapping[str, float], coefs: Mapping[str, float], sample: UpdateSample | None = None
     ) -> Stats:
-        """Return the statistics of the iteration that has just been updated from; ticks the clock.
+        """Return the statistics of the iteration that has just ended, and tick the clock.
 
         Args:
             iteration: counted from 1.
-            named: the figures, as `Metrics.count` returned them.
-            coefs: scheduled coefficients, with `kl_limit`.
+            named: the measurements by name, as `Metrics.count` returns them.
+            coefs: values of the scheduled coefficients, and `kl_limit`.
             sample: of this update, if one was taken.
         """
-        clock, metrics, figures = self._clock, self._metrics, dict(named)
+        clock, metrics, measured = self._clock, self._metrics, dict(named)
         clock.tick(metrics.global_step)
-        before, self._seconds = self._seconds, clock.phase_seconds()
-        spent = {name: total - before[name] for name, total in self._seconds.items()}
-        episodes, outside = int(figures.pop("episodes")), int(figures.pop("outside"))
-        clipped, returns, lengths = (figures.pop(name) for name in ("clipped_actions", "returns", "lengths"))
-        stopped, stop_kl = figures.pop("stopped"), figures.pop("stop_kl")
+        previous, self._seconds = self._seconds, clock.phase_seconds()
+        elapsed = {phase: total - previous[phase] for phase, total in self._seconds.items()}
+        episodes, outside = int(measured.pop("episodes")), int(measured.pop("outside"))
+        clipped, returns, lengths = (measured.pop(name) for name in ("clipped_actions", "returns", "lengths"))
+        stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
         for name in ("steps", "broken", "skipped_in_a_row"):
-            del figures[name]
-        scalars = {f"losses/{name}": value for name, value in figures.items()}
+            del measured[name]
+        scalars = {f"losses/{name}": value for name, value in measured.items()}
         scalars |= {
             "charts/SPS": clock.sps_cumulative,
             "charts/sps_window": clock.sps_window,
@@ -101,7 +101,7 @@ class Statistics:
             "charts/learning_rate": coefs["learning_rate"],
             "charts/clip_coef": coefs["clip_coef"],
             "charts/max_grad_norm": coefs["max_grad_norm"],
-            **{f"time/{name}": seconds for name, seconds in spent.items()},
+            **{f"time/{phase}": seconds for phase, seconds in elapsed.items()},
         }
         if self._box_actions:
             scalars["charts/clipped_actions"] = clipped
@@ -117,7 +117,7 @@ class Statistics:
         stop = ""
         if stopped:
             scalars["losses/stop_kl"] = stop_kl
-            stop = f"KL {stop_kl:.3g} ended epoch {figures['epochs_run']:.0f}"
+            stop = f"KL {stop_kl:.3g} ended epoch {measured['epochs_run']:.0f}"
         return Stats(
             iteration=iteration,
             n_iterations=self._n_iterations,
@@ -127,9 +127,9 @@ class Statistics:
             episodes=metrics.episodes.count,
             seconds=clock.seconds,
             sps=clock.sps_window,
-            kl=figures["approx_kl"],
+            kl=measured["approx_kl"],
             stop=stop,
             scalars=scalars,
-            returns=metrics.episodes.latest(min(episodes, _RETURNS)),
+            returns=metrics.episodes.latest(min(episodes, _MAX_RETURNS)),
             sample=sample,
         )

@@ -1,7 +1,7 @@
-"""What plots of ratios and of advantages, and histograms, are drawn from: a look into the update of a few iterations.
+"""Samples of single updates, for plots of ratios and advantages, and for histograms.
 
-A few hundred rows of the rollout are judged by the policy before the first epoch and after each, which changes nothing
-that is learned. A recorded update can't be looked into: those iterations run its functions one by one instead.
+In a sampled iteration, the policy evaluates a few hundred rows of the rollout before the first epoch and after each
+one, which doesn't affect training. A captured update can't be interrupted: a sampled iteration runs it uncaptured.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from fastppo.policies.policy import Policy
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.device import untouched_randomness
+from fastppo.runtime.files import replace_file
 
 _Array = np.ndarray[Any, Any]
 
-ROWS = 512  # of a rollout
-_STEPS = 2048  # of the trajectory
+ROWS = 512  # rows of a rollout in a sample, at most
+_STEPS = 2048  # steps of the trajectory in a sample, at most
 COEFS = ("clip_coef", "gamma", "gae_lambda")
 TRAJECTORY = ("rewards", "values", "next_values", "terminated", "done", "advantages")
 
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSample:
-    """One update, looked into; of several processes the first one's rows.
+    """A sample of one update; with several processes, of the first one's rows.
 
     Attributes:
         iteration: counted from 1.
         coefs: clip_coef, gamma and gae_lambda of this iteration.
-        ratios: [E + 1, K] of K rows, before the first epoch and after each of the E that were run.
-        advantages: [K], normalised over the rollout where the update normalises.
-        trajectory: TRAJECTORY of one environment, [T] each; rewards as they are learned from.
-        histograms: values by tag, for TensorBoard; empty unless they were asked for.
+        ratios: [E + 1, K] ratios of K rows, before the first epoch and after each of the E epochs that were run.
+        advantages: [K], normalised over the rollout if the update normalises.
+        trajectory: the tensors TRAJECTORY of one environment, [T] each; rewards as the update uses them.
+        histograms: values by TensorBoard tag; empty unless histograms are on.
     """
 
     iteration: int
@@ -55,34 +56,32 @@ class UpdateSample:
 
     @property
     def first_ratio_error(self) -> float:
-        """How far from 1 a ratio was before the first step; 0 but for rounding where all is right."""
+        """Largest |ratio - 1| before the first optimiser step; 0 up to rounding if all is well."""
         return float(np.abs(self.ratios[0] - 1).max(initial=0.0))
 
     def write(self, folder: Path) -> None:
-        """One file in `folder`, whole or not at all; histograms are left out."""
+        """Write the sample, without histograms, to one file in `folder`."""
         folder.mkdir(exist_ok=True)
-        about = {"iteration": self.iteration, "coefs": self.coefs}
+        metadata = {"sample": json.dumps({"iteration": self.iteration, "coefs": self.coefs})}
         arrays = {f"trajectory.{name}": x for name, x in self.trajectory.items()}
         arrays |= {"ratios": self.ratios, "advantages": self.advantages}
-        path = folder / f"{self.iteration:09d}.safetensors"
-        temporary = path.with_suffix(".tmp")
         plain = {name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()}
-        temporary.write_bytes(save(plain, {"sample": json.dumps(about)}))  # save_file would give the owner alone access
-        temporary.replace(path)
+        data = save(plain, metadata)  # not save_file, which makes files that only their owner can read
+        replace_file(folder / f"{self.iteration:09d}.safetensors", lambda temporary: temporary.write_bytes(data))
 
 
 def read_samples(folder: Path) -> list[UpdateSample]:
-    """The samples in `folder`, earliest first; files that are damaged are passed over."""
-    found = []
+    """Return the samples in `folder`, earliest first; damaged files are skipped."""
+    samples = []
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "np") as file:
-                about = json.loads(file.metadata()["sample"])
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-            found.append(
+                metadata = json.loads(file.metadata()["sample"])
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            samples.append(
                 UpdateSample(
-                    iteration=int(about["iteration"]),
-                    coefs={name: float(about["coefs"][name]) for name in COEFS},
+                    iteration=int(metadata["iteration"]),
+                    coefs={name: float(metadata["coefs"][name]) for name in COEFS},
                     ratios=arrays["ratios"],
                     advantages=arrays["advantages"],
                     trajectory={name: arrays[f"trajectory.{name}"] for name in TRAJECTORY},
@@ -90,53 +89,56 @@ def read_samples(folder: Path) -> list[UpdateSample]:
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             continue
-    return found
+    return samples
 
 
-def forget_samples(folder: Path, after: int) -> None:
-    """Remove the samples of iterations after `after`, which a resumed run does again."""
+def remove_samples(folder: Path, after: int) -> None:
+    """Remove the samples of iterations after `after`, which a resumed run repeats."""
     for path in folder.glob("*.safetensors"):
         if path.stem.isdecimal() and int(path.stem) > after:
             path.unlink()
 
 
 class UpdateSampler:
-    """Samples the update of every N-th iteration: the learner calls `record_ratios`, the trainer then `sample`."""
+    """Samples the update of every N-th iteration.
+
+    The learner calls `measure` before the first epoch and after each; `sample` then returns what was measured.
+    """
 
     def __init__(self, rollout: Rollout, update: PPOUpdate, *, every: int, histograms: bool) -> None:
-        """Look into `update`, which learns from `rollout`.
+        """Sample `update`.
 
         Args:
-            rollout: what is learned from.
-            update: the epochs.
-            every: iterations, the first of which is looked into; 0: none.
-            histograms: also of weights, gradients, actions and ratios.
+            rollout: the data of the update.
+            update: the epochs of an iteration.
+            every: iterations between samples, starting with the first; 0 disables sampling.
+            histograms: also collect histograms of weights, gradients, actions and ratios.
         """
         self._rollout, self._update, self._every, self._histograms = rollout, update, every, histograms
         n = rollout.rewards.numel()
         self._rows = torch.linspace(0, n - 1, min(n, ROWS), device=rollout.rewards.device).long()
-        self._seen: list[Tensor] = []
+        self._ratios: list[Tensor] = []
 
     def due(self, iteration: int) -> bool:
-        """Whether to look into `iteration`, counted from 1."""
+        """Return whether to sample `iteration`, counted from 1."""
         return self._every > 0 and (iteration - 1) % self._every == 0
 
     @torch.no_grad()
-    def record_ratios(self) -> None:
-        """Judge the rows by the policy as it is now."""
+    def measure(self) -> None:
+        """Compute the ratios of the sampled rows under the current policy."""
         policy, batch, rows = self._update.policy, self._rollout.batch(), self._rows
         with _unchanged(policy):
             params = policy(batch.obs[rows]).params
         logprobs = policy.distribution.log_prob(params, batch.actions[rows])
-        self._seen.append(torch.exp(logprobs - batch.logprobs[rows]))
+        self._ratios.append(torch.exp(logprobs - batch.logprobs[rows]))
 
     def sample(self, iteration: int, coefs: Coefficients, rewards: Tensor) -> UpdateSample:
-        """What was seen of the update that has just ended.
+        """Return the sample of the update that has just ended.
 
         Args:
             iteration: counted from 1.
-            coefs: its coefficients.
-            rewards: [T, N] as they were learned from.
+            coefs: coefficients of the update.
+            rewards: [T, N] rewards as the update used them.
         """
         r, rows = self._rollout, self._rows
         valid = torch.ones_like(r.done) if r.valid is None else r.valid
@@ -145,38 +147,38 @@ class UpdateSampler:
         if self._update.normalize != "off":
             real = advantages[valid.flatten()]
             advantages = (advantages - real.mean()) / (real.std(correction=0) + 1e-8)
-        ratios = torch.stack(self._seen)
-        self._seen = []
+        ratios = torch.stack(self._ratios)
+        self._ratios = []
         trajectory = {name: rewards if name == "rewards" else getattr(r, name) for name in TRAJECTORY}
         return UpdateSample(
             iteration=iteration,
             coefs={name: getattr(coefs, name).item() for name in COEFS},
             ratios=_numpy(ratios[:, kept]),
             advantages=_numpy(advantages[rows][kept]),
-            trajectory={name: _numpy(_column(x)[_column(valid)]) for name, x in trajectory.items()},
-            histograms=self._measured(ratios[-1][kept], valid, coefs) if self._histograms else {},
+            trajectory={name: _numpy(_first_env(x)[_first_env(valid)]) for name, x in trajectory.items()},
+            histograms=self._collect_histograms(ratios[-1][kept], valid, coefs) if self._histograms else {},
         )
 
-    def _measured(self, ratios: Tensor, valid: Tensor, coefs: Coefficients) -> dict[str, _Array]:
-        """Weights and gradients by the parameter's name, actions and ratios."""
+    def _collect_histograms(self, ratios: Tensor, valid: Tensor, coefs: Coefficients) -> dict[str, _Array]:
+        """Return weights and gradients by the parameter's name, actions and ratios, flat, by TensorBoard tag."""
         update, actions = self._update, self._rollout.actions[valid]
-        found = {"actions": actions if actions.dtype != torch.bool else actions.float(), "ratios": ratios}
+        values = {"actions": actions if actions.dtype != torch.bool else actions.float(), "ratios": ratios}
         with _unchanged(update.policy):
             gradient = update.gradient(self._rollout.batch(), coefs)
         for kind, flat in (("weights", update.parameters.vector), ("gradients", gradient)):
             views = update.parameters.views(flat)
-            found |= {f"{kind}/{name}": view for name, view in zip(update.trained, views, strict=True)}
-        return {f"histograms/{name}": _numpy(x).reshape(-1) for name, x in found.items()}
+            values |= {f"{kind}/{name}": view for name, view in zip(update.trained, views, strict=True)}
+        return {f"histograms/{name}": _numpy(x).reshape(-1) for name, x in values.items()}
 
 
-def _column(x: Tensor) -> Tensor:
-    """The first environment's steps of [T, N], as many as are kept."""
+def _first_env(x: Tensor) -> Tensor:
+    """Return the first environment's column of [T, N], at most _STEPS long."""
     return x[:_STEPS, 0]
 
 
 @contextlib.contextmanager
 def _unchanged(policy: Policy) -> Iterator[None]:
-    """What a user's network draws or counts as it runs is as if it hadn't."""
+    """Undo what a forward pass changes: random states and the network's buffers (custom networks may have both)."""
     buffers = [(buffer, buffer.clone()) for buffer in policy.network.buffers()]
     with untouched_randomness():
         yield

@@ -1,1 +1,1 @@
-"""A run folder: its files, lock, checkpoints, restore and NaN dumps."""
+"""The run folder: its files, lock, checkpoints, restore and NaN dumps."""

@@ -1,4 +1,4 @@
-"""When a checkpoint is due, and its writing beside training."""
+"""Decides when a checkpoint is due, and writes it while training continues."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ from pathlib import Path
 
 import torch
 
+from fastppo.errors import first_line
 from fastppo.runs.checkpoint import (
-    abandon_checkpoint,
     begin_checkpoint,
-    end_checkpoint,
+    discard_checkpoint,
     mark_best,
     prune_checkpoints,
-    write_files,
+    seal_checkpoint,
+    temporary_folder,
 )
+from fastppo.runs.state_files import write_files
 from fastppo.runtime.distributed import World
 
-Files = Callable[[], dict[str, bytes]]  # names and contents, made where they are written
-_RETRY = 30.0  # seconds after a save that failed
+Files = Callable[[], dict[str, bytes]]  # returns contents by name; called where they are written, to serialise there
+_RETRY_SECONDS = 30.0  # between a failed save and the next attempt
 
 
 class CheckpointWriter:
-    """Writes checkpoints of a run, one at a time: by a thread, or together with the other processes.
+    """Writes the checkpoints of a run one at a time, in a thread, or together with the other processes.
 
     Attributes:
-        failure: why the last save failed; None: it didn't.
+        failure: why the last save failed; None if it succeeded.
     """
 
     def __init__(
@@ -41,58 +43,68 @@ class CheckpointWriter:
         device: torch.device,
         say: Callable[[str], None],
     ) -> None:
-        """Save into `run_dir`, after so many steps (None: not by steps) and minutes (0: not by time)."""
+        """Configure the writer.
+
+        Args:
+            run_dir: the run folder.
+            keep: number of latest checkpoints that are kept.
+            every_steps: environment steps between saves; None disables this trigger.
+            every_minutes: minutes between saves; 0 disables this trigger.
+            world: the processes that train together.
+            device: device for messages between the processes.
+            say: prints a line in the terminal.
+        """
         self._run_dir, self._keep, self._world, self._device, self._say = run_dir, keep, world, device, say
         self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
         self._thread = ThreadPoolExecutor(1, "checkpoint") if world.size == 1 else None
         self._pending: Future[None] | None = None
-        self._saved: tuple[float, int] = (time.monotonic(), 0)
-        self._unmarked: float | None = None  # the best mean return of an evaluation whose checkpoint isn't done
+        self._last_save: tuple[float, int] = (time.monotonic(), 0)
+        self._unmarked_best: float | None = None  # best mean return whose checkpoint is not on the disk yet
         self.failure: str | None = None
 
     def start(self, step: int) -> None:
-        """Training begins at `step`."""
-        self._saved = (time.monotonic(), step)
+        """Begin to count steps and minutes at `step`, which needs no checkpoint."""
+        self._last_save = (time.monotonic(), step)
 
     def has(self, step: int) -> bool:
-        """Whether the last checkpoint, saved or on its way, is of `step`, or training began there."""
+        """Wait for a pending save; return whether the state at `step` is saved."""
         self.wait()
-        return self._saved[1] == step and self.failure is None
+        return self._last_save[1] == step and self.failure is None
 
     def due(self, step: int) -> bool:
-        """Whether to save at `step`; the same answer in every process."""
-        when, last = self._saved
-        waited = time.monotonic() - when
-        due = self._every_steps is not None and step // self._every_steps > last // self._every_steps
-        due = due or (0 < self._every_seconds <= waited) or (self.failure is not None and waited >= _RETRY)
+        """Return whether to save at `step`; the same answer in every process."""
+        saved_at, saved_step = self._last_save
+        elapsed = time.monotonic() - saved_at
+        due = self._every_steps is not None and step // self._every_steps > saved_step // self._every_steps
+        due = due or (0 < self._every_seconds <= elapsed) or (self.failure is not None and elapsed >= _RETRY_SECONDS)
         return self._world.any(due and self._world.is_main, self._device)
 
     def save(self, step: int, shared: Files, own: Files, best: float | None = None) -> None:
-        """Save a checkpoint; on return it may still be on its way to the disk.
+        """Save a checkpoint; the files may still be being written on return.
 
         Args:
             step: global step.
             shared: files that the main process writes.
             own: files that every process writes.
-            best: the mean return with which it evaluated best so far, if it did.
+            best: mean return of the evaluation at `step` if it is the best so far.
         """
         self.wait()
-        self._saved = (time.monotonic(), step)
-        best = self._unmarked if best is None else best
-        self._unmarked = best  # until it is done
+        self._last_save = (time.monotonic(), step)
+        best = self._unmarked_best if best is None else best
+        self._unmarked_best = best  # until the checkpoint is complete
         if self._thread is not None:
             self._pending = self._thread.submit(self._write, step, shared, own, best)
         else:
             self._write_together(step, shared, own, best)
 
     def wait(self) -> None:
-        """Until nothing is on its way any longer."""
+        """Wait until the pending save is done."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Finish, and end the thread."""
+        """Finish the pending save and end the thread."""
         self.wait()
         if self._thread is not None:
             self._thread.shutdown()
@@ -103,15 +115,15 @@ class CheckpointWriter:
             folder = begin_checkpoint(self._run_dir, step)
             write_files(folder, shared() | own())
             self._seal(folder, step, best)
-        except Exception as error:  # also memory: training goes on
+        except Exception as error:  # whatever fails, also a lack of memory: training continues
             self._fail(step, error)
             if folder is not None:
-                abandon_checkpoint(folder)
+                discard_checkpoint(folder)
 
     def _write_together(self, step: int, shared: Files, own: Files, best: float | None) -> None:
-        """The main process makes the folder and seals it; all write; if one fails, nothing comes of it."""
+        """Write in all processes; the main one makes and seals the folder. If one fails, all give up."""
         error = None
-        folder = self._run_dir / "checkpoints" / f"step-{step:012d}.tmp"
+        folder = temporary_folder(self._run_dir, step)
         for stage in range(3):
             try:
                 if stage == 0 and self._world.is_main:
@@ -126,17 +138,19 @@ class CheckpointWriter:
             if self._world.any(error is not None, self._device):
                 self._fail(step, error or OSError("another process could not write"))
                 if self._world.is_main:
-                    abandon_checkpoint(folder)
+                    discard_checkpoint(folder)
                 return
 
     def _seal(self, folder: Path, step: int, best: float | None) -> None:
-        end_checkpoint(folder, self._world.size)
+        seal_checkpoint(folder, self._world.size)
         if best is not None:
             mark_best(self._run_dir, step, best)
-        self.failure = self._unmarked = None
+        self.failure = self._unmarked_best = None
         prune_checkpoints(self._run_dir, self._keep)
 
     def _fail(self, step: int, error: Exception) -> None:
-        why = (error.strerror if isinstance(error, OSError) else None) or f"{type(error).__name__}: {error}"
-        self.failure = f"the checkpoint at step {step:,} could not be written ({why})"
-        self._say(f"{self.failure}; training goes on and tries again in {_RETRY:.0f} s.")
+        reason = (
+            error.strerror if isinstance(error, OSError) else None
+        ) or f"{type(error).__name__}: {first_line(error)}"
+        self.failure = f"the checkpoint at step {step:,} could not be written ({reason})"
+        self._say(f"{self.failure}; training continues and tries again in {_RETRY_SECONDS:.0f} s.")

@@ -1,4 +1,4 @@
-"""From a checkpoint back into a trainer's parts: bit for bit where that can be had, and said aloud where not."""
+"""Restores a trainer's parts from a checkpoint: bit for bit where possible, with a note of the reason where not."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from fastppo.config import Config
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
-from fastppo.runs.checkpoint import StateSnapshot, load_model, read_spec, read_state
+from fastppo.runs.model_files import load_model, read_spec
+from fastppo.runs.state_files import StateSnapshot, read_state
 from fastppo.runtime.device import generator, seed_stream
 from fastppo.runtime.distributed import World
 
-# Settings that may be others in a resumed run: none of them changes what an iteration computes
-_FREE = {"total_timesteps", "target_return", "run_dir", "name", "resume", "init_from", "preset", "exact_resume"}
-_FREE |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "eval_every", "eval_episodes"}
-_FREE |= {"on_env_error", "env_restarts", "env_timeout", "max_skipped"}
-_FREE |= {"record_ratios", "log_histograms", "video_every", "track"}  # what is only looked at
+# Settings that a resumed run may change: none of them affects what an iteration computes
+_MAY_CHANGE = {"total_timesteps", "target_return", "run_dir", "name", "resume", "init_from", "preset", "exact_resume"}
+_MAY_CHANGE |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "eval_every", "eval_episodes"}
+_MAY_CHANGE |= {"on_env_error", "env_restarts", "env_timeout", "max_skipped"}
+_MAY_CHANGE |= {"record_ratios", "log_histograms", "video_every", "track"}
 
 
 class Part(Protocol):
-    """What is saved and loaded."""
+    """A part of a trainer whose state is saved and restored."""
 
     def state_dict(self) -> Mapping[str, Any]:
-        """Its state."""
+        """Return the state by name."""
 
     def load_state_dict(self, saved: Any) -> Any:  # noqa: ANN401 - a mapping; modules return something
-        """Take it back."""
+        """Restore in place from `state_dict()`."""
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come, as a part of it.
+    """How far a run has come.
 
     Attributes:
-        iteration: iterations done.
-        seconds: of training.
-        best: the best mean return of an evaluation; None: none yet.
+        iteration: completed iterations.
+        seconds: seconds of training.
+        best: best mean return of an evaluation; None before the first.
     """
 
     iteration: int = 0
@@ -50,17 +51,17 @@ class Progress:
     best: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The fields."""
+        """Return the fields by name."""
         return dataclasses.asdict(self)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Set them."""
+        """Restore in place from `state_dict()`."""
         self.iteration, self.seconds = int(saved["iteration"]), float(saved["seconds"])
         self.best = None if saved["best"] is None else float(saved["best"])
 
 
-def about_run(c: Config, env: VecEnv, world: World, versions: Mapping[str, str], machine: str) -> dict[str, Any]:
-    """What a checkpoint says of its run, for `restore` to compare."""
+def run_metadata(c: Config, env: VecEnv, world: World, versions: Mapping[str, str], machine: str) -> dict[str, Any]:
+    """Return the description of a run that its checkpoints hold and `restore` compares."""
     return {
         "config": c.to_dict(),
         "world_size": world.size,
@@ -72,7 +73,7 @@ def about_run(c: Config, env: VecEnv, world: World, versions: Mapping[str, str],
 
 def restore(
     path: Path,
-    about: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     *,
     spec: PolicySpec,
     models: dict[str, nn.Module],
@@ -81,32 +82,32 @@ def restore(
     obs: torch.Tensor,
     world: World,
 ) -> tuple[bool, list[str]]:
-    """Bring a trainer's parts to where the checkpoint `path` found them.
+    """Restore a trainer's parts in place from the checkpoint `path`.
 
-    Where the environments can't go on, or other processes train now, they are reset by seeds of their own; everything
-    that is learned is exact all the same.
+    Policy, optimiser, normalisers and schedules are always exact. If the environments can't continue their episodes, or
+    the number of processes has changed, they are reset with new seeds.
 
     Args:
         path: a verified checkpoint.
-        about: what this run would say of itself, as `about_run` does.
+        metadata: of this run, as `run_metadata` returns it.
         spec: of this run's policy.
-        models: policy, and reward moments.
-        parts: all others; "update", "progress" and "metrics" are common to all processes, the rest is each one's own.
-        env: the environments, reset already.
-        obs: [N, *obs] row of the rollout where the next one begins.
+        models: policy, and reward normaliser if there is one.
+        parts: all other parts; "update", "progress" and "metrics" are shared by all processes, the rest belongs to one.
+        env: the environments, already reset.
+        obs: [N, *obs] the row of the rollout where the next one begins.
         world: the processes that train now.
 
     Returns:
-        whether the environments go on too, and notes about what goes on how.
+        Whether the environments continue too, and notes for the user on what is exact.
 
     Raises:
-        CheckpointError: it can't be read, or holds another kind of run.
+        CheckpointError: the checkpoint can't be read, or is of another run.
     """
-    config = Config.from_dict(about["config"])
+    config = Config.from_dict(metadata["config"])
     first = read_state(path, 0)
     assert first is not None, "verified"
     shared, saved = first
-    notes = _compare(path, saved, about, spec)
+    notes = _compare(path, saved, metadata, spec)
     load_model(path, models, optional=("rewards",))
     try:
         for name in ("update", "progress", "metrics"):
@@ -115,20 +116,19 @@ def restore(
         # an iteration is one rollout of every process
         iteration = progress["iteration"] = round(progress["iteration"] * int(saved["world_size"]) / world.size)
         parts["progress"].load_state_dict(progress)
-        mine = read_state(path, world.rank) if saved["world_size"] == world.size else None
-        if mine is not None:
-            own = mine[0]
-            # each process has its own order of rows and its own open episodes
+        own_state = read_state(path, world.rank) if saved["world_size"] == world.size else None
+        if own_state is not None:
+            own, _ = own_state
+            # each process has its own shuffling stream and its own open episodes
             parts["update"].load_state_dict(own.part("update"))
-            parts["metrics"].load_state_dict(_own_episodes(shared, own))
+            parts["metrics"].load_state_dict(shared.part("metrics") | {"open": own.part("metrics")["open"]})
             parts["randomness"].load_state_dict(own.part("randomness"))
-            if (reason := _go_on(own, saved, parts, env)) is None:
-                way = env.resumable.way
-                how = "exact" if way == "exact" else "exact, its open episodes played again"
+            if (reason := _restore_envs(own, saved, parts, env)) is None:
+                how = "exact" if env.resumable.way == "exact" else "exact, with open episodes replayed"
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
         else:
             reason = f"{saved['world_size']} processes trained before, {world.size} now"
-        _restart(config, iteration, parts, env, obs, world)
+        _restart_envs(config, iteration, parts, env, obs, world)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} doesn't fit this run ({type(error).__name__}: {error}).") from None
     return False, [
@@ -138,46 +138,42 @@ def restore(
     ]
 
 
-def _compare(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any], spec: PolicySpec) -> list[str]:
-    """Refuse a checkpoint of another run; note what may cost exactness."""
+def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], spec: PolicySpec) -> list[str]:
+    """Refuse a checkpoint of another run; return notes on differences that may change numbers."""
     saved_spec, _ = read_spec(path)
     if differing := spec.differences(saved_spec):
         raise CheckpointError(f"{path} holds another policy: {'; '.join(differing)}.")
     try:
-        before, now = dict(saved["config"]), about["config"]
+        before, now = dict(saved["config"]), metadata["config"]
         differing = [
             f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now
-            if name not in _FREE and before.get(name) != now[name]
+            if name not in _MAY_CHANGE and before.get(name) != now[name]
         ]
         if differing:
             raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
         others = [
-            f"{name} {version}, now {about['versions'].get(name)}"
+            f"{name} {version}, now {metadata['versions'].get(name)}"
             for name, version in saved["versions"].items()
-            if about["versions"].get(name) != version
+            if metadata["versions"].get(name) != version
         ]
-        if saved["machine"] != about["machine"]:
-            others.append(f"{saved['machine']}, now {about['machine']}")
+        if saved["machine"] != metadata["machine"]:
+            others.append(f"{saved['machine']}, now {metadata['machine']}")
         saved["world_size"], saved["way"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}/state-0.json can't be understood ({type(error).__name__}: {error}).") from None
-    return [f"equal bits are not promised: the checkpoint was written with {'; '.join(others)}."] if others else []
+    return [f"bit-identical results are not guaranteed: the checkpoint has {'; '.join(others)}."] if others else []
 
 
-def _own_episodes(shared: StateSnapshot, own: StateSnapshot) -> dict[str, Any]:
-    return shared.part("metrics") | {"open": own.part("metrics")["open"]}
-
-
-def _go_on(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
-    """Let the environments go on where they were; returns why they can't."""
+def _restore_envs(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
+    """Restore the environments and the open episodes; return the reason if that is impossible, else None."""
     if env.resumable.way == "restart":
         return env.resumable.why
     if saved["way"] != env.resumable.way or not own.part("env"):
-        return "the checkpoint holds no state of theirs"
-    place = own.part("collector")
+        return "the checkpoint has no state of the environments"
+    collector = own.part("collector")
     try:
-        env.load_state_dict(own.part("env"), place["obs"])
+        env.load_state_dict(own.part("env"), collector["obs"])
     except EnvError as error:
         return str(error)
     for name in ("collector", "learner"):
@@ -185,10 +181,10 @@ def _go_on(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Par
     return None
 
 
-def _restart(
+def _restart_envs(
     c: Config, iteration: int, parts: Mapping[str, Part], env: VecEnv, obs: torch.Tensor, world: World
 ) -> None:
-    """New episodes, with seeds and random streams that follow from the run's seed and the iteration."""
+    """Start new episodes, with seeds and random streams derived from the run's seed and the iteration."""
     seeds = env_seeds(seed_stream(c.seed, "envs", 0, iteration + 1), env.n_envs, world.rank, world.size)
     obs.copy_(env.reset(seeds))
     noise = generator(c.seed, "noise", obs.device, world.rank, iteration + 1).get_state()
@@ -199,6 +195,6 @@ def _restart(
     learner = {name: torch.zeros_like(x) for name, x in parts["learner"].state_dict().items()}
     parts["learner"].load_state_dict(learner)
     update = dict(parts["update"].state_dict())
-    learning_on = update["mean"].device
-    update["shuffles"] = generator(c.seed, "shuffle", learning_on, world.rank, iteration + 1).get_state()
+    device = update["mean"].device
+    update["shuffles"] = generator(c.seed, "shuffle", device, world.rank, iteration + 1).get_state()
     parts["update"].load_state_dict(update)

@@ -1,35 +1,30 @@
-"""The folder of a run: its name, what is written about the run, and what it ran on."""
+"""The run folder: its name and its lock."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import glob
-import importlib.metadata
-import json
 import os
 import platform
 import re
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from fastppo.errors import ConfigError
-from fastppo.runtime.device import cpu_name
 
-_PACKAGES = ("fastppo", "torch", "gymnasium", "numpy", "ale-py", "mujoco", "envpool")
+# The files of a run that ended before its first checkpoint
+_RUN_FILE = re.compile(
+    r"(config|run|result|model)\.json|model\.safetensors|metrics\.jsonl|events\..*|checkpoints|samples|wandb|\..*\.tmp"
+)
 
 
-def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, again: bool = False) -> Path:
-    """A new folder: `wanted`, or runs/<env>/<name>-<seed>-<time>.
+def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, begin_again: bool = False) -> Path:
+    """Make a new folder, `wanted` or runs/<env>/<name>-<seed>-<time>, and return it.
 
-    `again`: `wanted` may hold a run that ended before its first checkpoint.
+    `begin_again` accepts a `wanted` that holds a run which ended before its first checkpoint.
 
     Raises:
         ConfigError: `wanted` is in use, or the folder can't be made.
@@ -38,11 +33,11 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, ag
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
             names = {path.name for path in wanted.iterdir()} - {".lock"}
-            if names and not (again and all(map(_OWN.fullmatch, names))):
+            if names and not (begin_again and all(map(_RUN_FILE.fullmatch, names))):
                 raise ConfigError(f"run_dir={wanted} is not empty and runs are never overwritten; name a new folder.")
             return wanted
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-        base = Path("runs") / _safe(env_id) / f"{name}-{seed}-{stamp}"
+        base = Path("runs") / _file_name(env_id) / f"{name}-{seed}-{stamp}"
         for attempt in range(1, 1000):
             path = base if attempt == 1 else base.with_name(f"{base.name}-{attempt}")
             try:
@@ -55,29 +50,21 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, ag
         raise ConfigError(f"run_dir={wanted} is, or lies in, a file; name a new folder.") from None
     except OSError as error:
         where = wanted or Path("runs").resolve()
-        raise ConfigError(
-            f"run_dir: can't make {where} ({error.strerror}); name a folder that can be written."
-        ) from None
-
-
-# What a run leaves that ended before its first checkpoint
-_OWN = re.compile(
-    r"(config|run|result|model)\.json|model\.safetensors|metrics\.(jsonl|tmp)|events\..*|checkpoints|samples|wandb|\..*\.tmp"
-)
+        raise ConfigError(f"run_dir: can't make {where} ({error.strerror}); name a writable folder.") from None
 
 
 class RunLock:
-    """A run folder has one trainer at a time; the kernel lets go of the lock when the process ends, however it ends.
+    """A lock that gives a run folder one trainer at a time; the kernel releases it when the process ends.
 
     Attributes:
-        release: lets go of it; may be called twice.
+        release: releases the lock; may be called more than once.
     """
 
     def __init__(self, run_dir: Path) -> None:
         """Take the lock.
 
         Raises:
-            ConfigError: another process has it, on which machine and with which number.
+            ConfigError: another process holds it (names machine and process id), or the folder isn't writable.
         """
         self.release: Callable[[], object] = lambda: None
         try:
@@ -87,82 +74,45 @@ class RunLock:
         path = run_dir / ".lock"
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.release = weakref.finalize(self, os.close, file)  # also where nobody does
+            self.release = weakref.finalize(self, os.close, file)  # also if the owner is dropped without a release
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.truncate(file, 0)
             os.write(file, f"pid {os.getpid()} on {platform.node()}\n".encode())
         except BlockingIOError:
-            who = path.read_text().strip() or "unknown"
+            holder = path.read_text().strip() or "unknown"
             self.release()
             raise ConfigError(
-                f"{run_dir} is in use by another trainer ({who}); stop that one, or wait for it."
+                f"{run_dir} is in use by another trainer ({holder}); stop that one, or wait for it."
             ) from None
         except OSError as error:
-            raise ConfigError(
-                f"{run_dir} can't be locked ({error.strerror}); is it a folder that can be written?"
-            ) from None
+            raise ConfigError(f"{run_dir} can't be locked ({error.strerror}); is the folder writable?") from None
 
 
-def appears(folder: Path, patience: float = 60.0) -> bool:
-    """Whether `folder` is here, or comes within so many seconds: file servers may be late to show a new one."""
-    until = time.monotonic() + patience
+def wait_for_folder(folder: Path, timeout: float = 60.0) -> bool:
+    """Wait up to `timeout` seconds until `folder` exists; network file systems show new folders late.
+
+    Returns:
+        Whether it exists.
+    """
+    deadline = time.monotonic() + timeout
     while not folder.is_dir():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             return False
         time.sleep(1)
         with contextlib.suppress(OSError):
-            os.listdir(folder.parent)  # asks the server anew
+            os.listdir(folder.parent)  # refreshes the client's cache
     return True
 
 
 def find_run(env_id: str, name: str, seed: int) -> Path | None:
-    """The latest folder under runs/<env>/ of that name and seed that holds checkpoints."""
-    base = Path("runs") / _safe(env_id)
-    ends = [f"checkpoints/step-{12 * '[0-9]'}{end}" for end in ("", ".old")]  # old: a save was killed in the middle
+    """Return the latest folder under runs/<env>/ with that name and seed that holds a checkpoint, or None."""
+    base = Path("runs") / _file_name(env_id)
+    # .old: the process was killed while it replaced a checkpoint
+    checkpoints = [f"checkpoints/step-{12 * '[0-9]'}{suffix}" for suffix in ("", ".old")]
     folders = base.glob(f"{glob.escape(name)}-{seed}-*")
-    found = [path for path in folders if any(any(path.glob(end)) for end in ends)]
+    found = [path for path in folders if any(any(path.glob(pattern)) for pattern in checkpoints)]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def _safe(env_id: str) -> str:
+def _file_name(env_id: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in env_id).lstrip(".") or "env"
-
-
-def versions() -> dict[str, str]:
-    """Of Python, and of the packages that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def surroundings(device: torch.device) -> dict[str, Any]:
-    """Versions, machine, command and git commit of this process, as JSON-able values."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "versions": versions(),
-        "device": str(device),
-        "device_name": gpu or cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "platform": platform.platform(),
-        "command": sys.argv,
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

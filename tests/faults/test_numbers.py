@@ -1,4 +1,4 @@
-"""Numbers that are none: left out, counted, and kept for a replay. Rows N of the README here."""
+"""Non-finite gradients are skipped, counted, and dumped for a replay. Rows N of the README here."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ from tests.worlds import short
 
 
 class Huge(gym.Env):
-    """From its step `at` on, rewards that are numbers, but whose squares are not."""
+    """From its step `at` on, finite rewards whose squares overflow."""
 
     observation_space = spaces.Box(-1, 1, (2,), np.float32)
     action_space = spaces.Discrete(2)
@@ -37,7 +37,7 @@ class Huge(gym.Env):
 
 
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_n1_steps_are_left_out_counted_and_end_the_run_after_so_many(tmp_path, compile):
+def test_n1_skipped_minibatches_are_counted_and_end_the_run_at_max_skipped(tmp_path, compile):
     trainer = Trainer(short(tmp_path, max_skipped=6, total_timesteps=320, compile=compile), make_env=Huge)
     seen = []
     with pytest.raises(
@@ -63,7 +63,7 @@ def test_n1_steps_are_left_out_counted_and_end_the_run_after_so_many(tmp_path, c
     newest_checkpoint(tmp_path / "run") if (tmp_path / "run" / "checkpoints").exists() else None
 
 
-def test_n1_a_streak_that_ends_ends_nothing(tmp_path):
+def test_n1_a_short_streak_does_not_end_the_run(tmp_path):
     class Once(Huge):
         def step(self, action):
             obs, _, *rest = super().step(action)
@@ -75,20 +75,20 @@ def test_n1_a_streak_that_ends_ends_nothing(tmp_path):
     assert trainer.result.ended == "finished"
 
 
-def test_n1_one_look_at_the_device_for_each_iteration(tmp_path, monkeypatch):
+def test_n1_one_transfer_from_the_device_per_iteration(tmp_path, monkeypatch):
     trainer = Trainer(short(tmp_path, max_skipped=3, env_id="CartPole-v1", target_kl=None, record_ratios=0))
-    looks = []
+    transfers = []
     before = torch.Tensor.numpy
     monkeypatch.setattr(
-        torch.Tensor, "numpy", lambda self, **kw: (looks.append(1) if kw else None, before(self, **kw))[1]
+        torch.Tensor, "numpy", lambda self, **kw: (transfers.append(1) if kw else None, before(self, **kw))[1]
     )
     for _ in trainer.iterations():
-        looks.append("iteration")
-    text = "".join("i" if look == "iteration" else "." for look in looks)
+        transfers.append("iteration")
+    text = "".join("i" if transfer == "iteration" else "." for transfer in transfers)
     assert set(text.strip("i").split("i")) <= {"."}, text
 
 
-def test_a_capsule_of_healthy_numbers_says_so(tmp_path):
+def test_the_replay_of_a_finite_dump_finds_nothing(tmp_path):
     from fastppo.runs.nan_dump import save_nan_dump
 
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1"))
@@ -104,20 +104,20 @@ def test_a_capsule_of_healthy_numbers_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["capsule.json", "batch.safetensors", "model.json"])
-def test_a_damaged_capsule_is_refused_in_a_sentence(tmp_path, name):
+def test_a_damaged_dump_is_refused_with_a_message(tmp_path, name):
     trainer = Trainer(short(tmp_path, max_skipped=2), make_env=lambda: Huge(at=1))
     with pytest.raises(EnvError) as e:
         trainer.run()
     folder = tmp_path / "run" / "capsule-0-000000"
     assert str(e.value).endswith(str(folder))
-    about = json.loads((folder / "capsule.json").read_text())
-    assert about["iteration"] == 1
+    metadata = json.loads((folder / "capsule.json").read_text())
+    assert metadata["iteration"] == 1
     (folder / name).write_text("{}")
     with pytest.raises(CheckpointError):
         replay(folder)
 
 
-def test_n6_rewards_beyond_float32s_whole_numbers_are_counted_exactly(tmp_path):
+def test_n6_returns_beyond_2_to_the_24_are_exact(tmp_path):
     trainer = Trainer(short(tmp_path, normalize_rewards=True), make_env=lambda: Huge(at=1, size=2.0**26 + 4))
     trainer.run()
     assert trainer.metrics.episodes.mean_return % 4 == 0

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
+from fastppo.runs.state_files import read_state
 from tests.faults.test_resume import RUN, rows_of, wait_for
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""A run that was interrupted and resumed is the run that was not: every bit of it."""
+"""An interrupted and resumed run is bit-identical to an uninterrupted one."""
 
 import dataclasses
 import json
@@ -31,7 +31,7 @@ def rows_of(run):
 
 
 def interrupted(config, after):
-    """Train, leaving after so many iterations."""
+    """Train and leave the loop after `after` iterations."""
     for stats in Trainer(config).iterations():
         if stats.iteration == after:
             break
@@ -63,7 +63,7 @@ EVERYTHING = {
     ],
     ids=lambda changes: "-".join(str(v) for k, v in changes.items() if k in ("env_id", "vectorization", "compile")),
 )
-def test_s2_a_resumed_run_is_the_same_run(tmp_path, changes):
+def test_s2_a_resumed_run_is_bit_identical(tmp_path, changes):
     config = short(tmp_path, **LONG | changes)
     whole, parted = dataclasses.replace(config, run_dir=tmp_path / "whole"), config
     Trainer(whole).run()
@@ -75,7 +75,7 @@ def test_s2_a_resumed_run_is_the_same_run(tmp_path, changes):
     assert rows_of(tmp_path / "whole") == rows_of(parted.run_dir)
 
 
-def test_an_interruption_anywhere_leads_to_the_same_end(tmp_path):
+def test_a_resume_from_any_checkpoint_is_bit_identical(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     Trainer(config).run()
     expected = run_hashes(config.run_dir)
@@ -89,7 +89,7 @@ def test_an_interruption_anywhere_leads_to_the_same_end(tmp_path):
         assert run_hashes(copy) == expected
 
 
-def test_two_interruptions_lead_to_the_same_end_too(tmp_path):
+def test_a_run_resumed_twice_is_bit_identical(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     Trainer(dataclasses.replace(config, run_dir=tmp_path / "whole")).run()
     interrupted(config, 2)
@@ -100,7 +100,7 @@ def test_two_interruptions_lead_to_the_same_end_too(tmp_path):
     assert run_hashes(config.run_dir) == run_hashes(tmp_path / "whole")
 
 
-def test_async_restarts_says_so_and_two_resumes_are_equal(tmp_path):
+def test_async_restarts_its_environments_and_two_resumes_are_equal(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", vectorization="async", **LONG)
     interrupted(config, 3)
     shutil.copytree(config.run_dir, tmp_path / "again")
@@ -113,18 +113,18 @@ def test_async_restarts_says_so_and_two_resumes_are_equal(tmp_path):
     assert ends[0] == ends[1]
 
 
-def test_exactness_that_is_asked_for_and_not_to_be_had_is_refused(tmp_path):
+def test_exact_resume_is_refused_where_it_is_impossible(tmp_path):
     with pytest.raises(ConfigError, match="exact_resume.*async"):
         Trainer(short(tmp_path, env_id="CartPole-v1", vectorization="async", exact_resume=True))
 
 
-def test_the_curves_go_on_without_a_seam(tmp_path):
+def test_logs_continue_without_gaps_or_duplicates(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     interrupted(config, 5)
-    for later in list_checkpoints(config.run_dir)[3:]:  # as if it had been killed after 5, its last checkpoint at 3
+    for later in list_checkpoints(config.run_dir)[3:]:  # as if killed after iteration 5, with the last checkpoint at 3
         shutil.rmtree(later)
     with (config.run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 6, "global_st')  # a line that was cut
+        file.write('{"iteration": 6, "global_st')  # a truncated line
     resume(config.run_dir).run()
     assert [row["iteration"] for row in rows_of(config.run_dir)] == list(range(1, 9))
     events = EventAccumulator(str(config.run_dir))
@@ -133,11 +133,11 @@ def test_the_curves_go_on_without_a_seam(tmp_path):
     assert [point.step for point in points] == [64 * i for i in range(1, 9)]
 
 
-def test_steps_per_second_are_right_after_a_resume(tmp_path):
+def test_steps_per_second_exclude_the_time_before_a_resume(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     interrupted(config, 4)
     before = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
-    time.sleep(1.0)  # the pause between is not training
+    time.sleep(1.0)  # not training time
     trainer = resume(config.run_dir)
     stats = next(iter(trainer.iterations()))
     assert stats.seconds >= before["seconds"]
@@ -147,7 +147,7 @@ def test_steps_per_second_are_right_after_a_resume(tmp_path):
     trainer.request_stop()
 
 
-def test_a_finished_run_says_so_and_more_steps_go_on(tmp_path):
+def test_a_finished_run_is_resumed_only_with_more_steps(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     Trainer(config).run()
     with pytest.raises(FinishedError, match="has run all of its 512 steps.*--total-timesteps 1024"):
@@ -179,18 +179,18 @@ def test_s11_other_versions_are_named(tmp_path):
     assert any("torch 1.0, now" in note for note in resume(config.run_dir).notes)
 
 
-def test_d6_other_processes_than_before_keep_what_is_learned(tmp_path):
+def test_d6_another_number_of_processes_keeps_what_is_learned(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     interrupted(config, 2)
     path, _ = newest_checkpoint(config.run_dir)
     rewrite(path, lambda state: state["about"].update(world_size=2))
     trainer = resume(config.run_dir)
     assert any("2 processes trained before, 1 now" in note for note in trainer.notes)
-    assert trainer.progress.iteration == 4, "what two processes did in one iteration takes one process two"
+    assert trainer.progress.iteration == 4, "an iteration of two processes is two iterations of one"
     trainer.run()
 
 
-def test_an_environment_that_failed_costs_no_more_than_its_episodes(tmp_path):
+def test_a_failed_environment_costs_only_its_open_episodes(tmp_path):
     from tests.faults.worlds import FaultEnv
 
     config = short(tmp_path, **LONG | {"checkpoint_every": None, "total_timesteps": 4 * 16 * 14})
@@ -207,7 +207,7 @@ def test_an_environment_that_failed_costs_no_more_than_its_episodes(tmp_path):
     assert trainer.run().ended == "finished"
 
 
-def test_evaluation_disturbs_nothing_and_keeps_the_best(tmp_path):
+def test_evaluation_changes_no_numbers_and_marks_the_best_checkpoint(tmp_path):
     runs = []
     for name, changes in (("with", {"eval_every": 64, "eval_episodes": 4}), ("without", {})):
         config = short(tmp_path, env_id="CartPole-v1", **LONG | changes | {"run_dir": tmp_path / name})
@@ -226,18 +226,18 @@ def test_evaluation_disturbs_nothing_and_keeps_the_best(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_best_checkpoint_outlives_later_ones(tmp_path):
+def test_the_best_checkpoint_is_never_pruned(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG | {"keep_checkpoints": 2, "eval_every": 64})
     trainer = Trainer(config)
     trainer.progress.best = None
     for stats in trainer.iterations():
         if stats.iteration == 1:
-            trainer.progress.best = 1e9  # nothing will be better
+            trainer.progress.best = 1e9  # no later evaluation is better
     names = [path.name for path in list_checkpoints(config.run_dir)]
     assert names == [f"step-{64 * i:012d}" for i in (1, 7, 8)]
 
 
-def test_global_random_states_come_back(tmp_path):
+def test_global_random_states_are_restored(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     random.seed(3)
     np.random.seed(4)
@@ -255,7 +255,7 @@ def fastppo(*arguments, **kwargs):
 
 
 def rewrite(path, change):
-    """Alter a checkpoint's state file, and its manifest with it."""
+    """Alter a checkpoint's state file, and update its manifest."""
     import hashlib
 
     file = path / "state-0.json"
@@ -272,7 +272,7 @@ RUN = ["train", "--env-id", "CartPole-v1", "--n-envs", "4", "--n-steps", "64", "
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_p4_p5_a_signal_saves_at_the_next_boundary(tmp_path, number, status):
+def test_p4_p5_a_signal_saves_after_the_iteration(tmp_path, number, status):
     run = tmp_path / "run"
     command = [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run), "--total-timesteps", "100_000_000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -286,16 +286,16 @@ def test_p4_p5_a_signal_saves_at_the_next_boundary(tmp_path, number, status):
     assert path.name == f"step-{rows_of(run)[-1]['global_step']:012d}"
 
 
-def test_p4_a_signal_while_setting_up_ends_before_the_first_step(tmp_path):
+def test_p4_a_signal_during_setup_ends_the_run_before_its_first_step(tmp_path):
     run = tmp_path / "run"
     script = (
         "import os, signal, sys\n"
-        "from fastppo import assembly\n"
-        "before = assembly.make_vec_env\n"
+        "from fastppo import build\n"
+        "before = build.make_vec_env\n"
         "def make(*a, **k):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return before(*a, **k)\n"
-        "assembly.make_vec_env = make\n"
+        "build.make_vec_env = make\n"
         "from fastppo.cli import main\n"
         f"sys.exit(main({[*RUN, '--run-dir', str(run)]!r}))\n"
     )
@@ -320,7 +320,7 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
     newest_checkpoint(run)
 
 
-def test_resume_auto_begins_and_then_goes_on(tmp_path):
+def test_resume_auto_starts_and_then_continues(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
     script = (
@@ -343,7 +343,7 @@ def test_resume_auto_begins_and_then_goes_on(tmp_path):
     assert "gamma was 0.99, is 0.5" in changed.stderr
 
 
-def test_resume_auto_begins_again_where_nothing_was_saved(tmp_path):
+def test_resume_auto_starts_again_if_nothing_was_saved(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "1024", "--resume", "auto"]
     command = [sys.executable, "-m", "fastppo", *arguments, "--total-timesteps", "100_000_000"]
@@ -365,7 +365,7 @@ def test_resume_auto_begins_again_where_nothing_was_saved(tmp_path):
     assert "not empty" in refused.stderr
 
 
-def test_resume_auto_without_a_folder_takes_the_latest_of_that_name_and_seed(tmp_path):
+def test_resume_auto_without_run_dir_takes_the_latest_run_of_that_name_and_seed(tmp_path):
     arguments = [*RUN, "--total-timesteps", "512", "--resume", "auto", "--name", "job"]
     for total in ("512", "1024"):
         done = fastppo(*arguments, "--total-timesteps", total, cwd=tmp_path)
@@ -373,7 +373,7 @@ def test_resume_auto_without_a_folder_takes_the_latest_of_that_name_and_seed(tmp
     assert len(list((tmp_path / "runs" / "CartPole-v1").iterdir())) == 1
 
 
-def test_x4_a_resume_imports_code_only_when_told_so(tmp_path):
+def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path):
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium\n"
         "where = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
@@ -396,10 +396,10 @@ def wait_for(condition, seconds=60):
         if condition():
             return
         time.sleep(0.05)
-    raise AssertionError("it did not come to pass")
+    raise AssertionError("the condition did not become true in time")
 
 
-def test_verify_resume_says_what_holds(tmp_path):
+def test_verify_resume_reports_exactness(tmp_path):
     settings = ["--n-envs", "2", "--n-steps", "16", "--normalize-obs"]
     done = fastppo("verify-resume", "--env-id", "CartPole-v1", *settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -410,14 +410,14 @@ def test_verify_resume_says_what_holds(tmp_path):
     assert "start new episodes" in restarting.stdout
 
 
-def test_lunar_lander_plays_its_episodes_again():
-    """In a process of its own: Box2D can't be imported beside everything that the other tests import."""
+def test_lunar_lander_replays_its_open_episodes():
+    """In its own process: Box2D conflicts with what other tests import."""
     done = fastppo("verify-resume", "--env-id", "LunarLander-v3", "--n-envs", "2", "--n-steps", "32")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "replay: LunarLander.world (b2World) is no plain data" in " ".join(done.stdout.split())
 
 
-def test_configs_default_keeps_a_checkpoint_at_the_end(tmp_path):
+def test_by_default_a_checkpoint_is_saved_at_the_end(tmp_path):
     Trainer(short(tmp_path, env_id="CartPole-v1")).run()
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-000000000048"]
     assert Config().checkpoint_minutes == 10

@@ -110,7 +110,7 @@ def test_a_network_of_ones_own_is_checked_before_anything_starts():
         Policy(Encoder(VECTOR), TwoHeads(), Categorical(5))
     with pytest.raises(ConfigError, match=r"returned \(2, 2\) and \(2, 1\)"):
         Policy(Encoder(VECTOR), TwoHeads(values=(1,)), Categorical(2))
-    with pytest.raises(ConfigError, match="differently; remove dropout"):
+    with pytest.raises(ConfigError, match="different outputs for equal observations; remove dropout"):
         Policy(Encoder(VECTOR), TwoHeads(dropout=0.5), Categorical(2))
     with pytest.raises(ConfigError, match=r"Linear returned \(2, 2\) for 2 observations"):
         Policy(Encoder(VECTOR), nn.Linear(3, 2), Categorical(2))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastppo.ppo.metrics import MEASURED, merge_ranks
-from fastppo.runs.run_dir import appears
+from fastppo.runs.run_dir import wait_for_folder
 
 TRAIN = """
 import dataclasses, hashlib, json, os, sys
@@ -182,7 +182,7 @@ def test_a_shared_folder_may_come_late(tmp_path, monkeypatch):
             folder.mkdir()
 
     monkeypatch.setattr("time.sleep", sleep)
-    assert not appears(folder, patience=0)
+    assert not wait_for_folder(folder, timeout=0)
     waits.clear()
-    assert appears(folder)
+    assert wait_for_folder(folder)
     assert len(waits) == 3

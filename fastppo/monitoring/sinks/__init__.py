@@ -1,1 +1,1 @@
-"""Where figures go, each behind one small protocol."""
+"""Destinations of a run's statistics, all behind the `Sink` protocol."""

@@ -1,4 +1,4 @@
-"""Figures as files in the run folder: a line for each iteration, and what was seen of single updates."""
+"""Statistics as files in the run folder: metrics.jsonl, one line per iteration, and samples/, one file per sample."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.monitoring.stats import Stats
-from fastppo.monitoring.update_samples import forget_samples
+from fastppo.monitoring.update_samples import remove_samples
+from fastppo.runtime.files import replace_file
 
 
 class JsonlSink:
-    """metrics.jsonl: a line for each iteration; a figure that isn't finite is null."""
+    """Writes RUN/metrics.jsonl, one line per iteration; a value that isn't finite is null."""
 
     def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
-        """Write RUN/metrics.jsonl; a run resumed at a global step keeps the lines up to there."""
+        """Open the file; a run resumed at the global step `resumed_at` keeps the lines up to that step."""
         path = run_dir / "metrics.jsonl"
         if resumed_at is not None and path.exists():
-            with path.open(errors="replace") as before, path.with_suffix(".tmp").open("w") as kept:
-                kept.writelines(line for line in before if _step_of(line) <= resumed_at)
-            path.with_suffix(".tmp").replace(path)
+            replace_file(path, lambda temporary: _copy_lines(path, temporary, resumed_at))
         self._file = path.open("a" if resumed_at is not None else "w", buffering=1)
 
     def write(self, stats: Stats) -> None:
-        """One line."""
+        """Write one line."""
         row: dict[str, Any] = {
             "iteration": stats.iteration,
             "global_step": stats.global_step,
@@ -42,25 +41,25 @@ class JsonlSink:
 
 
 class SampleSink:
-    """samples/: a file for each update that was looked into."""
+    """Writes RUN/samples, one file per update sample."""
 
     def __init__(self, run_dir: Path, resumed_after: int | None = None) -> None:
-        """Write RUN/samples; a run resumed after an iteration forgets those of later ones."""
+        """Write into RUN/samples; a run resumed after the iteration `resumed_after` removes the later samples."""
         self._folder = run_dir / "samples"
         if resumed_after is not None:
-            forget_samples(self._folder, resumed_after)
+            remove_samples(self._folder, resumed_after)
 
     def write(self, stats: Stats) -> None:
-        """The sample, if this iteration has one."""
+        """Write the sample of this iteration, if it has one."""
         if stats.sample is not None:
             stats.sample.write(self._folder)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
 
 def read_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of RUN/metrics.jsonl, None where a figure wasn't finite; a line that can't be read is empty."""
+    """Yield the lines of RUN/metrics.jsonl; None where a value wasn't finite, {} for a line that can't be read."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
@@ -73,8 +72,13 @@ def read_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
             yield row if isinstance(row, dict) else {}
 
 
+def _copy_lines(source: Path, target: Path, last_step: int) -> None:
+    with source.open(errors="replace") as lines, target.open("w") as file:
+        file.writelines(line for line in lines if _step_of(line) <= last_step)
+
+
 def _step_of(line: str) -> float:
-    """The global step of a line; infinite where the line was cut."""
+    """Return the global step of a line, or infinity for a truncated line."""
     try:
         return int(json.loads(line)["global_step"])
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):

@@ -1,4 +1,4 @@
-"""Figures as TensorBoard's events."""
+"""Statistics as TensorBoard events."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from fastppo.monitoring.stats import Stats
 
 _FLUSH_SECONDS = 5.0
 _HPARAM_METRICS = ("charts/episodic_return", "charts/sps_steady", "losses/approx_kl", "losses/explained_variance")
-_number = itertools.count()  # two runs of one process may begin in one second
+_file_number = itertools.count()  # two runs of one process may start in the same second
 
 
 class TensorBoardSink:
-    """An events file. All scalars of an iteration are one event, which costs a tenth of one event each."""
+    """Writes an events file, with one event per iteration: ten times cheaper than one event per scalar."""
 
     def __init__(self, run_dir: Path, config: dict[str, Any], resumed_at: int | None = None) -> None:
-        """Write into `run_dir`, beginning with the config as a table in the text tab.
+        """Open an events file in `run_dir`, and write the config for the Text and HParams tabs.
 
-        `resumed_at`: the global step that a resumed run goes on from; TensorBoard forgets what lies behind it.
+        `resumed_at` is the global step that a resumed run continues from; TensorBoard drops later events.
         """
-        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{next(_number)}"
-        # a file that stays open: TensorBoard's own writer opens it anew at each flush, and dies with its folder
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{next(_file_number)}"
+        # kept open: TensorBoard's own writer opens the file at each flush and fails if the folder was deleted
         self._file = (run_dir / name).open("ab")
         self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
@@ -46,17 +46,17 @@ class TensorBoardSink:
             return
         table = "|setting|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in config.items())
         self._add(Event(wall_time=time.time(), step=0, summary=Summary(value=[_text("config", table)])))
-        # so that the HParams tab sorts runs by their settings and shows what they came to
+        # the HParams tab compares runs by their settings and these metrics
         settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items() if v is not None}
         for part in summary.hparams(settings, dict.fromkeys(_HPARAM_METRICS)):
             self._add(Event(wall_time=time.time(), step=0, summary=part))
 
     def write(self, stats: Stats) -> None:
-        """Every scalar at the iteration's global step; histograms where there are some, findings when they change."""
+        """Write scalars, histograms and images at the global step; health findings only when they change."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in stats.scalars.items()]
         if (names := [f.name for f in stats.findings]) != self._findings:
             self._findings = names
-            lines = [f"- **{f.name}**: {f.evidence} {f.remedy}" for f in stats.findings] or ["- all is well"]
+            lines = [f"- **{f.name}**: {f.evidence} {f.remedy}" for f in stats.findings] or ["- no problems detected"]
             values.append(_text("health", "\n".join(lines)))
         if stats.sample is not None:
             for tag, array in stats.sample.histograms.items():
@@ -83,6 +83,6 @@ def _text(tag: str, text: str) -> Summary.Value:
 
 
 def _image(gif: bytes) -> Summary.Image:
-    """An animation, which TensorBoard shows as it is."""
+    """Return an animated GIF as TensorBoard's image, which keeps it animated."""
     width, height = struct.unpack("<HH", gif[6:10])
     return Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=gif)

@@ -1,4 +1,4 @@
-"""Figures for tracking services: Weights & Biases, and MLflow. Each is set up by its own environment variables."""
+"""Tracking services: Weights & Biases and MLflow, configured by their own environment variables."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastppo.errors import ConfigError
-from fastppo.monitoring.sinks.api import Sink
+from fastppo.errors import ConfigError, first_line
+from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
 
-_SECONDS = 5.0  # a row takes 40 ms in a local MLflow store
+_SECONDS = 5.0  # between two writes; one takes 40 ms in a local MLflow store
 
 
-class Throttled:
-    """A sink that gets an iteration each few seconds, and the last; TensorBoard and metrics.jsonl have them all."""
+class ThrottledSink:
+    """Passes one iteration every five seconds to another sink, and the last one."""
 
     def __init__(self, sink: Sink) -> None:
-        """Hand figures on to `sink`."""
-        self._sink, self._next = sink, 0.0
-        self._waiting: Stats | None = None
+        """Wrap `sink`."""
+        self._sink, self._next_time = sink, 0.0
+        self._held_back: Stats | None = None
 
     def write(self, stats: Stats) -> None:
-        """One iteration; those with histograms or films are never left out."""
-        shown = stats.images or (stats.sample is not None and stats.sample.histograms)
-        if time.monotonic() >= self._next or shown:
-            self._next = time.monotonic() + _SECONDS
+        """Write or hold back one iteration; those with histograms or images are always written."""
+        has_media = stats.images or (stats.sample is not None and stats.sample.histograms)
+        if time.monotonic() >= self._next_time or has_media:
+            self._next_time = time.monotonic() + _SECONDS
             self._sink.write(stats)
-            self._waiting = None
+            self._held_back = None
         else:
-            self._waiting = stats
+            self._held_back = stats
 
     def close(self) -> None:
-        """The last iteration, if it was left out; no more will come."""
+        """Write the last iteration if it was held back, and close the sink."""
         try:
-            if self._waiting is not None:
-                self._sink.write(self._waiting)
+            if self._held_back is not None:
+                self._sink.write(self._held_back)
         finally:
             self._sink.close()
 
 
 class WandbSink:
-    """A run of Weights & Biases; project and mode by WANDB_PROJECT (fastppo) and WANDB_MODE."""
+    """Logs to Weights & Biases; WANDB_PROJECT (default fastppo) and WANDB_MODE set project and mode."""
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        """Begin a run named as its folder; the same folder again goes on with it.
+        """Start a run named after its folder, or continue the one that this folder started.
 
         Raises:
-            ConfigError: it can't log in.
+            ConfigError: the service refuses, for example the login.
         """
         import wandb
 
@@ -69,12 +69,12 @@ class WandbSink:
                 config=config,
                 dir=run_dir,
             )
-        except Exception as error:  # its own kinds, and its service's
-            raise ConfigError(f"track wandb: {error}") from None
+        except Exception as error:  # its own classes, and those of its service
+            raise ConfigError(f"track wandb: {first_line(error)}") from None
         self._wandb = wandb
 
     def write(self, stats: Stats) -> None:
-        """Scalars, histograms and films at the global step."""
+        """Write scalars, histograms and images at the global step."""
         values: dict[str, Any] = dict(stats.scalars)
         if stats.sample is not None:
             for tag, array in stats.sample.histograms.items():
@@ -85,18 +85,18 @@ class WandbSink:
         self._run.log(values, step=stats.global_step)
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is buffered, and end the run."""
         self._run.finish()
 
 
 class MlflowSink:
-    """A run of MLflow; server and experiment by MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME (fastppo)."""
+    """Logs to MLflow; MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME (default fastppo) set server and experiment."""
 
     def __init__(self, run_dir: Path, config: dict[str, Any]) -> None:
-        """Begin a run named as its folder; the same folder again goes on with it.
+        """Start a run named after its folder, or continue the one that this folder started.
 
         Raises:
-            ConfigError: its store can't be reached.
+            ConfigError: the store can't be reached.
         """
         from mlflow.entities import Metric, Param
 
@@ -116,11 +116,11 @@ class MlflowSink:
                 ).info.run_id
                 params = [Param(k, str(v)) for k, v in config.items() if v is not None]
                 self._client.log_batch(self._id, params=params)
-        except Exception as error:  # its own kinds, and its database's
-            raise ConfigError(f"track mlflow: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # its own classes, and those of its database
+            raise ConfigError(f"track mlflow: {first_line(error)}") from None
 
     def write(self, stats: Stats) -> None:
-        """Scalars at the global step."""
+        """Write the finite scalars at the global step."""
         now = int(time.time() * 1000)
         metrics = [
             self._metric(tag, float(value), now, stats.global_step)
@@ -130,12 +130,12 @@ class MlflowSink:
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
-        """The run has ended."""
+        """Mark the run as finished."""
         self._client.set_terminated(self._id)
 
 
-def _mlflow_client() -> Any:  # noqa: ANN401 - its own kind
-    # a server that is gone is given up soon, not after minutes; unless the user says otherwise
+def _mlflow_client() -> Any:  # noqa: ANN401 - its own class
+    # by default an unreachable server blocks for minutes; the user's own settings win
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     import mlflow
@@ -144,10 +144,10 @@ def _mlflow_client() -> Any:  # noqa: ANN401 - its own kind
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """Refuse, before anything is made, what can't be tracked here.
+    """Check, before a run starts, that the trackers can be used.
 
     Raises:
-        ConfigError: a library is missing.
+        ConfigError: a library is missing, or the MLflow store can't be reached.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
@@ -155,14 +155,14 @@ def check_trackers(names: Iterable[str]) -> None:
         if name == "mlflow":
             try:
                 _mlflow_client().search_experiments(max_results=1)
-            except Exception as error:  # its own kinds, and its database's
-                raise ConfigError(f"track mlflow: {str(error).strip().splitlines()[0]}") from None
+            except Exception as error:  # its own classes, and those of its database
+                raise ConfigError(f"track mlflow: {first_line(error)}") from None
 
 
 def open_tracker(name: Literal["wandb", "mlflow"], run_dir: Path, config: dict[str, Any]) -> Sink:
-    """The tracker `name`, for a run.
+    """Open the tracker `name` for a run.
 
     Raises:
-        ConfigError: it can't be reached.
+        ConfigError: the service can't be reached.
     """
-    return Throttled(WandbSink(run_dir, config) if name == "wandb" else MlflowSink(run_dir, config))
+    return ThrottledSink(WandbSink(run_dir, config) if name == "wandb" else MlflowSink(run_dir, config))

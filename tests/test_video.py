@@ -1,4 +1,4 @@
-"""Films of episodes: in a file, and in TensorBoard."""
+"""Videos of episodes, in files and in TensorBoard."""
 
 import dataclasses
 import io
@@ -35,23 +35,23 @@ def test_a_gif_of_a_long_episode_is_thinned_and_small():
     assert n <= 200
 
 
-def test_a_video_is_one_and_without_ffmpeg_a_gif(tmp_path, monkeypatch):
+def test_a_video_file_is_a_gif_without_ffmpeg(tmp_path, monkeypatch):
     import imageio.v3
 
-    film = Video(colored(20, 41, 61), 20.0, 1.0)
-    path = film.write(tmp_path / "a" / "film.mp4")
-    assert path == tmp_path / "a" / "film.mp4"
-    about = imageio.v3.immeta(path, plugin="FFMPEG")
-    assert (about["size"], about["fps"], round(about["duration"], 1)) == ((60, 40), 20.0, 1.0)
-    monkeypatch.setattr("fastppo.evaluation.video._ffmpeg", lambda: False)
-    path = film.write(tmp_path / "film.mp4")
-    assert path == tmp_path / "film.gif"
+    video = Video(colored(20, 41, 61), 20.0, 1.0)
+    path = video.write(tmp_path / "a" / "video.mp4")
+    assert path == tmp_path / "a" / "video.mp4"
+    metadata = imageio.v3.immeta(path, plugin="FFMPEG")
+    assert (metadata["size"], metadata["fps"], round(metadata["duration"], 1)) == ((60, 40), 20.0, 1.0)
+    monkeypatch.setattr("fastppo.evaluation.video._has_ffmpeg", lambda: False)
+    path = video.write(tmp_path / "video.mp4")
+    assert path == tmp_path / "video.gif"
     assert frames_of(path.read_bytes()) == ((61, 41), 20)
     with pytest.raises(ConfigError, match="must end in"):
-        film.write(tmp_path / "film.avi")
+        video.write(tmp_path / "video.avi")
 
 
-def test_training_films_what_it_says_and_disturbs_nothing(tmp_path):
+def test_recording_during_training_changes_no_numbers(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     small = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, compile="off", threads=1)
@@ -70,7 +70,7 @@ def test_training_films_what_it_says_and_disturbs_nothing(tmp_path):
     assert n > 5
 
 
-def test_a_film_that_fails_ends_no_training(tmp_path):
+def test_a_recording_that_fails_does_not_stop_training(tmp_path):
     import gymnasium as gym
     from rich.console import Console
 
@@ -90,10 +90,10 @@ def test_a_film_that_fails_ends_no_training(tmp_path):
         console = Console(file=out, width=200)
         trainer = Trainer(config, lambda: Fades(gym.make("CartPole-v1", render_mode="rgb_array")), console=console)
         assert trainer.run().ended == "finished"
-    assert (tmp_path / "out").read_text().count("RuntimeError: no light No more is filmed.") == 1
+    assert (tmp_path / "out").read_text().count("RuntimeError: no light. Video recording is off from here on.") == 1
 
 
-def test_frames_of_an_endless_episode_stay_few():
+def test_long_episodes_keep_at_most_1000_frames():
     import gymnasium as gym
 
     from fastppo.envs.registry import inspect_env
@@ -105,14 +105,14 @@ def test_frames_of_an_endless_episode_stay_few():
         env.unwrapped.screen_width, env.unwrapped.screen_height = 30, 20
         return env
 
-    camera = VideoRecorder(inspect_env("", {}, make), lambda obs: np.int64(0))
-    film = camera.episode(0)
-    camera.close()
-    assert film.episode_return == 3000
-    assert (len(film.frames), film.fps) == (751, 12.5)  # every fourth, a quarter as many a second
+    recorder = VideoRecorder(inspect_env("", {}, make), lambda obs: np.int64(0))
+    video = recorder.record_episode(0)
+    recorder.close()
+    assert video.episode_return == 3000
+    assert (len(video.frames), video.fps) == (751, 12.5)  # every fourth frame, at a quarter of the rate
 
 
-def test_what_cant_be_filmed_is_refused_at_once(tmp_path):
+def test_an_environment_that_cant_be_rendered_is_refused_before_the_run_starts(tmp_path):
     import gymnasium as gym
 
     config = Config(n_envs=2, n_steps=32, total_timesteps=64, video_every=64, run_dir=tmp_path / "run")
