@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastppo.evaluation.saved_policy import load_policy as load_policy
     from fastppo.monitoring.stats import Stats as Stats
     from fastppo.resume_run import resume as resume
-    from fastppo.trainer import Result as Result
+    from fastppo.runs.result import Result as Result
     from fastppo.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _HOMES = {
     "CaptureError": "errors",
     "SimulatorEnv": "envs.tensor.simulator",
     "Trainer": "trainer",
-    "Result": "trainer",
+    "Result": "runs.result",
     "Stats": "monitoring.stats",
     "load_policy": "evaluation.saved_policy",
     "evaluate": "evaluation.saved_policy",

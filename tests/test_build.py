@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastppo import Config, Trainer
-from fastppo.build import compile_work
+from fastppo.build.compiling import compile_parts
 from fastppo.errors import CaptureError, ConfigError
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.runtime.compile import CompileError
@@ -34,13 +34,13 @@ class Parts:
 @pytest.mark.parametrize(
     ("wanted", "minibatches", "parts", "device", "mode", "note"),
     [
-        ("on", 1, Parts(), "cpu", "on", "compile on: asked for; took"),
+        ("on", 1, Parts(), "cpu", "on", "compile on: requested; took"),
         ("on", 1, Parts(compiles=False), "cpu", "off", "compile off: it can't be compiled: there is no C++ compiler"),
         ("auto", 100, Parts(), "cpu", "off", "compile off: 100 minibatches ahead: compiling saves about 0 s and costs"),
         ("auto", 10**6, Parts(), "cpu", "on", "compile on: 1,000,000 minibatches ahead: compiling saves about 2,500 s"),
         ("auto", 10**6, Parts(compiles=False), "cpu", "off", "compile off: it can't be compiled"),
-        ("graph", 1, Parts(), "cpu", "graph", "compile graph: asked for"),
-        ("auto", 1, Parts(), "cuda", "graph", "compile graph: on CUDA launches cost more"),
+        ("graph", 1, Parts(), "cpu", "graph", "compile graph: requested"),
+        ("auto", 1, Parts(), "cuda", "graph", "compile graph: on CUDA, launches cost more"),
         ("auto", 1, Parts(records=False), "cuda", "off", "compile off: forward looks at values"),
         ("auto", 1, Parts(compiles=False), "cuda", "graph", "kernels are eager: they can't be compiled"),
         ("off", 1, Parts(), "cpu", "off", None),
@@ -48,36 +48,39 @@ class Parts:
 )
 def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mode, note):
     parts.device, notes, said = torch.device(device), [], []
-    found, seconds = compile_work(wanted, minibatches, parts, parts, parts, World(), notes, said.append)
+    found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes, said.append)
     assert found == mode
     assert bool(note) == bool(notes)
     assert note is None or notes[0].startswith(note)
     assert bool(seconds) == (mode != "off")
-    assert not said or said == ["compiling: 10-20 s, the next time 5"]
+    assert not said or said == ["compiling: 10-20 s the first time, 5 s from the cache"]
     assert ("capture" in parts.done) == (mode == "graph")
 
 
 def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
-    monkeypatch.setattr("fastppo.build._compile_env", lambda env: (_ for _ in ()).throw(CompileError("no such kernel")))
+    def fail(env):
+        raise CompileError("no such kernel")
+
+    monkeypatch.setattr("fastppo.build.compiling._compile_env", fail)
     learner, collector, notes = Parts(), Parts(), []
-    assert compile_work("on", 1, learner, collector, Parts(), World(), notes, print)[0] == "on"
+    assert compile_parts("on", 1, learner, collector, Parts(), World(), notes, print)[0] == "on"
     assert learner.done == collector.done == ["compile"]
     assert notes[0] == "stepping is eager: it can't be compiled: no such kernel."
 
 
 def test_an_update_stays_compiled_where_acting_cant_be():
     learner, notes = Parts(), []
-    mode, _ = compile_work("on", 1, learner, Parts(compiles=False), Parts(), World(), notes, print)
+    mode, _ = compile_parts("on", 1, learner, Parts(compiles=False), Parts(), World(), notes, print)
     assert (mode, learner.done) == ("on", ["compile"])
     assert notes[0] == "acting is eager: it can't be compiled: there is no C++ compiler."
-    assert notes[1].startswith("compile on: asked for")
+    assert notes[1].startswith("compile on: requested")
 
 
 def test_what_was_asked_for_and_cant_be_recorded_is_an_error():
     with pytest.raises(CaptureError, match="looks at values"):
-        compile_work("graph", 1, Parts(), Parts(records=False), Parts(), World(), [], print)
+        compile_parts("graph", 1, Parts(), Parts(records=False), Parts(), World(), [], print)
     with pytest.raises(CaptureError, match="several processes on the CPU"):
-        compile_work("graph", 1, Parts(), Parts(), Parts(), World(0, 2), [], print)
+        compile_parts("graph", 1, Parts(), Parts(), Parts(), World(0, 2), [], print)
 
 
 @pytest.fixture

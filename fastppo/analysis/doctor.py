@@ -182,7 +182,7 @@ def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
             return
         assert trainer.result is not None
         finite = bool(trainer.update.parameters.vector.isfinite().all())
-        speed = f"{trainer.result.sps_steady:,.0f} steps/s of {trainer.env_name}, not compiled, n_envs 8"
+        speed = f"{trainer.result.sps_steady:,.0f} steps/s of {trainer.config.env_id}, not compiled, n_envs 8"
         yield CheckResult("training", speed, "ok" if finite else "bad", "" if finite else "parameters are not finite")
         c = trainer.config
         yield CheckResult(

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastppo.analysis.run_data import RunData, read_run
-from fastppo.build import policy_spec, settle, target_of
+from fastppo.build.parts import policy_spec
+from fastppo.build.resolve import resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.registry import inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
@@ -133,18 +134,18 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     found = inspect_env(base.env_id, base.env_kwargs)
     device = choose_device(base.device)
 
-    def settled_like(config: Config) -> Config:
+    def resolved_like(config: Config) -> Config:
         """Settled without measuring or starting anything."""
         plain = dataclasses.replace(config, vectorization="sync", workers=None, half_batches=False)
-        return settle(plain, found, device, custom_policy=False)[0]
+        return resolve_config(plain, found, device, custom_policy=False)[0]
 
-    settled = settled_like(dataclasses.replace(base, n_envs=None))
-    target = target_of(settled)
+    resolved = resolved_like(dataclasses.replace(base, n_envs=None))
+    target = target_of(resolved)
     if target is None:
         why = f"{found.name} has no threshold of its own" if base.target_return == "threshold" else "none was given"
         raise ConfigError(f"study needs a return to reach, and {why}: --target-return NUMBER.")
-    batch = settled.batch_size
-    parameters = sum(x.numel() for x in policy_spec(settled, found, custom=False).build().network.parameters())
+    batch = resolved.batch_size
+    parameters = sum(x.numel() for x in policy_spec(resolved, found, custom=False).build().network.parameters())
     configs, cores = [], 1
     for n in dict.fromkeys(n_envs):
         if n < 1:
@@ -155,7 +156,7 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
                 f"n_envs={n} does not divide the batch of {batch} that all share; "
                 f"take {', '.join(map(str, sorted(near)))}, another --n-steps, or --hold n_steps."
             )
-        n_steps = batch // n if hold == "batch" else settled.n_steps
+        n_steps = batch // n if hold == "batch" else resolved.n_steps
         for seed in range(1, seeds + 1):
             config = dataclasses.replace(
                 base,
@@ -163,11 +164,11 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
                 n_steps=n_steps,
                 seed=seed,
                 target_return=target,
-                total_timesteps=settled.total_timesteps,
+                total_timesteps=resolved.total_timesteps,
                 resume="auto",
                 run_dir=folder / "runs" / f"n{n}-seed{seed}",
             )
-            checked = settled_like(config)
+            checked = resolved_like(config)
             threads = base.threads or choose_threads(checked.minibatch_size * parameters)
             cores = max(cores, threads + _beside(config))
             configs.append(config)

@@ -21,7 +21,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from fastppo.analysis.doctor import CheckResult
-from fastppo.build import settle
+from fastppo.build.resolve import resolve_config
 from fastppo.config import Config
 from fastppo.envs import factory as single
 from fastppo.envs.auto_vectorization import Vectorization
@@ -282,24 +282,24 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
     """
     device = choose_device(config.device)
     found = inspect_env(config.env_id, config.env_kwargs)
-    settled, notes = settle(config, found, device, custom_policy=False)
-    steps = iterations * settled.batch_size
+    resolved, notes = resolve_config(config, found, device, custom_policy=False)
+    steps = iterations * resolved.batch_size
     quiet: dict[str, Any] = {
         "checkpoint_every": None,
         "checkpoint_minutes": 0.0,
         "resume": "never",
         "target_return": None,
     }
-    settled = dataclasses.replace(settled, total_timesteps=steps, **quiet)
+    resolved = dataclasses.replace(resolved, total_timesteps=steps, **quiet)
     for note in notes:
         yield CheckResult("note", note)
     with tempfile.TemporaryDirectory(prefix="fastppo-verify-") as folder:
         whole, parted, again = (Path(folder) / name for name in ("whole", "parted", "again"))
-        trainer = Trainer(dataclasses.replace(settled, run_dir=whole))
+        trainer = Trainer(dataclasses.replace(resolved, run_dir=whole))
         way = trainer.env.resumable
         yield CheckResult("way", f"{way.way}: {way.why}", "note" if way.way == "restart" else "ok")
         _to_the_end(trainer)
-        for stats in Trainer(dataclasses.replace(settled, run_dir=parted)).iterations():
+        for stats in Trainer(dataclasses.replace(resolved, run_dir=parted)).iterations():
             if stats.iteration >= iterations // 2:
                 break
         shutil.copytree(parted, again)
@@ -310,7 +310,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
                 "what that means",
                 "network, optimiser, normalisers and schedules go on exactly; environments start new episodes",
                 "note",
-                "--vectorization sync or pool may do better" if settled.vectorization in ("async", "envpool") else "",
+                "--vectorization sync or pool may do better" if resolved.vectorization in ("async", "envpool") else "",
             )
             yield from _compare(run_hashes(parted), run_hashes(again), "two resumes of one checkpoint")
         else:

@@ -18,7 +18,8 @@ from fastppo.errors import CheckpointError, ConfigError, FinishedError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastppo.trainer import Result, Trainer
+    from fastppo.runs.result import Result
+    from fastppo.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True)

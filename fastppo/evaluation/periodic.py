@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,9 @@ from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
 from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
+from fastppo.runs.restore import Progress
 from fastppo.runtime.device import seed_stream, untouched_randomness
+from fastppo.runtime.distributed import World
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _MAX_ENVS = 8
@@ -39,7 +42,7 @@ class PeriodicEvaluation:
         eval_every: int | None,
         eval_episodes: int,
         video_every: int | None,
-        main: bool,
+        world: World,
         say: Callable[[str], None],
     ) -> None:
         """Make the environments, in the main process only.
@@ -52,32 +55,50 @@ class PeriodicEvaluation:
             eval_every: environment steps between evaluations; None disables them.
             eval_episodes: episodes per evaluation.
             video_every: environment steps between videos; None disables them.
-            main: whether this is the main process; the others only know when an evaluation is due.
-            say: prints a line when recording fails.
+            world: the ranks that train together; the main one evaluates.
+            say: prints a line about each evaluation, and when recording fails.
 
         Raises:
             ConfigError: the environment can't be recorded.
         """
         self._eval_every, self._episodes, self._video_every = eval_every, eval_episodes, video_every
-        self._seed, self._say, self.last_step = seed, say, 0
+        self._seed, self._world, self._device, self._say, self.last_step = seed, world, device, say, 0
         self._player: EpisodePlayer | None = None
         self._recorder: VideoRecorder | None = None
         with contextlib.ExitStack() as undo:
-            if main and eval_every is not None:
+            if world.is_main and eval_every is not None:
                 env = make_vec_env(env_info, min(eval_episodes, _MAX_ENVS), "sync")
                 self._player = EpisodePlayer(env, policy, device, seed_stream(seed, "eval"))
                 undo.callback(self._player.close)
-            if main and video_every is not None:
+            if world.is_main and video_every is not None:
                 act = _greedy(policy, env_info.obs_spec, env_info.action_spec, device)
                 self._recorder = VideoRecorder(env_info, act)
             undo.pop_all()
 
-    def evaluates_at(self, step: int) -> bool:
-        """Return whether an evaluation is due at `step`; the same answer in every process."""
-        return _due(self._eval_every, self.last_step, step)
+    def __call__(self, stats: Stats, progress: Progress) -> bool:
+        """Evaluate and record what is due after an iteration, into `stats`.
 
-    def __call__(self, stats: Stats) -> Evaluation | None:
-        """Do what is due after an iteration and add it to `stats`; return the evaluation, if there was one."""
+        Returns:
+            Whether an evaluation was the best so far; then `progress.best` is its mean return. The same on every rank.
+        """
+        evaluates = _due(self._eval_every, self.last_step, stats.global_step)
+        played = self._play(stats)
+        if not evaluates:
+            return False
+        better = False
+        if played is not None:
+            best = progress.best
+            better = math.isfinite(played.mean) and (best is None or played.mean > best)
+            note = ", the best so far" if better else ""
+            self._say(
+                f"evaluation at {stats.global_step:,} steps: return {played.mean:.2f} +- {played.std:.2f}"
+                f"{note}{played.remark}"
+            )
+            if better:
+                progress.best = played.mean
+        return self._world.any(better, self._device)
+
+    def _play(self, stats: Stats) -> Evaluation | None:
         previous, self.last_step = self.last_step, stats.global_step
         with untouched_randomness():
             if self._recorder is not None and _due(self._video_every, previous, self.last_step):

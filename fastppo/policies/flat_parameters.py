@@ -47,6 +47,11 @@ class FlatParameters:
             view.copy_(p.detach())
             p.data = view
 
+    @property
+    def size(self) -> int:
+        """P, alignment gaps included."""
+        return self.vector.numel()
+
     def check(self) -> None:
         """Look whether the module's parameters are still the views that they were made.
 

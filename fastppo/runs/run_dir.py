@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastppo.errors import ConfigError
+from fastppo.runtime.distributed import World
 
 # The files of a run that ended before its first checkpoint
 _RUN_FILE = re.compile(
@@ -86,6 +87,23 @@ class RunLock:
             ) from None
         except OSError as error:
             raise ConfigError(f"{run_dir} can't be locked ({error.strerror}); is the folder writable?") from None
+
+
+def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, Callable[[], object]]:
+    """Have the main rank make and lock the run folder; returns it, and what releases the lock.
+
+    Raises:
+        ConfigError: the folder can't be made, is in use, or can't be seen by this rank.
+    """
+    locks: list[RunLock] = []
+    run_dir = world.shared(make)
+    world.shared(lambda: locks.append(RunLock(run_dir)))
+    if not wait_for_folder(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir} was made by process 0 and can't be seen by process {world.rank}: "
+            "machines that train together need one folder that all of them see."
+        )
+    return run_dir, locks[0].release if locks else lambda: None
 
 
 def wait_for_folder(folder: Path, timeout: float = 60.0) -> bool:

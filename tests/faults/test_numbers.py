@@ -95,7 +95,13 @@ def test_the_replay_of_a_finite_dump_finds_nothing(tmp_path):
     trainer.run()
     folder = tmp_path / "capsule"
     save_nan_dump(
-        folder, trainer.spec, trainer.models, trainer.rollout.batch(), trainer.learner.coefs, trainer.update, {}
+        folder,
+        trainer.spec,
+        trainer._run.models.saved(),
+        trainer.rollout.batch(),
+        trainer.learner.coefs,
+        trainer.update,
+        {},
     )
     assert replay(folder).first_bad is None
     done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)

@@ -333,7 +333,7 @@ def test_s5_damaged_checkpoints_dont_count_as_kept(trained, tmp_path):
         (path / "model.json").write_text("{}")
     trainer = resume(run)
     trainer.config = dataclasses.replace(trainer.config, keep_checkpoints=2)
-    trainer._writer._keep = 2
+    trainer._saver._writer._keep = 2
     for stats in trainer.iterations():
         if stats.iteration == 3:
             break
@@ -544,8 +544,8 @@ def test_x2_500_malformed_checkpoints_are_refused_with_a_message(trained, tmp_pa
                 source,
                 metadata,
                 spec=trainer.spec,
-                models=trainer.models,
-                parts=trainer._parts,
+                models=trainer._run.models.saved(),
+                parts=trainer._run.parts,
                 env=trainer.env,
                 obs=trainer.rollout.obs[-1],
                 world=trainer.world,

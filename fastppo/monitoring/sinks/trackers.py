@@ -20,6 +20,8 @@ from fastppo.monitoring.stats import Stats
 
 _SECONDS = 5.0  # between two writes; one takes 40 ms in a local MLflow store
 
+Tracker = Literal["wandb", "mlflow"]
+
 
 class ThrottledSink:
     """Passes one iteration every five seconds to another sink, and the last one."""
@@ -159,7 +161,7 @@ def check_trackers(names: Iterable[str]) -> None:
                 raise ConfigError(f"track mlflow: {first_line(error)}") from None
 
 
-def open_tracker(name: Literal["wandb", "mlflow"], run_dir: Path, config: dict[str, Any]) -> Sink:
+def open_tracker(name: Tracker, run_dir: Path, config: dict[str, Any]) -> Sink:
     """Open the tracker `name` for a run.
 
     Raises:

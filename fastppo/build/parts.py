@@ -1,0 +1,266 @@
+"""Build the parts that a trainer owns, from a resolved config. Choices made on the way are added to `notes`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from fastppo.build.resolve import known, schedule_of
+from fastppo.config import SCHEDULED, Config
+from fastppo.envs.gymnasium_vector import HostEnv
+from fastppo.envs.registry import EnvInfo, make_vec_env, resumability
+from fastppo.envs.sync import FaultPolicy
+from fastppo.envs.tensor.simulator import SimulatorEnv
+from fastppo.envs.vec_env import VecEnv, env_seeds
+from fastppo.errors import CheckpointError, ConfigError, EnvError
+from fastppo.functional.adam import adam
+from fastppo.functional.gae import gae_doubling
+from fastppo.functional.losses import PPOLoss
+from fastppo.monitoring.stats import Statistics
+from fastppo.monitoring.update_samples import UpdateSampler
+from fastppo.policies.actors import choose_act_device
+from fastppo.policies.flat_parameters import FlatParameters
+from fastppo.policies.normalizers import RewardNormalizer
+from fastppo.policies.policy import Policy
+from fastppo.policies.policy_spec import PolicySpec
+from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.learner import Learner
+from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
+from fastppo.ppo.metrics import Metrics
+from fastppo.ppo.rollout import Rollout
+from fastppo.ppo.update import PPOUpdate
+from fastppo.runs.model_files import load_model, read_spec
+from fastppo.runtime.clock import Clock
+from fastppo.runtime.cores import local_processes, usable_cores
+from fastppo.runtime.device import generator, seed_stream, set_threads
+from fastppo.runtime.distributed import World
+from fastppo.runtime.preflight import check_descriptors, free_memory
+
+_FEWEST_ITERATIONS_BETWEEN_SAMPLES = 30  # a sample takes up to a quarter of an iteration, and should cost under 1 %
+
+
+class Models(NamedTuple):
+    """The policy and the normalisers.
+
+    Attributes:
+        spec: rebuilds the policy.
+        policy: encoder, network, distribution.
+        reward_normalizer: None: rewards are not normalised.
+        parameters: of the network, as one vector.
+    """
+
+    spec: PolicySpec
+    policy: Policy
+    reward_normalizer: RewardNormalizer | None
+    parameters: FlatParameters
+
+    def saved(self) -> dict[str, nn.Module]:
+        """Return the parts of a model file by name."""
+        return _saved(self.policy, self.reward_normalizer)
+
+
+def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
+    """Describe the policy that `c` asks for, or one around a `custom` network."""
+    return PolicySpec(
+        obs=env_info.obs_spec,
+        action=env_info.action_spec,
+        network="custom" if custom else "cnn" if c.network == "cnn" else "mlp",
+        hidden_sizes=c.hidden_sizes,
+        activation=c.activation,
+        shared_trunk=c.shared_trunk,
+        normalize_obs=bool(c.normalize_obs),
+        obs_clip=c.obs_clip,
+    )
+
+
+def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device: torch.device, world: World) -> Models:
+    """Build the policy around `network` (None: the config's), with fresh weights or those of `init_from`.
+
+    Raises:
+        ConfigError: the network doesn't fit, or needs more memory than is free.
+        CheckpointError: `init_from` holds another policy.
+    """
+    spec = policy_spec(c, env_info, custom=network is not None)
+    needed, free = 4 * 4 * spec.least_weights(), free_memory(device)  # weights, gradients, Adam's two moments
+    if needed > free:
+        raise ConfigError(
+            f"hidden_sizes={list(c.hidden_sizes)} on observations {spec.obs.shape} needs {needed / 2**30:,.1f} GiB for "
+            f"weights, gradients and Adam; {free / 2**30:,.1f} GiB are free: make the network smaller."
+        )
+    set_threads(1)  # initial weights must not depend on what this process ran before
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random state alone
+        torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
+        policy = spec.build(network).to(device)
+    policy.bf16 = c.precision == "bf16"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    reward_normalizer = RewardNormalizer(known(c.n_envs), c.reward_clip).to(device) if c.normalize_rewards else None
+    if c.init_from is not None:
+        saved, about = read_spec(c.init_from)
+        if differing := spec.differences(saved):
+            name = f"{c.init_from} (trained on {about.get('env')})"
+            raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
+        load_model(c.init_from, _saved(policy, reward_normalizer), optional=("rewards",))
+    parameters = FlatParameters(policy.network)
+    for tensor in (parameters.vector, *policy.state_dict().values()):  # frozen parameters too
+        world.from_main_(tensor)
+    for moments in (reward_normalizer, policy.encoder.normalizer):
+        if moments is not None:
+            moments.pool = world.pool
+    return Models(spec, policy, reward_normalizer, parameters)
+
+
+def build_update(c: Config, models: Models, device: torch.device, world: World) -> PPOUpdate:
+    """Build the update."""
+    return PPOUpdate(
+        policy=models.policy,
+        parameters=models.parameters,
+        generator=generator(c.seed, "shuffle", device, world.rank),
+        loss=PPOLoss(c.value_clip or "off"),
+        optimizer=adam(c.adam_eps),
+        update_epochs=known(c.update_epochs),
+        n_minibatches=known(c.n_minibatches),
+        normalize=c.normalize_advantages,
+        kl_stop=c.kl_stop,
+        world=world,
+    )
+
+
+def plan_run(
+    c: Config, env_info: EnvInfo, models: Models, device: torch.device, world: World, notes: list[str]
+) -> MemoryPlan:
+    """Plan the bytes of storage, staging and update.
+
+    Raises:
+        ConfigError: they don't fit; says how many environments would.
+    """
+
+    def plan_for(n_envs: int) -> MemoryPlan:
+        # a simulator may truncate at any step
+        max_steps = 1 if isinstance(env_info.vector, SimulatorEnv) else None
+        if c.vectorization == "tensor":
+            max_steps = env_info.max_steps
+        shape = Shape(n_envs, env_info.obs_spec, env_info.action_spec, max_steps=max_steps)
+        return plan_memory(known(c.n_steps), shape, lambda: build_update(c, models, device, world), gae_doubling)
+
+    free = free_memory(device)
+    if device.type == "cpu":  # shared by the ranks on this machine
+        free //= local_processes()
+    try:
+        return check_memory(plan_for, known(c.n_envs), known(c.n_steps), free)
+    except ConfigError:
+        raise
+    except Exception as error:  # a network whose forward reads values: a plan has none
+        notes.append(f"memory is not planned: the network can't run on shapes alone ({type(error).__name__}).")
+        return MemoryPlan(0, 0, 0)
+
+
+def build_envs(
+    c: Config, env_info: EnvInfo, device: torch.device, world: World, notes: list[str], *, times_begun: int
+) -> VecEnv:
+    """Make the environments; `times_begun` gives each start of a run a random stream of its own."""
+    n_envs = known(c.n_envs)
+    assert c.vectorization != "auto", "the config is resolved"
+    if c.vectorization == "async":  # a pipe and a process each
+        check_descriptors(4, n_envs, "n_envs")
+    if c.vectorization == "pool":
+        check_descriptors(8, c.workers or usable_cores(), "workers")
+    how = resumability(env_info, n_envs, c.vectorization)
+    notes.append(f"resume: {how.way} ({how.why}).")
+    if c.exact_resume and how.way == "restart":
+        raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
+    restarts = c.env_restarts if c.on_env_error == "restart" else 0
+    return make_vec_env(
+        env_info,
+        n_envs,
+        c.vectorization,
+        # used where the stream can't be set later
+        seed=int(seed_stream(c.seed, "envs", world.rank, times_begun).generate_state(1)[0] >> 1),
+        n_workers=c.workers,
+        half_batches=c.half_batches,
+        device=device,
+        fault_policy=FaultPolicy(how.way, restarts, c.env_timeout),
+        resumable=how,
+    )
+
+
+def build_rollout(c: Config, env: VecEnv, models: Models, device: torch.device, world: World) -> Rollout:
+    """Allocate storage for one iteration, and reset the environments into it."""
+    if env.obs_spec.shape != models.spec.obs.shape:
+        raise EnvError(
+            f"vectorization={c.vectorization} gives observations of shape {env.obs_spec.shape}, "
+            f"a single environment {models.spec.obs.shape}; use sync or pool."
+        )
+    rollout = Rollout.allocate(known(c.n_steps), env, models.policy, device)
+    seeds = env_seeds(seed_stream(c.seed, "envs"), known(c.n_envs), world.rank, world.size)
+    rollout.obs[-1].copy_(env.reset(seeds))
+    return rollout
+
+
+def build_collector(
+    c: Config, env: VecEnv, policy: Policy, rollout: Rollout, clock: Clock, world: World, notes: list[str]
+) -> tuple[Collector, Literal["auto", "cpu", "cuda"]]:
+    """Build the collector, and choose the device to act on ("auto" where there is only one)."""
+    acting, here, acting_copy, place = policy, rollout, None, c.act_device
+    device = rollout.rewards.device
+    if device.type == "cuda" and isinstance(env, HostEnv):
+        place, why = choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device)
+        notes.append(f"act_device {place}: {why}.")
+        if place == "cpu":
+            acting = copy.deepcopy(policy).cpu()
+            here = Rollout.allocate(known(c.n_steps), env, acting, torch.device("cpu"))
+            acting_copy = ActingCopy(acting, here, policy, rollout)
+            here.obs[-1].copy_(rollout.obs[-1])
+    noise = generator(c.seed, "noise", here.rewards.device, world.rank)
+    whole = c.compile == "graph" and env.state is not None
+    return Collector(env, acting, here, noise, clock, torch_only=whole, acting_copy=acting_copy), place
+
+
+class Learning(NamedTuple):
+    """The parts that turn a rollout into an update and its statistics."""
+
+    update: PPOUpdate
+    metrics: Metrics
+    statistics: Statistics
+    learner: Learner
+    sampler: UpdateSampler
+
+
+def build_learning(
+    c: Config, env: VecEnv, models: Models, rollout: Rollout, clock: Clock, world: World, n_iterations: int
+) -> Learning:
+    """Build what learns from `rollout`, for a run of `n_iterations`."""
+    device = rollout.rewards.device
+    update = build_update(c, models, device, world)
+    metrics = Metrics(rollout, env.action_spec, update.report_names, world=world, obs_bounds=env.obs_bounds)
+    statistics = Statistics(
+        metrics,
+        clock,
+        n_iterations=n_iterations,
+        steps_per_iteration=c.batch_size * world.size,
+        box_actions=env.action_spec.kind == "box",
+    )
+    learner = Learner(
+        rollout,
+        models.policy,
+        update,
+        metrics,
+        clock,
+        reward_normalizer=models.reward_normalizer,
+        sign_rewards=bool(c.sign_rewards),
+        schedules={name: schedule_of(c, name) for name in SCHEDULED},
+        kl_stop_factor=c.kl_stop_factor,
+    )
+    every = c.record_ratios
+    if every is None:
+        every = max(_FEWEST_ITERATIONS_BETWEEN_SAMPLES, -(-n_iterations // 20))
+    return Learning(
+        update, metrics, statistics, learner, UpdateSampler(rollout, update, every=every, histograms=c.log_histograms)
+    )
+
+
+def _saved(policy: Policy, reward_normalizer: RewardNormalizer | None) -> dict[str, nn.Module]:
+    return {"policy": policy} if reward_normalizer is None else {"policy": policy, "rewards": reward_normalizer}

@@ -1,0 +1,50 @@
+"""How a run ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        mean_return: over the last 100 episodes, raw; NaN if none ended.
+        mean_length: over the same episodes.
+        episodes: episodes that ended.
+        global_step: real environment steps.
+        iterations: iterations run.
+        ended: "finished", "target" (target_return was reached) or "interrupted".
+        sps_steady: steps per second without the first iteration.
+        sps_total: steps per second, setup included.
+        seconds: of training.
+        compile_seconds: of compiling, a part of setup.
+        compilations: functions that were compiled, all before the first iteration.
+        phases: seconds in each phase.
+        run_dir: the run folder.
+        unsaved: why the last save failed; None: everything is saved.
+    """
+
+    mean_return: float
+    mean_length: float
+    episodes: int
+    global_step: int
+    iterations: int
+    ended: Literal["finished", "target", "interrupted"]
+    sps_steady: float
+    sps_total: float
+    seconds: float
+    compile_seconds: float
+    compilations: int
+    phases: dict[str, float]
+    run_dir: Path
+    unsaved: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-able values; NaN and infinities become None."""
+        values = dataclasses.asdict(self) | {"run_dir": str(self.run_dir)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -1,0 +1,135 @@
+"""Saving a run: checkpoints while it trains, the model and the result at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastppo.envs.vec_env import VecEnv
+from fastppo.errors import EnvError
+from fastppo.policies.policy_spec import PolicySpec
+from fastppo.runs.checkpoint_writer import CheckpointWriter
+from fastppo.runs.model_files import model_files, save_model
+from fastppo.runs.restore import Part
+from fastppo.runs.result import Result
+from fastppo.runs.state_files import snapshot, state_files
+from fastppo.runtime.distributed import World
+from fastppo.runtime.files import write_json
+
+
+class RunSaver:
+    """Copies the state of a run's parts and has it written."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        spec: PolicySpec,
+        models: Mapping[str, nn.Module],
+        parts: Mapping[str, Part],
+        env: VecEnv,
+        run_metadata: Mapping[str, Any],
+        model_metadata: Mapping[str, Any],
+        keep: int,
+        every_steps: int | None,
+        every_minutes: float,
+        world: World,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        """Save into `run_dir`.
+
+        Args:
+            run_dir: the run folder.
+            spec: rebuilds the policy.
+            models: parts of the model file.
+            parts: all other parts of the run's state, the environments aside.
+            env: the environments.
+            run_metadata: what a checkpoint records of its run; see `restore.run_metadata`.
+            model_metadata: what a model file records beside the global step.
+            keep: checkpoints to keep.
+            every_steps: steps between checkpoints; None: not by steps.
+            every_minutes: minutes between checkpoints; 0: not by time.
+            world: the ranks that train together.
+            device: for decisions that the ranks share.
+            say: prints a line where a save fails.
+        """
+        self._run_dir, self._spec, self._models, self._parts, self._env = run_dir, spec, models, parts, env
+        self._run_metadata, self._model_metadata, self._world = run_metadata, model_metadata, world
+        self._writer = CheckpointWriter(
+            run_dir,
+            keep=keep,
+            every_steps=every_steps,
+            every_minutes=every_minutes,
+            world=world,
+            device=device,
+            say=say,
+        )
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last checkpoint could not be written; None: it was."""
+        return self._writer.failure
+
+    def start(self, step: int) -> None:
+        """Begin training at `step`."""
+        self._writer.start(step)
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due at `step`; the same answer on every rank."""
+        return self._writer.due(step)
+
+    def checkpoint(self, step: int, best: float | None = None, *, env_lost: bool = False) -> None:
+        """Save a checkpoint; it may still be on its way to the disk on return.
+
+        Args:
+            step: global step.
+            best: mean return of an evaluation that was the best so far.
+            env_lost: leave the environments out; they restart in a resumed run.
+
+        Raises:
+            EnvError: the environments can't give their state.
+        """
+        metadata = dict(self._run_metadata) | ({"way": "restart"} if env_lost else {})
+        model, model_metadata = snapshot(self._models), dict(self._model_metadata) | {"global_step": step}
+        mine = snapshot(self._parts if env_lost else {**self._parts, "env": self._env})
+        self._writer.save(
+            step,
+            lambda: model_files(model, self._spec, model_metadata),
+            lambda: state_files(self._world.rank, mine, metadata),
+            best,
+        )
+
+    def last_checkpoint(self, step: int, *, env_lost: bool) -> None:
+        """Save a checkpoint at the end of a run, unless one of `step` exists, and wait for it.
+
+        Environments that can't give their state are left out, where there is one rank.
+        """
+        if not self._writer.has(step):
+            try:
+                self.checkpoint(step, env_lost=env_lost)
+            except EnvError:  # reported elsewhere
+                if self._world.size == 1:
+                    self.checkpoint(step, env_lost=True)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written, or has failed."""
+        self._writer.wait()
+
+    def save_result(self, result: Result) -> str | None:
+        """Save the model and `result` into the run folder; returns why that failed, if it did."""
+        try:
+            metadata = dict(self._model_metadata) | {"global_step": result.global_step}
+            save_model(self._run_dir, self._spec, self._models, metadata)
+            write_json(self._run_dir / "result.json", result.to_dict())
+        except OSError as error:
+            return f"the model could not be saved ({error.strerror or error})"
+        return None
+
+    def close(self) -> None:
+        """Finish writing and end the writer's thread."""
+        self._writer.close()
