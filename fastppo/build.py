@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from fastppo.config import Config, parse_schedule, resolve
+from fastppo.config import Config, fill_defaults, parse_schedule
 from fastppo.envs.auto_vectorization import env_key, recall
 from fastppo.envs.gymnasium_vector import HostEnv
 from fastppo.envs.registry import EnvInfo, choose_vectorization, make_vec_env, resumability
@@ -49,7 +49,7 @@ def settle(config: Config, found: EnvInfo, device: torch.device, *, custom_polic
     """
     if found.vector is not None and config.n_envs is None:
         config = dataclasses.replace(config, n_envs=found.vector.num_envs)
-    resolved = resolve(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
+    resolved = fill_defaults(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
     changes: dict[str, Any] = {"device": str(device)}
     if config.network == "auto" and not custom_policy:
         changes["network"] = default_network(found.obs_spec)

@@ -10,15 +10,12 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from fastppo.config import Config
+from fastppo.config import CHOSEN_AT_START, Config
 from fastppo.envs.registry import Maker
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint, read_spec, read_state, tidy
 from fastppo.runs.run_dir import RunLock, find_run
 from fastppo.trainer import Trainer
-
-# What "auto", or nothing, leaves to a measurement: a resumed run keeps what was found
-_MEASURED = ("vectorization", "compile", "threads", "act_device", "device", "network")
 
 
 def resume(
@@ -93,7 +90,7 @@ def continue_run(config: Config, run_dir: Path, console: Console | None = None) 
     """
     path, problems = newest_checkpoint(run_dir)
     before = saved_config(path)
-    measured = {name: getattr(before, name) for name in _MEASURED if getattr(config, name) in (None, "auto")}
+    measured = {name: getattr(before, name) for name in CHOSEN_AT_START if getattr(config, name) in (None, "auto")}
     if config.vectorization == "auto":
         measured |= {"workers": before.workers, "half_batches": before.half_batches}
     return _go_on(dataclasses.replace(config, **measured, run_dir=run_dir, init_from=None), path, problems, console)

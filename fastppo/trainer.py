@@ -105,6 +105,7 @@ class Trainer:
 
     Attributes:
         config: with every field resolved.
+        env_info: the probed environment: name, spaces, kind.
         policy: encoder, network, distribution.
         rollout: storage, its tensors the same from first to last.
         run_dir: where everything is written.
@@ -148,7 +149,7 @@ class Trainer:
         if self.device.type == "cuda":  # kernels and graphs go to the current device
             torch.cuda.set_device(self.device)
         self.world = join_world(self.device)
-        found = inspect_env(config.env_id, config.env_kwargs, make_env)
+        self.env_info = found = inspect_env(config.env_id, config.env_kwargs, make_env)
         self.env_name, self._custom_env = found.name, make_env is not None
         self.config: Config
         self._compiled_before = compiling.compilations

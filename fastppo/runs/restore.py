@@ -10,19 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastppo.config import Config
+from fastppo.config import FIXED, Config
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import StateSnapshot, load_model, read_spec, read_state
 from fastppo.runtime.device import generator, seed_stream
 from fastppo.runtime.distributed import World
-
-# Settings that may be others in a resumed run: none of them changes what an iteration computes
-_FREE = {"total_timesteps", "target_return", "run_dir", "name", "resume", "init_from", "preset", "exact_resume"}
-_FREE |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "eval_every", "eval_episodes"}
-_FREE |= {"on_env_error", "env_restarts", "env_timeout", "max_skipped"}
-_FREE |= {"record_ratios", "log_histograms", "video_every", "track"}  # what is only looked at
 
 
 class Part(Protocol):
@@ -148,7 +142,7 @@ def _compare(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any], spe
         differing = [
             f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now
-            if name not in _FREE and before.get(name) != now[name]
+            if name in FIXED and before.get(name) != now[name]
         ]
         if differing:
             raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
