@@ -18,7 +18,7 @@ from fastppo.commands.flags import Form, flag, form
 from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
-from fastppo.config import ALIASES, Config, load_toml
+from fastppo.config import ALIASES, TYPES, Config, load_toml
 from fastppo.errors import ConfigError, FastPPOError
 
 _Settings = TypeVar("_Settings", bound=Train)
@@ -113,7 +113,7 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
     `--anneal-lr False`, because tyro demands a value for a switch that may also be None.
     """
     aliases = {flag(alias): flag(name) for alias, name in ALIASES.items()}
-    switches = {flag(name) for name, hint in typing.get_type_hints(Config).items() if hint == bool | None}
+    switches = {flag(name) for name, hint in TYPES.items() if hint == bool | None}
     out: list[str] = []
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")

@@ -373,11 +373,11 @@ class Config:
                 raise ConfigError(f"{source}: unknown setting {key!r}; {hint}")
             if name in given:
                 raise ConfigError(f"{source}: {name} is given twice, once under an alias; keep one.")
-            given[name] = _from_plain(value, _HINTS[name])
+            given[name] = _from_plain(value, TYPES[name])
         return cls(**given)
 
 
-_HINTS = typing.get_type_hints(Config)
+TYPES = typing.get_type_hints(Config)
 SETTINGS: dict[str, Setting] = {
     name: next(data for data in hint.__metadata__ if isinstance(data, Setting))
     for name, hint in typing.get_type_hints(Config, include_extras=True).items()
@@ -560,7 +560,7 @@ def _check_types(config: Config) -> None:
         raise ConfigError(
             f"env_kwargs={config.env_kwargs!r} can't be stored as JSON ({error}); use plain values."
         ) from None
-    for name, hint in _HINTS.items():
+    for name, hint in TYPES.items():
         value = getattr(config, name)
         if not _accepts(value, hint):
             near = ""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from fastppo.config import ALIASES, SETTINGS, Config, Section, Setting, default_text, shown
+from fastppo.config import ALIASES, SETTINGS, TYPES, Config, Section, Setting, default_text, shown
 
 _PLACEHOLDERS: dict[object, str] = {
     int: "INT",
@@ -80,7 +80,7 @@ def flag(name: str) -> str:
 
 def placeholder(name: str) -> str:
     """Return the placeholder of a setting's value in the help text; empty for a flag without value."""
-    setting, hint = SETTINGS[name], typing.get_type_hints(Config)[name]
+    setting, hint = SETTINGS[name], TYPES[name]
     if setting.scheduled:
         return "NUMBER|SCHEDULE"
     return setting.unit or ("" if hint is bool else _placeholder(hint))
