@@ -146,7 +146,7 @@ class Config:
     name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
     """Name of the run; its folder is runs/<env>/<name>-<seed>-<time>/."""
     run_dir: Annotated[Path | None, Setting(section="run", unset="runs/...", changes="nothing")] = None
-    """Write the run to exactly this folder, which must be new or empty."""
+    """Run folder, which must be new or empty."""
 
     env_id: Annotated[str, Setting(section="environment", unit="ID")] = "CartPole-v1"
     """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""

@@ -67,7 +67,7 @@ class VerifyResume(Train):
 class Replay:
     """Repeat a non-finite update on the CPU and name its first bad tensor."""
 
-    capsule: Annotated[Path, tyro.conf.Positional]
+    capsule: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder that a run wrote when its gradients were NaN or infinite."""
 
     def __call__(self) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastppo.commands.console import open_console
+from fastppo.commands.training import RunFolder
 from fastppo.runtime.console import print_line
 
 _Runs = Annotated[
@@ -44,9 +45,9 @@ class Report:
 class Diff:
     """Show how two runs differ and where their curves diverge."""
 
-    run_a: Annotated[Path, tyro.conf.Positional]
+    run_a: RunFolder
     """Run folder."""
-    run_b: Annotated[Path, tyro.conf.Positional]
+    run_b: RunFolder
     """Run folder to compare it with."""
 
     def __call__(self) -> int:
@@ -85,10 +86,10 @@ class Diff:
 class Export:
     """Export the policy of a run as one file that runs without fastppo.
 
-    Its input are raw observations, its output actions.
+    Its inputs are raw observations, its outputs actions.
     """
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: RunFolder
     """Run folder, or one of its checkpoints."""
     format: Literal["onnx", "pt2"] = "onnx"
     """File format: ONNX (extra `export`) or torch.export."""

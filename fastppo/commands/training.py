@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from fastppo.trainer import Result, Trainer
 
+RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+
 
 @dataclasses.dataclass(frozen=True)
 class Train(Config):
@@ -57,7 +59,7 @@ class Train(Config):
 class Resume:
     """Resume a run from its newest checkpoint."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: RunFolder
     """Run folder."""
     total_timesteps: Annotated[
         int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: as planned)")
@@ -86,7 +88,7 @@ class Resume:
 class Eval:
     """Evaluate the policy of a run over whole episodes."""
 
-    run: Annotated[Path, tyro.conf.Positional]
+    run: RunFolder
     """Run folder."""
     episodes: int = 20
     """Episodes to play."""
