@@ -7,17 +7,18 @@ import os
 import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from fastppo.commands.checking import Replay, VerifyEnv, VerifyResume
+from fastppo.commands.flags import Form, flag, form
 from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
-from fastppo.config import Config, load_toml
+from fastppo.config import ALIASES, TYPES, Config, load_toml
 from fastppo.errors import ConfigError, FastPPOError
 
 _Settings = TypeVar("_Settings", bound=Train)
@@ -39,28 +40,13 @@ COMMANDS: dict[str, type] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 2 for a mistake, 130 after Ctrl-C."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     try:
-        kinds = []
-        for name, kind in COMMANDS.items():
-            if issubclass(kind, Train):
-                kinds.append(Annotated[kind, tyro.conf.subcommand(name, default=_defaults(kind, given))])
-            else:
-                kinds.append(Annotated[kind, tyro.conf.subcommand(name)])
-        any_of: Any = typing.Union[tuple(kinds)]  # noqa: UP007 - of a list
-        command = tyro.cli(
-            any_of,
-            prog="fastppo",
-            description="A vectorised, high-throughput PPO trainer.",
-            args=_spell_out_switches(given),
-        )
-        status: int = command()
-        return status
+        return parse(list(sys.argv[1:] if arguments is None else arguments))()
     except FastPPOError as error:
         if error.__cause__ is not None:  # an environment's own error, with the place in its code
             cause = error.__cause__
-            plain = isinstance(cause, RuntimeError) and cause.__traceback__ is None  # a worker's, as text
+            plain = isinstance(cause, RuntimeError) and cause.__traceback__ is None  # a worker's traceback, as text
             print(cause if plain else "".join(traceback.format_exception(cause)), file=sys.stderr)
         rank = os.environ.get("RANK")
         where = f"process {rank}: " if rank is not None else ""
@@ -71,18 +57,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def parse(arguments: Sequence[str]) -> Callable[[], int]:
+    """Return the command that the arguments ask for, ready to call.
+
+    Raises:
+        ConfigError: the file that --config names can't be used.
+        SystemExit: the parser refused the arguments, or printed help.
+    """
+    subcommands: list[Any] = []
+    forms: dict[type[Form], type[Train]] = {}
+    for name, kind in COMMANDS.items():
+        if issubclass(kind, Train):
+            default = form(_defaults(kind, arguments))
+            forms[type(default)] = kind
+            marker = tyro.conf.subcommand(name, default=default, description=kind.__doc__)
+            subcommands.append(Annotated[type(default), marker])
+        else:
+            subcommands.append(Annotated[kind, tyro.conf.subcommand(name)])
+    any_of: Any = typing.Union[tuple(subcommands)]  # noqa: UP007 - a union of a list
+    parsed: Any = tyro.cli(
+        any_of,
+        prog="fastppo",
+        description="A vectorised, high-throughput PPO trainer.",
+        args=_normalise(arguments),
+    )
+    command: Callable[[], int] = forms[type(parsed)](**parsed.values()) if isinstance(parsed, Form) else parsed
+    return command
+
+
 def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
-    """What the flags lie over: the file named by --config, or nothing."""
+    """Return the defaults of the flags: the file that --config names, or the command's own."""
     for i, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag == "--config" and (equals or i + 1 < len(arguments)):
+        name, equals, value = argument.partition("=")
+        if name == "--config" and (equals or i + 1 < len(arguments)):
             path = Path(value if equals else arguments[i + 1])
             config = Config.from_dict(load_toml(path), str(path))
             named, typed = config.env_id, any(a.partition("=")[0] in ("--env-id", "--env_id") for a in arguments)
             if ":" in named and not typed:
                 raise ConfigError(f"{path}: env_id {named} imports code; if you trust it, add --env-id {named}")
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            if issubclass(kind, (Bench, Study)):  # which take several of these
+            if issubclass(kind, (Bench, Study)):  # these take several n_envs
                 found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs
             if kind is Bench:
                 found["vectorization"] = (
@@ -92,23 +106,27 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
     return kind()
 
 
-def _spell_out_switches(arguments: Sequence[str]) -> list[str]:
-    """`--anneal-lr` and `--no-anneal-lr` as `--anneal-lr True` and `--anneal-lr False`.
+def _normalise(arguments: Sequence[str]) -> list[str]:
+    """Replace aliases by the flags they stand for, and give switches a value.
 
-    Switches have a third state, "not given", for which tyro asks a value of every flag.
+    `--num-envs 4` becomes `--n-envs 4`; `--anneal-lr` and `--no-anneal-lr` become `--anneal-lr True` and
+    `--anneal-lr False`, because tyro demands a value for a switch that may also be None.
     """
-    hints = typing.get_type_hints(Config)
-    switches = {f"--{name.replace('_', '-')}" for name, hint in hints.items() if hint == bool | None}
+    aliases = {flag(alias): flag(name) for alias, name in ALIASES.items()}
+    switches = {flag(name) for name, hint in TYPES.items() if hint == bool | None}
     out: list[str] = []
     for i, argument in enumerate(arguments):
-        plain = argument.replace("_", "-")
+        name, equals, value = argument.partition("=")
+        plain = name.replace("_", "-")
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if plain in switches and following.lower() not in ("true", "false"):
+        if plain in aliases:
+            out.append(aliases[plain] + equals + value)
+        elif argument == name and plain in switches and following.lower() not in ("true", "false"):
             out += [plain, "True"]
-        elif plain in switches:
+        elif argument == name and plain in switches:
             out.append(plain)
-        elif plain.startswith("--no-") and f"--{plain[5:]}" in switches:
-            out += [f"--{plain[5:]}", "False"]
+        elif argument == name and plain.startswith("--no-") and flag(plain[5:]) in switches:
+            out += [flag(plain[5:]), "False"]
         elif out and out[-1] in switches and argument.lower() in ("true", "false"):
             out.append(argument.capitalize())
         else:

@@ -1,9 +1,13 @@
-"""Every setting of a run: one flat frozen dataclass whose fields are the flags, with all checks and derived sizes.
+"""Every setting of a run: one flat, frozen dataclass whose fields are the command line's flags.
 
-A field that is None is "not given": `resolve` fills it from the kind of environment (CleanRL's `ppo.py` for vectors and
-discrete actions, `ppo_atari.py` for images, `ppo_continuous_action.py` for Box actions) or from a preset. Resolving a
-resolved config changes nothing, so what is stored in a run folder is exactly what ran. The object stops at the trainer:
-everything below takes plain values.
+Each field of `Config` carries its metadata (`Setting`): section, range, unit, and what changing it means. Range checks,
+schedules, the settings a resume must keep, the grouping of seeds in reports, `--help` and docs/settings.md are derived
+from it.
+
+A field that is None is not given: `fill_defaults` fills it by the kind of environment (CleanRL's `ppo.py` for vectors
+and discrete actions, `ppo_atari.py` for images, `ppo_continuous_action.py` for Box actions) or from a preset. Filling a
+filled config changes nothing, so a run folder stores exactly the settings that ran. Only the trainer and the code above
+it take a Config; the layers below take plain values.
 """
 
 from __future__ import annotations
@@ -17,31 +21,78 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from fastppo.errors import ConfigError
 from fastppo.presets import CLEANRL, TUNED, Kind
 
+Section = Literal[
+    "run",
+    "environment",
+    "rollout",
+    "optimisation",
+    "policy",
+    "normalisation",
+    "device and speed",
+    "checkpointing",
+    "evaluation",
+    "logging",
+]
+Changes = Literal["results", "noise", "nothing"]
 
-def _hint(text: str) -> str:
-    return "(default: from the environment)" if text == "None" else f"(default: {text})"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Metadata of a field of `Config`. Type and default are the field's own; its docstring is the help text.
+
+    Attributes:
+        section: heading in `--help` and docs/settings.md.
+        at_least: smallest valid number. A range holds for each number of a schedule or a list.
+        above: exclusive lower bound.
+        at_most: largest valid number.
+        unit: placeholder of the value in `--help`; None: by the field's type.
+        unset: meaning of None, in words; None: filled by the kind of environment.
+        alias: another name, on the command line and in files.
+        scheduled: a schedule over the run may be given instead of a number.
+        changes: what a run computes differently under another value. "results": what it learns. "noise": only random
+            draws or rounding, so that runs that differ in nothing else are samples of one experiment. "nothing": no
+            number of any iteration.
+        resume_may_change: a resumed run may have another value although the setting changes results.
+        chosen_at_start: "auto" or None is replaced at the start, by measuring or by inspecting machine and environment.
+    """
+
+    section: Section
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    unit: str | None = None
+    unset: str | None = None
+    alias: str | None = None
+    scheduled: bool = False
+    changes: Changes = "results"
+    resume_may_change: bool = False
+    chosen_at_start: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a resumed run must keep the value."""
+        return self.changes != "nothing" and not self.resume_may_change
 
 
-def _hint_none(text: str) -> str:
-    return "(default: none)" if text == "None" else f"(default: {text})"
-
-
-def _json(text: str) -> Any:  # noqa: ANN401 - whatever it holds; checked with the other types
+def _json(text: str) -> Any:  # noqa: ANN401 - any JSON value; `_check_types` checks it
     try:
         return json.loads(text)
     except json.JSONDecodeError:
         return text
 
 
-def _arg(*aliases: str, metavar: str | None = None) -> Any:  # noqa: ANN401 - tyro's own marker object
-    return tyro.conf.arg(aliases=aliases or None, metavar=metavar, help_behavior_hint=_hint)
+def _number_or_text(text: str) -> Any:  # noqa: ANN401 - as `_json`
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 EnvKwargs = Annotated[
@@ -54,15 +105,6 @@ EnvKwargs = Annotated[
         str_from_instance=lambda value: [json.dumps(value)],
     ),
 ]
-
-
-def _number_or_text(text: str) -> Any:  # noqa: ANN401 - as `_json`
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 TargetReturn = Annotated[
     float | Literal["threshold"] | None,
     tyro.constructors.PrimitiveConstructorSpec(
@@ -72,182 +114,214 @@ TargetReturn = Annotated[
         is_instance=lambda value: True,
         str_from_instance=lambda value: [str(value)],
     ),
-    tyro.conf.arg(help_behavior_hint=_hint_none),
 ]
-_Count = Annotated[int | None, _arg(metavar="INT")]
-_Switch = Annotated[bool | None, _arg(metavar="[True|False]")]
-_Coefficient = Annotated[float | str | None, _arg(metavar="NUMBER|SCHEDULE")]
-
-SCHEDULED = (
-    "learning_rate",
-    "clip_coef",
-    "value_clip_coef",
-    "vf_coef",
-    "ent_coef",
-    "max_grad_norm",
-    "target_kl",
-    "gamma",
-    "gae_lambda",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The settings of one run. A field left at None is filled from the environment or the preset by `resolve`.
+    """The settings of one run. `fill_defaults` fills the fields that are None.
 
     Coefficients take a number or a schedule over the planned iterations: `linear:2.5e-4:0`, `cosine:2.5e-4:1e-5`.
+
+    Raises:
+        ConfigError: a value of the wrong type or outside its range, or settings that contradict each other.
     """
 
-    env_id: str = "CartPole-v1"
-    """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""
-    env_kwargs: EnvKwargs = dataclasses.field(default_factory=dict)
-    """Keyword arguments of the environment, as a JSON object."""
-    seed: int = 1
-    """Seed of the environments, the initial weights, the action noise and the shuffling."""
-    total_timesteps: _Count = None
-    """Environment steps to train for, over all environments (rounded down to whole iterations)."""
-    preset: Literal["cleanrl", "tuned"] = "cleanrl"
-    """`cleanrl`: CleanRL's defaults for this kind of environment; `tuned`: our measured setting, where there is one."""
-    target_return: TargetReturn = None
-    """Stop when the mean of the last 100 episodes reaches this; `threshold`: the env's own, where it has one."""
+    seed: Annotated[int, Setting(section="run", at_least=0, at_most=2**63 - 1, changes="noise")] = 1
+    """Seed of environments, initial weights, action noise and minibatch order."""
+    total_timesteps: Annotated[
+        int | None, Setting(section="run", at_least=1, at_most=10**15, unit="STEPS", resume_may_change=True)
+    ] = None
+    """Environment steps to train for, over all environments; rounded down to whole iterations."""
+    target_return: Annotated[
+        TargetReturn, Setting(section="run", unit="NUMBER|threshold", unset="none", resume_may_change=True)
+    ] = None
+    """Stop once the mean return of the last 100 episodes reaches this; `threshold`: the environment's reward_threshold,
+    if it has one."""
+    preset: Annotated[Literal["cleanrl", "tuned"], Setting(section="run", changes="nothing")] = "cleanrl"
+    """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
+    environment id, where available."""
+    init_from: Annotated[Path | None, Setting(section="run", unset="none", resume_may_change=True)] = None
+    """Run folder whose policy and normalisers the run starts from."""
+    name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
+    """Name of the run; its folder is runs/<env>/<name>-<seed>-<time>/."""
+    run_dir: Annotated[Path | None, Setting(section="run", unset="runs/...", changes="nothing")] = None
+    """Run folder, which must be new or empty."""
 
-    n_envs: Annotated[int | None, _arg("--num-envs", metavar="INT")] = None
-    """Environments stepped together (N)."""
-    vectorization: Literal["auto", "sync", "async", "pool", "native", "envpool", "tensor"] = "sync"
-    """`sync`: one process; `async`: a process per environment; `pool`: several environments to each of a few processes;
-    `native`: the environment's own vector version; `envpool`: EnvPool's; `tensor`: ours, written in torch, on the
+    env_id: Annotated[str, Setting(section="environment", unit="ID")] = "CartPole-v1"
+    """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""
+    env_kwargs: Annotated[EnvKwargs, Setting(section="environment", unit="JSON")] = dataclasses.field(
+        default_factory=dict
+    )
+    """Keyword arguments of the environment, as a JSON object."""
+    vectorization: Annotated[
+        Literal["auto", "sync", "async", "pool", "native", "envpool", "tensor"],
+        Setting(section="environment", changes="noise", chosen_at_start=True),
+    ] = "sync"
+    """How environments are stepped. `sync`: in this process; `async`: one process each; `pool`: several per worker
+    process; `native`: the environment's own vector version; `envpool`: EnvPool's; `tensor`: fastppo's, in torch on the
     training device (CartPole, Acrobot, Pendulum, MountainCarContinuous, fastppo/Catch); `auto`: the fastest of sync,
-    pool and native, measured for a second."""
-    workers: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: one for each core)")] = (
+    pool and native, measured at the start."""
+    workers: Annotated[
+        int | None,
+        Setting(section="environment", at_least=1, at_most=1024, unset="one per core", changes="nothing"),
+    ] = None
+    """Worker processes of the pool."""
+    half_batches: Annotated[bool, Setting(section="environment", changes="noise")] = False
+    """Step the pool in two halves: the policy acts on one half while workers step the other."""
+    on_env_error: Annotated[Literal["fail", "restart"], Setting(section="environment", changes="nothing")] = "fail"
+    """When an environment raises, or a pool worker dies or hangs: end the run, or restart the environment and cut its
+    episode (sync and pool)."""
+    env_restarts: Annotated[int, Setting(section="environment", at_least=1, changes="nothing")] = 10
+    """Maximum environment restarts per run."""
+    env_timeout: Annotated[
+        float | None, Setting(section="environment", above=0, unit="SECONDS", unset="none", changes="nothing")
+    ] = None
+    """Maximum duration of a step or reset of a pool worker's environments, or of all async ones, in seconds."""
+    strict_obs: Annotated[bool, Setting(section="environment", changes="nothing")] = False
+    """End the run when an observation lies outside its observation_space, instead of one warning."""
+
+    n_envs: Annotated[int | None, Setting(section="rollout", at_least=1, alias="num_envs")] = None
+    """Environments stepped together (N)."""
+    n_steps: Annotated[int | None, Setting(section="rollout", at_least=1, unit="STEPS", alias="num_steps")] = None
+    """Steps per environment and rollout (T); an iteration is n_envs x n_steps steps."""
+    gamma: Annotated[float | str | None, Setting(section="rollout", at_least=0, at_most=1, scheduled=True)] = None
+    """Discount factor."""
+    gae_lambda: Annotated[float | str | None, Setting(section="rollout", at_least=0, at_most=1, scheduled=True)] = None
+    """Lambda of generalised advantage estimation (GAE)."""
+
+    n_minibatches: Annotated[int | None, Setting(section="optimisation", at_least=1, alias="num_minibatches")] = None
+    """Minibatches per epoch; must divide n_envs x n_steps."""
+    update_epochs: Annotated[int | None, Setting(section="optimisation", at_least=1)] = None
+    """Passes over each rollout, each in a new random order."""
+    learning_rate: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    """Adam's step size. As every NUMBER|SCHEDULE, a number or linear:START:END, cosine:START:END, constant:VALUE."""
+    anneal_lr: Annotated[bool | None, Setting(section="optimisation")] = None
+    """Anneal the learning rate to 0: short for `--learning-rate linear:X:0`."""
+    adam_eps: Annotated[float, Setting(section="optimisation", above=0)] = 1e-5
+    """Adam's epsilon."""
+    clip_coef: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    """Clip range of the probability ratio."""
+    anneal_clip: Annotated[bool | None, Setting(section="optimisation")] = None
+    """Anneal the clip range to 0: short for `--clip-coef linear:X:0`."""
+    value_clip: Annotated[Literal["off", "max", "clipped_only"] | None, Setting(section="optimisation")] = None
+    """Clipping of the value loss. `max`: the larger of clipped and unclipped loss; `clipped_only`: the clipped loss, as
+    in stable-baselines3."""
+    value_clip_coef: Annotated[
+        float | str | None, Setting(section="optimisation", unset="clip_coef", scheduled=True)
+    ] = None
+    """Clip range of the value loss, in units of the return; a negative number switches clipping off."""
+    vf_coef: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    """Weight of the value loss, 0.5 x mean squared error."""
+    ent_coef: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    """Weight of the entropy bonus."""
+    max_grad_norm: Annotated[float | str | None, Setting(section="optimisation", above=0, scheduled=True)] = None
+    """Maximum global L2 norm of the gradient."""
+    normalize_advantages: Annotated[Literal["minibatch", "batch", "off"], Setting(section="optimisation")] = "minibatch"
+    """Normalise advantages to mean 0 and standard deviation 1, per minibatch or once per rollout."""
+    target_kl: Annotated[float | str | None, Setting(section="optimisation", above=0, unset="none", scheduled=True)] = (
         None
     )
-    """Processes of the pool."""
-    half_batches: bool = False
-    """Step the pool in two halves, so that the policy acts on one while workers step the other."""
-    n_steps: Annotated[int | None, _arg("--num-steps", metavar="INT")] = None
-    """Steps per environment and rollout (T); one iteration is n_envs x n_steps steps."""
-    gamma: _Coefficient = None
-    """Discount factor."""
-    gae_lambda: _Coefficient = None
-    """Lambda of generalised advantage estimation."""
-
-    n_minibatches: Annotated[int | None, _arg("--num-minibatches", metavar="INT")] = None
-    """Minibatches per epoch; must divide n_envs x n_steps."""
-    update_epochs: _Count = None
-    """Passes over each rollout, shuffled afresh each time."""
-    learning_rate: _Coefficient = None
-    """Adam's step size."""
-    anneal_lr: _Switch = None
-    """Short form of `--learning-rate linear:X:0`."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon."""
-    clip_coef: _Coefficient = None
-    """Clip range of the probability ratio."""
-    anneal_clip: _Switch = None
-    """Short form of `--clip-coef linear:X:0`."""
-    value_clip: Annotated[Literal["off", "max", "clipped_only"] | None, _arg()] = None
-    """Value loss: plain; the larger of plain and clipped; or the clipped one alone (stable-baselines3's)."""
-    value_clip_coef: Annotated[
-        float | str | None, tyro.conf.arg(metavar="NUMBER|SCHEDULE", help_behavior_hint="(default: clip_coef)")
-    ] = None
-    """Clip range of the value loss, in units of the return; negative switches it off."""
-    vf_coef: _Coefficient = None
-    """Weight of the value loss, which is 0.5 x mean squared error."""
-    ent_coef: _Coefficient = None
-    """Weight of the entropy bonus."""
-    max_grad_norm: _Coefficient = None
-    """Gradients are scaled down to this global L2 norm."""
-    normalize_advantages: Literal["minibatch", "batch", "off"] = "minibatch"
-    """Advantages to mean 0 and standard deviation 1: within each minibatch, once per rollout, or not."""
-    target_kl: Annotated[
-        float | str | None, tyro.conf.arg(metavar="NUMBER|SCHEDULE", help_behavior_hint="(default: no limit)")
-    ] = None
-    """End an update early when its KL (k3) passes this times kl_stop_factor."""
-    kl_stop: Literal["epoch", "minibatch"] = "epoch"
-    """Judge the KL by each epoch's mean after it, or by each minibatch before its step is taken."""
-    kl_stop_factor: float = 1.0
+    """Stop an update early once its approximate KL (k3) exceeds target_kl x kl_stop_factor."""
+    kl_stop: Annotated[Literal["epoch", "minibatch"], Setting(section="optimisation")] = "epoch"
+    """Check the KL after each epoch, by its mean, or in each minibatch before its step."""
+    kl_stop_factor: Annotated[float, Setting(section="optimisation", above=0)] = 1.0
     """Factor on target_kl; stable-baselines3 uses 1.5."""
+    max_skipped: Annotated[int, Setting(section="optimisation", at_least=1, changes="nothing")] = 20
+    """End the run after this many consecutive minibatches with a NaN or infinite gradient, and keep the inputs for
+    `fastppo replay`."""
 
-    network: Literal["auto", "mlp", "cnn"] = "auto"
-    """`cnn`: the Nature CNN, for uint8 images of 36x36 and more; `mlp`: for the rest."""
-    hidden_sizes: tuple[int, ...] = (64, 64)
+    network: Annotated[Literal["auto", "mlp", "cnn"], Setting(section="policy", chosen_at_start=True)] = "auto"
+    """`cnn`: the Nature CNN, for uint8 images of at least 36x36; `mlp`: for all others."""
+    hidden_sizes: Annotated[tuple[int, ...], Setting(section="policy", at_least=1)] = (64, 64)
     """Widths of the MLP's hidden layers."""
-    activation: Literal["tanh", "relu", "elu", "gelu", "silu"] = "tanh"
+    activation: Annotated[Literal["tanh", "relu", "elu", "gelu", "silu"], Setting(section="policy")] = "tanh"
     """Activation of the MLP."""
-    shared_trunk: bool = False
-    """One MLP trunk for policy and value instead of two (the CNN's is always shared)."""
+    shared_trunk: Annotated[bool, Setting(section="policy")] = False
+    """Share one MLP trunk between policy and value; the CNN's is always shared."""
 
-    normalize_obs: _Switch = None
-    """Scale vector observations to mean 0 and variance 1 by running moments."""
-    normalize_rewards: _Switch = None
+    normalize_obs: Annotated[bool | None, Setting(section="normalisation")] = None
+    """Normalise vector observations to mean 0 and variance 1 by running moments."""
+    obs_clip: Annotated[float, Setting(section="normalisation", above=0)] = 10.0
+    """Clip normalised observations to +- this."""
+    normalize_rewards: Annotated[bool | None, Setting(section="normalisation")] = None
     """Divide rewards by the running standard deviation of the discounted return."""
-    obs_clip: float = 10.0
-    """Clip range of normalised observations."""
-    reward_clip: float = 10.0
-    """Clip range of normalised rewards."""
-    sign_rewards: _Switch = None
+    reward_clip: Annotated[float, Setting(section="normalisation", above=0)] = 10.0
+    """Clip normalised rewards to +- this."""
+    sign_rewards: Annotated[bool | None, Setting(section="normalisation", unset="True for ALE, else False")] = None
     """Train on the sign of rewards (Atari's reward clipping); logged returns stay raw."""
 
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `cuda:K`."""
-    act_device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the policy acts while it learns on CUDA: `cpu`, to where it is copied before each rollout, `cuda`, or the
-    faster one, measured."""
-    threads: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: from the work)")] = None
-    """CPU threads of torch; part of what makes a run repeatable to the bit. Not given: one where the work is small."""
-    compile: Literal["auto", "on", "off", "graph"] = "auto"
-    """Compile update and advantages: several times faster after 10-20 s at the start; `auto`: where the run is long."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: networks under bfloat16 autocast, log-probabilities and losses in float32; pays for wide ones on hardware
-    made for it. `fp32` multiplies in TF32 on CUDA."""
-    checkpoint_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: by time)")] = (
-        None
-    )
-    """Save a checkpoint after so many environment steps, at the end of an iteration; beside --checkpoint-minutes."""
-    checkpoint_minutes: float = 10.0
-    """Save a checkpoint after so many minutes; 0: never. One is saved at the end, and on Ctrl-C or SIGTERM, anyway."""
-    keep_checkpoints: int = 3
-    """How many checkpoints to keep, the one that evaluated best aside."""
-    resume: Literal["never", "auto"] = "never"
-    """`auto`: go on from the newest checkpoint in --run-dir (or in the latest runs/<env>/<name>-<seed>-...), if there
-    is one; for jobs that are started again."""
-    exact_resume: bool = False
-    """Refuse to train where a resumed run would not continue bit for bit."""
-    eval_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: never)")] = None
-    """Play whole episodes in environments of their own after so many steps, and keep the best checkpoint."""
-    eval_episodes: int = 10
-    """How many."""
-    on_env_error: Literal["fail", "restart"] = "fail"
-    """An environment that raises, or a pool worker that dies or hangs: end the run, or make it anew and cut its
-    episode. For sync and pool."""
-    env_restarts: int = 10
-    """How many times that may happen in a run."""
-    env_timeout: Annotated[float | None, tyro.conf.arg(metavar="SECONDS", help_behavior_hint="(default: none)")] = None
-    """Seconds that a step or reset of a pool worker's (or all async) environments may take."""
-    strict_obs: bool = False
-    """End the run when an observation lies outside its observation_space, instead of one warning."""
-    max_skipped: int = 20
-    """End the run after so many minibatches in a row whose gradient was not finite; what led there is kept for
-    `fastppo replay`."""
-    record_ratios: Annotated[
-        int | None, tyro.conf.arg(metavar="ITERATIONS", help_behavior_hint="(default: up to 20 times in a run)")
+    device: Annotated[
+        str, Setting(section="device and speed", unit="DEVICE", changes="noise", chosen_at_start=True)
+    ] = "auto"
+    """Device to train on: `auto`, `cpu`, `cuda` or `cuda:K`."""
+    act_device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        Setting(section="device and speed", changes="noise", chosen_at_start=True),
+    ] = "auto"
+    """Device to act on when training on CUDA; `cpu` copies the policy before each rollout; `auto`: the faster one,
+    measured."""
+    threads: Annotated[
+        int | None,
+        Setting(
+            section="device and speed",
+            at_least=1,
+            at_most=1024,
+            unset="by minibatch size",
+            changes="noise",
+            chosen_at_start=True,
+        ),
     ] = None
-    """Look into one update of so many, for the report's plots of ratios; 0: into none."""
-    log_histograms: bool = False
-    """Log histograms of weights, gradients, actions and ratios of those updates."""
-    video_every: Annotated[int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: never)")] = None
-    """Video an episode after so many steps, for TensorBoard (extra `video`)."""
-    track: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Log to these too (extras `wandb`, `mlflow`), set up by their own environment variables."""
-    name: str = "ppo"
-    """First part of the run folder's name, runs/<env>/<name>-<seed>-<time>/."""
-    run_dir: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: runs/...)")] = None
-    """Write the run exactly here instead; the folder must be new or empty."""
-    init_from: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
-    """Start from the policy (and normalisers) of this run folder."""
+    """CPU threads of torch. Their number affects rounding; set it to repeat a run bit for bit elsewhere."""
+    compile: Annotated[
+        Literal["auto", "on", "off", "graph"],
+        Setting(section="device and speed", changes="noise", chosen_at_start=True),
+    ] = "auto"
+    """Compile update and advantages: several times faster after 10-20 s at the start; `graph`: capture rollout and
+    update too; `auto`: where the run is long enough to gain."""
+    precision: Annotated[Literal["fp32", "bf16"], Setting(section="device and speed")] = "fp32"
+    """`bf16`: networks under bfloat16 autocast, losses in float32; worthwhile for wide networks on hardware with
+    bf16. `fp32` uses TF32 matrix products on CUDA."""
+
+    checkpoint_every: Annotated[
+        int | None, Setting(section="checkpointing", at_least=1, unit="STEPS", unset="by time", changes="nothing")
+    ] = None
+    """Environment steps between checkpoints, in addition to --checkpoint-minutes."""
+    checkpoint_minutes: Annotated[
+        float, Setting(section="checkpointing", at_least=0, unit="MINUTES", changes="nothing")
+    ] = 10.0
+    """Minutes between checkpoints; 0 disables. The end of a run, Ctrl-C and SIGTERM always save one."""
+    keep_checkpoints: Annotated[int, Setting(section="checkpointing", at_least=2, changes="nothing")] = 3
+    """Checkpoints to keep, besides the best by evaluation."""
+    resume: Annotated[Literal["never", "auto"], Setting(section="checkpointing", changes="nothing")] = "never"
+    """`auto`: resume from the newest checkpoint in --run-dir, or in the latest runs/<env>/<name>-<seed>-..., if there
+    is one; for jobs that may be restarted."""
+    exact_resume: Annotated[bool, Setting(section="checkpointing", changes="nothing")] = False
+    """Refuse to train unless a resumed run will continue bit for bit."""
+
+    eval_every: Annotated[
+        int | None, Setting(section="evaluation", at_least=1, unit="STEPS", unset="never", changes="nothing")
+    ] = None
+    """Environment steps between evaluations, which use their own environments and keep the best checkpoint."""
+    eval_episodes: Annotated[int, Setting(section="evaluation", at_least=1, unit="EPISODES", changes="nothing")] = 10
+    """Episodes per evaluation."""
+
+    record_ratios: Annotated[
+        int | None,
+        Setting(section="logging", at_least=0, unit="ITERATIONS", unset="up to 20 per run", changes="nothing"),
+    ] = None
+    """Sample every N-th update for the report's ratio plots; 0 disables."""
+    log_histograms: Annotated[bool, Setting(section="logging", changes="nothing")] = False
+    """Log histograms of weights, gradients, actions and ratios of the sampled updates."""
+    video_every: Annotated[
+        int | None, Setting(section="logging", at_least=1, unit="STEPS", unset="never", changes="nothing")
+    ] = None
+    """Environment steps between videos of an episode, for TensorBoard (extra `video`)."""
+    track: Annotated[tuple[Literal["wandb", "mlflow"], ...], Setting(section="logging", changes="nothing")] = ()
+    """Log to these services too (extras `wandb`, `mlflow`); their environment variables configure them."""
 
     def __post_init__(self) -> None:
-        """Check every field by itself, and the batch where its parts are known."""
+        """Check each field, and those combinations whose fields are given."""
         _check_types(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -255,20 +329,15 @@ class Config:
     @property
     def batch_size(self) -> int:
         """Rows of one rollout, n_envs x n_steps."""
-        return _known(self.n_envs) * _known(self.n_steps)
+        return _filled(self.n_envs) * _filled(self.n_steps)
 
     @property
     def minibatch_size(self) -> int:
         """Rows of one minibatch."""
-        return self.batch_size // _known(self.n_minibatches)
-
-    @property
-    def n_iterations(self) -> int:
-        """Planned iterations: total_timesteps // batch_size, at least one."""
-        return max(1, _known(self.total_timesteps) // self.batch_size)
+        return self.batch_size // _filled(self.n_minibatches)
 
     def schedule(self, name: str) -> float | str:
-        """The coefficient `name` as a number or a schedule, with the short forms `anneal_lr`, `anneal_clip` applied."""
+        """Return the coefficient `name` as a number or a schedule, with `anneal_lr` and `anneal_clip` applied."""
         value: float | str | None = getattr(self, name)
         if value is None and name == "value_clip_coef":
             return self.schedule("clip_coef")
@@ -277,11 +346,11 @@ class Config:
         short = {"learning_rate": self.anneal_lr, "clip_coef": self.anneal_clip}.get(name)
         if short and not isinstance(value, str):
             return f"linear:{value!r}:0"
-        assert value is not None, f"{name} of a config that isn't resolved"
+        assert value is not None, f"{name} is open: call fill_defaults first"
         return value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values, from which `from_dict` makes an equal config."""
+        """Return plain JSON-able values, from which `from_dict` makes an equal config."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             key: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
@@ -290,56 +359,57 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "config") -> Config:
-        """A config from plain values, as TOML and JSON hold them.
+        """Return a config from plain values, as TOML and JSON hold them; `source` names their origin in messages.
 
         Raises:
             ConfigError: an unknown key (with the nearest known one), or anything the constructor refuses.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
         given: dict[str, Any] = {}
         for key, value in values.items():
             name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
-            if name not in known:
-                near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
+            if name not in SETTINGS:
+                near = difflib.get_close_matches(name, [*SETTINGS, *ALIASES], n=1)
                 hint = f"did you mean {near[0]}?" if near else "see `fastppo train --help` for the settings."
                 raise ConfigError(f"{source}: unknown setting {key!r}; {hint}")
             if name in given:
-                raise ConfigError(f"{source}: {name} is given twice, once by another of its names; keep one.")
-            given[name] = value
-        for name in ("hidden_sizes", "track"):
-            if isinstance(given.get(name), list):
-                given[name] = tuple(given[name])
-        for name in ("run_dir", "init_from"):
-            if isinstance(given.get(name), str):
-                given[name] = Path(given[name])
+                raise ConfigError(f"{source}: {name} is given twice, once under an alias; keep one.")
+            given[name] = _from_plain(value, TYPES[name])
         return cls(**given)
 
 
-ALIASES = {"num_envs": "n_envs", "num_steps": "n_steps", "num_minibatches": "n_minibatches"}
+TYPES = typing.get_type_hints(Config)
+SETTINGS: dict[str, Setting] = {
+    name: next(data for data in hint.__metadata__ if isinstance(data, Setting))
+    for name, hint in typing.get_type_hints(Config, include_extras=True).items()
+}
+ALIASES = {setting.alias: name for name, setting in SETTINGS.items() if setting.alias}
+SCHEDULED = tuple(name for name, setting in SETTINGS.items() if setting.scheduled)
+CHOSEN_AT_START = tuple(name for name, setting in SETTINGS.items() if setting.chosen_at_start)
+# A resumed run must keep these
+FIXED = frozenset(name for name, setting in SETTINGS.items() if setting.fixed)
+# Runs that are equal in these are samples of one experiment
+CHANGES_RESULTS = frozenset(name for name, setting in SETTINGS.items() if setting.changes == "results")
 
 
-def resolve(config: Config, kind: Kind, *, atari: bool = False, reward_threshold: float | None = None) -> Config:
-    """Fill every field that was not given.
+def fill_defaults(config: Config, kind: Kind, *, atari: bool = False, reward_threshold: float | None = None) -> Config:
+    """Fill every setting that was not given.
 
     Args:
-        config: what the user gave.
+        config: settings as the user gave them.
         kind: of the environment: "image" by its observations, else "continuous" or "discrete" by its actions.
-        atari: the environment is an ALE game, whose rewards are trained on by their sign.
+        atari: whether the environment is an ALE game; if so, sign_rewards is on by default.
         reward_threshold: the environment's own, for `target_return="threshold"`.
 
     Returns:
-        A config without open fields, except those whose None means "none" (target_kl, target_return, ...).
+        A config in which None only stands where it means "none" (target_kl, target_return, ...).
 
     Raises:
-        ConfigError: the batch doesn't divide, or settings contradict each other.
+        ConfigError: n_minibatches doesn't divide the batch, or settings contradict each other.
     """
-    defaults = dict(CLEANRL[kind])
-    defaults["sign_rewards"] = atari
+    defaults = CLEANRL[kind] | {"sign_rewards": atari}
     if config.preset == "tuned":
         defaults |= TUNED.get(config.env_id, {})
-    # a schedule spelled out leaves nothing for the short form to do
-    defaults.setdefault("anneal_lr", True)
-    defaults.setdefault("anneal_clip", False)
+    # a schedule replaces the short form
     if isinstance(config.learning_rate, str):
         defaults["anneal_lr"] = False
     if isinstance(config.clip_coef, str):
@@ -354,8 +424,47 @@ def resolve(config: Config, kind: Kind, *, atari: bool = False, reward_threshold
     return dataclasses.replace(config, **changes)
 
 
+def differences_from_defaults(config: Config, kind: Kind, *, atari: bool = False) -> str:
+    """Return the settings of a filled config that differ from CleanRL's for this kind of environment, on one line.
+
+    Environment and seed come first, always. Left out are the run folder, and choices that the default leaves to the
+    machine (device, threads, ...).
+    """
+    defaults = fill_defaults(Config(), kind, atari=atari)
+    left_open = {name for name in CHOSEN_AT_START if getattr(defaults, name) in (None, "auto")}
+    names = [name for name in SETTINGS if name not in left_open | {"env_id", "seed", "run_dir"}]
+    differing = [name for name in names if getattr(config, name) != getattr(defaults, name)]
+    return "  ".join(f"{name}={shown(getattr(config, name))}" for name in ("env_id", "seed", *differing))
+
+
+def shown(value: object) -> str:
+    """Return the value of a setting as a user types it; None and empty values as "none"."""
+    if isinstance(value, bool):
+        return str(value)
+    if isinstance(value, dict) and value:
+        return json.dumps(value)
+    if isinstance(value, tuple) and value:
+        return " ".join(map(str, value))
+    if isinstance(value, int):
+        return f"{value:_}" if value >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return str(value) if value else "none"
+
+
+def default_text(name: str, value: object) -> str:
+    """Return the default `value` of a setting in words; where it is None, by the kind of environment."""
+    if value is not None:
+        return shown(value)
+    if (unset := SETTINGS[name].unset) is not None:
+        return unset
+    text, *others = (shown(CLEANRL[kind][name]) for kind in ("discrete", "image", "continuous"))
+    names = zip(("images", "Box"), others, strict=True)
+    return "; ".join([text, *(f"{kind}: {other}" for kind, other in names if other != text)])
+
+
 def load_toml(path: Path) -> dict[str, Any]:
-    """The settings in a TOML file.
+    """Return the settings in a TOML file.
 
     Raises:
         ConfigError: no such file, or not TOML.
@@ -370,10 +479,10 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_schedule(text: str, name: str = "schedule") -> tuple[str, float, float]:
-    """`linear:A:B`, `cosine:A:B` or `constant:A` as (shape, start, end).
+    """Parse `linear:A:B`, `cosine:A:B` or `constant:A` into (shape, start, end).
 
     Raises:
-        ConfigError: any other text.
+        ConfigError: any other text; `name` names the setting.
     """
     shape, *numbers = text.split(":")
     try:
@@ -390,19 +499,23 @@ def parse_schedule(text: str, name: str = "schedule") -> tuple[str, float, float
     )
 
 
-_T = TypeVar("_T")
+def _filled(value: int | None) -> int:
+    assert value is not None, "this config has open settings: call fill_defaults first"
+    return value
 
 
-def _known(value: _T | None) -> _T:
-    assert value is not None, "asked of a config that isn't resolved"
+def _from_plain(value: object, hint: object) -> object:
+    """Return a value of TOML or JSON as the type that Config uses."""
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if isinstance(value, str) and Path in typing.get_args(hint):
+        return Path(value)
     return value
 
 
 def _accepts(value: object, hint: object) -> bool:
-    """Whether a plain value fits one of the annotations that Config uses."""
+    """Return whether a plain value fits one of the annotations that Config uses."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _accepts(value, args[0])
     if origin in (types.UnionType, typing.Union):
         return any(_accepts(value, arg) for arg in args)
     if origin is Literal:
@@ -419,7 +532,7 @@ def _accepts(value: object, hint: object) -> bool:
 
 
 def _choices(hint: object) -> list[str]:
-    """Every text that an annotation's Literals allow."""
+    """Return every text that an annotation's Literals allow."""
     args = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         return list(args)
@@ -427,9 +540,8 @@ def _choices(hint: object) -> list[str]:
 
 
 def _describe(hint: object) -> str:
+    """Return an annotation in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        return _describe(args[0])
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_describe(arg) for arg in args if arg is not type(None))
     if origin is Literal:
@@ -448,8 +560,7 @@ def _check_types(config: Config) -> None:
         raise ConfigError(
             f"env_kwargs={config.env_kwargs!r} can't be stored as JSON ({error}); use plain values."
         ) from None
-    hints = typing.get_type_hints(Config, include_extras=True)
-    for name, hint in hints.items():
+    for name, hint in TYPES.items():
         value = getattr(config, name)
         if not _accepts(value, hint):
             near = ""
@@ -459,74 +570,32 @@ def _check_types(config: Config) -> None:
             raise ConfigError(f"{name}={value!r} must be {_describe(hint)}{near or '.'}")
 
 
-# name: (lowest, highest); an open end is a value that is itself not allowed
-_RANGES: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**63 - 1),
-    "total_timesteps": (1, 10**15),
-    "n_envs": (1, math.inf),
-    "n_steps": (1, math.inf),
-    "n_minibatches": (1, math.inf),
-    "update_epochs": (1, math.inf),
-    "threads": (1, 1024),
-    "workers": (1, 1024),
-    "learning_rate": (0, math.inf),
-    "gamma": (0, 1),
-    "gae_lambda": (0, 1),
-    "clip_coef": (0, math.inf),
-    "value_clip_coef": (-math.inf, math.inf),
-    "vf_coef": (0, math.inf),
-    "ent_coef": (0, math.inf),
-    "max_grad_norm": (0, math.inf),
-    "target_kl": (0, math.inf),
-    "kl_stop_factor": (0, math.inf),
-    "adam_eps": (0, math.inf),
-    "obs_clip": (0, math.inf),
-    "reward_clip": (0, math.inf),
-    "target_return": (-math.inf, math.inf),
-    "checkpoint_every": (1, math.inf),
-    "checkpoint_minutes": (0, math.inf),
-    "keep_checkpoints": (2, math.inf),
-    "eval_every": (1, math.inf),
-    "eval_episodes": (1, math.inf),
-    "env_restarts": (1, math.inf),
-    "env_timeout": (0, math.inf),
-    "max_skipped": (1, math.inf),
-    "record_ratios": (0, math.inf),
-    "video_every": (1, math.inf),
-}
-_POSITIVE: tuple[str, ...] = ("max_grad_norm", "target_kl", "kl_stop_factor", "adam_eps", "obs_clip", "reward_clip")
-_POSITIVE += ("env_timeout",)
-
-
 def _check_number(name: str, given: object, number: float) -> None:
-    low, high = _RANGES[name]
-    if isinstance(number, int) and abs(number) >= 2**1000:  # no float can hold it
-        raise ConfigError(f"{name} has {len(str(number)):,} digits; it must be a number that means something.")
+    setting = SETTINGS[name]
+    if isinstance(number, int) and abs(number) >= 2**1000:  # too large for a float
+        raise ConfigError(f"{name} has {len(str(number)):,} digits; give a smaller number.")
     if math.isnan(number) or math.isinf(number):
         raise ConfigError(f"{name}={given!r} must be a finite number.")
-    if name in _POSITIVE and number <= 0:
-        raise ConfigError(f"{name}={given!r} must be greater than 0.")
-    if number < low:
-        raise ConfigError(f"{name}={given!r} must be at least {_typed(low)}; nearest valid value: {_typed(low)}.")
-    if number > high:
-        raise ConfigError(f"{name}={given!r} must be at most {_typed(high)}; nearest valid value: {_typed(high)}.")
-
-
-def _typed(bound: float) -> str:
-    """A bound as it may be typed."""
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+    if setting.above is not None and number <= setting.above:
+        raise ConfigError(f"{name}={given!r} must be greater than {setting.above}.")
+    if setting.at_least is not None and number < setting.at_least:
+        bound = setting.at_least
+        raise ConfigError(f"{name}={given!r} must be at least {bound}; nearest valid value: {bound}.")
+    if setting.at_most is not None and number > setting.at_most:
+        bound = setting.at_most
+        raise ConfigError(f"{name}={given!r} must be at most {bound}; nearest valid value: {bound}.")
 
 
 def _check_ranges(config: Config) -> None:
-    for name in _RANGES:
+    for name, setting in SETTINGS.items():
         value = getattr(config, name)
-        if value is None or value == "threshold":
-            continue
-        for number in parse_schedule(value, name)[1:] if isinstance(value, str) else (value,):
-            _check_number(name, value, number)
-    for size in config.hidden_sizes:
-        if size < 1:
-            raise ConfigError(f"hidden_sizes={list(config.hidden_sizes)} must be widths of at least 1.")
+        if isinstance(value, str):
+            numbers = parse_schedule(value, name)[1:] if setting.scheduled else ()
+        else:
+            numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            if isinstance(number, (int, float)):
+                _check_number(name, list(value) if isinstance(value, tuple) else value, number)
     if not config.hidden_sizes:
         raise ConfigError("hidden_sizes=[] must name at least one layer, such as 64 64.")
     if config.name != Path(config.name).name or config.name.startswith(".") or "\0" in config.name or not config.name:
@@ -550,24 +619,27 @@ def _check_combinations(config: Config) -> None:
     if config.vectorization != "pool" and (config.workers or config.half_batches):
         name = "workers" if config.workers else "half_batches"
         raise ConfigError(
-            f"{name} is for vectorization=pool, not {config.vectorization}; leave it out or use the pool."
+            f"{name} needs vectorization=pool, but vectorization={config.vectorization}; leave it out or use the pool."
         )
     if config.on_env_error == "restart" and config.vectorization not in ("auto", "sync", "pool"):
         raise ConfigError(
-            f"on_env_error=restart is for vectorization=sync and pool, not {config.vectorization}; leave it out."
+            f"on_env_error=restart needs vectorization=sync or pool, but vectorization={config.vectorization}; "
+            "leave it out or use one of them."
         )
     if config.env_timeout is not None and config.vectorization not in ("auto", "pool", "async"):
         raise ConfigError(
-            f"env_timeout is for worker processes, not vectorization={config.vectorization}; "
-            "use the pool, or leave it out."
+            f"env_timeout needs worker processes, but vectorization={config.vectorization} has none; "
+            "leave it out or use the pool."
         )
     if config.act_device == "cpu" and config.vectorization == "tensor":
-        raise ConfigError("act_device=cpu with vectorization=tensor: those environments live where the policy learns.")
+        raise ConfigError(
+            "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."
+        )
     if config.half_batches and config.n_envs == 1:
-        raise ConfigError("half_batches=True with n_envs=1: one environment has no halves; leave it out.")
+        raise ConfigError("half_batches=True with n_envs=1: one environment can't be split; leave it out.")
     if None in (config.n_envs, config.n_steps, config.n_minibatches):
         return
-    batch, parts = config.batch_size, _known(config.n_minibatches)
+    batch, parts = config.batch_size, _filled(config.n_minibatches)
     if batch % parts:
         below = max(d for d in range(1, min(parts, batch) + 1) if batch % d == 0)
         above = next((d for d in range(parts, batch + 1) if batch % d == 0), None)

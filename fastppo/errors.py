@@ -1,16 +1,16 @@
-"""What can go wrong, as types: the command line prints each of these as one line, without a traceback."""
+"""The errors meant for users. The command line prints each of these as one line, without a traceback."""
 
 
 class FastPPOError(Exception):
-    """The base of every error that is meant for the user; its text says what, why and what to do."""
+    """Base of the errors meant for users; the text says what was given, why it can't be used and what would work."""
 
 
 class ConfigError(FastPPOError, ValueError):
-    """A setting, or a combination of settings, that can't be used."""
+    """A setting or combination of settings that can't be used."""
 
 
 class EnvError(FastPPOError):
-    """An environment that can't be made, or that breaks what its spaces and its autoreset mode promise."""
+    """An environment that can't be made, fails, or contradicts its spaces or its autoreset mode."""
 
 
 class CheckpointError(FastPPOError):
@@ -18,17 +18,17 @@ class CheckpointError(FastPPOError):
 
 
 class FinishedError(CheckpointError):
-    """A run that is asked to go on has nothing left to do."""
+    """A run that is to be resumed is complete."""
 
 
 class CaptureError(FastPPOError):
-    """Work that can't be recorded as a graph; the text says why and what to change."""
+    """Work that can't be captured as a graph; the text says why and what to change."""
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that is not blank, or the name of its class if it has no text."""
+    """Return the first non-blank line of an error's text, or the name of its class if it has no text."""
     try:
         lines = str(error).splitlines()
-    except Exception:  # a class of the user's may fail to describe itself
+    except Exception:  # a user's class whose __str__ fails
         lines = []
     return next((line.strip() for line in lines if line.strip()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""Default settings by kind of environment, and tuned ones by environment id. Data only."""
+"""Default settings per kind of environment, and tuned settings per environment id. Data only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _CLEANRL_PPO: dict[str, Any] = {
     "n_minibatches": 4,
     "update_epochs": 4,
     "learning_rate": 2.5e-4,
+    "anneal_lr": True,
     "clip_coef": 0.2,
+    "anneal_clip": False,
     "value_clip": "max",
     "vf_coef": 0.5,
     "ent_coef": 0.01,
@@ -41,7 +43,7 @@ CLEANRL: dict[Kind, dict[str, Any]] = {
     },
 }
 
-# Found and measured by benchmarks/presets.py; figures in benchmarks/README.md.
+# Measured by benchmarks/presets.py; results in benchmarks/README.md.
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "total_timesteps": 100_000,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from fastppo.config import Config
+from fastppo.config import CHOSEN_AT_START, Config
 from fastppo.envs.registry import Maker
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
@@ -18,9 +18,6 @@ from fastppo.runs.open_run import open_run, read_config
 from fastppo.runs.run_dir import RunLock, find_run
 from fastppo.runtime.console import print_line
 from fastppo.trainer import Trainer
-
-# Settings that "auto" or None leave to a measurement: a resumed run keeps the values that were measured first
-_MEASURED = ("vectorization", "compile", "threads", "act_device", "device", "network")
 
 
 def resume(
@@ -76,7 +73,7 @@ def continue_run(config: Config, run_dir: Path, console: Console | None = None) 
     """
     path, problems = newest_checkpoint(run_dir)
     before = read_config(path)
-    measured = {name: getattr(before, name) for name in _MEASURED if getattr(config, name) in (None, "auto")}
+    measured = {name: getattr(before, name) for name in CHOSEN_AT_START if getattr(config, name) in (None, "auto")}
     if config.vectorization == "auto":
         measured |= {"workers": before.workers, "half_batches": before.half_batches}
     config = dataclasses.replace(config, **measured, run_dir=run_dir, init_from=None)

@@ -31,6 +31,8 @@ class Trainer:
 
     Attributes:
         config: with every field resolved.
+        env_info: the probed environment: name, spaces, kind.
+        env_info: name, spaces and kind of the environment.
         policy: encoder, network, distribution.
         env: the environments.
         rollout: the storage of one iteration; its tensors are the same from first to last.
@@ -78,6 +80,7 @@ class Trainer:
         self.config, self.notes, self.n_iterations, self.memory = run.config, run.notes, run.n_iterations, run.memory
         self.clock, self.device, self.world, self.logger = run.clock, run.device, run.world, run.logger
         self.spec, self.policy, self.rewards, _ = run.models
+        self.env_info = run.env_info
         self.env, self.rollout, self.collect, self.progress = run.env, run.rollout, run.collect, run.progress
         self.update, self.metrics, self._statistics, self.learner, self._sampler = run.learning
         self._watch_envs, self._evaluate, self._saver = run.monitor, run.evaluation, run.saver

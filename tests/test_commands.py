@@ -1,4 +1,4 @@
-"""Commands on a run that there is: what they print and what they leave."""
+"""Commands on finished runs: their output and their files."""
 
 import io
 
@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
 
 
 def said(capsys, *command):
-    """What a command that succeeds prints, on one line."""
+    """Run a command that succeeds and return its output on one line."""
     assert main([str(word) for word in command]) == 0
     return " ".join(capsys.readouterr().out.split())
 
@@ -28,7 +28,7 @@ def test_eval_plays_and_films(runs, tmp_path, capsys):
     text = said(capsys, "eval", runs / "seed1", "--episodes", 3, "--video", tmp_path / "film.gif")
     assert text.startswith("3 episodes, greedy: return ")
     assert "cut" not in text
-    assert f"video: {tmp_path}/film.gif (one episode more, return " in text
+    assert f"video: {tmp_path}/film.gif (another episode, return " in text
     film = Image.open(io.BytesIO((tmp_path / "film.gif").read_bytes()))
     assert text.endswith(" frames)")
     assert film.n_frames > 5

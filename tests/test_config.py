@@ -1,25 +1,146 @@
-"""Settings: defaults, presets, files, and what is said to each mistake."""
+"""Settings: metadata, defaults, presets, files, help, and the message for each mistake."""
 
 import dataclasses
+import re
+import runpy
 import subprocess
 import sys
+import typing
+from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from fastppo.config import SCHEDULED, Config, parse_schedule, resolve
+from fastppo.cli import COMMANDS, parse
+from fastppo.commands.flags import flag, help_texts
+from fastppo.config import (
+    CHANGES_RESULTS,
+    CHOSEN_AT_START,
+    FIXED,
+    SCHEDULED,
+    SETTINGS,
+    Config,
+    Section,
+    differences_from_defaults,
+    fill_defaults,
+    parse_schedule,
+)
 from fastppo.errors import ConfigError
 from fastppo.presets import CLEANRL, TUNED
 
+# Why each setting that doesn't change results is so; the settings not named here change what a run learns
+NOISE = {
+    "seed": "another sample of the same experiment",
+    "vectorization": "the same environments; native versions draw their own random numbers",
+    "half_batches": "action noise is drawn per half",
+    "device": "CPU and GPU round differently and have their own random streams",
+    "act_device": "as device",
+    "threads": "sums are split over threads",
+    "compile": "compiled kernels round differently",
+}
+NOTHING = {
+    "name": "a label",
+    "run_dir": "a place",
+    "preset": "the settings it fills are recorded themselves",
+    "workers": "which process steps an environment doesn't matter to it",
+    "on_env_error": "what happens at a failure",
+    "env_restarts": "what happens at a failure",
+    "env_timeout": "what happens at a failure",
+    "strict_obs": "ends the run or warns",
+    "max_skipped": "when a run that skips all minibatches ends",
+    "checkpoint_every": "a checkpoint reads, and writes nothing back",
+    "checkpoint_minutes": "as checkpoint_every",
+    "keep_checkpoints": "as checkpoint_every",
+    "resume": "how a run begins; its numbers go on as they were",
+    "exact_resume": "refuses or trains",
+    "eval_every": "evaluations have their own environments and random streams",
+    "eval_episodes": "as eval_every",
+    "record_ratios": "samples only read",
+    "log_histograms": "samples only read",
+    "video_every": "as eval_every",
+    "track": "another sink",
+}
+# Why a resume may change settings that do change results
+EXTENDS = {
+    "total_timesteps": "a run may be extended; schedules stretch over the new plan",
+    "target_return": "when the run ends, not how it learns",
+    "init_from": "the checkpoint's weights replace it",
+}
+
+
+def test_what_each_setting_changes():
+    assert {name for name, setting in SETTINGS.items() if setting.changes == "noise"} == set(NOISE)
+    assert {name for name, setting in SETTINGS.items() if setting.changes == "nothing"} == set(NOTHING)
+    assert set(SETTINGS) - set(NOISE) - set(NOTHING) == CHANGES_RESULTS
+    assert set(SETTINGS) - set(NOTHING) - set(EXTENDS) == FIXED, "a resume keeps what changes any number"
+
+
+def test_every_field_has_metadata_and_a_help_text():
+    assert [field.name for field in dataclasses.fields(Config)] == list(SETTINGS)
+    assert {setting.section for setting in SETTINGS.values()} == set(get_args(Section))
+    assert all(help_texts(Config)[name].endswith(".") for name in SETTINGS)
+    for name, setting in SETTINGS.items():
+        assert setting.at_least is None or setting.above is None, name
+        if getattr(Config(), name) is None:
+            assert setting.unset is not None or name in CLEANRL["discrete"], "None means something"
+        else:
+            assert setting.unset is None, name
+
+
+def test_only_settings_that_leave_a_choice_are_chosen_at_the_start():
+    hints = typing.get_type_hints(Config)
+    for name in CHOSEN_AT_START:
+        assert "auto" in (*get_args(hints[name]), getattr(Config(), name)) or SETTINGS[name].unset, name
+
+
+@pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.above is not None])
+def test_exclusive_bounds_are_refused_themselves(name):
+    with pytest.raises(ConfigError, match=rf"{name}=0\.0 must be greater than 0"):
+        Config(**{name: 0.0, "vectorization": "pool"})
+    Config(**{name: 1e-9, "vectorization": "pool"})
+
+
+@pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.at_least is not None])
+def test_inclusive_bounds_are_accepted(name):
+    setting = SETTINGS[name]
+    of = (lambda x: (x,)) if name == "hidden_sizes" else lambda x: x
+    Config(**{name: of(setting.at_least), "vectorization": "pool"})
+    with pytest.raises(ConfigError, match=rf"{name}=.*-?\d+.* must be at least {setting.at_least}; nearest valid"):
+        Config(**{name: of(setting.at_least - 1), "vectorization": "pool"})
+
+
+def test_settings_page_is_current_and_holds_each_setting_once():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "settings.py"))
+    text = script["PAGE"].read_text()
+    assert text == script["page"](), "run scripts/settings.py"
+    for name in SETTINGS:
+        assert text.count(f"**`{flag(name)}`") + text.count(f"**`{flag(name)} ") == 1, name
+    assert max(map(len, text.splitlines())) <= 121
+
+
+def test_a_run_shows_what_differs_from_the_defaults_of_its_kind():
+    given = Config(env_id="Pendulum-v1", device="cpu", threads=2, network="mlp")
+    plain = fill_defaults(given, "continuous")
+    assert differences_from_defaults(plain, "continuous") == "env_id=Pendulum-v1  seed=1"
+    config = fill_defaults(dataclasses.replace(given, n_envs=8, gamma=0.9, total_timesteps=10_000), "continuous")
+    text = "env_id=Pendulum-v1  seed=1  total_timesteps=10_000  n_envs=8  gamma=0.9"
+    assert differences_from_defaults(config, "continuous") == text
+    atari = fill_defaults(Config(env_id="ALE/Pong-v5"), "image", atari=True)
+    assert differences_from_defaults(atari, "image", atari=True) == "env_id=ALE/Pong-v5  seed=1"
+    tuned = fill_defaults(Config(preset="tuned"), "discrete")
+    assert "preset=tuned" in differences_from_defaults(tuned, "discrete")
+    assert "n_steps=32" in differences_from_defaults(tuned, "discrete")
+
 
 def test_defaults_are_cleanrls():
-    c = resolve(Config(), "discrete")
+    c = fill_defaults(Config(), "discrete")
     assert (c.total_timesteps, c.learning_rate, c.n_envs, c.n_steps, c.n_minibatches) == (500_000, 2.5e-4, 4, 128, 4)
     assert (c.gamma, c.gae_lambda, c.update_epochs, c.clip_coef, c.ent_coef) == (0.99, 0.95, 4, 0.2, 0.01)
     assert (c.vf_coef, c.max_grad_norm, c.target_kl, c.value_clip, c.anneal_lr) == (0.5, 0.5, None, "max", True)
     assert (c.normalize_advantages, c.hidden_sizes, c.activation) == ("minibatch", (64, 64), "tanh")
-    c = resolve(Config(), "image", atari=True)
+    c = fill_defaults(Config(), "image", atari=True)
     assert (c.n_envs, c.clip_coef, c.total_timesteps, c.sign_rewards) == (8, 0.1, 10_000_000, True)
-    c = resolve(Config(), "continuous")
+    c = fill_defaults(Config(), "continuous")
     assert (c.n_envs, c.n_steps, c.n_minibatches, c.update_epochs, c.learning_rate) == (1, 2048, 32, 10, 3e-4)
     assert (c.ent_coef, c.normalize_obs, c.normalize_rewards, c.total_timesteps) == (0.0, True, True, 1_000_000)
 
@@ -27,30 +148,25 @@ def test_defaults_are_cleanrls():
 @pytest.mark.parametrize("kind", CLEANRL)
 @pytest.mark.parametrize("preset", ["cleanrl", "tuned"])
 @pytest.mark.parametrize("env_id", [*TUNED, "Acrobot-v1"])
-def test_resolving_twice_changes_nothing_and_survives_json(kind, preset, env_id):
-    once = resolve(Config(env_id=env_id, preset=preset, target_return="threshold"), kind, reward_threshold=475.0)
-    assert resolve(once, kind) == once
+def test_filling_defaults_twice_changes_nothing_and_survives_json(kind, preset, env_id):
+    once = fill_defaults(Config(env_id=env_id, preset=preset, target_return="threshold"), kind, reward_threshold=475.0)
+    assert fill_defaults(once, kind) == once
     assert Config.from_dict(once.to_dict()) == once
     assert all(isinstance(once.schedule(name), (int, float, str)) for name in SCHEDULED)
 
 
 def test_what_is_given_wins_over_every_preset():
-    c = resolve(Config(preset="tuned", n_envs=16, gamma=0.5, learning_rate="linear:1:0"), "discrete")
+    c = fill_defaults(Config(preset="tuned", n_envs=16, gamma=0.5, learning_rate="linear:1:0"), "discrete")
     assert (c.n_envs, c.gamma, c.learning_rate, c.anneal_lr, c.n_steps) == (16, 0.5, "linear:1:0", False, 32)
-    assert resolve(Config(env_id="Acrobot-v1", preset="tuned"), "discrete").n_steps == 128
+    assert fill_defaults(Config(env_id="Acrobot-v1", preset="tuned"), "discrete").n_steps == 128
 
 
 def test_short_forms_of_annealing():
-    c = resolve(Config(learning_rate=1e-3, clip_coef=0.3, anneal_clip=True), "discrete")
+    c = fill_defaults(Config(learning_rate=1e-3, clip_coef=0.3, anneal_clip=True), "discrete")
     assert (c.schedule("learning_rate"), c.schedule("clip_coef")) == ("linear:0.001:0", "linear:0.3:0")
     assert c.schedule("value_clip_coef") == "linear:0.3:0"
-    c = resolve(Config(anneal_lr=False), "discrete")
+    c = fill_defaults(Config(anneal_lr=False), "discrete")
     assert c.schedule("learning_rate") == 2.5e-4
-
-
-def test_iterations_are_whole_and_at_least_one():
-    assert resolve(Config(total_timesteps=1300), "discrete").n_iterations == 2
-    assert resolve(Config(total_timesteps=3), "discrete").n_iterations == 1
 
 
 def test_schedules_are_parsed():
@@ -111,7 +227,7 @@ MISTAKES = {
     "two schedules": ("--anneal-lr --learning-rate linear:1:0", "both give a schedule; keep one"),
     "seed": ("--seed -1", "seed=-1 must be at least 0"),
     "target kl": ("--target-kl 0", "target_kl=0.0 must be greater than 0"),
-    "hidden": ("--hidden-sizes 0", "hidden_sizes=[0] must be widths of at least 1"),
+    "hidden": ("--hidden-sizes 0", "hidden_sizes=[0] must be at least 1"),
     "no hidden": ("--hidden-sizes", "hidden_sizes=[] must name at least one layer"),
     "no gpu": ("--device cuda", "sees no CUDA device; use device=cpu"),
     "device": ("--device tpu", "device='tpu' must be auto, cpu, cuda or cuda:K"),
@@ -122,7 +238,7 @@ MISTAKES = {
     "native": ("--env-id Acrobot-v1 --vectorization native", "has no vector version of its own; use sync or async"),
     "no tensor version": ("--env-id MountainCar-v0 --vectorization tensor", "vectorization=tensor knows Acrobot-v1"),
     "no steps": ('--env-kwargs {"max_episode_steps":0}', "Expect the `max_episode_steps` to be positive"),
-    "acting elsewhere": ("--vectorization tensor --act-device cpu", "those environments live where the policy learns"),
+    "acting elsewhere": ("--vectorization tensor --act-device cpu", "these environments run on the training device"),
     "run folder in use": ("--run-dir {tmp}", "is not empty and runs are never overwritten"),
     "run folder through a file": ("--run-dir {tmp}/run.toml/x", "is, or lies in, a file; name a new folder"),
     "no such run": ("--init-from {tmp}/nothing", "holds no saved model"),
@@ -145,6 +261,8 @@ MISTAKES = {
         "No module named 'nowhere'",
     ),
     "unknown flag": ("--n-env 3", "Perhaps you meant"),
+    "alias": ("--num-envs 0", "n_envs=0 must be at least 1"),
+    "alias with equals sign": ("--num-envs=0", "n_envs=0 must be at least 1"),
     "flag's type": ("--n-envs many", "invalid"),
     "flag's choice": ("--vectorization fast", "invalid choice 'fast'"),
 }
@@ -196,9 +314,9 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
         (["eval", "nowhere"], "nowhere holds no saved model"),
         (["eval", "nowhere", "--episodes", "0"], "episodes=0 must be at least 1"),
         (["eval"], "Missing from fastppo eval"),
-        (["bench", "--seconds", "0"], "seconds=0.0 must be more than 0"),
+        (["bench", "--seconds", "0"], "seconds=0.0 must be greater than 0"),
         (["bench", "--n-envs", "8", "0"], "n_envs=0 must be at least 1"),
-        (["bench", "--workers", "2", "--vectorization", "sync"], "workers is for the pool; add pool to"),
+        (["bench", "--workers", "2", "--vectorization", "sync"], "workers needs the pool; add pool to"),
         (["bench", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
         (["bench", "--vectorization", "fast"], "invalid choice 'fast'"),
         ([], "Expected one of {train, bench, st"),
@@ -226,6 +344,26 @@ def test_help_imports_nothing_heavy():
     assert done.returncode == 0, done.stderr
     for field in dataclasses.fields(Config):
         assert f"--{field.name.replace('_', '-')}" in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_groups_the_settings(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        parse([command, "--help"])
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    assert not re.search(r"\bNone\b|default: \)|''", text)
+    if issubclass(COMMANDS[command], Config):
+        titles = {section: text.find(f"{section} options") for section in get_args(Section)}
+        shown = [place for place in titles.values() if place >= 0]
+        assert shown == sorted(shown)
+        own = {field.name for field in dataclasses.fields(COMMANDS[command])} - set(SETTINGS)
+        assert all(0 < text.index(flag(name)) < shown[0] for name in own), "a command's own flags come first"
+    if command == "train":
+        for name, setting in SETTINGS.items():
+            place = re.search(rf"^\W*{flag(name)}[ ,]", text, re.M).end()
+            assert [section for section in titles if titles[section] < place][-1] == setting.section
 
 
 def test_python_gets_the_same_errors_as_exceptions():

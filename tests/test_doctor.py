@@ -27,7 +27,7 @@ def test_a_machine_that_works_says_so(capsys):
     ):
         assert f" {name} " in out, name
     assert "steps/s of CartPole-v1" in out
-    assert out.rstrip().endswith("everything essential works here")
+    assert out.rstrip().endswith("this machine can train")
 
 
 def test_what_does_not_work_is_named_and_the_status_is_1(capsys, monkeypatch):
@@ -42,7 +42,7 @@ def test_what_does_not_work_is_named_and_the_status_is_1(capsys, monkeypatch):
     assert "note compiler         doesn't work" in out
     assert "updates run eagerly, several times slower: there is no C++ compiler (no-such-compiler)" in out
     assert "bad  training         failed\n                      env_id='Nope-v0' is not a registered environment" in out
-    assert "something is wrong, see above" in out
+    assert "problems found, see above" in out
 
 
 def test_where_to_act_is_measured_and_told():

@@ -217,6 +217,14 @@ def test_seeds_of_a_setting_get_a_band_and_other_settings_dont(runs, tmp_path):
     assert "mean of 3 seeds" not in page
 
 
+def test_runs_are_seeds_of_one_setting_if_they_are_equal_in_what_changes_results(runs):
+    run = read_run(runs / "seed1")
+    alike = {"seed": 7, "threads": 3, "strict_obs": True, "env_timeout": 5.0, "max_skipped": 9, "device": "cuda:0"}
+    assert dataclasses.replace(run, config=run.config | alike).setting == run.setting
+    for name in ("gamma", "hidden_sizes", "total_timesteps", "precision"):
+        assert dataclasses.replace(run, config=run.config | {name: "another"}).setting != run.setting
+
+
 def test_labels_are_text_and_no_code(runs, tmp_path):
     name = "<script>alert(1)<"
     shutil.copytree(runs / "seed1", tmp_path / name)

@@ -449,7 +449,7 @@ def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert "interrupted; all is saved" in output
+    assert "interrupted; everything is saved" in output
     assert "Traceback" not in output
     assert load_policy(tmp_path / "run").predict(np.zeros(4, np.float32)) in (0, 1)
 

@@ -13,28 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from fastppo.config import CHANGES_RESULTS
 from fastppo.errors import CheckpointError
 from fastppo.monitoring.health import HealthFinding, History, check_health
 from fastppo.monitoring.sinks.jsonl import read_rows
 from fastppo.monitoring.update_samples import UpdateSample, read_samples
 
 _Array = np.ndarray[Any, Any]
-
-# Settings that say where and how fast a run was, not what was learned: runs that differ in no other are seeds of one
-_ASIDE: tuple[str, ...] = (
-    "seed",
-    "name",
-    "run_dir",
-    "threads",
-    "compile",
-    "device",
-    "act_device",
-    "vectorization",
-    "workers",
-)
-_ASIDE += ("half_batches", "resume", "exact_resume", "checkpoint_every", "checkpoint_minutes")
-_ASIDE += ("keep_checkpoints", "record_ratios", "log_histograms", "video_every", "track", "eval_every", "eval_episodes")
-
 
 PLACES = ("global_step", "seconds", "episodes", "iteration")  # what curves can be drawn over
 
@@ -78,7 +63,7 @@ class RunData:
     @property
     def setting(self) -> str:
         """Equal in runs that differ by their seed alone."""
-        rest = {k: v for k, v in self.config.items() if k not in _ASIDE}
+        rest = {name: value for name, value in self.config.items() if name in CHANGES_RESULTS}
         return json.dumps(rest, sort_keys=True)
 
     @property

@@ -1,1 +1,1 @@
-"""The commands of `fastppo`: flags, and what each does; nothing heavy is imported before one is run."""
+"""The commands of `fastppo`: flags, printing, exit codes. torch is imported only once a command runs."""

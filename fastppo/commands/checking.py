@@ -1,4 +1,4 @@
-"""Check that what is promised holds: for an environment, for resuming, for numbers."""
+"""Check environments, exact resume, and runs that ended on non-finite gradients."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from fastppo.commands.console import open_console, print_checks
 from fastppo.commands.training import Train
 from fastppo.config import EnvKwargs
 from fastppo.errors import ConfigError
+from fastppo.runtime.console import print_line
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyEnv:
-    """Step an environment and say what it really does: dtypes, autoreset, seeds, speed, and how it can be resumed."""
+    """Check an environment: dtypes, autoreset, seeds, speed, resume."""
 
-    env_id: str = "CartPole-v1"
-    """What to look at."""
-    env_kwargs: EnvKwargs = dataclasses.field(default_factory=dict)
+    env_id: Annotated[str, tyro.conf.arg(metavar="ID")] = "CartPole-v1"
+    """Environment id to check."""
+    env_kwargs: Annotated[EnvKwargs, tyro.conf.arg(help_behavior_hint="(default: none)")] = dataclasses.field(
+        default_factory=dict
+    )
     """Keyword arguments of the environment, as a JSON object."""
     steps: int = 300
-    """How many steps of four environments to compare."""
+    """Steps to compare, of four environments."""
 
     def __call__(self) -> int:
-        """Print findings; exit status 1 if one is bad."""
+        """Print the checks and return 1 if one failed, else 0."""
         if self.steps < 1:
-            raise ConfigError(f"steps={self.steps} must be at least 1.")
+            raise ConfigError(f"steps={self.steps} must be at least 1; nearest valid value: 1.")
         from fastppo.analysis.verify import verify_env
 
-        return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment keeps its promises")
+        return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment passes all checks")
 
 
 @dataclasses.dataclass(frozen=True)
 class VerifyResume(Train):
-    """Train a little with these settings, once in one go and once interrupted and resumed, and compare every bit."""
+    """Check that a resumed run equals an uninterrupted one, bit for bit."""
 
     iterations: int = 6
-    """How many; the interruption comes after half of them."""
-    # what the verification itself decides
+    """Training iterations; the run is interrupted after half of them."""
+    # the check itself sets these
     total_timesteps: Annotated[int | None, tyro.conf.Suppress] = None
     target_return: Annotated[float | None, tyro.conf.Suppress] = None
     run_dir: Annotated[Path | None, tyro.conf.Suppress] = None
@@ -49,9 +52,11 @@ class VerifyResume(Train):
     resume: Annotated[Literal["never", "auto"], tyro.conf.Suppress] = "never"
 
     def __call__(self) -> int:
-        """Print findings; exit status 1 if one is bad."""
+        """Print the checks and return 1 if one failed, else 0."""
         if self.iterations < 2:
-            raise ConfigError(f"iterations={self.iterations} must be at least 2, to be interrupted between.")
+            raise ConfigError(
+                f"iterations={self.iterations} leaves no iteration to interrupt after; nearest valid value: 2."
+            )
         config = self.settings()
         from fastppo.analysis.verify import verify_resume
 
@@ -60,32 +65,27 @@ class VerifyResume(Train):
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """Run again, on the CPU, what a capsule holds, and name the first tensor that is not finite."""
+    """Repeat a non-finite update on the CPU and name its first bad tensor."""
 
-    capsule: Annotated[Path, tyro.conf.Positional]
-    """The folder that a run left when its gradients were not finite."""
+    capsule: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder that a run wrote when its gradients were NaN or infinite."""
 
     def __call__(self) -> int:
-        """Print where numbers stop being finite; exit status 1 if they do."""
+        """Print the first tensor that is not finite and return 1, or 0 if all are finite."""
         from fastppo.analysis.nan_replay import replay
 
         found, console = replay(self.capsule), open_console()
         bad = found.first_bad
         if bad is None:
-            console.print(
-                f"all numbers of all {found.minibatches} minibatches are finite here, on the CPU", highlight=False
-            )
+            print_line(console, f"all tensors of all {found.minibatches} minibatches are finite on the CPU")
             return 0
         where = f"epoch {found.epoch}, minibatch {found.minibatch}"
-        console.print(
-            f"first not finite: {bad.name} {list(bad.shape)}, {bad.bad} numbers of it, first at {list(bad.first)}; "
-            f"{where}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
+        print_line(
+            console,
+            f"first not finite: {bad.name} {list(bad.shape)}, {bad.bad} of its numbers, the first at "
+            f"{list(bad.first)}; {where}",
         )
         for finding in found.findings:
             state = f"{finding.bad} not finite" if finding.bad else "finite"
-            text = f"{finding.name:<48} {state:<18} largest {finding.largest:.3g}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            print_line(console, f"{finding.name:<48} {state:<18} largest {finding.largest:.3g}")
         return 1

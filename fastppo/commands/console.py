@@ -1,4 +1,4 @@
-"""Output in the terminal, for every command."""
+"""Terminal output of the commands."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from fastppo.runtime.console import print_line
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class _Stdout:
-    """Standard output that falls silent when nobody reads it any longer or its disk is full: training goes on."""
+    """Standard output that discards text once its reader has gone or its disk is full, so that training continues."""
 
     def __init__(self) -> None:
         self._file = sys.stdout
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - isatty, encoding, fileno: whatever rich asks for
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - isatty, encoding, fileno: any attribute
         return getattr(self._file, name)
 
     def write(self, text: str) -> int:
@@ -37,21 +39,21 @@ class _Stdout:
             self._silence("")
 
     def _silence(self, text: str) -> int:
-        # onto the same descriptor, so that Python's own flush at exit finds nothing wrong either
+        # redirect the descriptor itself, so that Python's flush at exit doesn't fail either
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), self._file.fileno())
         return len(text)
 
 
 def open_console() -> Console:
-    """Standard output, which may close before the program ends."""
+    """Return a console on standard output, which may close before the program ends."""
     from rich.console import Console
 
     return Console(file=cast("IO[str]", _Stdout()))
 
 
 def print_checks(findings: Iterable[CheckResult], good: str) -> int:
-    """A line for each as it is found; exit status 1 if one is bad."""
+    """Print each check once it is known, then a summary (`good` if all passed); return 1 if one failed, else 0."""
     from rich.markup import escape
 
     console, bad, noted = open_console(), 0, 0
@@ -64,13 +66,13 @@ def print_checks(findings: Iterable[CheckResult], good: str) -> int:
         console.print(
             f"[{colours[finding.state]}]{finding.state:<4}[/] {escape(text)}", highlight=False, soft_wrap=True
         )
-    notes = f", but for {noted} notes" if noted > 1 else ", but for one note" if noted else ""
-    console.print("something is wrong, see above" if bad else good + notes)
+    notes = f"; see the {noted} notes above" if noted > 1 else "; see the note above" if noted else ""
+    print_line(console, "problems found, see above" if bad else good + notes)
     return 1 if bad else 0
 
 
 def program(name: str) -> str:
-    """How to call a program of this environment from here: by name, if the shell finds it, else by path."""
+    """Return how to call a program of this Python environment: by name if the shell finds it, else by path."""
     path = Path(sys.executable).with_name(name)
     found = shutil.which(name)
     return name if found and Path(found) == path else os.path.relpath(path)

@@ -1,4 +1,4 @@
-"""Look at runs that were made: pages, differences, exported policies."""
+"""Use finished runs: reports, differences, exported policies."""
 
 from __future__ import annotations
 
@@ -9,46 +9,49 @@ from typing import Annotated, Literal
 import tyro
 
 from fastppo.commands.console import open_console
+from fastppo.commands.training import RunFolder
+from fastppo.runtime.console import print_line
 
-_Runs = Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+_Runs = Annotated[
+    tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(one or more)")
+]
 _Output = Annotated[Path, tyro.conf.arg(aliases=("-o",), metavar="PATH")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One page on one or several runs: returns, diagnostics, health, speed, and what happened inside updates."""
+    """Write a page on one or more runs: returns, diagnostics, health, speed."""
 
     runs: _Runs
-    """Run folders; those that differ by their seed alone get a mean and a band."""
+    """Run folders; runs of the same settings but different seeds are drawn as mean and band."""
     output: _Output = Path("report.html")
-    """The page, which needs nothing but a browser."""
+    """HTML file to write; it needs no network."""
 
     def __call__(self) -> int:
-        """Write the page, and print what health finds."""
+        """Write the page and print its health findings."""
         from fastppo.analysis.report import report
 
         console = open_console()
-        for record in report(self.runs, self.output):
-            for trouble in record.troubles():
-                console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
-            for finding, first, latest in record.findings:
-                text = f"{record.label}, {record.lasted(first, latest)}: {finding}"
-                console.print(text, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"page:    {self.output}", highlight=False, markup=False, soft_wrap=True)
+        for run in report(self.runs, self.output):
+            for trouble in run.troubles():
+                print_line(console, f"{run.label}: {trouble}")
+            for finding, first, latest in run.findings:
+                print_line(console, f"{run.label}, {run.lasted(first, latest)}: {finding}")
+        print_line(console, f"page:    {self.output}")
         return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """Say in what two runs differ, and where their curves part."""
+    """Show how two runs differ and where their curves diverge."""
 
-    run_a: Annotated[Path, tyro.conf.Positional]
-    """A run folder."""
-    run_b: Annotated[Path, tyro.conf.Positional]
-    """Another."""
+    run_a: RunFolder
+    """Run folder."""
+    run_b: RunFolder
+    """Run folder to compare it with."""
 
     def __call__(self) -> int:
-        """Print tables and two sentences."""
+        """Print tables of differences, and where figures and returns diverge."""
         from rich.table import Table
         from rich.text import Text
 
@@ -70,32 +73,35 @@ class Diff:
             if rows:
                 console.print(table, highlight=False, markup=False)
             else:
-                console.print(f"{title}: none", highlight=False)
-        for record in (a, b):
-            for trouble in record.troubles():
-                console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"numbers: {found.numbers}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"returns: {found.returns}", highlight=False, markup=False, soft_wrap=True)
+                print_line(console, f"{title}: none")
+        for run in (a, b):
+            for trouble in run.troubles():
+                print_line(console, f"{run.label}: {trouble}")
+        print_line(console, f"numbers: {found.numbers}")
+        print_line(console, f"returns: {found.returns}")
         return 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the policy of a run as one file that needs no fastppo: raw observations in, actions out."""
+    """Export the policy of a run as one file that runs without fastppo.
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run folder, or one of its checkpoints."""
+    Its inputs are raw observations, its outputs actions.
+    """
+
+    run: RunFolder
+    """Run folder, or one of its checkpoints."""
     format: Literal["onnx", "pt2"] = "onnx"
-    """ONNX (extra `export`), or torch.export's."""
+    """File format: ONNX (extra `export`) or torch.export."""
     output: Annotated[
         Path | None, tyro.conf.arg(aliases=("-o",), metavar="PATH", help_behavior_hint="(default: RUN/policy.FORMAT)")
     ] = None
-    """The file."""
+    """File to write."""
 
     def __call__(self) -> int:
-        """Write the file, and print its name."""
+        """Write the file and print its path."""
         from fastppo.evaluation.export import export
 
         path = export(self.run, self.output, self.format)
-        open_console().print(f"policy:  {path}", highlight=False, markup=False, soft_wrap=True)
+        print_line(open_console(), f"policy:  {path}")
         return 0

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastppo.config import Config
+from fastppo.config import FIXED, Config
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
@@ -18,12 +18,6 @@ from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runs.state_files import StateSnapshot, read_state
 from fastppo.runtime.device import generator, seed_stream
 from fastppo.runtime.distributed import World
-
-# Settings that a resumed run may change: none of them affects what an iteration computes
-_MAY_CHANGE = {"total_timesteps", "target_return", "run_dir", "name", "resume", "init_from", "preset", "exact_resume"}
-_MAY_CHANGE |= {"checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "eval_every", "eval_episodes"}
-_MAY_CHANGE |= {"on_env_error", "env_restarts", "env_timeout", "max_skipped"}
-_MAY_CHANGE |= {"record_ratios", "log_histograms", "video_every", "track"}
 
 
 class Part(Protocol):
@@ -148,7 +142,7 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         differing = [
             f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now
-            if name not in _MAY_CHANGE and before.get(name) != now[name]
+            if name in FIXED and before.get(name) != now[name]
         ]
         if differing:
             raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")

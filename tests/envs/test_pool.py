@@ -111,9 +111,9 @@ def test_closing_leaves_no_process():
 
 
 def test_settings_of_the_pool_are_refused_without_it():
-    with pytest.raises(ConfigError, match="workers is for vectorization=pool, not sync"):
+    with pytest.raises(ConfigError, match="workers needs vectorization=pool, but vectorization=sync"):
         Config(workers=2)
-    with pytest.raises(ConfigError, match="half_batches is for vectorization=pool"):
+    with pytest.raises(ConfigError, match="half_batches needs vectorization=pool"):
         Config(half_batches=True)
 
 

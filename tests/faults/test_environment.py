@@ -460,9 +460,9 @@ def test_p7_workers_are_never_forked_from_the_trainer():
 
 
 def test_settings_of_supervision_are_refused_where_nothing_watches(tmp_path):
-    with pytest.raises(ConfigError, match="on_env_error=restart is for vectorization=sync and pool"):
+    with pytest.raises(ConfigError, match="on_env_error=restart needs vectorization=sync or pool"):
         short(tmp_path, vectorization="native", on_env_error="restart")
-    with pytest.raises(ConfigError, match="env_timeout is for worker processes"):
+    with pytest.raises(ConfigError, match="env_timeout needs worker processes"):
         short(tmp_path, env_timeout=3.0)
 
 

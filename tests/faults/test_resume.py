@@ -18,7 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastppo import Config, Trainer, resume
 from fastppo.analysis.verify import TIMED, run_hashes
+from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
+from fastppo.resume_run import continue_run
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 from tests.worlds import short
 
@@ -169,6 +171,16 @@ def test_c1_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path
         Trainer(dataclasses.replace(config, hidden_sizes=(8,)), resume_from=path)
     with pytest.raises(CheckpointError, match="another policy"):
         Trainer(dataclasses.replace(config, env_id="Acrobot-v1"), resume_from=path)
+
+
+def test_settings_that_change_no_number_may_change_in_a_resume(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", vectorization="pool", workers=2, **LONG)
+    Trainer(dataclasses.replace(config, run_dir=tmp_path / "whole")).run()
+    interrupted(config, 3)
+    changes = {"workers": 3, "strict_obs": True, "env_timeout": 60.0, "keep_checkpoints": 9}
+    assert not FIXED & changes.keys()
+    continue_run(dataclasses.replace(config, **changes), config.run_dir).run()
+    assert run_hashes(config.run_dir) == run_hashes(tmp_path / "whole")
 
 
 def test_s11_other_versions_are_named(tmp_path):
