@@ -22,7 +22,7 @@ from fastppo.policies.actors import Decisions, _ModuleActor, _NumpyActor, _plain
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Encoder, Policy
 from fastppo.runtime.compile import compile_graph
-from fastppo.runtime.device import set_threads
+from fastppo.runtime.threads import set_threads
 from fastppo.spaces import ObsSpec
 
 T = 128

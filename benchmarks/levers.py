@@ -26,7 +26,7 @@ from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Encoder, Policy
 from fastppo.ppo.update import PPOUpdate
-from fastppo.runtime.device import keep_freed_memory, set_threads
+from fastppo.runtime.threads import keep_freed_memory, set_threads
 from fastppo.spaces import ObsSpec
 
 

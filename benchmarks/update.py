@@ -62,7 +62,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     from fastppo.policies.mlp import MLP
     from fastppo.policies.policy import Encoder, Policy
     from fastppo.ppo.update import PPOUpdate
-    from fastppo.runtime.device import keep_freed_memory, set_threads
+    from fastppo.runtime.threads import keep_freed_memory, set_threads
     from fastppo.spaces import ObsSpec
 
     torch.manual_seed(0)

@@ -36,9 +36,11 @@ from fastppo.runtime import compile as compiling
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.cores import local_processes, usable_cores
-from fastppo.runtime.device import generator, machine_name, seed_stream, set_threads
+from fastppo.runtime.device import machine_name
 from fastppo.runtime.distributed import World
-from fastppo.runtime.preflight import check_descriptors, free_memory
+from fastppo.runtime.resources import check_descriptors, free_memory
+from fastppo.runtime.seeding import generator, seed_stream
+from fastppo.runtime.threads import set_threads
 
 
 def settle(config: Config, found: EnvInfo, device: torch.device, *, custom_policy: bool) -> tuple[Config, list[str]]:
@@ -50,7 +52,9 @@ def settle(config: Config, found: EnvInfo, device: torch.device, *, custom_polic
     if found.vector is not None and config.n_envs is None:
         config = dataclasses.replace(config, n_envs=found.vector.num_envs)
     resolved = resolve(config, found.kind, atari=found.atari, reward_threshold=found.reward_threshold)
-    changes: dict[str, Any] = {"device": str(device)}
+    changes: dict[str, Any] = {}
+    if config.device == "auto":  # a resumed run stays on this type; each process chooses its own index
+        changes["device"] = device.type
     if config.network == "auto" and not custom_policy:
         changes["network"] = default_network(found.obs_spec)
     if custom_policy and config.network != "auto":

@@ -48,17 +48,12 @@ from fastppo.runs.restore import Part, Progress, about_run, restore
 from fastppo.runs.run_dir import RunLock, appears, create_run_dir, surroundings, versions, write_json
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.clock import Clock
-from fastppo.runtime.device import (
-    GlobalRandomness,
-    choose_device,
-    choose_threads,
-    keep_freed_memory,
-    machine_name,
-    set_threads,
-)
+from fastppo.runtime.device import choose_device, machine_name
 from fastppo.runtime.distributed import join_world
-from fastppo.runtime.preflight import check_disk
+from fastppo.runtime.resources import check_disk
+from fastppo.runtime.seeding import GlobalRandomState
 from fastppo.runtime.signals import StopSignals
+from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threads
 
 _FEWEST_BETWEEN_LOOKS = 30  # iterations: a look takes up to a quarter of one, and should cost less than 1 %
 
@@ -251,7 +246,7 @@ class Trainer:
             "metrics": self.metrics,
             "collector": self.collect,
             "learner": self.learner,
-            "randomness": GlobalRandomness(),
+            "randomness": GlobalRandomState(),
         }
         every = c.record_ratios
         if every is None:

@@ -13,7 +13,7 @@ from fastppo import Config, Trainer
 from fastppo.build import Models, plan_run
 from fastppo.errors import ConfigError
 from fastppo.ppo.memory_plan import MemoryPlan, check_memory
-from fastppo.runtime.preflight import free_memory
+from fastppo.runtime.resources import free_memory
 from tests.worlds import Counter, Spaces, short
 
 
@@ -105,7 +105,7 @@ import json, sys
 from pathlib import Path
 import psutil, torch
 from fastppo import Config, Trainer
-from fastppo.runtime.preflight import peak_memory
+from fastppo.runtime.resources import peak_memory
 torch.ones(8).sum()
 before = psutil.Process().memory_info().rss
 n, t, compiled, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])

@@ -14,7 +14,7 @@ from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
 from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
-from fastppo.runtime.device import seed_stream, untouched_randomness
+from fastppo.runtime.seeding import preserve_global_random_state, seed_stream
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _MOST_ENVS = 8
@@ -76,7 +76,7 @@ class PeriodicEvaluation:
     def __call__(self, stats: Stats) -> Evaluation | None:
         """Do what is due after an iteration, into its figures; returns the evaluation, if there was one."""
         before, self.seen = self.seen, stats.global_step
-        with untouched_randomness():
+        with preserve_global_random_state():
             if self._camera is not None and _passes(self._video_every, before, self.seen):
                 try:
                     stats.images["video/episode"] = self._camera.episode(self._seed).gif()

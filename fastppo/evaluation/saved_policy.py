@@ -18,7 +18,8 @@ from fastppo.evaluation.video import Video, VideoRecorder, check_video_name
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import best_checkpoint, load_model, read_spec, verify_checkpoint, weights_file
-from fastppo.runtime.device import choose_device, generator, seed_stream
+from fastppo.runtime.device import choose_device
+from fastppo.runtime.seeding import generator, seed_stream
 
 
 class SavedPolicy:

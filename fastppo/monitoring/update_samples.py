@@ -23,7 +23,7 @@ from fastppo.functional.losses import Coefficients
 from fastppo.policies.policy import Policy
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
-from fastppo.runtime.device import untouched_randomness
+from fastppo.runtime.seeding import preserve_global_random_state
 
 _Array = np.ndarray[Any, Any]
 
@@ -178,7 +178,7 @@ def _column(x: Tensor) -> Tensor:
 def _unchanged(policy: Policy) -> Iterator[None]:
     """What a user's network draws or counts as it runs is as if it hadn't."""
     buffers = [(buffer, buffer.clone()) for buffer in policy.network.buffers()]
-    with untouched_randomness():
+    with preserve_global_random_state():
         yield
     for buffer, before in buffers:
         buffer.copy_(before)

@@ -15,8 +15,8 @@ from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import StateSnapshot, load_model, read_spec, read_state
-from fastppo.runtime.device import generator, seed_stream
 from fastppo.runtime.distributed import World
+from fastppo.runtime.seeding import generator, seed_stream
 
 # Settings that may be others in a resumed run: none of them changes what an iteration computes
 _FREE = {"total_timesteps", "target_return", "run_dir", "name", "resume", "init_from", "preset", "exact_resume"}
@@ -148,7 +148,7 @@ def _compare(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any], spe
         differing = [
             f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now
-            if name not in _FREE and before.get(name) != now[name]
+            if name not in _FREE and _meaning(name, before.get(name)) != _meaning(name, now[name])
         ]
         if differing:
             raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
@@ -163,6 +163,11 @@ def _compare(path: Path, saved: Mapping[str, Any], about: Mapping[str, Any], spe
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}/state-0.json can't be understood ({type(error).__name__}: {error}).") from None
     return [f"equal bits are not promised: the checkpoint was written with {'; '.join(others)}."] if others else []
+
+
+def _meaning(name: str, value: object) -> object:
+    """Return the part of a setting that two runs must share: of a device its type, as indices differ per process."""
+    return str(value).partition(":")[0] if name == "device" else value
 
 
 def _own_episodes(shared: StateSnapshot, own: StateSnapshot) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def test_half_of_torchruns_variables_is_one_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 2
     assert (
-        "WORLD_SIZE is set, but RANK, MASTER_ADDR, MASTER_PORT not: start several processes with torchrun"
+        "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT: start several processes with torchrun"
         in done.stderr
     )
 
