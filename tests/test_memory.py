@@ -83,9 +83,9 @@ def test_normalising_wide_observations_is_in_the_plan(tmp_path):
         ("4:cpu,memory:/me", "memory/me", {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "700"}),
     ],
 )
-def test_free_memory_is_what_the_control_groups_leave(tmp_path, line, folder, files):
+def test_free_memory_is_limited_by_control_groups(tmp_path, line, folder, files):
     device = torch.device("cpu")
-    assert free_memory(device, tmp_path) > 10_000, "no groups, no limit"
+    assert free_memory(device, tmp_path) > 10_000, "without control groups"
     group = tmp_path / "sys/fs/cgroup" / folder
     group.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)
