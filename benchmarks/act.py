@@ -23,7 +23,7 @@ from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Policy
 from fastppo.runtime.compile import compile_graph
-from fastppo.runtime.device import set_threads
+from fastppo.runtime.threads import set_threads
 from fastppo.spaces import ObsSpec
 
 T = 128

@@ -29,7 +29,7 @@ from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Policy
 from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.update import PPOUpdate
-from fastppo.runtime.device import keep_freed_memory, set_threads
+from fastppo.runtime.threads import keep_freed_memory, set_threads
 from fastppo.spaces import ObsSpec
 
 

@@ -65,7 +65,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     from fastppo.policies.policy import Policy
     from fastppo.ppo.minibatches import Minibatch
     from fastppo.ppo.update import PPOUpdate
-    from fastppo.runtime.device import keep_freed_memory, set_threads
+    from fastppo.runtime.threads import keep_freed_memory, set_threads
     from fastppo.spaces import ObsSpec
 
     torch.manual_seed(0)

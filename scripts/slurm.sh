@@ -9,6 +9,6 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?is set by sbatch}"
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# one torchrun on each node, which starts a process for each of its GPUs
+# one torchrun per node, which starts one process per GPU
 srun bash -c '.venv/bin/torchrun --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --nproc-per-node 8 \
   --master-addr "$0" --master-port 29500 -m fastppo train "$@"' "$master" "$@"

@@ -13,7 +13,7 @@ from fastppo import Config, Trainer
 from fastppo.build.parts import Models, plan_run
 from fastppo.errors import ConfigError
 from fastppo.ppo.memory_plan import MemoryPlan, check_memory
-from fastppo.runtime.preflight import free_memory
+from fastppo.runtime.resources import free_memory
 from tests.worlds import Counter, Spaces, short
 
 
@@ -83,9 +83,9 @@ def test_normalising_wide_observations_is_in_the_plan(tmp_path):
         ("4:cpu,memory:/me", "memory/me", {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "700"}),
     ],
 )
-def test_free_memory_is_what_the_control_groups_leave(tmp_path, line, folder, files):
+def test_free_memory_is_limited_by_control_groups(tmp_path, line, folder, files):
     device = torch.device("cpu")
-    assert free_memory(device, tmp_path) > 10_000, "no groups, no limit"
+    assert free_memory(device, tmp_path) > 10_000, "without control groups"
     group = tmp_path / "sys/fs/cgroup" / folder
     group.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -105,7 +105,7 @@ import json, sys
 from pathlib import Path
 import psutil, torch
 from fastppo import Config, Trainer
-from fastppo.runtime.preflight import peak_memory
+from fastppo.runtime.resources import peak_memory
 torch.ones(8).sum()
 before = psutil.Process().memory_info().rss
 n, t, compiled, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])

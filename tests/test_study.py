@@ -67,7 +67,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, n_envs, seeds, text):
 def test_runs_dont_take_each_others_cores(monkeypatch, tmp_path):
     def jobs(cores, n_envs=4, hold="batch", **changes):
         monkeypatch.setattr("fastppo.analysis.study.usable_cores", lambda: cores)
-        monkeypatch.setattr("fastppo.runtime.device._CORES", cores)
+        monkeypatch.setattr("fastppo.runtime.threads.CORES", cores)
         return choose_jobs(plan_study(dataclasses.replace(BASE, **changes), (n_envs,), 1, hold, tmp_path))
 
     assert jobs(8) == 4

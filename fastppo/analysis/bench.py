@@ -169,7 +169,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
     import torch
 
     from fastppo.runtime.device import choose_device
-    from fastppo.runtime.preflight import peak_memory
+    from fastppo.runtime.resources import peak_memory
     from fastppo.trainer import Trainer
 
     before = _memory_of_all()

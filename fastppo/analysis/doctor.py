@@ -25,7 +25,7 @@ from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, cpu_name
 from fastppo.runtime.graphs import capture
-from fastppo.runtime.preflight import free_memory
+from fastppo.runtime.resources import free_memory
 from fastppo.trainer import Trainer
 
 _GIB = 2**30

@@ -29,8 +29,9 @@ from fastppo.envs.registry import inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
 from fastppo.runs.system_info import system_info
 from fastppo.runtime.cores import usable_cores
-from fastppo.runtime.device import choose_device, choose_threads
+from fastppo.runtime.device import choose_device
 from fastppo.runtime.files import write_json
+from fastppo.runtime.threads import choose_threads
 
 Hold = Literal["batch", "n_steps"]
 

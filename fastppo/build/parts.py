@@ -35,9 +35,10 @@ from fastppo.ppo.update import PPOUpdate
 from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.cores import local_processes, usable_cores
-from fastppo.runtime.device import generator, seed_stream, set_threads
+from fastppo.runtime.seeding import generator, seed_stream
+from fastppo.runtime.threads import set_threads
 from fastppo.runtime.distributed import World
-from fastppo.runtime.preflight import check_descriptors, free_memory
+from fastppo.runtime.resources import check_descriptors, free_memory
 
 _FEWEST_ITERATIONS_BETWEEN_SAMPLES = 30  # a sample takes up to a quarter of an iteration, and should cost under 1 %
 

@@ -16,8 +16,8 @@ from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
 from fastppo.runs.restore import Progress
-from fastppo.runtime.device import seed_stream, untouched_randomness
 from fastppo.runtime.distributed import World
+from fastppo.runtime.seeding import preserve_global_random_state, seed_stream
 from fastppo.spaces import ActionSpec, ObsSpec
 
 _MAX_ENVS = 8
@@ -100,7 +100,7 @@ class PeriodicEvaluation:
 
     def _play(self, stats: Stats) -> Evaluation | None:
         previous, self.last_step = self.last_step, stats.global_step
-        with untouched_randomness():
+        with preserve_global_random_state():
             if self._recorder is not None and _due(self._video_every, previous, self.last_step):
                 try:
                     stats.images["video/episode"] = self._recorder.record_episode(self._seed).gif()

@@ -18,7 +18,8 @@ from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import best_checkpoint, verify_checkpoint
 from fastppo.runs.model_files import load_model, read_spec, weights_file
 from fastppo.runs.open_run import open_run
-from fastppo.runtime.device import choose_device, generator, seed_stream
+from fastppo.runtime.device import choose_device
+from fastppo.runtime.seeding import generator, seed_stream
 
 
 class SavedPolicy:

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the mathematics of PPO, importing torch alone."""
+"""The mathematics of PPO as pure functions on tensors; the only dependency is torch."""

@@ -1,4 +1,8 @@
-"""What an update is judged by: approximate KL, clip fraction, explained variance. No gradient flows through any."""
+"""Diagnostics of an update: approximate KL, clip fraction, explained variance.
+
+Rows have any shape, such as [B] or [T, N]. `valid`, bool of that shape, marks the rows that count, None stands for all;
+other rows may hold NaN.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,21 @@ from fastppo.functional.moments import Pool
 
 
 def masked_mean(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean of x over its rows, leaving out those where `valid` (same shape, bool) is False; 0 where none is left."""
+    """Return the mean of `x` over its valid rows, [], in units of x; 0 if no row is valid."""
     if valid is None:
         return x.mean()
     return torch.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
 
 
 def approx_kl_k1(logratio: Tensor, valid: Tensor | None = None) -> Tensor:
-    """mean(-x) with x = log pi_new - log pi_old, in nats: unbiased for KL(old || new), but may be negative.
+    """Estimate KL(old || new) as mean(-x) with x = log pi_new - log pi_old; unbiased, but may be negative.
+
+    Args:
+        logratio: x at actions of the old policy, in nats.
+        valid: bool or None.
+
+    Returns:
+        [] in nats.
 
     Source: Schulman 2020, http://joschu.net/blog/kl-approx.html.
     """
@@ -24,23 +35,40 @@ def approx_kl_k1(logratio: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def approx_kl_k3(logratio: Tensor, valid: Tensor | None = None) -> Tensor:
-    """mean(exp(x) - 1 - x) with x = log pi_new - log pi_old, in nats: unbiased for KL(old || new), never negative.
+    """Estimate KL(old || new) as mean(exp(x) - 1 - x) with x = log pi_new - log pi_old; unbiased, never negative.
 
-    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html. expm1 keeps it from rounding below 0.
+    Arguments, result and source as in `approx_kl_k1`.
     """
+    # expm1, as exp(x) - 1 could round the mean below 0
     return masked_mean(torch.expm1(logratio) - logratio, valid)
 
 
 def clip_fraction(logratio: Tensor, clip_coef: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Fraction of rows whose ratio lies further than clip_coef from 1."""
+    """Return the fraction of rows with |ratio - 1| > clip_coef, ratio = exp(logratio).
+
+    Args:
+        logratio: log pi_new - log pi_old, in nats.
+        clip_coef: [] >= 0.
+        valid: bool or None.
+
+    Returns:
+        [] in [0, 1].
+    """
     return masked_mean((torch.expm1(logratio).abs() > clip_coef).float(), valid)
 
 
 def explained_variance(values: Tensor, returns: Tensor, valid: Tensor | None = None, pool: Pool = None) -> Tensor:
-    """1 - Var[returns - values] / Var[returns]; NaN where the returns don't vary.
+    """Return 1 - Var[returns - values] / Var[returns], over the rows of all processes.
 
-    1 is a perfect critic, 0 one that is no better than a constant, below 0 worse than that. `pool` sums a tensor over
-    the processes whose rows count together.
+    Args:
+        values: the critic's predictions, in reward units.
+        returns: its targets.
+        valid: bool or None.
+        pool: sums a tensor over all processes; None for a single one.
+
+    Returns:
+        [] at most 1: 1 for a perfect critic, 0 for one as good as a constant, negative for a worse one; NaN if the
+        returns don't vary.
     """
 
     def mean(x: Tensor) -> Tensor:

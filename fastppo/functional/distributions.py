@@ -1,8 +1,9 @@
-"""Action distributions as plain descriptions with pure methods: no per-step objects, no validation, no hidden state.
+"""Action distributions as stateless descriptions whose methods are pure functions of parameters.
 
-Each says how long the network's output is, and how that output and a block of pre-drawn noise make an action. Noise is
-always additive, so that the noise of a whole rollout is drawn at once, outside whatever is compiled or captured:
-Gumbel noise on logits, logistic noise on Bernoulli logits, standard normal noise scaled by the standard deviation.
+A distribution is built from the action space. It states the length of the network's output and turns that output and
+pre-drawn noise into actions. Noise is additive, so the noise of a whole rollout is drawn at once, outside
+of compiled or captured code: Gumbel noise on logits, logistic noise on Bernoulli logits, standard normal noise times
+the standard deviation. Inputs are not validated.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
-_SHARPNESS = 16.0
+_SHARPNESS = 16.0  # k in `bound_log_std`
 
 
 def bound_log_std(raw: Tensor) -> Tensor:
-    """A log standard deviation kept smoothly within [-10, 2]; within 1e-6 of the identity on [-5, 1].
+    """Bound a log standard deviation smoothly to [-10, 2]; within 1e-6 of the identity on [-5, 1].
 
-        y = x - softplus(k (x - hi)) / k + softplus(k (lo - x)) / k
+        y = x - softplus(k (x - hi)) / k + softplus(k (lo - x)) / k,   k = 16, lo = -10, hi = 2
 
-    Written as the identity and two corrections that vanish inside, so that nothing is lost to rounding there. Hard
-    clamping would stop the gradient at the bounds; no bound at all ends in a standard deviation of 0 or inf.
+    Both corrections vanish inside the range, so no precision is lost there. A hard clamp would stop the gradient at
+    the bounds, and without bounds the standard deviation can reach 0 or infinity.
+
+    Args:
+        raw: x, any shape.
+
+    Returns:
+        y, of the same shape.
     """
     over = F.softplus(_SHARPNESS * (raw - LOG_STD_MAX)) / _SHARPNESS
     under = F.softplus(_SHARPNESS * (LOG_STD_MIN - raw)) / _SHARPNESS
@@ -33,12 +40,12 @@ def bound_log_std(raw: Tensor) -> Tensor:
 
 
 class Distribution(Protocol):
-    """What the policy asks of an action distribution. B stands for any leading shape.
+    """The interface of an action distribution. B stands for any leading shape; probabilities are in nats.
 
     Attributes:
         n_params: P, length of the network's output for one observation.
-        action_shape: shape of one action as stored.
-        action_dtype: dtype of actions as stored.
+        action_shape: shape of one stored action.
+        action_dtype: dtype of stored actions.
         noise_size: length of the noise for one action.
     """
 
@@ -52,30 +59,30 @@ class Distribution(Protocol):
     def noise_size(self) -> int: ...  # noqa: D102
 
     def fill_noise(self, out: Tensor, generator: torch.Generator) -> None:
-        """Fill `out` [B, noise_size] with this distribution's noise."""
+        """Fill `out` [B, noise_size] with finite noise."""
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Actions [B, *action_shape] from params [B, P] and noise [B, noise_size]."""
+        """Return actions [B, *action_shape] from params [B, P] and noise [B, noise_size]."""
 
     def mode(self, params: Tensor) -> Tensor:
-        """The most probable actions [B, *action_shape]."""
+        """Return the most probable actions [B, *action_shape] for params [B, P]."""
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
-        """Log-probability (density for Box) of actions, [B] in nats."""
+        """Return log pi(actions), [B]; for Gaussian the log density."""
 
     def entropy(self, params: Tensor) -> Tensor:
-        """Entropy (differential for Box), [B] in nats."""
+        """Return the entropy, [B]; for Gaussian the differential entropy."""
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """Exact KL(old || new) of two parameter blocks [B, P], [B] in nats."""
+        """Return the exact KL(old || new) between distributions with params [B, P] each, [B]."""
 
 
 def _gumbel(out: Tensor, generator: torch.Generator) -> None:
-    # -log of an exponential variate is Gumbel; the exponential sampler never returns 0
+    # if E is exponential, -log E is Gumbel; the exponential sampler never returns 0
     out.exponential_(generator=generator).log_().neg_()
 
 
-def _blocks(params: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _split_blocks(params: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return torch.split(params, list(sizes), -1)
 
 
@@ -84,8 +91,8 @@ def _categorical_entropy(logits: Tensor) -> Tensor:
     return -(logp.exp() * logp).sum(-1)
 
 
-def _chosen(table: Tensor, index: Tensor) -> Tensor:
-    # table[..., index]: a comparison, not a gather, whose gradient is a scatter that a compiler can't fuse
+def _select(table: Tensor, index: Tensor) -> Tensor:
+    # table[..., index] by comparison: the gradient of a gather is a scatter, which compilers don't fuse
     choices = torch.arange(table.shape[-1], device=table.device)
     return torch.where(choices == index.unsqueeze(-1), table, 0.0).sum(-1)
 
@@ -97,7 +104,7 @@ def _categorical_kl(old: Tensor, new: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """One choice among n; params are logits [B, n], actions [B] int64."""
+    """One choice among n; params are logits [B, n], actions [B] int64 in [0, n)."""
 
     n: int
     action_shape = ()
@@ -105,143 +112,143 @@ class Categorical:
 
     @property
     def n_params(self) -> int:
-        """One logit for each choice."""
+        """n, one logit per choice."""
         return self.n
 
     @property
     def noise_size(self) -> int:
-        """One Gumbel variate for each choice."""
+        """n, one Gumbel variate per choice."""
         return self.n
 
     def fill_noise(self, out: Tensor, generator: torch.Generator) -> None:
-        """Gumbel noise."""
+        """Fill `out` with standard Gumbel noise."""
         _gumbel(out, generator)
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        """The Gumbel-max trick."""
+        """Return argmax(logits + Gumbel noise): the Gumbel-max trick."""
         return (params + noise).argmax(-1)
 
     def mode(self, params: Tensor) -> Tensor:
-        """The largest logit."""
+        """Return argmax(logits)."""
         return params.argmax(-1)
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
-        """Log softmax(params)[actions]."""
-        return _chosen(params.log_softmax(-1), actions)
+        """Return log_softmax(params)[actions]."""
+        return _select(params.log_softmax(-1), actions)
 
     def entropy(self, params: Tensor) -> Tensor:
-        """-sum p log p."""
+        """Return -sum p log p."""
         return _categorical_entropy(params)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """Sum of p_old (log p_old - log p_new)."""
+        """Return sum p_old (log p_old - log p_new)."""
         return _categorical_kl(old, new)
 
 
 @dataclasses.dataclass(frozen=True)
 class MultiCategorical:
-    """K independent choices; params are the K blocks of logits side by side, actions [B, K] int64."""
+    """K independent choices; params are K concatenated blocks of logits [B, sum(nvec)], actions [B, K] int64."""
 
     nvec: tuple[int, ...]
     action_dtype = torch.int64
 
     @property
     def action_shape(self) -> tuple[int, ...]:
-        """One index for each component."""
+        """(K,), one index per component."""
         return (len(self.nvec),)
 
     @property
     def n_params(self) -> int:
-        """One logit for each choice of each component."""
+        """sum(nvec), one logit per choice of each component."""
         return sum(self.nvec)
 
     @property
     def noise_size(self) -> int:
-        """One Gumbel variate for each logit."""
+        """sum(nvec), one Gumbel variate per logit."""
         return self.n_params
 
     def fill_noise(self, out: Tensor, generator: torch.Generator) -> None:
-        """Gumbel noise."""
+        """Fill `out` with standard Gumbel noise."""
         _gumbel(out, generator)
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        """The Gumbel-max trick in each component."""
+        """Apply the Gumbel-max trick to each component."""
         return self.mode(params + noise)
 
     def mode(self, params: Tensor) -> Tensor:
-        """The largest logit of each component."""
-        return torch.stack([block.argmax(-1) for block in _blocks(params, self.nvec)], -1)
+        """Return the argmax of each block of logits."""
+        return torch.stack([block.argmax(-1) for block in _split_blocks(params, self.nvec)], -1)
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
-        """Sum over components."""
-        blocks = zip(_blocks(params, self.nvec), actions.unbind(-1), strict=True)
-        logps = [_chosen(logits.log_softmax(-1), action) for logits, action in blocks]
+        """Return the sum of the components' log-probabilities."""
+        blocks = zip(_split_blocks(params, self.nvec), actions.unbind(-1), strict=True)
+        logps = [_select(logits.log_softmax(-1), action) for logits, action in blocks]
         return torch.stack(logps, -1).sum(-1)
 
     def entropy(self, params: Tensor) -> Tensor:
-        """Sum over components."""
-        return torch.stack([_categorical_entropy(block) for block in _blocks(params, self.nvec)], -1).sum(-1)
+        """Return the sum of the components' entropies."""
+        return torch.stack([_categorical_entropy(block) for block in _split_blocks(params, self.nvec)], -1).sum(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """Sum over components."""
-        blocks = zip(_blocks(old, self.nvec), _blocks(new, self.nvec), strict=True)
+        """Return the sum of the components' KL divergences."""
+        blocks = zip(_split_blocks(old, self.nvec), _split_blocks(new, self.nvec), strict=True)
         return torch.stack([_categorical_kl(a, b) for a, b in blocks], -1).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """n independent yes-or-no choices; params are logits [B, n], actions [B, n] int64 of 0 and 1."""
+    """n independent binary choices; params are logits [B, n], actions [B, n] int64 in {0, 1}."""
 
     n: int
     action_dtype = torch.int64
 
     @property
     def action_shape(self) -> tuple[int, ...]:
-        """One bit for each component."""
+        """(n,), one bit per component."""
         return (self.n,)
 
     @property
     def n_params(self) -> int:
-        """One logit for each component."""
+        """n, one logit per component."""
         return self.n
 
     @property
     def noise_size(self) -> int:
-        """One logistic variate for each component."""
+        """n, one logistic variate per component."""
         return self.n
 
     def fill_noise(self, out: Tensor, generator: torch.Generator) -> None:
-        """Logistic noise, the difference of two Gumbel variates; logit(u), with u kept off 0 and 1."""
+        """Fill `out` with logistic noise logit(u), the difference of two Gumbel variates; 0 < u < 1."""
         eps = torch.finfo(out.dtype).eps
         out.uniform_(eps, 1 - eps, generator=generator).logit_()
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        """1 where logit + noise > 0."""
+        """Return 1 where logit + noise > 0."""
         return (params + noise > 0).long()
 
     def mode(self, params: Tensor) -> Tensor:
-        """1 where the logit is positive."""
+        """Return 1 where the logit is positive."""
         return (params > 0).long()
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
-        """Sum over components of log sigmoid(+-logit)."""
+        """Return the sum over components of log sigmoid(l) for a 1, log sigmoid(-l) for a 0."""
         return F.logsigmoid(torch.where(actions > 0, params, -params)).sum(-1)
 
     def entropy(self, params: Tensor) -> Tensor:
-        """Sum over components: softplus(l) - l sigmoid(l)."""
+        """Return the sum over components of softplus(l) - l sigmoid(l)."""
         return (F.softplus(params) - params * params.sigmoid()).sum(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """Sum over components: p (l_old - l_new) - softplus(l_old) + softplus(l_new)."""
+        """Return the sum of p_old (l_old - l_new) - softplus(l_old) + softplus(l_new), p_old = sigmoid(l_old)."""
         return (old.sigmoid() * (old - new) - F.softplus(old) + F.softplus(new)).sum(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """n independent normals; params are means and raw log standard deviations side by side [B, 2n], actions [B, n].
+    """n independent normals; params are n means, then n raw log standard deviations [B, 2n]; actions [B, n] float32.
 
-    The raw log standard deviation passes through `bound_log_std`. Actions are unbounded: what the environment is given
-    is clipped, what is stored is not.
+    The raw log standard deviation passes through `bound_log_std`. Actions are unbounded; the environment gets clipped
+    ones, and the rollout stores the unclipped ones.
     """
 
     n: int
@@ -249,48 +256,48 @@ class Gaussian:
 
     @property
     def action_shape(self) -> tuple[int, ...]:
-        """One number for each component."""
+        """(n,), one number per component."""
         return (self.n,)
 
     @property
     def n_params(self) -> int:
-        """A mean and a log standard deviation for each component."""
+        """2n, a mean and a log standard deviation per component."""
         return 2 * self.n
 
     @property
     def noise_size(self) -> int:
-        """One standard normal variate for each component."""
+        """n, one standard normal variate per component."""
         return self.n
 
     def fill_noise(self, out: Tensor, generator: torch.Generator) -> None:
-        """Standard normal noise."""
+        """Fill `out` with standard normal noise."""
         out.normal_(generator=generator)
 
     def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        mean, raw = _blocks(params, (self.n, self.n))
+        mean, raw = _split_blocks(params, (self.n, self.n))
         return mean, bound_log_std(raw)
 
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
-        """Mean + standard deviation x noise."""
+        """Return mean + standard deviation x noise."""
         mean, log_std = self._split(params)
         return mean + log_std.exp() * noise
 
     def mode(self, params: Tensor) -> Tensor:
-        """The mean."""
+        """Return the means."""
         return params[..., : self.n]
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
-        """Sum over components of -z^2/2 - log std - log sqrt(2 pi)."""
+        """Return the sum over components of -z^2/2 - log std - log sqrt(2 pi), z = (action - mean) / std."""
         mean, log_std = self._split(params)
         z = (actions - mean) * (-log_std).exp()
         return (-0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
     def entropy(self, params: Tensor) -> Tensor:
-        """Sum over components of log std + log sqrt(2 pi e)."""
+        """Return the sum over components of log std + log sqrt(2 pi e)."""
         return (self._split(params)[1] + 0.5 * math.log(2 * math.pi * math.e)).sum(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
-        """Sum over components of log(s_new/s_old) + (s_old^2 + (m_old - m_new)^2) / (2 s_new^2) - 1/2."""
+        """Return the sum of log(s_new / s_old) + (s_old^2 + (m_old - m_new)^2) / (2 s_new^2) - 1/2."""
         mean, log_std = self._split(old)
         new_mean, new_log_std = self._split(new)
         shift = (mean - new_mean) * (-new_log_std).exp()

@@ -1,14 +1,16 @@
-"""Generalised advantage estimation: one contract, several kernels.
+"""Generalised advantage estimation (GAE): one contract, several kernels.
 
-Contract of every kernel here, all tensors [T, N]:
+Every kernel computes, for tensors [T, N]:
 
-    A_t = delta_t + gamma * lambda * (1 - done_t) * A_{t+1}
-    delta_t = r_t + gamma * (1 - terminated_t) * V(s'_t) - V(s_t)
-    R_t = A_t + V(s_t)
+    delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
+    A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1},   A_T = 0
+    R_t     = A_t + V(s_t)
 
-with s'_t the true successor of row t, also where an episode was cut. A real end has no future value; any end, real or
-cut, stops the trace. Source: Schulman et al. 2016, eq. 11 and 16 (arXiv:1506.02438); the separation of the two endings
-follows Pardo et al. 2018 (arXiv:1712.00378).
+s'_t is the true successor of row t: at a time limit the last observation of the cut episode, not the first of the next
+one. Termination removes the bootstrap value; any end of an episode, terminated or truncated, stops the trace.
+
+Source: Schulman et al. 2016, eq. 11 and 16 (arXiv:1506.02438); Pardo et al. 2018 for the two kinds of ending
+(arXiv:1712.00378).
 """
 
 from __future__ import annotations
@@ -31,21 +33,21 @@ def gae_loop(
     gamma: Tensor,
     gae_lambda: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """GAE by the backward recursion, one step of T at a time: the eager kernel for large rollouts.
+    """Compute GAE by the backward recursion, one time step at a time: the eager kernel for large rollouts.
 
     Args:
-        rewards: [T, N] float, in the units that the critic predicts.
-        values: [T, N] V(s_t).
-        next_values: [T, N] V of the true successor of each row; ignored where terminated.
+        rewards: [T, N] float, in reward units (after reward normalisation, if any).
+        values: [T, N] V(s_t), in reward units.
+        next_values: [T, N] V of the true successor of each row; any value, also NaN, where terminated.
         terminated: [T, N] bool, the task ended.
-        done: [T, N] bool, the episode ended for either reason.
+        done: [T, N] bool, the episode ended: terminated or truncated.
         gamma: [] in [0, 1].
         gae_lambda: [] in [0, 1].
 
     Returns:
-        advantages and returns, [T, N] each.
+        advantages A and returns R, [T, N] each, in reward units.
     """
-    delta, decay = _terms(rewards, values, next_values, terminated, done, gamma, gae_lambda)
+    delta, decay = _deltas_and_decays(rewards, values, next_values, terminated, done, gamma, gae_lambda)
     advantages = torch.empty_like(delta)
     running = torch.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
@@ -62,21 +64,21 @@ def gae_doubling(
     gamma: Tensor,
     gae_lambda: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """GAE in ceil(log2 T) rounds of whole-array operations: for torch.compile on any device, eager for small rollouts.
+    """Compute GAE in ceil(log2 T) whole-array rounds: the kernel to compile, and the eager one for small rollouts.
 
-    Arguments and result as `gae_loop`.
+    Arguments and result as in `gae_loop`; equal to it up to rounding.
     """
-    delta, decay = _terms(rewards, values, next_values, terminated, done, gamma, gae_lambda)
+    delta, decay = _deltas_and_decays(rewards, values, next_values, terminated, done, gamma, gae_lambda)
     advantages = linear_scan(delta, decay)
     return advantages, advantages + values
 
 
 def choose_gae(n_steps: int, n_envs: int, device: torch.device) -> Gae:
-    """The fastest kernel without torch's compiler.
+    """Return the fastest kernel that needs no torch.compile.
 
-    On CUDA the one in Triton, where Triton is there. Otherwise one of the two above.
-    Doubling moves the whole array log2 T times, the loop moves it once but in T small pieces. On two CPU cores the
-    loop wins from about 2^18 elements (128 x 4096: 10 against 20 ms), doubling below (128 x 8: 0.5 against 2.1 ms).
+    On CUDA the Triton kernel, if Triton is installed; else doubling or the loop. Doubling moves the whole array log2 T
+    times, the loop moves it once but in T small pieces. On two CPU cores the loop is faster from about 2^18 elements
+    (128 x 4096: 10 ms, doubling 20 ms), doubling is faster below (128 x 8: 0.5 ms, the loop 2.1 ms).
     """
     if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
         from fastppo.functional.gae_triton import gae_triton
@@ -86,25 +88,30 @@ def choose_gae(n_steps: int, n_envs: int, device: torch.device) -> Gae:
 
 
 def linear_scan(inputs: Tensor, decay: Tensor) -> Tensor:
-    """y_t = x_t + c_t * y_{t+1} along the first dimension, y past the end being 0.
+    """Solve y_t = x_t + c_t y_{t+1} backwards along the first dimension, with y_T = 0.
 
-    Recursive doubling: after round k each row holds the affine map of the 2^k steps from it,
-    (c, x) <- (c_t * c_{t+2^k}, x_t + c_t * x_{t+2^k}). Source: Hillis and Steele 1986.
+    By recursive doubling: before round k, row t holds the affine map y_{t+2^k} -> y_t as the pair (c, x); the round
+    composes it with the map of row t + 2^k: (c_t c_{t+2^k}, x_t + c_t x_{t+2^k}).
 
     Args:
         inputs: x, [T, ...].
         decay: c, [T, ...].
+
+    Returns:
+        y, [T, ...].
+
+    Source: Hillis and Steele 1986, "Data parallel algorithms".
     """
     step = 1
     while step < len(inputs):
-        # rows whose partner lies past the end are finished: their map meets y = 0
+        # a row whose partner lies past the end is finished, as y is 0 there
         inputs = torch.cat((inputs[:-step] + decay[:-step] * inputs[step:], inputs[-step:]))
         decay = torch.cat((decay[:-step] * decay[step:], decay[-step:]))
         step *= 2
     return inputs
 
 
-def _terms(
+def _deltas_and_decays(
     rewards: Tensor,
     values: Tensor,
     next_values: Tensor,
@@ -113,7 +120,7 @@ def _terms(
     gamma: Tensor,
     gae_lambda: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    # where, not a product with the mask: a terminal row's next value may be anything, NaN too
+    # where, not a product with the mask: the next value of a terminal row may be NaN
     future = torch.where(terminated, 0.0, next_values)
     delta = rewards + gamma * future - values
     return delta, torch.where(done, 0.0, gamma * gae_lambda)

@@ -1,9 +1,9 @@
-"""Generalised advantage estimation as one Triton kernel, for CUDA; the contract is that of `fastppo.functional.gae`.
+"""Generalised advantage estimation as one Triton kernel for CUDA; `fastppo.functional.gae` defines the contract.
 
-Each program owns BLOCK_N environments and walks from the end of the rollout to its start, BLOCK_T steps at a time: a
-reverse scan over the affine maps of a tile, then the tile's first row carries on. Every input is read once and every
-result written once, 22 bytes a cell, which is what bounds it. Imported only where it is used: Triton comes with
-torch's CUDA builds and is not there otherwise.
+Each program owns BLOCK_N environments and goes from the end of the rollout to its start in tiles of BLOCK_T steps: a
+reverse scan composes the affine maps of a tile, and the advantage of its first row is carried into the tile before.
+Every input is read once and every result written once, 22 bytes per cell; memory bandwidth bounds the speed. Import
+this module only on CUDA: Triton comes with torch's CUDA builds.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles of 2,048 cells; narrow enough that few environments still make many programs
+# Tiles of 2,048 cells, narrow enough that few environments still make many programs
 _BLOCK_T, _BLOCK_N = 64, 32
 
 
 @triton.jit
-def _then(later_decay, later_x, decay, x):
-    """The map y -> x + decay * y after the map of later rows."""
+def _compose(later_decay, later_x, decay, x):
+    """Compose the affine map y -> x + decay * y with the map of later rows."""
     return decay * later_decay, x + decay * later_x
 
 
@@ -44,18 +44,17 @@ def _kernel(
     gamma, gae_lambda = tl.load(gamma_at), tl.load(lambda_at)
     carry = tl.zeros([BLOCK_N], dtype=tl.float32)
     for block in range(tl.cdiv(n_steps, BLOCK_T)):
-        t = (
-            n_steps - (block + 1) * BLOCK_T + rows
-        )  # below 0 in the last tile: rows before the first, which lead nowhere
+        # negative for the rows of the last tile that lie before the rollout; they are masked
+        t = n_steps - (block + 1) * BLOCK_T + rows
         at = t[:, None].to(tl.int64) * n_envs + n[None, :]
         inside = (t[:, None] >= 0) & (n[None, :] < n_envs)
         value = tl.load(values + at, mask=inside, other=0.0)
         future = tl.load(next_values + at, mask=inside, other=0.0)
-        # where, not a product: a terminal row's next value may be anything, NaN too
+        # where, not a product with the mask: the next value of a terminal row may be NaN
         future = tl.where(tl.load(terminated + at, mask=inside, other=1) != 0, 0.0, future)
         delta = tl.load(rewards + at, mask=inside, other=0.0) + gamma * future - value
         decay = tl.where(tl.load(done + at, mask=inside, other=1) != 0, 0.0, gamma * gae_lambda)
-        decay, x = tl.associative_scan((decay, delta), 0, _then, reverse=True)
+        decay, x = tl.associative_scan((decay, delta), 0, _compose, reverse=True)
         advantage = x + decay * carry[None, :]
         tl.store(advantages + at, advantage, mask=inside)
         tl.store(returns + at, advantage + value, mask=inside)
@@ -71,7 +70,7 @@ def gae_triton(
     gamma: Tensor,
     gae_lambda: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """GAE in one kernel. Arguments and result as `gae_loop`; float32, contiguous."""
+    """Compute GAE in one kernel. Arguments and result as in `gae_loop`: contiguous, on CUDA, numbers in float32."""
     n_steps, n_envs = rewards.shape
     assert all(x.is_contiguous() for x in (rewards, values, next_values, terminated, done))
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)

@@ -1,4 +1,4 @@
-"""Mean and variance of a stream, in float64: measured, merged, applied."""
+"""Mean and variance of a stream in float64: of one batch, merged over time and over processes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Pool = Callable[[Tensor], Tensor] | None  # sums a tensor over processes; None: there is one
+# Sums a tensor over all training processes, in place; None for a single process
+Pool = Callable[[Tensor], Tensor] | None
 
 
 class Moments(NamedTuple):
-    """Mean, population variance and number of what was seen.
+    """Mean, population variance and number of rows.
 
     Attributes:
         mean: [*shape] float64.
-        var: [*shape] float64, divided by the count.
-        n: [] float64, exact up to 2^53 rows.
+        var: [*shape] float64, the mean squared deviation (divided by n, not n - 1).
+        n: [] float64, number of rows; exact up to 2^53.
     """
 
     mean: Tensor
@@ -26,7 +27,13 @@ class Moments(NamedTuple):
 
 
 def moments_of(rows: Tensor, valid: Tensor | None = None) -> Moments:
-    """Moments of rows [B, *shape] over B, leaving out the rows where `valid` [B] is False."""
+    """Return the moments of `rows` over the first dimension, computed in float64.
+
+    Args:
+        rows: [B, *shape], B >= 1.
+        valid: [B] bool, the rows that count, or None for all. Invalid rows may hold NaN. If no row is valid, mean,
+            variance and n are 0.
+    """
     x = rows.double()
     if valid is None:
         mean = x.mean(0)
@@ -40,7 +47,14 @@ def moments_of(rows: Tensor, valid: Tensor | None = None) -> Moments:
 
 
 def pool_moments(own: Moments, pool: Callable[[Tensor], Tensor]) -> Moments:
-    """Moments of what all processes have seen, each its `own`; `pool` sums a tensor over them, in place."""
+    """Return the moments of the rows of all processes together.
+
+        n = sum n_i;   mean = sum(n_i mean_i) / n;   var = sum(n_i (var_i + (mean_i - mean)^2)) / n
+
+    Args:
+        own: moments of this process's rows.
+        pool: sums a tensor over all processes, in place.
+    """
     n = pool(own.n.clone())
     mean = pool(own.mean * own.n) / n.clamp(min=1)
     var = pool((own.var + (own.mean - mean).square()) * own.n) / n.clamp(min=1)
@@ -48,7 +62,11 @@ def pool_moments(own: Moments, pool: Callable[[Tensor], Tensor]) -> Moments:
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
-    """Moments of two streams seen together.
+    """Return the moments of the rows of `a` and `b` together.
+
+        n = n_a + n_b;   mean = mean_a + d w;   var = (1 - w) var_a + w var_b + w (1 - w) d^2
+
+    with d = mean_b - mean_a and w = n_b / n.
 
     Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """

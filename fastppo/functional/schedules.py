@@ -1,4 +1,4 @@
-"""Schedules of a coefficient over the progress of a run. Each gives its end value at and past the end."""
+"""Schedules of a coefficient over the progress of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def scheduled(shape: str, start: float, end: float, progress: float) -> float:
-    """The value of a schedule.
+    """Return the value of a schedule at `progress`.
 
         constant: start
         linear:   start + (end - start) p
@@ -16,16 +16,16 @@ def scheduled(shape: str, start: float, end: float, progress: float) -> float:
         shape: "constant", "linear" or "cosine".
         start: value at progress 0.
         end: value at progress 1.
-        progress: p, iterations done / iterations planned; clamped to [0, 1].
+        progress: p, iterations done / iterations planned; clamped to [0, 1], so the end value holds past the end.
 
     Raises:
-        ValueError: another shape.
+        ValueError: unknown `shape`.
     """
     p = min(max(progress, 0.0), 1.0)
     if shape == "constant":
         return start
     if shape == "linear":
-        # the weighted form hits both ends exactly and never leaves them, which start + (end - start) p may by rounding
+        # unlike start + (end - start) p, this form is exact at both ends and rounding never takes it past them
         return start * (1 - p) + end * p
     if shape == "cosine":
         weight = (1 + math.cos(math.pi * p)) / 2

@@ -23,8 +23,8 @@ from fastppo.functional.losses import Coefficients
 from fastppo.policies.policy import Policy
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
-from fastppo.runtime.device import untouched_randomness
 from fastppo.runtime.files import replace_file
+from fastppo.runtime.seeding import preserve_global_random_state
 
 _Array = np.ndarray[Any, Any]
 
@@ -180,7 +180,7 @@ def _first_env(x: Tensor) -> Tensor:
 def _unchanged(policy: Policy) -> Iterator[None]:
     """Undo what a forward pass changes: random states and the network's buffers (custom networks may have both)."""
     buffers = [(buffer, buffer.clone()) for buffer in policy.network.buffers()]
-    with untouched_randomness():
+    with preserve_global_random_state():
         yield
     for buffer, before in buffers:
         buffer.copy_(before)

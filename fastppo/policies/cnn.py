@@ -1,4 +1,4 @@
-"""The convolutional network of Mnih et al. 2015 (Nature) for images, as CleanRL's ppo_atari.py has it."""
+"""The convolutional network of Mnih et al. 2015 (Nature) for images, as in CleanRL's ppo_atari.py."""
 
 from __future__ import annotations
 
@@ -8,14 +8,19 @@ from torch import Tensor, nn
 from fastppo.errors import ConfigError
 from fastppo.policies.mlp import ActionHead, orthogonal
 
-MIN_SIZE = 36
+MIN_SIZE = 36  # smallest height and width for which every convolution has an output
 
 
 class NatureCNN(nn.Module):
-    """Three convolutions and 512 features, shared by policy and value."""
+    """Three convolutions and a layer of 512 features, shared by policy and value."""
 
     def __init__(self, image_size: tuple[int, int, int], n_params: int, *, gaussian: bool) -> None:
-        """For images of (C, H, W), with `n_params` outputs.
+        """Build the network.
+
+        Args:
+            image_size: (C, H, W).
+            n_params: number of parameters of the action distribution.
+            gaussian: whether the distribution is Gaussian.
 
         Raises:
             ConfigError: the image is smaller than 36 x 36.
@@ -25,7 +30,7 @@ class NatureCNN(nn.Module):
         if min(height, width) < MIN_SIZE:
             raise ConfigError(
                 f"network=cnn needs images of at least {MIN_SIZE}x{MIN_SIZE}, got {height}x{width}; "
-                "use network=mlp, or enlarge them with gymnasium.wrappers.ResizeObservation."
+                "use network=mlp, or enlarge the images with gymnasium.wrappers.ResizeObservation."
             )
         self.trunk = nn.Sequential(
             orthogonal(nn.Conv2d(channels, 32, 8, stride=4)),
@@ -43,6 +48,6 @@ class NatureCNN(nn.Module):
         self.critic = orthogonal(nn.Linear(512, 1), 1.0)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution parameters [B, n_params] and values [B] for x [B, C, H, W] in [0, 1]."""
+        """Return distribution parameters [B, n_params] and values [B] for x [B, C, H, W] in [0, 1]."""
         features = self.trunk(x)
         return self.actor(features), self.critic(features).squeeze(-1)

@@ -1,7 +1,7 @@
-"""All trainable parameters of a module in one flat vector, of which the module's own parameters become views.
+"""All trainable parameters of a module in one flat vector; the module's parameters become views of it.
 
-One vector makes gradient clipping, Adam and (over several processes) the reduction of gradients one operation each,
-while state_dict and the module itself keep working as they were.
+With one vector, gradient clipping, Adam and the reduction of gradients over processes are one operation each. The
+module and its state_dict work as before.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 from fastppo.errors import ConfigError
 
-_ALIGN = 16  # float32 values in 64 bytes: unaligned parameters cost vectorised kernels dearly
+_ALIGN = 16  # float32 values in 64 bytes; vectorised kernels are much slower on unaligned parameters
 
 
 class FlatParameters:
-    """The vector, and the views into it.
+    """A flat vector of parameters and the module's views of it.
 
     Attributes:
-        vector: [P] float32; the gaps that align each parameter stay 0.
+        vector: [P] float32; the padding between parameters stays 0.
         parameters: the module's trainable parameters, each a view of `vector`.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        """Move the trainable parameters of `module` into one vector, keeping their values.
+        """Move the trainable parameters of `module` into one vector without changing their values.
 
         Raises:
-            ConfigError: nothing to train, or a parameter that isn't float32.
+            ConfigError: no trainable parameters, or one that isn't float32.
         """
         self._module = module
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -53,30 +53,30 @@ class FlatParameters:
         return self.vector.numel()
 
     def check(self) -> None:
-        """Look whether the module's parameters are still the views that they were made.
+        """Check that the module's trainable parameters are still the views of `vector`.
 
         Raises:
-            ConfigError: one is not, so that what is learned would not reach it.
+            ConfigError: one is not, so updates would not reach it.
         """
         new = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         known = zip(self._names, self.parameters, self.views(self.vector), strict=True)
         lost = [name for name, p, view in known if new.pop(name, None) is not p or p.data_ptr() != view.data_ptr()]
         for name in (*lost, *new):
             raise ConfigError(
-                f"network parameter {name} was replaced, moved, frozen or added while it trains "
-                "(load_state_dict(assign=True), .to(), .double(), requires_grad, a new layer?), and would not learn; "
-                "copy values into the parameters as they were instead."
+                f"network parameter {name} was replaced, moved, frozen or added during training "
+                "(load_state_dict(assign=True), .to(), .double(), requires_grad, a new layer?), so updates would not "
+                "reach it; copy new values into the existing parameters instead."
             )
 
     def views(self, vector: Tensor) -> list[Tensor]:
-        """`vector` [P] cut into the parameters' shapes."""
+        """Return views of `vector` [P] in the parameters' shapes."""
         return [
             vector[offset : offset + p.numel()].view(p.shape)
             for offset, p in zip(self._offsets, self.parameters, strict=True)
         ]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors of the parameters' shapes as one vector [P], the gaps 0."""
+        """Return tensors of the parameters' shapes as one vector [P], with zeros as padding."""
         parts: list[Tensor] = []
         for x in tensors:
             parts.append(x.reshape(-1))

@@ -1,4 +1,4 @@
-"""A multi-layer perceptron for vectors, initialised as CleanRL does."""
+"""A multi-layer perceptron for vector observations, initialised like CleanRL's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.Module:
-    """The layer with orthogonal weights of the given gain and zero bias."""
+    """Initialise `layer` with orthogonal weights of the given gain and zero bias, and return it."""
     nn.init.orthogonal_(layer.weight, gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
@@ -27,26 +27,26 @@ def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.M
 
 
 class ActionHead(nn.Module):
-    """Features to distribution parameters, starting near the uniform policy.
+    """Map features to distribution parameters, initially close to 0 (gain 0.01): choices start nearly uniform.
 
-    For a Gaussian the standard deviation does not depend on the state: its logarithm is a parameter of its own,
-    starting at 0, appended to the means.
+    For a Gaussian, the log standard deviations are parameters independent of the state, initially 0, appended to the
+    means.
     """
 
     def __init__(self, width: int, n_params: int, gaussian: bool) -> None:
-        """From `width` features to `n_params` outputs, half of them log standard deviations where `gaussian`."""
+        """Map `width` features to `n_params` outputs; with `gaussian`, half of them are log standard deviations."""
         super().__init__()
         self.linear = orthogonal(nn.Linear(width, n_params // 2 if gaussian else n_params), 0.01)
         self.log_std = nn.Parameter(torch.zeros(n_params // 2)) if gaussian else None
 
     def forward(self, features: Tensor) -> Tensor:
-        """[B, width] to [B, n_params]."""
+        """Return parameters [B, n_params] for features [B, width]."""
         out: Tensor = self.linear(features)
         return out if self.log_std is None else torch.cat((out, self.log_std.expand_as(out)), -1)
 
 
 class MLP(nn.Module):
-    """Two trunks, one for the policy and one for the value, or a shared one."""
+    """Policy and value networks of fully connected layers, with separate trunks or a shared one."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class MLP(nn.Module):
         activation: str,
         shared_trunk: bool,
     ) -> None:
-        """Hidden layers with gain sqrt(2), policy head 0.01, value head 1; orthogonal, as CleanRL.
+        """Initialise orthogonally, as CleanRL: gain sqrt(2) for hidden layers, 0.01 for the policy head, 1 for values.
 
         Args:
             n_features: length of a flattened observation.
-            n_params: of the action distribution.
-            gaussian: whether the distribution is one.
+            n_params: number of parameters of the action distribution.
+            gaussian: whether the distribution is Gaussian.
             hidden_sizes: widths of the hidden layers.
             activation: a key of ACTIVATIONS.
             shared_trunk: whether policy and value share the hidden layers.
@@ -83,7 +83,7 @@ class MLP(nn.Module):
         self.actor = ActionHead(hidden_sizes[-1], n_params, gaussian)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution parameters [B, n_params] and values [B] for x [B, ...]."""
+        """Return distribution parameters [B, n_params] and values [B] for x [B, ...]."""
         features = self.critic_trunk(x)
         return (
             self.actor(features if self.actor_trunk is None else self.actor_trunk(x)),
@@ -91,6 +91,6 @@ class MLP(nn.Module):
         )
 
     def value(self, x: Tensor) -> Tensor:
-        """The values [B] alone, as `forward` gives them."""
+        """Return only the values [B] of `forward`."""
         values: Tensor = self.critic(self.critic_trunk(x)).squeeze(-1)
         return values

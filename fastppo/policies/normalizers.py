@@ -1,7 +1,7 @@
-"""Running normalisation of observations and rewards, owned by the trainer and saved with the model.
+"""Running normalisation of observations and rewards, saved with the model.
 
-Moments change once per iteration, in float64 and from valid rows only. So a rollout, its final observations and its
-update see the same observation moments, and the first ratio of an update is 1 up to rounding.
+Moments are updated once per iteration, in float64, from valid rows only. A rollout, its final observations and its
+update therefore use the same observation moments, and the first ratio of an update is 1 up to rounding.
 """
 
 from __future__ import annotations
@@ -14,22 +14,29 @@ from fastppo.functional.moments import Moments, Pool, merge_moments, moments_of,
 
 
 class RunningMoments(nn.Module):
-    """Moments of a stream as buffers, so that they are part of a state_dict."""
+    """Moments of a stream, as buffers that are part of the state_dict.
+
+    Attributes:
+        mean: [*shape] float64.
+        var: [*shape] float64, population variance.
+        count: [] float64, rows so far.
+        pool: sums a tensor over all processes; None for a single one.
+    """
 
     mean: Tensor
     var: Tensor
     count: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        """Nothing seen yet: mean 0, variance 1, count 0, for rows of `shape`."""
+        """Start with mean 0, variance 1 and count 0 for rows of `shape`."""
         super().__init__()
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.pool: Pool = None  # set where several processes train together
+        self.pool: Pool = None
 
     def update(self, rows: Tensor, valid: Tensor | None = None) -> None:
-        """Take in rows [B, *shape], but those where `valid` [B] is False."""
+        """Add rows [B, *shape] of all processes, except where `valid` [B] is False."""
         seen, new = Moments(self.mean, self.var, self.count), moments_of(rows, valid)
         if self.pool is not None:
             new = pool_moments(new, self.pool)
@@ -38,44 +45,53 @@ class RunningMoments(nn.Module):
 
 
 class ObsNormalizer(RunningMoments):
-    """(obs - mean) / sqrt(var + 1e-8), clipped. Before anything was seen, the identity, clipped."""
+    """Normalise observations: (obs - mean) / sqrt(var + 1e-8), clipped; before the first update, only clipped."""
 
     def __init__(self, shape: tuple[int, ...], clip: float) -> None:
-        """For observations of `shape`, clipped to [-clip, clip] once normalised."""
+        """Normalise observations of `shape`, then clip them to [-clip, clip]."""
         super().__init__(shape)
         self.clip = clip
 
     def forward(self, obs: Tensor) -> Tensor:
-        """Normalise obs [B, *shape], float32."""
-        # the difference in float64: a mean that is large against its deviation must not cost the digits that matter
+        """Return obs [B, *shape] normalised, float32."""
+        # subtract in float64: float32 would lose significant digits if the mean is much larger than the deviation
         scaled = (obs - self.mean) * (self.var + 1e-8).rsqrt()
         return scaled.float().clamp(-self.clip, self.clip)
 
 
 class RewardNormalizer(RunningMoments):
-    """Rewards over the standard deviation of each environment's running discounted return.
+    """Divide rewards by the standard deviation of the running discounted return.
 
         G_t = r_t + gamma (1 - done_{t-1}) G_{t-1};   r_t / sqrt(Var[G] + 1e-8), clipped
 
-    Source: Engstrom et al. 2020 (arXiv:2005.12729), Gymnasium's NormalizeReward; unlike the latter, G starts afresh
-    after either kind of ending.
+    Source: Engstrom et al. 2020 (arXiv:2005.12729) and Gymnasium's NormalizeReward; here G also restarts at
+    truncation.
+
+    Attributes:
+        carry: [N] float64, the discounted return of each environment's open episode, times gamma.
     """
 
     carry: Tensor
 
     def __init__(self, n_envs: int, clip: float) -> None:
-        """For `n_envs` environments, clipped to [-clip, clip] once scaled."""
+        """Scale the rewards of `n_envs` environments, then clip them to [-clip, clip]."""
         super().__init__(())
         self.clip = clip
-        # gamma-discounted return so far of each environment's open episode
         self.register_buffer("carry", torch.zeros(n_envs, dtype=torch.float64), persistent=False)
 
     def update_from_rollout(self, rewards: Tensor, done: Tensor, valid: Tensor | None, gamma: Tensor) -> None:
-        """Take in a rollout's raw rewards and endings, [T, N] each."""
+        """Update the moments from a rollout.
+
+        Args:
+            rewards: [T, N] raw.
+            done: [T, N] bool, ends of episodes.
+            valid: [T, N] bool or None.
+            gamma: [] discount factor.
+        """
         decay = torch.where(done, 0.0, gamma.double())
-        # forward in time is a backward scan of the flipped rows; row 0 continues the carried return
+        # the scan runs backwards, so flip the rows to run it forwards; row 0 continues the carried return
         forward_decay = torch.cat((torch.ones_like(decay[:1]), decay[:-1]))
-        # neither a filler row nor a reward that is no number may reach the moments
+        # filler rows and non-finite rewards must not reach the moments
         usable = rewards.isfinite() if valid is None else rewards.isfinite() & valid
         x = torch.where(usable, rewards.double(), 0.0)
         x = torch.cat((x[:1] + self.carry, x[1:]))
@@ -84,6 +100,6 @@ class RewardNormalizer(RunningMoments):
         self.carry.copy_(decay[-1] * returns[-1])
 
     def forward(self, rewards: Tensor) -> Tensor:
-        """Scale rewards [T, N], float32."""
+        """Return rewards [T, N] scaled, float32."""
         scaled = rewards * (self.var + 1e-8).rsqrt()
         return scaled.float().clamp(-self.clip, self.clip)

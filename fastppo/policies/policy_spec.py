@@ -1,4 +1,4 @@
-"""A policy from plain data, so that one saved in a run folder can be built again without its environment."""
+"""Policies described by plain data, so that a saved one can be built without its environment."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.spaces import ActionSpec, ObsSpec
 
-_QUICKLY_BUILT = 4_000_000  # weights
+_ALWAYS_BUILT = 4_000_000  # weights; a network of this size is built in an instant, so its size is not checked
 
 
 def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
-    """The Nature CNN for images that are large enough for it, an MLP for the rest."""
+    """Return "cnn" for images of at least 36 x 36, else "mlp"."""
     leaf = obs.leaf
     return "cnn" if leaf.kind == "image" and min(leaf.image_size[1:]) >= MIN_SIZE else "mlp"
 
@@ -33,17 +33,17 @@ def _plain(kind: str, shape: tuple[int, ...], nvec: tuple[int, ...]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class PolicySpec:
-    """Everything that determines a policy but its weights.
+    """Everything that determines a policy except its weights.
 
     Attributes:
-        obs: observations it reads.
-        action: actions it makes.
-        network: "mlp" or "cnn"; or "custom", for a module of the user's own.
-        hidden_sizes: of the MLP.
-        activation: of the MLP.
-        shared_trunk: of the MLP.
-        normalize_obs: whether observations pass through running moments.
-        obs_clip: clip range after that.
+        obs: its observations.
+        action: its actions.
+        network: "mlp", "cnn", or "custom" for the user's own module.
+        hidden_sizes: widths of the MLP's hidden layers.
+        activation: of the MLP, a key of ACTIVATIONS.
+        shared_trunk: whether the MLP's policy and value share the hidden layers.
+        normalize_obs: whether observations are normalised by running moments.
+        obs_clip: clip range of normalised observations.
     """
 
     obs: ObsSpec
@@ -56,26 +56,29 @@ class PolicySpec:
     obs_clip: float
 
     def build(self, custom: nn.Module | None = None) -> Policy:
-        """The policy, with fresh weights from torch's global random state.
+        """Build the policy with initial weights drawn from torch's global random state.
+
+        Args:
+            custom: the user's module, for network "custom".
 
         Raises:
-            ConfigError: the parts don't fit, or a custom network is needed and not given.
+            ConfigError: the parts don't fit together, or the custom network is missing.
         """
         normalizer, leaf = None, self.obs.leaf
         if self.normalize_obs:
             if leaf.kind != "vector":
-                raise ConfigError(f"normalize_obs is for vector observations; these are {leaf.kind}: switch it off.")
+                raise ConfigError(f"normalize_obs needs vector observations, not {leaf.kind}: switch it off.")
             normalizer = ObsNormalizer(self.obs.shape, self.obs_clip)
         distribution = self.action.distribution
         gaussian = isinstance(distribution, Gaussian)
         network: nn.Module
         if self.network == "custom":
             if custom is None:
-                raise ConfigError("this policy's network is a module of your own: pass it as policy=...")
+                raise ConfigError("this policy's network is your own module: pass it as policy=...")
             network = custom
         elif self.network == "cnn":
             if leaf.kind != "image":
-                raise ConfigError("network=cnn is for uint8 images; for this environment use network=mlp.")
+                raise ConfigError("network=cnn needs uint8 images; use network=mlp for this environment.")
             network = NatureCNN(leaf.image_size, distribution.n_params, gaussian=gaussian)
         else:
             network = MLP(
@@ -89,10 +92,10 @@ class PolicySpec:
         return Policy(Encoder(self.obs, normalizer), network, distribution)
 
     def least_weights(self) -> int:
-        """About how many weights a network of this kind has at least, told without building it.
+        """Estimate the minimum number of weights of such a network without building it.
 
-        A layer counts 1,000 more, as it takes so long to build however narrow it is. Of a custom network only its
-        inputs are known.
+        Each layer counts 1,000 weights more, for the time it takes to build even if narrow. Of a custom network only
+        the inputs are known.
         """
         outputs, inputs = self.action.distribution.n_params, max(self.obs.leaf.features, math.prod(self.obs.shape))
         hidden = {"mlp": self.hidden_sizes, "cnn": (1, 512), "custom": ()}[self.network]
@@ -100,21 +103,21 @@ class PolicySpec:
         return sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
 
     def check_size(self, held: int) -> None:
-        """Look whether `held` bytes of weights can be this policy's, before anything of its size is built.
+        """Check that a file with `held` bytes of weights can hold this policy, before building anything of its size.
 
         Raises:
-            CheckpointError: they are too few, or no network has such layers.
+            CheckpointError: too few bytes, or impossible layers.
         """
         if any(size < 1 for size in self.hidden_sizes):
-            raise CheckpointError(f"it says hidden_sizes {self.hidden_sizes}; layers are at least 1 wide.")
-        if self.least_weights() > max(held, _QUICKLY_BUILT):
+            raise CheckpointError(f"hidden_sizes is {self.hidden_sizes}; widths must be at least 1.")
+        if self.least_weights() > max(held, _ALWAYS_BUILT):
             raise CheckpointError(
-                f"it says observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers and "
-                f"{self.action.distribution.n_params:,} outputs, which {held:,} bytes of weights can't be."
+                f"observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers and "
+                f"{self.action.distribution.n_params:,} outputs need more than the {held:,} bytes of weights here."
             )
 
     def differences(self, saved: PolicySpec) -> list[str]:
-        """In words, what keeps weights saved under `saved` from meaning the same here."""
+        """Describe each difference that makes weights saved under `saved` unusable here."""
         pairs = {
             "observations": (
                 _plain(saved.obs.leaf.kind, saved.obs.shape, saved.obs.leaf.nvec),
@@ -138,7 +141,7 @@ class PolicySpec:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> PolicySpec:
-        """The inverse of `to_dict`."""
+        """Build a spec from the result of `to_dict`."""
         plain = dict(values, hidden_sizes=tuple(values["hidden_sizes"]))
         return cls(
             **plain | {"obs": ObsSpec.from_dict(values["obs"]), "action": ActionSpec.from_dict(values["action"])}

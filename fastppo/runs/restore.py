@@ -16,8 +16,8 @@ from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runs.state_files import StateSnapshot, read_state
-from fastppo.runtime.device import generator, seed_stream
 from fastppo.runtime.distributed import World
+from fastppo.runtime.seeding import generator, seed_stream
 
 
 class Part(Protocol):
@@ -142,7 +142,7 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         differing = [
             f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now
-            if name in FIXED and before.get(name) != now[name]
+            if name in FIXED and _meaning(name, before.get(name)) != _meaning(name, now[name])
         ]
         if differing:
             raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
@@ -157,6 +157,11 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}/state-0.json can't be understood ({type(error).__name__}: {error}).") from None
     return [f"bit-identical results are not guaranteed: the checkpoint has {'; '.join(others)}."] if others else []
+
+
+def _meaning(name: str, value: object) -> object:
+    """Return the part of a setting that two runs must share: of a device its type, as indices differ per rank."""
+    return str(value).partition(":")[0] if name == "device" else value
 
 
 def _restore_envs(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:

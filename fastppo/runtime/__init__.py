@@ -1,1 +1,1 @@
-"""How code runs, never what it computes."""
+"""How code runs: devices, threads, processes, compilation, signals, files. Nothing here knows of PPO."""

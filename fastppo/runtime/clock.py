@@ -1,4 +1,4 @@
-"""Where wall time goes: phases, and steps per second with warm-up told apart."""
+"""Wall time of a run: seconds per phase, and steps per second with and without set-up and warm-up."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# `rollout` is env, act and store where they are one graph and can't be told apart
+# `rollout` stands for env, act and store where they are captured as one graph and can't be timed apart
 PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log", "save")
-WINDOW = 10
+WINDOW = 10  # iterations in `sps_window`
 
 
 class _Phase:
-    """A reusable timer; a plain class as a generator-based one costs several times more, and it runs every step."""
+    """A reusable timer. It runs every step, and a generator-based context manager would cost several times more."""
 
     __slots__ = ("_begin", "_clock", "total")
 
@@ -32,33 +32,36 @@ class _Phase:
 
 
 class Clock:
-    """Times of a run. An iteration runs from tick to tick: its rollout, its update, and the logging of the one before.
+    """Measures a run. An iteration lasts from tick to tick: its rollout, its update and the previous one's logging.
 
-    All four figures count real environment steps over wall seconds, rollout and update and logging together:
-    cumulative (since `start`), window (last 10 iterations), steady (without the first iteration, in which warm-up and
-    compilation lie) and total (since this object was made, so that setting up counts too).
+    Four rates count real environment steps per wall second, over rollout, update and logging:
+    cumulative (since `start`), window (last 10 iterations), steady (without the first iteration, which includes warm-up
+    and compilation) and total (since construction, so including set-up).
 
     Attributes:
-        wait: called at the end of each phase, so that it holds what the GPU did in it; None: phases are the host's
-            time, and what the GPU does late counts where the host waits for it. For measurements: waiting costs speed.
+        wait: called at the end of each phase, such as torch.cuda.synchronize, to count GPU work in the phase that
+            started it; this costs speed. None: a phase counts host time, and GPU work counts where the host waits for
+            it.
     """
 
     def __init__(self) -> None:
-        """Begin with setting up."""
+        """Start counting set-up time."""
         self.wait: Callable[[], None] | None = None
         self._phases = {name: _Phase(self) for name in PHASES}
         self._made = time.perf_counter()
         self._begun = self._made
         self._paused = 0.0
-        # (seconds, steps) at the ends of the last iterations
+        # (seconds, steps) at the end of each of the last iterations
         self._ticks: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=WINDOW + 1)
         self._start = (0.0, 0)
         self._first: tuple[float, int] | None = None
 
     def start(self, seconds: float = 0.0, steps: int = 0) -> None:
-        """Setting up is over, with whatever phases were run in it to compile or record them.
+        """End set-up, and reset the phases that ran in it for compilation or capture.
 
-        A resumed run had `seconds` and `steps` behind it: the cumulative rate counts them, the others don't.
+        Args:
+            seconds: training time before a resume; the cumulative rate alone counts it.
+            steps: environment steps before a resume; likewise.
         """
         self._start = (seconds, steps)
         self._ticks.append(self._start)
@@ -68,18 +71,18 @@ class Clock:
             phase.total = 0.0
 
     def phase(self, name: str) -> _Phase:
-        """A context manager that adds to the phase `name`."""
+        """Return a context manager that adds its time to the phase `name`, one of PHASES."""
         return self._phases[name]
 
     def tick(self, steps: int) -> None:
-        """An iteration's update is done; `steps` real environment steps so far."""
+        """End an iteration, after `steps` real environment steps in all."""
         self._ticks.append((time.perf_counter() - self._begun - self._paused, steps))
         if self._first is None:
             self._first = self._ticks[-1]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training: the caller's own code between iterations."""
+        """Exclude the body from all rates: the caller's own code between iterations."""
         begin = time.perf_counter()
         try:
             yield
@@ -88,7 +91,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds from `start` to the last tick, pauses left out."""
+        """Wall seconds from `start` to the last tick, without pauses."""
         return self._ticks[-1][0]
 
     @property
@@ -98,22 +101,22 @@ class Clock:
 
     @property
     def sps_window(self) -> float:
-        """Steps per second over the last iterations."""
+        """Steps per second over the last 10 iterations."""
         return _rate(self._ticks[0], self._ticks[-1])
 
     @property
     def sps_steady(self) -> float:
-        """Steps per second without the first iteration; with it, as long as there is no other."""
+        """Steps per second without the first iteration, or over it while it is the only one."""
         last = self._ticks[-1]
         return _rate(self._start if self._first is None or last == self._first else self._first, last)
 
     @property
     def sps_total(self) -> float:
-        """Steps per second, setting up included."""
+        """Steps per second since construction."""
         return _rate((self._made - self._begun, self._start[1]), self._ticks[-1])
 
     def phase_seconds(self) -> dict[str, float]:
-        """Seconds in each phase so far."""
+        """Return the seconds spent in each phase so far."""
         return {name: phase.total for name, phase in self._phases.items()}
 
 

@@ -1,4 +1,4 @@
-"""Plain lines on a rich console."""
+"""Plain lines of text on a rich console."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ if TYPE_CHECKING:
 
 
 def print_line(console: Console | None, text: str) -> None:
-    """Print `text` as it is: no markup, no highlighting, no line breaks inside words; None: silence."""
+    """Print `text` without markup, highlighting or wrapping; nothing where `console` is None."""
     if console is not None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""The processes that train one model together, as torchrun starts them.
+"""Collective operations of the processes that train one model together, as torchrun starts them.
 
-Each holds the whole model and environments of its own. What is averaged is averaged over the rows of all of them, so
-that two processes of N environments compute what one of 2 N does, but for rounding.
+Each process holds the whole model and its own environments. Averages are taken over the rows of all processes, so two
+processes of N environments compute the same as one process of 2 N, up to rounding.
 """
 
 from __future__ import annotations
@@ -18,103 +18,111 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fastppo.errors import ConfigError, FastPPOError
+from fastppo.errors import ConfigError, FastPPOError, first_line
 
 T = TypeVar("T")
-_PATIENCE = float(os.environ.get("FASTPPO_PATIENCE", 600))  # seconds for the slowest process: environments start slowly
+# Time-out of a collective operation in seconds; long, as some environments take minutes to start
+_TIMEOUT = float(os.environ.get("FASTPPO_PATIENCE", 600))
 
 
 class World:
-    """All processes; of size one every call is the identity.
+    """The group of training processes; in a group of one, every operation is the identity.
+
+    Every process must call the same operations in the same order. An operation that loses another process raises
+    FastPPOError.
 
     Attributes:
         rank: of this process, from 0.
-        size: how many there are.
+        size: number of processes.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, *, owned: bool = False) -> None:
-        """This process's place among `size`; `owned`: `close` ends the group."""
+        """Describe a group that exists; with `owned`, `close` leaves it."""
         self.rank, self.size, self._owned = rank, size, owned
 
     @property
     def is_main(self) -> bool:
-        """Whether this process logs and saves."""
+        """Whether this is rank 0, the process that logs and saves."""
         return self.rank == 0
 
     @property
     def pool(self) -> Callable[[Tensor], Tensor] | None:
-        """`sum_`, for functions that take None for a single process."""
+        """`sum_`, or None in a group of one: the `pool` argument of functions that also work without a group."""
         return self.sum_ if self.size > 1 else None
 
     def sum_(self, x: Tensor) -> Tensor:
-        """`x` summed over all processes, in place; the same bits in each of them."""
+        """Sum `x` over all processes in place; the result is bit-identical on every process."""
         if self.size > 1:
-            with self._waiting():
+            with self._naming_loss():
                 dist.all_reduce(x)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """`x` of all processes, [size, *x.shape], in each of them."""
+        """Return the `x` of every process in order of rank, [size, *x.shape]."""
         if self.size == 1:
             return x.unsqueeze(0)
         parts = [torch.empty_like(x) for _ in range(self.size)]
-        with self._waiting():
+        with self._naming_loss():
             dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
 
     def from_main_(self, x: Tensor) -> Tensor:
-        """`x` as the main process has it, in place."""
+        """Overwrite `x` with the main process's values."""
         if self.size > 1:
-            with self._waiting():
+            with self._naming_loss():
                 dist.broadcast(x, 0)
         return x
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up in any process."""
+        """Return whether `flag` is True in any process."""
         return bool(self.sum_(torch.full((), float(flag), device=device))) if self.size > 1 else flag
 
     def total(self, count: int, device: torch.device) -> int:
-        """The sum of every process's `count`."""
+        """Return the sum of every process's `count`; exact up to 2^24."""
         return int(self.sum_(torch.full((), float(count), device=device))) if self.size > 1 else count
 
     def shared(self, make: Callable[[], T]) -> T:
-        """What `make` returns, or raises, in the main process, in every one."""
+        """Call `make` in the main process alone, and return its result, or raise its FastPPOError, in every process."""
         if self.size == 1:
             return make()
-        found: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result and error
         if self.is_main:
             try:
-                found[0] = make()
+                outcome[0] = make()
             except FastPPOError as error:
-                found[1] = error
-        with self._waiting():
-            dist.broadcast_object_list(found, 0)
-        if found[1] is not None:
-            raise found[1]
-        value: T = found[0]
+                outcome[1] = error
+        with self._naming_loss():
+            dist.broadcast_object_list(outcome, 0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        value: T = outcome[0]
         return value
 
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _naming_loss(self) -> Iterator[None]:
+        """Turn an error of a collective operation into one that says which process it was raised in and why."""
         try:
             yield
         except RuntimeError as error:
             raise FastPPOError(
-                f"process {self.rank} of {self.size} waited in vain for another: it ended (see its message) or has not "
-                f"answered for {_PATIENCE:.0f} s ({str(error).splitlines()[0]})."
+                f"process {self.rank} of {self.size} lost another process: it exited (see its own message) or did not "
+                f"answer within {_TIMEOUT:.0f} s ({first_line(error)}). FASTPPO_PATIENCE sets that time-out."
             ) from None
 
     def close(self) -> None:
-        """Leave."""
+        """Leave the group, if this object joined it."""
         if self._owned and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def join_world(device: torch.device) -> World:
-    """The world that torchrun's environment variables describe, or the group that is joined already; else alone.
+    """Return the process group already joined; else join the one in torchrun's variables; else a group of one.
+
+    Args:
+        device: the training device, which decides between NCCL and Gloo.
 
     Raises:
-        ConfigError: some of the variables are missing.
+        ConfigError: only some of torchrun's environment variables are set.
     """
     if dist.is_initialized():
         return World(dist.get_rank(), dist.get_world_size())
@@ -122,26 +130,26 @@ def join_world(device: torch.device) -> World:
         return World()
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
-        raise ConfigError(f"WORLD_SIZE is set, but {', '.join(missing)} not: start several processes with torchrun.")
-    patience = datetime.timedelta(seconds=_PATIENCE)
-    store, rank, size = next(rendezvous("env://", timeout=patience))
-    # torchrun may keep its store over restarts, and with it addresses of processes that are gone
+        raise ConfigError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start several processes with torchrun.")
+    timeout = datetime.timedelta(seconds=_TIMEOUT)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    # torchrun may keep its store across restarts, with the addresses of processes that have exited
     store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), owned=True)
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that talks, before any group is joined."""
+    """Return whether this process has rank 0; also before any group is joined."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def processes() -> int:
-    """How many are meant to train together."""
+    """Return the number of training processes, from torchrun's WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:
-    """This process's number on its machine, and that of its GPU."""
+    """Return the rank of this process on its machine, which is also the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

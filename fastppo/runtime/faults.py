@@ -1,7 +1,7 @@
-"""Named points where tests make a run fail: FASTPPO_FAULT=name:count:action, as `count` passes the point `name`.
+"""Fault injection for tests: FASTPPO_FAULT=name:count:action fails the count-th pass of the point `name`.
 
-Actions: `kill` (SIGKILL), `stop` (SIGTERM), `enospc` (no space left on the device), `raise`. Unset, a point costs a
-look at a module variable.
+Actions: `kill` (SIGKILL), `stop` (SIGTERM), `enospc` (no space left on the device), `raise` (RuntimeError). Without
+the variable, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import errno
 import os
 import signal
 
-_wanted = os.environ.get("FASTPPO_FAULT", "").split(":")
+_requested = os.environ.get("FASTPPO_FAULT", "").split(":")
 _passed = 0
 
 
 def fault_point(name: str) -> None:
-    """Fail here, if that was asked for."""
-    if _wanted[0] == name:
-        _fail(*_wanted[1:])
+    """Fail here if FASTPPO_FAULT requests it."""
+    if _requested[0] == name:
+        _fail(*_requested[1:])
 
 
 def _fail(count: str, action: str) -> None:
@@ -30,4 +30,4 @@ def _fail(count: str, action: str) -> None:
     elif action == "enospc":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     else:
-        raise RuntimeError(f"asked for by FASTPPO_FAULT: {action}")
+        raise RuntimeError(f"fault injected by FASTPPO_FAULT, action {action}")

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic and durable file writes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from fastppo.runtime.faults import fault_point
 
-_CHUNK = 2**20  # bytes of one write
+_CHUNK = 2**20  # bytes per write
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write `data` and flush it to the disk."""
+    """Write `data` to `path` and flush it to the disk."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         for start in range(0, len(data), _CHUNK):
@@ -31,7 +31,7 @@ def write_synced(path: Path, data: bytes) -> None:
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, so that new and renamed files survive a power loss."""
     if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no such call
+        return  # Windows can't open folders
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(file)
@@ -40,9 +40,10 @@ def sync_folder(folder: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a temporary file beside `path`, then rename it to `path`.
+    """Let `write` fill a temporary file beside `path`, then rename it to `path`.
 
-    Whoever reads `path` sees the old content or the new one. The temporary file is removed if `write` fails.
+    A reader of `path` sees the old content or the new one, never a part. The temporary file is removed if `write`
+    fails.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,6 +54,6 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` as indented JSON, whole or not at all."""
+    """Write `values` as indented JSON, atomically."""
     text = json.dumps(values, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text))

@@ -1,4 +1,4 @@
-"""Being asked to stop: Ctrl-C, SIGTERM from a scheduler, SIGUSR1 from Slurm ahead of a time limit."""
+"""Stop requests: Ctrl-C, SIGTERM from a scheduler, SIGUSR1 from Slurm ahead of its time limit."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")
 
 
 class StopSignals:
-    """While open, the first signal is only remembered; whoever loops looks for it where nothing is half done.
+    """A context that records the first stop signal, for the training loop to act on between iterations.
 
-    The second signal does what it did before: it ends the process at once (Ctrl-C: KeyboardInterrupt). Outside the main
-    thread, where Python allows no handlers, nothing is remembered.
+    The previous handlers return after the first signal, so a second one ends the process at once (Ctrl-C:
+    KeyboardInterrupt). Outside the main thread, where Python allows no handlers, the context does nothing.
 
     Attributes:
-        received: the first signal; None: none yet.
-        on_first: called when it comes; must only set or print something.
+        received: the first signal, or None.
+        on_first: called by the handler of the first signal; must only set or print something.
     """
 
     def __init__(self) -> None:
-        """Not open yet."""
+        """Create the context; handlers are installed on entry."""
         self.received: signal.Signals | None = None
         self.on_first: Callable[[], None] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        """Take the signals over."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():
             for name in _NAMES:
                 if number := getattr(signal, name, None):  # Windows has fewer
@@ -39,7 +39,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Restore the previous handlers."""
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -55,5 +55,5 @@ class StopSignals:
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that was ended so; 0 without a signal."""
+        """The exit status by a shell's convention: 128 + the signal's number, or 0 without a signal."""
         return 0 if self.received is None else 128 + self.received

@@ -19,7 +19,7 @@ from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv, fresh_seed
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
-from fastppo.runtime.device import seed_stream
+from fastppo.runtime.seeding import seed_stream
 from tests.faults.worlds import FaultEnv, Growing, Numbered, makers, odd
 from tests.worlds import short
 

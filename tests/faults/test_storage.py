@@ -314,12 +314,12 @@ def test_x2_a_model_that_claims_to_be_huge_is_refused_at_once(trained, tmp_path)
             about["policy"][key] = about["policy"][key] | value if isinstance(value, dict) else value
         (run / "model.json").write_text(json.dumps(about))
         begin = time.monotonic()
-        with pytest.raises(CheckpointError, match="bytes of weights can't be"):
+        with pytest.raises(CheckpointError, match="need more than the .* bytes of weights here"):
             load_policy(run)
         assert time.monotonic() - begin < 5, name
         about["policy"]["hidden_sizes"] = [-1]
         (run / "model.json").write_text(json.dumps(about))
-        with pytest.raises(CheckpointError, match="layers are at least 1 wide"):
+        with pytest.raises(CheckpointError, match="widths must be at least 1"):
             load_policy(run)
         (run / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"holds no saved model \(model.safetensors is missing"):

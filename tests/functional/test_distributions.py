@@ -19,7 +19,7 @@ def params_of(dist, seed=0):
 
 
 def theirs(dist, params):
-    """torch.distributions' counterparts, as a list of independent components."""
+    """Return the counterparts in torch.distributions, as a list of independent components."""
     if isinstance(dist, Categorical):
         return [td.Categorical(logits=params)]
     if isinstance(dist, MultiCategorical):
@@ -75,7 +75,7 @@ def test_the_mode_is_the_most_probable_action(dist):
 
 
 @pytest.mark.parametrize("dist", DISTRIBUTIONS, ids=ids)
-def test_noise_is_finite_and_repeats_with_its_seed(dist):
+def test_noise_is_finite_and_reproducible_from_its_seed(dist):
     blocks = []
     for _ in range(2):
         noise = torch.empty(200_000, dist.noise_size)
@@ -85,13 +85,13 @@ def test_noise_is_finite_and_repeats_with_its_seed(dist):
     assert torch.equal(*blocks)
 
 
-def test_entropy_of_a_certain_choice_is_0_and_finite():
+def test_entropy_of_a_deterministic_choice_is_0():
     logits = torch.tensor([[0.0, 200.0]])
     assert Categorical(2).entropy(logits).item() == 0
     assert Bernoulli(2).entropy(200 * torch.ones(1, 2)).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_log_std_is_the_identity_where_it_matters_and_bounded_everywhere():
+def test_log_std_is_the_identity_in_the_common_range_and_bounded_everywhere():
     inside = torch.linspace(-5, 1, 60_001)
     assert (bound_log_std(inside) - inside).abs().max() <= 1e-6
     wide = torch.linspace(-1e4, 1e4, 200_001, dtype=torch.float64)

@@ -15,7 +15,7 @@ from fastppo.runtime.compile import compile_graph
 from tests.reference.gae import advantage_by_definition, advantages_by_definition
 
 KERNELS = [gae_loop, gae_doubling]
-# (share terminated, share truncated)
+# (fraction terminated, fraction truncated)
 PATTERNS = {"none": (0, 0), "terminated": (0.1, 0), "truncated": (0, 0.1), "both": (0.2, 0.2), "every row": (0.5, 1)}
 
 
@@ -52,7 +52,7 @@ def test_equals_the_definition(kernel, t, n):
     for pattern in PATTERNS:
         case = make_case(t, n, pattern)
         advantages, returns = kernel(*as_tensors(case))
-        # the plain-float table takes seconds for wide cases: then a spread of environments stands for all
+        # the plain-float definition takes seconds for wide cases, so there a few environments are compared
         columns = range(n) if t * n <= 5000 else np.linspace(0, n - 1, 3, dtype=int)
         narrow = {k: v[:, list(columns)] if isinstance(v, np.ndarray) else v for k, v in case.items()}
         expected = torch.tensor(advantages_by_definition(plain(narrow)), dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_equals_the_definition_for_any_pattern_of_endings(kernel, data):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 37), (37, 2), (128, 8)])
-def test_compiled_equals_the_definition_and_a_new_gamma_recompiles_nothing(shape):
+def test_compiled_equals_the_definition_and_a_new_gamma_does_not_recompile(shape):
     compiled = compile_graph(gae_doubling, as_tensors(make_case(*shape, "none")))
     before = compiling.compilations
     for gamma, gae_lambda in [(0.99, 0.95), (0.5, 0.0), (1.0, 1.0)]:
@@ -99,8 +99,8 @@ def test_lambda_0_is_the_td_error(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_lambda_1_is_the_discounted_return_less_the_value(kernel):
-    # next_values consistent with values inside an episode, so that the sum of TD errors telescopes
+def test_lambda_1_is_the_discounted_return_minus_the_value(kernel):
+    # next_values agree with values inside the episode, so the sum of TD errors telescopes
     rewards, values, _, _, _, gamma, _ = as_tensors(make_case(37, 5, "none"))
     last = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
     never = torch.zeros(37, 5, dtype=torch.bool)
@@ -112,7 +112,7 @@ def test_lambda_1_is_the_discounted_return_less_the_value(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_time_limit_keeps_the_future_and_a_real_end_does_not(kernel):
+def test_truncation_bootstraps_and_termination_does_not(kernel):
     one = torch.ones(1, 1)
     yes, no = one.bool(), ~one.bool()
     scalars = torch.tensor(0.5), torch.tensor(0.9)
@@ -121,7 +121,7 @@ def test_a_time_limit_keeps_the_future_and_a_real_end_does_not(kernel):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_whatever_a_terminal_rows_next_value_is_it_counts_for_nothing(kernel):
+def test_the_next_value_of_a_terminal_row_is_ignored_even_if_nan(kernel):
     x = torch.ones(2, 1)
     terminated = torch.tensor([[True], [False]])
     next_values = torch.tensor([[torch.nan], [1.0]])
@@ -130,12 +130,12 @@ def test_whatever_a_terminal_rows_next_value_is_it_counts_for_nothing(kernel):
     assert returns.isfinite().all()
 
 
-def test_a_scan_of_ones_counts_the_rows_that_are_left():
+def test_a_scan_of_ones_counts_the_remaining_rows():
     x = torch.ones(13, 2)
     assert linear_scan(x, x)[:, 0].tolist() == list(range(13, 0, -1))
 
 
-def test_small_rollouts_take_doubling_and_large_ones_the_loop():
+def test_small_rollouts_use_doubling_and_large_ones_the_loop():
     cpu = torch.device("cpu")
     assert choose_gae(128, 8, cpu) is gae_doubling
     assert choose_gae(128, 4096, cpu) is gae_loop
@@ -165,7 +165,7 @@ print(json.dumps({"worst": worst, "cells": cells}))
 
 def test_the_triton_kernel_equals_the_definition():
     pytest.importorskip("triton")
-    # Triton decides when it is imported whether it interprets, and torch may have imported it here
+    # Triton reads TRITON_INTERPRET at import, and torch may have imported it in this process
     found = subprocess.run(
         [sys.executable, "-c", TRITON], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}
     )

@@ -16,7 +16,7 @@ C = torch.tensor(0.2)
 
 
 def loss_by_definition(ratios, advantages, c):
-    """Eq. 7 in plain floats."""
+    """Return eq. 7 of Schulman et al. 2017, computed in plain floats."""
     terms = [min(r * a, min(max(r, 1 - c), 1 + c) * a) for r, a in zip(ratios, advantages, strict=True)]
     return -sum(terms) / len(terms)
 
@@ -31,7 +31,7 @@ def test_the_clipped_surrogate_equals_its_definition():
     ("ratio", "advantage", "flows"),
     [(1.3, 1, False), (1.3, -1, True), (0.7, 1, True), (0.7, -1, False), (1.1, 1, True)],
 )
-def test_the_gradient_stops_only_where_the_step_has_gone_far_enough(ratio, advantage, flows):
+def test_the_gradient_is_0_only_where_a_further_step_would_leave_the_clip_range(ratio, advantage, flows):
     x = torch.tensor([math.log(ratio)], requires_grad=True)
     (grad,) = torch.autograd.grad(clipped_policy_loss(x, torch.tensor([float(advantage)]), C), x)
     assert (grad != 0).item() is flows
@@ -59,12 +59,12 @@ def test_value_losses_equal_their_definitions(kind):
 
 
 @pytest.mark.parametrize("kind", ["max", "clipped_only"])
-def test_a_negative_value_clip_range_switches_it_off(kind):
+def test_a_negative_value_clip_range_disables_clipping(kind):
     v, old, r = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).unbind(0)
     torch.testing.assert_close(value_loss(v, old, r, kind, torch.tensor(-1.0)), value_loss(v, old, r, "off", C))
 
 
-def test_advantages_are_normalised_by_the_unbiased_deviation():
+def test_advantages_are_normalised_by_the_unbiased_standard_deviation():
     x = torch.tensor([1.0, 2.0, 4.0])
     out = normalize_advantages(x)
     assert out.mean().item() == pytest.approx(0, abs=1e-6)
@@ -78,7 +78,7 @@ def test_too_few_or_equal_advantages_stay_finite():
     assert normalize_advantages(torch.tensor([3.0, 5.0]), one)[0].item() == 3.0
 
 
-def test_masked_rows_count_nowhere_whatever_they_hold():
+def test_invalid_rows_are_ignored_even_if_nan():
     g = torch.Generator().manual_seed(0)
     x, a, v, old, r = torch.randn(5, 30, generator=g).unbind(0)
     valid = torch.rand(30, generator=g) < 0.6

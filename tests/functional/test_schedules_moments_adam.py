@@ -10,7 +10,7 @@ from fastppo.functional.optimizer import clip_by_norm
 from fastppo.functional.schedules import scheduled
 
 
-def test_schedules_meet_both_ends_and_stay_there():
+def test_schedules_are_exact_at_both_ends_and_constant_past_the_end():
     assert [scheduled("linear", 2e-4, 0.0, p) for p in (0, 0.5, 1, 2)] == [2e-4, 1e-4, 0, 0]
     assert [scheduled("constant", 3.0, 3.0, p) for p in (0, 1)] == [3, 3]
     assert scheduled("cosine", 1.0, 0.5, 0.5) == pytest.approx(0.75)
@@ -31,7 +31,7 @@ def test_merged_moments_are_those_of_all_rows():
     assert merged.n == 1000
 
 
-def test_moments_leave_out_invalid_rows_whatever_they_hold():
+def test_moments_ignore_invalid_rows_even_if_nan():
     rows = torch.tensor([[1.0], [torch.nan], [3.0]])
     seen = moments_of(rows, torch.tensor([True, False, True]))
     assert (seen.mean.item(), seen.var.item(), seen.n.item()) == (2, 1, 2)
@@ -40,13 +40,13 @@ def test_moments_leave_out_invalid_rows_whatever_they_hold():
     assert (kept.mean.item(), kept.var.item(), kept.n.item()) == (2, 1, 2)
 
 
-def test_counts_beyond_float32s_whole_numbers_still_grow():
+def test_counts_are_exact_beyond_the_integers_of_float32():
     big = Moments(torch.zeros(1).double(), torch.ones(1).double(), torch.tensor(2.0**30).double())
     assert merge_moments(big, moments_of(torch.ones(1, 1))).n == 2**30 + 1
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-8])
-def test_adam_equals_torchs(eps):
+def test_adam_equals_torch_adam(eps):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(50, generator=g)
     reference = torch.nn.Parameter(x.clone())
@@ -60,7 +60,7 @@ def test_adam_equals_torchs(eps):
     torch.testing.assert_close(x, reference.detach(), atol=1e-6, rtol=1e-5)
 
 
-def test_clipping_equals_torchs():
+def test_clipping_equals_torch_clip_grad_norm():
     for scale in (1e-3, 1.0, 1e3):
         grad = scale * torch.arange(1.0, 6.0)
         p = torch.nn.Parameter(torch.zeros(5))

@@ -68,7 +68,7 @@ def test_small_images_take_the_mlp_and_the_cnn_says_why_not():
     assert default_network(ObsSpec.from_space(spaces.Box(0, 255, (20, 20, 1), "uint8"))) == "mlp"
     with pytest.raises(ConfigError, match="at least 36x36, got 20x20; use network=mlp"):
         spec(spaces.Box(0, 255, (20, 20, 1), "uint8"), network="cnn").build()
-    with pytest.raises(ConfigError, match="network=cnn is for uint8 images"):
+    with pytest.raises(ConfigError, match="network=cnn needs uint8 images"):
         spec(network="cnn").build()
 
 

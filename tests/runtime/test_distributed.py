@@ -1,4 +1,4 @@
-"""Two processes of N environments against one of 2 N, given the same environments, noise and minibatches."""
+"""Two processes of N environments equal one of 2 N, given the same environments, noise and minibatches."""
 
 import json
 import os
@@ -24,7 +24,7 @@ rank, size, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE",
 N = 2 * n  # of all processes
 mine = slice(rank * n, rank * n + n) if size > 1 else slice(0, N)
 
-# everyone's noise, of which each process takes its part
+# noise of all environments, of which each process takes its part
 everyone = torch.Generator().manual_seed(11)
 for kind in (distributions.Categorical, distributions.Gaussian):
     original = kind.fill_noise
@@ -84,7 +84,7 @@ def both(tmp_path, settings):
 
 
 SETTINGS = {"n_steps": 32, "total_timesteps": 8 * 32 * 5, "n_minibatches": 4, "update_epochs": 3, "compile": "off"}
-SETTINGS["record_ratios"] = 0  # each looks at rows of its own
+SETTINGS["record_ratios"] = 0  # each process samples its own rows
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ SETTINGS["record_ratios"] = 0  # each looks at rows of its own
 )
 def test_two_processes_of_n_are_one_of_2n(tmp_path, changes):
     first, second, alone = both(tmp_path, SETTINGS | changes)
-    assert first["hashes"] == second["hashes"], "parameters are the same bits in every process, after every iteration"
+    assert first["hashes"] == second["hashes"], "parameters are bit-identical on every process after every iteration"
     assert len(set(first["hashes"])) == len(alone["logged"]) == 5
     for two, other, one in zip(first["logged"], second["logged"], alone["logged"], strict=True):
-        assert two == pytest.approx(other, nan_ok=True), "each process knows the figures of all"
+        assert two == pytest.approx(other, nan_ok=True), "every process reports the figures of all"
         assert two == pytest.approx(one, rel=2e-3, abs=2e-4, nan_ok=True)
     assert torch.tensor(first["vector"]) == pytest.approx(torch.tensor(alone["vector"]), abs=1e-4)
     for a, b, c in zip(first["moments"], second["moments"], alone["moments"], strict=True):
@@ -123,27 +123,27 @@ def test_two_processes_of_n_are_one_of_2n(tmp_path, changes):
         assert a == pytest.approx(c, rel=1e-5, abs=1e-6)
     assert first["result"] == alone["result"] == 8 * 32 * 5
     if "target_kl" in changes:
-        assert any("losses/stop_kl" in row for row in alone["logged"]), "nothing was stopped"
+        assert any("losses/stop_kl" in row for row in alone["logged"]), "no update was stopped"
 
 
 def test_the_command_line_under_torchrun(tmp_path):
     settings = ["--n-envs", "2", "--n-steps", "16", "--total-timesteps", "320", "--vectorization", "tensor"]
     done = torchrun("-m", "fastppo", "train", *settings, "--run-dir", str(tmp_path / "run"), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("steps per second") == 1, "one process talks"
+    assert done.stdout.count("steps per second") == 1, "only the main process prints"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["global_step"], result["iterations"]) == (320, 5)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
 
 
-def test_half_of_torchruns_variables_is_one_line(tmp_path):
+def test_missing_torchrun_variables_are_one_line(tmp_path):
     env = os.environ | {"WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "8", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 2
     assert (
-        "WORLD_SIZE is set, but RANK, MASTER_ADDR, MASTER_PORT not: start several processes with torchrun"
+        "WORLD_SIZE is set, but not RANK, MASTER_ADDR, MASTER_PORT: start several processes with torchrun"
         in done.stderr
     )
 
@@ -160,10 +160,10 @@ def test_figures_of_processes_are_merged():
     rows[1, len(NAMES) :] = [9, np.nan, 90, np.nan, 5, np.nan]
     merged = merge_ranks(rows, NAMES)
     assert [merged[at(n)] for n in ("steps", "clipped_actions", "episodes", "returns", "broken")] == [40, 0.2, 3, 12, 1]
-    assert merged[len(NAMES) :].tolist() == [1, 9, 2, 10, 90, 20, 7, 5, 3], "none is lost, latest first"
+    assert merged[len(NAMES) :].tolist() == [1, 9, 2, 10, 90, 20, 7, 5, 3], "all episodes, latest first"
 
 
-def test_episodes_that_end_together_come_from_every_process():
+def test_the_latest_episodes_include_every_process():
     latest = [np.stack((np.full(100, 10.0 * rank), np.ones(100), np.repeat([7.0, 6.0], 50))) for rank in (1, 2)]
     rows = np.stack([np.concatenate((np.ones(len(NAMES)), x.reshape(-1))) for x in latest])
     returns, _, steps = merge_ranks(rows, NAMES)[len(NAMES) :].reshape(3, -1)
@@ -172,8 +172,8 @@ def test_episodes_that_end_together_come_from_every_process():
     assert len(returns) == 100
 
 
-def test_a_shared_folder_may_come_late(tmp_path, monkeypatch):
-    """File servers may remember for a while that there was none."""
+def test_a_shared_folder_may_appear_late(tmp_path, monkeypatch):
+    """File servers may cache for a while that the folder does not exist."""
     folder, waits = tmp_path / "run", []
 
     def sleep(seconds):
