@@ -207,7 +207,7 @@ def speeds(result: dict[str, Any]) -> dict[int, dict[str, dict[int, float]]]:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """README's table."""
+    """Return the table in docs/performance.md."""
     lines = ["| n_envs | program | steps/s | vs stable-baselines3 | vs rlox |", "|---|---|---|---|---|"]
     for n, sps in speeds(result).items():
         for name, by_round in sps.items():
