@@ -81,7 +81,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str 
 def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, Any]:
     import torch
 
-    from fastppo.analysis.verify import run_hashes
+    from fastppo.analysis.verify_resume import run_hashes
 
     torch.set_num_threads(1)
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Every benchmark can at least be begun."""
+"""Every benchmark can be imported."""
 
 import importlib
 from pathlib import Path
@@ -9,5 +9,5 @@ NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "benchmarks").
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_imports_and_has_a_main(name):
+def test_a_benchmark_imports_and_has_a_main(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").main)

@@ -29,7 +29,7 @@ class VerifyEnv:
         """Print findings; exit status 1 if one is bad."""
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1.")
-        from fastppo.analysis.verify import verify_env
+        from fastppo.analysis.verify_env import verify_env
 
         return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment keeps its promises")
 
@@ -53,7 +53,7 @@ class VerifyResume(Train):
         if self.iterations < 2:
             raise ConfigError(f"iterations={self.iterations} must be at least 2, to be interrupted between.")
         config = self.settings()
-        from fastppo.analysis.verify import verify_resume
+        from fastppo.analysis.verify_resume import verify_resume
 
         return print_checks(verify_resume(config, self.iterations), "a resumed run is the same run")
 
@@ -84,7 +84,7 @@ class Replay:
             markup=False,
             soft_wrap=True,
         )
-        for finding in found.findings:
+        for finding in found.tensors:
             state = f"{finding.bad} not finite" if finding.bad else "finite"
             text = f"{finding.name:<48} {state:<18} largest {finding.largest:.3g}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)

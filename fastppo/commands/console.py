@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastppo.analysis.doctor import CheckResult
+    from fastppo.analysis.checks import CheckResult
 
 
 class _Stdout:

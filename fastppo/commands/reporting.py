@@ -29,10 +29,10 @@ class Report:
 
         console = open_console()
         for record in report(self.runs, self.output):
-            for trouble in record.troubles():
+            for trouble in record.problems():
                 console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
             for finding, first, latest in record.findings:
-                text = f"{record.label}, {record.lasted(first, latest)}: {finding}"
+                text = f"{record.label}, {record.step_range(first, latest)}: {finding}"
                 console.print(text, highlight=False, markup=False, soft_wrap=True)
         console.print(f"page:    {self.output}", highlight=False, markup=False, soft_wrap=True)
         return 0
@@ -72,7 +72,7 @@ class Diff:
             else:
                 console.print(f"{title}: none", highlight=False)
         for record in (a, b):
-            for trouble in record.troubles():
+            for trouble in record.problems():
                 console.print(f"{record.label}: {trouble}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"numbers: {found.numbers}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"returns: {found.returns}", highlight=False, markup=False, soft_wrap=True)
