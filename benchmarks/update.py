@@ -1,42 +1,40 @@
-"""One minibatch of the update: gather, forward, loss, gradient, clip, Adam.
+"""Time of one minibatch of the update: gather, forward, loss, gradient, clip, Adam.
 
     python -m benchmarks.update
 
-Timed: `PPOUpdate.minibatch` on a rollout of 16384 rows or more, CartPole's shapes (4 numbers, 2 actions), two 64x64
-tanh networks; the median of half a second of calls. `module + Adam` is the same mathematics as one would write it:
-nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with the module and the loss
-compiled. Each row is a process of its own, as the C library's memory settings and the threads are a process's.
+Timed: `PPOUpdate.minibatch` on a rollout of at least 16384 rows with CartPole's shapes (4 numbers, 2 actions), two
+64x64 tanh networks; median of half a second of calls. `module + Adam` is the same mathematics in plain PyTorch:
+nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with module and loss compiled.
+Each row has a fresh process, because threads and the C library's memory settings are set once per process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from benchmarks import median_ms, report
+from benchmarks import median_ms, report, run_task
 
 
 @dataclasses.dataclass
 class Options:
-    """A minibatch's time."""
+    """Time of one minibatch."""
 
     rows: tuple[int, ...] = (128, 512, 1024, 2048, 16384, 65536)
-    """Sizes of minibatches."""
+    """Minibatch sizes."""
     threads: tuple[int, ...] = (1, 2)
-    """Of torch."""
+    """Numbers of torch threads."""
     hidden: int = 64
     """Width of the hidden layers."""
     output: Path | None = None
     """JSON file for the results."""
     one: str | None = None
-    """Measure in this process: [rows, threads, hidden] as JSON."""
+    """Internal: measure in this process, [rows, threads, hidden] as JSON."""
 
 
 def main(options: Options) -> None:
@@ -46,9 +44,7 @@ def main(options: Options) -> None:
     rows = []
     for size in options.rows:
         for threads in options.threads:
-            command = [sys.executable, "-m", "benchmarks.update", "--one", json.dumps([size, threads, options.hidden])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(run_task("benchmarks.update", [size, threads, options.hidden]))
             print(rows[-1], flush=True)
     report(rows, options.output)
 
@@ -81,7 +77,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     order = torch.randperm(total)[:size]
     row: dict[str, Any] = {"rows": size, "threads": threads, "hidden": hidden}
 
-    # as one would write it, before anything of ours changes how memory is handled
+    # plain PyTorch first, before keep_freed_memory changes the allocator
     adam = torch.optim.Adam(net.parameters(), 2.5e-4, eps=1e-5)
 
     def loss_of(part: Batch) -> torch.Tensor:

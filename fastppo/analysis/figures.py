@@ -53,7 +53,7 @@ DIAGNOSTICS = (
     Diagnostic("Value loss", (("losses/value_loss", ""),), log=True),
     Diagnostic("Entropy", (("losses/entropy", ""),)),
     Diagnostic(
-        "KL divergence from the rollout's policy",
+        "KL divergence per update",
         (("losses/approx_kl", "k3"), ("losses/old_approx_kl", "k1"), ("charts/kl_limit", "limit")),
     ),
     Diagnostic("Clip fraction (healthy: 0.05-0.3)", (("losses/clipfrac", ""),), healthy=(0.05, 0.3)),
