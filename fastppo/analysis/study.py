@@ -347,7 +347,7 @@ def recommend(settings: Sequence[Setting], target: float) -> str:
     elif rivals:
         sentences.append(f"The difference to n_envs {' and '.join(rivals)} is not significant; run more seeds.")
     cheapest = min(reliable, key=lambda s: s.steps.mean)
-    if cheapest is not fastest:
+    if cheapest.steps.mean < fastest.steps.mean:
         steps = format_estimate(cheapest.steps, ",.0f")
         sentences.append(f"n_envs {cheapest.n_envs} needs the fewest environment steps: {steps}.")
     unreliable = [f"{s.n_envs} ({s.reached} of {s.tried})" for s in settings if s.tried and s not in reliable]
