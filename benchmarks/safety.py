@@ -134,16 +134,23 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             put(way := "on" if kind != "none" else str(rng.choice(("on", "off", "timed"), p=[0.4, 0.4, 0.2])))
         spent = trainer.clock.phase_seconds()
     put("on")
-    out: dict[str, Any] = {"setting": name, "iterations": len(seen)}
-    out["iteration ms"] = float(np.median([took for _, _, took in seen])) * 1e3
+    saving = spent["save"] / sum(spent.values())
+    return {"setting": name, **_row(rng, seen, shares), "save: share, each 10 s": f"{saving:.2%}"}
+
+
+def _row(rng: np.random.Generator, seen: list[tuple[str, str, float]], shares: list[float]) -> dict[str, Any]:
+    """Return ratios and shares of the checks and of samples, from the iterations of `measure`."""
+    out: dict[str, Any] = {
+        "iterations": len(seen),
+        "iteration ms": float(np.median([took for _, _, took in seen])) * 1e3,
+    }
     plain = ("on", "none")
     out["checks: on / off"] = "{:.3f} ({:.3f}-{:.3f})".format(*_ratio(rng, seen, plain, ("off", "none")))
     out["checks: by a clock"] = f"{np.median(shares):.2%}"
-    for what in kinds[1:]:
+    for what in ("sample", "histograms"):
         ratio, low, high = _ratio(rng, seen, ("on", what), plain)
         out[f"{what}: an iteration's worth"] = f"{ratio - 1:.2f} ({low - 1:.2f}-{high - 1:.2f})"
         out[f"{what}: share, 20 in 1,000"] = f"{(ratio - 1) * 20 / 1000:.2%}"
-    out["save: share, each 10 s"] = f"{spent['save'] / sum(spent.values()):.2%}"
     return out
 
 

@@ -53,7 +53,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     import torch
 
     from fastppo.functional.distributions import Categorical
-    from fastppo.functional.losses import Batch, Coefficients, normalize_advantages, ppo_loss
+    from fastppo.functional.losses import Batch, Coefficients
     from fastppo.policies.flat_parameters import FlatParameters
     from fastppo.policies.mlp import MLP
     from fastppo.policies.policy import Encoder, Policy
@@ -78,23 +78,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     row: dict[str, Any] = {"rows": size, "threads": threads, "hidden": hidden}
 
     # plain PyTorch first, before keep_freed_memory changes the allocator
-    adam = torch.optim.Adam(net.parameters(), 2.5e-4, eps=1e-5)
-
-    def loss_of(part: Batch) -> torch.Tensor:
-        part = part._replace(advantages=normalize_advantages(part.advantages))
-        now = policy.evaluate(part.obs, part.actions, part.params)
-        return ppo_loss(now.logprobs, now.entropy, now.values, now.exact_kl, part, coefs, "off")[0]
-
-    def plain(loss: Any = loss_of) -> None:
-        part = Batch(*(None if x is None else x[order] for x in batch))
-        adam.zero_grad()
-        loss(part).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-        adam.step()
-
-    row["module + Adam ms"] = median_ms(plain)
-    compiled_loss = torch.compile(loss_of)
-    row["torch.compile ms"] = median_ms(lambda: plain(compiled_loss))
+    row |= _time_plain_pytorch(policy, batch, coefs, order)
 
     keep_freed_memory()
     update = PPOUpdate(
@@ -115,6 +99,34 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     row["seconds to compile"] = time.perf_counter() - begin
     row["ours, compiled ms"] = median_ms(lambda: update.minibatch(data, order, coefs, scale))
     return row
+
+
+def _time_plain_pytorch(policy: Any, batch: Any, coefs: Any, order: Any) -> dict[str, float]:
+    """Time a minibatch with nn.Module, autograd and torch.optim.Adam, eager and with torch.compile."""
+    import torch
+
+    from fastppo.functional.losses import Batch, normalize_advantages, ppo_loss
+
+    parameters = list(policy.network.parameters())
+    adam = torch.optim.Adam(parameters, 2.5e-4, eps=1e-5)
+
+    def loss_of(part: Batch) -> torch.Tensor:
+        part = part._replace(advantages=normalize_advantages(part.advantages))
+        now = policy.evaluate(part.obs, part.actions, part.params)
+        return ppo_loss(now.logprobs, now.entropy, now.values, now.exact_kl, part, coefs, "off")[0]
+
+    def step(loss: Any) -> None:
+        part = Batch(*(None if x is None else x[order] for x in batch))
+        adam.zero_grad()
+        loss(part).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        adam.step()
+
+    compiled_loss = torch.compile(loss_of)
+    return {
+        "module + Adam ms": median_ms(lambda: step(loss_of)),
+        "torch.compile ms": median_ms(lambda: step(compiled_loss)),
+    }
 
 
 if __name__ == "__main__":
