@@ -1,9 +1,11 @@
-"""What is timed, how, and against whom. Run one with: python -m benchmarks.<name>."""
+"""Benchmarks; run one with: python -m benchmarks.<name>. Each module's docstring says what it measures."""
 
 from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 
 def median_ms(call: Callable[[], Any], seconds: float = 0.5) -> float:
-    """Milliseconds of a call: the median over about `seconds` of them, five at least, after one that isn't counted."""
+    """Return the median milliseconds of a call over about `seconds`, at least five calls, after one warm-up call."""
     call()
     times: list[float] = []
     while len(times) < 5 or sum(times) < seconds:
@@ -21,24 +23,35 @@ def median_ms(call: Callable[[], Any], seconds: float = 0.5) -> float:
     return statistics.median(times) * 1e3
 
 
-def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
-    """Print rows as a Markdown table and all of it as one line of JSON; write that to `output` too."""
+def run_task(module: str, task: Any) -> Any:
+    """Run `python -m module --one TASK` in a fresh process; return the JSON in the last line of its output."""
+    command = [sys.executable, "-m", module, "--one", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine() -> dict[str, Any]:
+    """Return versions, machine and commit for the results of a benchmark."""
     import torch
 
     from fastppo.runs.system_info import system_info
 
-    print(table(rows))
     about = system_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    kept = {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit", "command")}
-    kept["command"] = [Path(word).name if word.startswith("/") else word for word in about["command"]]
-    result = {"rows": list(rows), **more, **kept}
+    return {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit")}
+
+
+def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
+    """Print rows as a Markdown table, and rows, `more` and the machine as one line of JSON; write that to `output`."""
+    print(table(rows))
+    command = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    result = {"rows": list(rows), **more, **machine(), "command": command}
     print(json.dumps(result))
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal keys as Markdown."""
+    """Return rows with equal keys as a Markdown table."""
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([_cell(row[name]) for name in head] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -1,11 +1,11 @@
-"""Acting: one step's decisions for N environments.
+"""Time to choose the actions of one step for N environments.
 
     python -m benchmarks.act
 
-Timed: `Actor.act` into a rollout's row, observations of 4 numbers, 2 actions, two 64x64 tanh networks, one thread; the
-median of half a second of calls. `numpy` is what the trainer uses here, `module` what it uses for networks of your own
-(one torch pass that also gives values and log-probabilities), `compiled` that pass compiled whole. `the rest` is what
-numpy leaves for after the rollout - values and log-probabilities of 128 steps at once - divided by the steps.
+Timed: `Actor.act` into a row of a rollout, observations of 4 numbers, 2 actions, two 64x64 tanh networks, one thread;
+median of half a second of calls. The trainer uses `numpy` for this network, and `module` for custom networks: one torch
+pass that also computes values and log-probabilities. `compiled` is that pass compiled as a whole. `the rest` is the
+work that numpy defers to the end of the rollout (values and log-probabilities of 128 steps in one pass), per step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ T = 128
 
 @dataclasses.dataclass
 class Options:
-    """Acting."""
+    """Time to choose actions."""
 
     n_envs: tuple[int, ...] = (1, 8, 64, 512)
     """Numbers of environments."""

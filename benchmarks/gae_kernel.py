@@ -1,11 +1,11 @@
-"""The kernels of generalised advantage estimation over [T, N].
+"""Time of the kernels of generalised advantage estimation over [T, N].
 
     python -m benchmarks.gae_kernel
 
-Timed: one call on random float32 rewards and values with 2 % of ends, results allocated by the call; the median of
-half a second of calls, on the GPU with a synchronisation in each. `copy` writes what the kernels must at least read
-and write (22 bytes a cell): no kernel can be faster. `seconds to compile` is apart. `error` is the largest difference
-of the doubling kernel from the recursion in float64.
+Timed: one call on random float32 rewards and values, 2 % of the steps end an episode, the call allocates its results;
+median of half a second of calls, on the GPU with a synchronisation in each. `copy` moves the bytes that any kernel must
+read and write (22 bytes per cell), so no kernel can be faster. `seconds to compile` is not part of the times. `error`
+is the largest difference between the doubling kernel and the recursion in float64.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Options:
     output: Path | None = None
     """JSON file for the results."""
     threads: int | None = None
-    """Of torch; None: its own choice."""
+    """torch threads; None: the default of torch."""
 
 
 def main(options: Options) -> None:
@@ -41,7 +41,7 @@ def main(options: Options) -> None:
         g = torch.Generator(device).manual_seed(0)
 
         def draw() -> torch.Tensor:
-            return torch.randn(t, n, generator=g, device=device)  # noqa: B023 - called in this round only
+            return torch.randn(t, n, generator=g, device=device)  # noqa: B023 - called in this iteration only
 
         done = torch.rand(t, n, generator=g, device=device) < 0.02
         terminated = done & (torch.rand(t, n, generator=g, device=device) < 0.5)
@@ -49,7 +49,7 @@ def main(options: Options) -> None:
         begin = time.perf_counter()
         compiled = compile_graph(gae_doubling, inputs)
         seconds = time.perf_counter() - begin
-        source, target = torch.zeros(t * n * 11, dtype=torch.uint8, device=device), None
+        source = torch.zeros(t * n * 11, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
 
         def wait() -> None:

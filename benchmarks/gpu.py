@@ -1,12 +1,15 @@
-"""What one GPU does: advantages, updates, whole training on tensor and host environments, time to solve CartPole.
+"""Speed on one GPU: advantages, updates, training on tensor and host environments, time to solve CartPole.
 
-    scripts/bench-gpu            # or: python -m benchmarks.gpu --device cpu --quick, to try it anywhere
+    scripts/bench-gpu            # or, without a GPU: python -m benchmarks.gpu --device cpu --quick
 
-Timed, every part with a synchronisation at its ends: one call of each kernel of advantages beside a copy of the bytes
-that any must move (22 a cell); one update (4 epochs, 4 minibatches) over sizes of minibatch, eager, compiled and as a
-graph; steps per second of whole training iterations after three that aren't counted, rollout, update and logging
-together; seconds of training until the mean of 100 episodes reaches 475, compilation apart. The parts run one after the
-other in a process; each is left out, with its reason, where it fails.
+Timed, each with a synchronisation at its start and end:
+
+- one call of each GAE kernel, and a copy of the bytes that any kernel must move (22 per cell);
+- one update (4 epochs, 4 minibatches) by minibatch size: eager, compiled, and as a CUDA graph;
+- steps per second of whole training iterations (rollout, update, logging) after three warm-up iterations;
+- seconds of training until the mean return of 100 episodes reaches 475, without compilation.
+
+All parts run in one process. A part that fails becomes a row with its reason.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import tyro
 from benchmarks import median_ms, report
 from fastppo import Config, Trainer
 from fastppo.analysis.bench import ceilings
+from fastppo.errors import first_line
 from fastppo.functional.gae import choose_gae, gae_doubling
 from fastppo.runtime.compile import compile_graph
 
@@ -36,9 +40,9 @@ class Options:
     """GPU benchmarks."""
 
     device: str = "cuda"
-    """Where."""
+    """Device."""
     quick: bool = False
-    """Small sizes and short times."""
+    """Use small sizes and short times."""
     output: Path | None = None
     """JSON file for the results."""
 
@@ -48,15 +52,15 @@ def main(options: Options) -> None:
     for part in (advantages, updates, tensor_training, host_training, solving):
         begin = time.perf_counter()
         try:
-            found = list(part(options))
+            measured = list(part(options))
         except Exception as error:
-            found = [{"what": part.__name__, "failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}]
-        rows += found
+            measured = [{"what": part.__name__, "failed": f"{type(error).__name__}: {first_line(error)}"}]
+        rows += measured
         print(f"{part.__name__}: {time.perf_counter() - begin:.0f} s", flush=True)
-        for row in found:
+        for row in measured:
             print("  ", row, flush=True)
-    whole = {name: "" for row in rows for name in row}
-    report([whole | row for row in rows], options.output, device=options.device, quick=options.quick)
+    empty = {name: "" for row in rows for name in row}
+    report([empty | row for row in rows], options.output, device=options.device, quick=options.quick)
 
 
 def advantages(options: Options) -> Iterator[Row]:
@@ -76,7 +80,7 @@ def advantages(options: Options) -> Iterator[Row]:
             "doubling compiled": lambda compiled=compiled, inputs=inputs: compiled(*inputs),
         }
         for name, call in calls.items():
-            # many in a row: one alone is mostly the launch
+            # many calls in a row: the time of one is mostly its launch
             def many(call: Callable[[], Any] = call) -> None:
                 for _ in range(20):
                     call()
@@ -86,7 +90,7 @@ def advantages(options: Options) -> Iterator[Row]:
 
 
 def updates(options: Options) -> Iterator[Row]:
-    sizes = [1] if options.quick else [4, 32, 256, 1024]  # n_envs; minibatches of 32 times that
+    sizes = [1] if options.quick else [4, 32, 256, 1024]  # n_envs; a minibatch has 32 times as many rows
     for n in sizes:
         for how in ("off", "on", "graph"):
             with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +124,7 @@ def host_training(options: Options) -> Iterator[Row]:
                 changes = {"env_id": env_id, "vectorization": vectorization, "act_device": act, "normalize_obs": False}
                 yield row | _speed(options, alone=True, n_envs=64, n_steps=128, compile="auto", **changes)
             except Exception as error:
-                yield row | {"failed": str(error).splitlines()[0]}
+                yield row | {"failed": first_line(error)}
 
 
 def solving(options: Options) -> Iterator[Row]:
@@ -155,7 +159,7 @@ def _config(options: Options, folder: str, **changes: Any) -> Config:
 
 
 def _speed(options: Options, alone: bool = False, **changes: Any) -> Row:
-    """Steps per second of training; `alone`: also what its parts reach by themselves, environments among them."""
+    """Return steps per second of training; `alone`: also those of each part alone."""
     seconds = 0.5 if options.quick else 5.0
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(_config(options, folder, **changes))
@@ -181,6 +185,7 @@ def _speed(options: Options, alone: bool = False, **changes: Any) -> Row:
 
 
 def _wait(device: torch.device) -> None:
+    """Synchronise with the GPU, so that a timer includes its work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 

@@ -1,10 +1,10 @@
-"""Ways to lay out a small update that were tried and not taken: one minibatch, compiled, in each of them.
+"""Rejected layouts of a small update: time of one compiled minibatch in each.
 
     python -m benchmarks.levers --output benchmarks/results/levers_2core-cpu_2026-11-21.json
 
-`merged`: actor's and critic's first layers as one product, their second layers as one batched product. `feature-major`:
-activations as [features, rows]. `simdlen 256`, `max autotune`, `python wrapper`: Inductor's options. Medians of
-interleaved rounds, one thread, two 64x64 tanh networks, as milliseconds and as a ratio to the layout that is used.
+`merged`: first layers of actor and critic as one product, second layers as one batched product. `feature-major`:
+activations as [features, rows]. `simdlen 256`, `max autotune`, `aggressive fusion`: options of Inductor. Medians of
+interleaved rounds, one thread, two 64x64 tanh networks, in milliseconds and relative to the layout in use.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor, nn
 
 from benchmarks import median_ms, report
+from fastppo.errors import first_line
 from fastppo.functional.adam import adam
 from fastppo.functional.distributions import Categorical
 from fastppo.functional.losses import Batch, Coefficients, PPOLoss
@@ -34,7 +35,7 @@ from fastppo.spaces import ObsSpec
 
 
 class Merged(nn.Module):
-    """Both trunks in as few products as there can be."""
+    """Both trunks in the fewest possible products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class Merged(nn.Module):
 
 
 class FeatureMajor(nn.Module):
-    """Activations as columns."""
+    """Activations as columns, [features, rows]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ VARIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 
 def prepare(network: nn.Module, rows: int, options: dict[str, Any]) -> Callable[[], None]:
-    """A compiled minibatch as something to call."""
+    """Return a function that runs one compiled minibatch."""
     total = max(16384, rows)
     policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), network, Categorical(2))
     obs, noise = torch.randn(total, 4), torch.empty(total, 2)
@@ -111,7 +112,7 @@ def prepare(network: nn.Module, rows: int, options: dict[str, Any]) -> Callable[
 
 
 def main(rounds: int = 5, output: Path | None = None) -> None:
-    """Time every variant at three sizes of minibatches."""
+    """Time every variant at three minibatch sizes."""
     keep_freed_memory()
     set_threads(1)
     results = []
@@ -122,14 +123,14 @@ def main(rounds: int = 5, output: Path | None = None) -> None:
             try:
                 calls[name] = prepare(make(), rows, options)
             except Exception as error:
-                print(f"{rows} rows, {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+                print(f"{rows} rows, {name}: {type(error).__name__}: {first_line(error)}")
         times: dict[str, list[float]] = {name: [] for name in calls}
         for _ in range(rounds):
             for name, call in calls.items():
                 times[name].append(median_ms(call, 0.4))
-        for name, mine in times.items():
-            ratios = [a / b for a, b in zip(mine, times["as it is"], strict=True)]
-            row = {"rows": rows, "variant": name, "ms": statistics.median(mine), "ratio": statistics.median(ratios)}
+        for name, ms in times.items():
+            ratios = [a / b for a, b in zip(ms, times["as it is"], strict=True)]
+            row = {"rows": rows, "variant": name, "ms": statistics.median(ms), "ratio": statistics.median(ratios)}
             results.append(row | {"from": min(ratios), "to": max(ratios)})
     report(results, output)
 

@@ -1,9 +1,9 @@
-"""How large the report of a long run is, and how soon it is open in headless Chromium.
+"""Size of the report of a long run, and its loading time in headless Chromium.
 
     python -m benchmarks.pages --output benchmarks/results/pages_2core-cpu_2026-11-22.json
 
-Seconds are the page's own, from navigation on: until its first text is painted, until it is loaded, and until every
-figure on the first screen is drawn. Medians with ranges over fresh pages, at a desktop's width and at a phone's.
+Timed by the page's own clock, from navigation on: until the first text is painted, until the page is loaded, and until
+every figure on the first screen is drawn. Medians with ranges over fresh pages, at the widths of a desktop and a phone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from fastppo import Config, Trainer
 from fastppo.analysis.report import report as write_page
 
 _NOTE_WHEN_DRAWN = """
-addEventListener("DOMContentLoaded", function look() {
+addEventListener("DOMContentLoaded", function check() {
   const figures = [...document.querySelectorAll(".figure")];
-  const seen = figures.filter(figure => figure.getBoundingClientRect().top < innerHeight);
-  if (!seen.every(figure => figure.querySelector(".main-svg"))) return setTimeout(look, 5);
-  requestAnimationFrame(() => setTimeout(() => window.drawn = performance.now()));  // once it is painted
+  const visible = figures.filter(figure => figure.getBoundingClientRect().top < innerHeight);
+  if (!visible.every(figure => figure.querySelector(".main-svg"))) return setTimeout(check, 5);
+  requestAnimationFrame(() => setTimeout(() => window.drawn = performance.now()));  // after it is painted
 })"""
 _TIMES = """() => [
   performance.getEntriesByName("first-contentful-paint")[0].startTime,
@@ -35,7 +35,7 @@ _TIMES = """() => [
 
 
 def measure(page: Path, rounds: int) -> Iterator[dict[str, Any]]:
-    """A row for each width."""
+    """Yield a row per width."""
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
@@ -56,7 +56,7 @@ def measure(page: Path, rounds: int) -> Iterator[dict[str, Any]]:
 
 
 def main(run: Path | None = None, rounds: int = 9, output: Path | None = None) -> None:
-    """Open the report of `run`, or of one that is trained first: CartPole, 5 million steps."""
+    """Open the report of `run`; without one, train CartPole for 5 million steps first."""
     with tempfile.TemporaryDirectory(prefix="fastppo-pages-") as name:
         folder = Path(name)
         if run is None:

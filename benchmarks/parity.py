@@ -1,11 +1,12 @@
-"""Learning curves beside stable-baselines3's at equal steps and settings, over seeds.
+"""Final returns of fastppo and stable-baselines3 at equal steps and settings, over seeds.
 
     python -m benchmarks.parity --output benchmarks/results/parity_2core-cpu_2026-11-21.json
 
-Compared: the mean return of the last 100 training episodes at the end of each run, for CartPole, Acrobot and Pendulum
-with the settings of rl-baselines3-zoo's kind (same networks, initial scales, minibatches, epochs, coefficients,
-normalisation off). Ours runs compiled, sync. Expected: our mean over seeds at least theirs minus one standard error.
-Their value loss isn't halved, so their vf_coef is half of ours; their initial weights come from another stream.
+Compared: mean return of the last 100 training episodes at the end of each run, for CartPole, Acrobot and Pendulum with
+settings like those of rl-baselines3-zoo (same networks, initial scales, minibatches, epochs and coefficients, without
+normalisation). fastppo runs compiled, with sync environments. Expected: its mean over seeds is at least that of
+stable-baselines3 minus one standard error. stable-baselines3 does not halve the value loss, so its vf_coef is half of
+ours. The initial weights come from different random streams.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 
 import tyro
 
-from benchmarks import report
+from benchmarks import report, run_task
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "CartPole-v1": {"n_envs": 8, "n_steps": 128, "minibatches": 4, "epochs": 4, "lr": 1e-3, "ent": 0.0, "gamma": 0.98},
@@ -42,18 +41,18 @@ STEPS = {"CartPole-v1": 100_352, "Acrobot-v1": 102_400, "Pendulum-v1": 102_400}
 
 @dataclasses.dataclass
 class Options:
-    """Learning curves beside stable-baselines3."""
+    """Final returns of fastppo and stable-baselines3."""
 
     seeds: int = 5
-    """Seeds 1 to this."""
+    """Number of seeds; they are 1 to `seeds`."""
     env_id: tuple[str, ...] = tuple(SETTINGS)
-    """Environments."""
+    """Environment ids."""
     at_once: int = 2
-    """Runs side by side; nothing is timed."""
+    """Concurrent runs; nothing is timed."""
     output: Path | None = None
     """JSON file for the results."""
     one: str | None = None
-    """One run in this process: [program, env id, seed] as JSON."""
+    """Internal: do one run in this process, [program, env id, seed] as JSON."""
 
 
 def main(options: Options) -> None:
@@ -83,11 +82,9 @@ def main(options: Options) -> None:
 
 
 def _in_fresh_process(job: tuple[str, str, int]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.parity", "--one", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    run = json.loads(done.stdout.splitlines()[-1])
+    run: dict[str, Any] = run_task("benchmarks.parity", job)
     print(run, flush=True)
-    return run  # type: ignore[no-any-return]
+    return run
 
 
 def train(program: str, env_id: str, seed: int) -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""Training speed beside stable-baselines3 and rlox at one setting: interleaved pairs of fresh processes.
+"""Training speed of fastppo, stable-baselines3 and rlox at one setting, in interleaved fresh processes.
 
     python -m benchmarks.peers --output benchmarks/results/peers_2core-cpu_2026-11-21.json
     python -m benchmarks.peers --show benchmarks/results/peers_2core-cpu_2026-11-21.json --plot peers.svg
 
 Matched: CartPole-v1, T=128, 4 epochs, 4 minibatches, two 64x64 tanh networks, orthogonal initial weights, float32, Adam
-with the same step size, annealed linearly, the same coefficients, no value clipping, the same number of updates.
+with the same linearly annealed step size, the same coefficients, no value clipping, the same number of updates.
 
-Timed: whole training iterations (rollout, advantages, update, the program's own bookkeeping) after the first
-`WARM_UP`; real environment steps over their seconds. `total` counts from the start of the process, imports and
-compilation included. A round measures each program once, each in a process of its own, in alternating order; a ratio
-is taken within a round, and the median over rounds is quoted with its range. The others run with torch's own number
-of threads or with one, whichever was faster in a trial before the rounds.
+Timed: whole training iterations (rollout, advantages, update, bookkeeping of the program) after the first `WARM_UP`;
+speed is real environment steps by their seconds. `total` counts from the start of the process, with imports and
+compilation. A round measures each program once, each in a fresh process, in alternating order. A ratio is taken within
+a round; the table shows the median over rounds with its range. stable-baselines3 and rlox run with torch's default
+number of threads or with one, whichever is faster in a trial before the rounds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,11 +26,13 @@ from typing import Annotated, Any
 
 import tyro
 
+from benchmarks import machine, run_task
+
 WARM_UP = 2
 T, EPOCHS, MINIBATCHES = 128, 4, 4
 ITERATIONS = {4: 120, 64: 40, 512: 10}
 OURS = {"native": ("native", False), "sync": ("sync", False), "pool": ("pool", False), "pool, halves": ("pool", True)}
-# What the project set out for: ratio to stable-baselines3, and to rlox
+# Goals of the project: ratio to stable-baselines3, ratio to rlox
 TARGETS = {
     (4, "sync"): (5.0, 3.5),
     (64, "native"): (4.5, 2.2),
@@ -44,22 +44,22 @@ TARGETS = {
 
 @dataclasses.dataclass
 class Options:
-    """Speed beside stable-baselines3 and rlox."""
+    """Training speed of fastppo, stable-baselines3 and rlox."""
 
     n_envs: Annotated[list[int], tyro.conf.arg(metavar="INT...")] = dataclasses.field(
         default_factory=lambda: [4, 64, 512]
     )
-    """Numbers of environments, of 4, 64 and 512."""
+    """Numbers of environments; 4, 64 or 512."""
     rounds: int = 5
-    """Measurements of each."""
+    """Measurements per program."""
     output: Path | None = None
     """JSON file for the results."""
     show: Path | None = None
-    """Measure nothing: print the table of this file."""
+    """Print the table of this file instead of measuring."""
     plot: Path | None = None
-    """With --show: draw it into this file."""
+    """With --show: draw the plot into this file."""
     one: str | None = None
-    """Measure one program in this process: its name, n_envs and threads, as JSON."""
+    """Internal: measure one program in this process; name, n_envs and threads as JSON."""
 
 
 def main(options: Options) -> None:
@@ -79,38 +79,30 @@ def main(options: Options) -> None:
 
 
 def compare(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    from fastppo.runs.system_info import system_info
-
     runs: list[dict[str, Any]] = []
     for n in sizes:
         ours = [f"fastppo {name}" for name in OURS if n > 4 or not name.startswith("pool")]
         threads = {name: _better_threads(name, n) for name in ("stable-baselines3", "rlox")}
-        for name in ours:  # fills the compiler's cache on disk
+        for name in ours:  # fill the compiler's cache on disk
             _measure(name, n, None)
         for i in range(rounds):
-            everyone = [*threads, *ours]
-            for name in everyone if i % 2 == 0 else reversed(everyone):
+            programs = [*threads, *ours]
+            for name in programs if i % 2 == 0 else reversed(programs):
                 runs.append({"round": i, **_measure(name, n, threads.get(name))})
                 print(f"n_envs {n}  round {i}  {name:22} {runs[-1]['sps']:9,.0f} steps/s", flush=True)
-    import torch
-
-    about = system_info(torch.device("cpu"))
-    kept = {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit")}
     setting = {"env_id": "CartPole-v1", "n_steps": T, "update_epochs": EPOCHS, "n_minibatches": MINIBATCHES}
-    return {"setting": setting, "iterations": ITERATIONS, "warm_up": WARM_UP, "runs": runs, **kept}
+    return {"setting": setting, "iterations": ITERATIONS, "warm_up": WARM_UP, "runs": runs, **machine()}
 
 
 def _better_threads(name: str, n: int) -> int | None:
     trials = {threads: _measure(name, n, threads)["sps"] for threads in (None, 1)}
-    print(f"n_envs {n}  {name}: torch's threads {trials[None]:,.0f}, one thread {trials[1]:,.0f} steps/s", flush=True)
+    print(f"n_envs {n}  {name}: default threads {trials[None]:,.0f}, one thread {trials[1]:,.0f} steps/s", flush=True)
     return 1 if trials[1] > trials[None] else None
 
 
 def _measure(name: str, n: int, threads: int | None) -> dict[str, Any]:
-    task = json.dumps({"name": name, "n": n, "threads": threads, "started": time.time()})
-    command = [sys.executable, "-m", "benchmarks.peers", "--one", task]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    task = {"name": name, "n": n, "threads": threads, "started": time.time()}
+    return run_task("benchmarks.peers", task)  # type: ignore[no-any-return]
 
 
 def measure_here(name: str, n: int, threads: int | None, started: float) -> dict[str, Any]:
@@ -199,11 +191,11 @@ def _rlox(_: str, n: int, iterations: int) -> list[float]:
 
 
 def speeds(result: dict[str, Any]) -> dict[int, dict[str, dict[int, float]]]:
-    """Steps per second by n_envs, program and round."""
-    found: dict[int, dict[str, dict[int, float]]] = {}
+    """Return steps per second by n_envs, program and round."""
+    by_n_envs: dict[int, dict[str, dict[int, float]]] = {}
     for run in sorted(result["runs"], key=lambda run: run["n_envs"]):
-        found.setdefault(run["n_envs"], {}).setdefault(run["name"], {})[run["round"]] = run["sps"]
-    return found
+        by_n_envs.setdefault(run["n_envs"], {}).setdefault(run["name"], {})[run["round"]] = run["sps"]
+    return by_n_envs
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -216,20 +208,20 @@ def markdown(result: dict[str, Any]) -> str:
             for other, target in zip(("stable-baselines3", "rlox"), targets, strict=True):
                 ratios = sorted(x / sps[other][i] for i, x in by_round.items())
                 cell = f"{statistics.median(ratios):.1f} ({ratios[0]:.1f}-{ratios[-1]:.1f})"
-                aim = f", aim {target}" if target else ""
-                cells.append(cell + aim if name.startswith("fastppo") else "")
+                goal = f", aim {target}" if target else ""
+                cells.append(cell + goal if name.startswith("fastppo") else "")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of steps per second, with the range over rounds; matplotlib comes with stable-baselines3."""
+    """Draw bars of steps per second with the range over rounds; matplotlib comes with stable-baselines3."""
     import matplotlib.pyplot as plt
 
-    found = speeds(result)
-    figure, axes = plt.subplots(1, len(found), figsize=(9, 3.2), layout="constrained")
+    by_n_envs = speeds(result)
+    figure, axes = plt.subplots(1, len(by_n_envs), figsize=(9, 3.2), layout="constrained")
     colors = {"stable-baselines3": "#9d9da1", "rlox": "#c7a76c"}
-    for axis, (n, sps) in zip(axes, found.items(), strict=True):
+    for axis, (n, sps) in zip(axes, by_n_envs.items(), strict=True):
         names = list(sps)
         middle = [statistics.median(sps[name].values()) / 1e3 for name in names]
         low = [m - min(sps[name].values()) / 1e3 for m, name in zip(middle, names, strict=True)]

@@ -1,9 +1,9 @@
-"""Steps and seconds that a tuned preset needs to its target, over seeds: one fresh process per seed.
+"""Steps and seconds of a tuned preset to its target return, over seeds, in a fresh process per seed.
 
     python -m benchmarks.presets --env-id CartPole-v1 --target-return 475 --seeds 5
 
-Timed: `Trainer(config).run()`, from its construction to the end of the iteration in which the mean of the last 100
-episodes reached the target (imports left out).
+Timed: from the construction of the trainer to the end of the iteration in which the mean of the last 100 episodes
+reaches the target, without imports.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import tyro
 
 @dataclasses.dataclass
 class Options:
-    """Steps and seconds to a target with a preset."""
+    """Steps and seconds of a preset to a target return."""
 
     env_id: str = "CartPole-v1"
-    """Environment."""
+    """Environment id."""
     target_return: float = 475.0
-    """Mean of the last 100 episodes."""
+    """Target mean return of the last 100 episodes."""
     seeds: int = 5
-    """Seeds 1 to this."""
+    """Number of seeds; they are 1 to `seeds`."""
     output: Path | None = None
     """JSON file for the results."""
 

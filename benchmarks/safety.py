@@ -1,18 +1,18 @@
-"""What looking after a run costs, toggled at random from one iteration to the next within one run.
+"""Cost of checks, update samples and checkpoints, toggled at random between the iterations of one run.
 
     python -m benchmarks.safety --output benchmarks/results/safety_2core-cpu_2026-11-21.json
 
-checks: observations held against their space, shapes and types of every step's results, finite observations and
-rewards; on, or replaced by nothing. In the pool only what the trainer's process does is toggled; its workers run the
-same lines as sync does. Gradients are checked within the compiled update, which always does it. By a clock: the share
-of an iteration that is spent within these checks, which the noise of whole iterations doesn't reach; without the
-comparison of each observation's shape, a tenth of a microsecond a step, which is a line and no call.
-sample: one update looked into (`--record-ratios`), once in 20 iterations here and `share` of the time at the default of
-20 times in a run of 1,000 iterations; with `--log-histograms` too.
+checks: observations within their space, shapes and types of every step's results, finite observations and rewards; on,
+or replaced by functions that do nothing. With the pool only the checks of the trainer's process are toggled; the
+workers run the same code as sync. The gradient check is part of the compiled update and always on. `by a clock` is the
+share of an iteration spent in the checks themselves, below the noise of whole iterations; it leaves out the comparison
+of each observation's shape, an inline expression of 0.1 us per step.
+sample: sampling one update (`--record-ratios`), here about every 20 iterations; `share` is its share of the time at the
+default rate of 20 samples in a run of 1,000 iterations. `histograms` adds `--log-histograms`.
 save: share of the time that saving takes with a checkpoint every 10 s, far more often than the default.
 
-Each ratio is the median over pairs of neighbouring iterations, of which one was with and one without, with a 95 %
-interval from resampling the pairs: runs one after the other differ by 15 % on a shared machine, neighbours less.
+Each ratio is the median over pairs of neighbouring iterations, one with and one without, with a 95 % interval from
+resampling the pairs: consecutive runs differ by 15 % on a shared machine, neighbouring iterations by less.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class _Timed:
-    """Adds up what calls take, less what timing them takes."""
+    """Total time of wrapped calls, minus the time of the timing itself."""
 
     def __init__(self) -> None:
         self._seconds, self._calls, self._own = 0.0, 0, 0.0
@@ -57,7 +57,7 @@ class _Timed:
         self._own = self.taken() / 10_000
 
     def taken(self) -> float:
-        """Seconds since this was asked last."""
+        """Return the seconds since the last call of this method."""
         seconds = self._seconds - self._calls * self._own
         self._seconds, self._calls = 0.0, 0
         return seconds
@@ -75,17 +75,17 @@ class _Timed:
 
 
 def _step_without_comparing_shapes() -> Any:
-    """`EnvGroup._step_on` without two of its lines, which are no function that could be replaced."""
+    """Return `EnvGroup._step_on` without its shape check, two inline lines that no function holds."""
     source = textwrap.dedent(inspect.getsource(EnvGroup._step_on))
     lines = [line for line in source.splitlines() if '"shape"' not in line and "_check_shape" not in line]
-    assert len(lines) == len(source.splitlines()) - 2, "serial.py has changed"
-    found: dict[str, Any] = {}
-    exec("from __future__ import annotations\n" + "\n".join(lines), vars(serial), found)
-    return found["_step_on"]
+    assert len(lines) == len(source.splitlines()) - 2, "EnvGroup._step_on has changed"
+    namespace: dict[str, Any] = {}
+    exec("from __future__ import annotations\n" + "\n".join(lines), vars(serial), namespace)
+    return namespace["_step_on"]
 
 
 def measure(name: str, seconds: float) -> dict[str, Any]:
-    """One run of one setting."""
+    """Measure one setting in one run; return its row."""
     rng = np.random.default_rng(1)
     nothing, anything, clock = torch.zeros(1), SimpleNamespace(issuperset=lambda types: True), _Timed()
     bools, numbers = (SimpleNamespace(issuperset=clock(x.issuperset)) for x in (serial._BOOLS, serial._NUMBERS))
@@ -103,8 +103,8 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         )
 
     kinds = ("none", "sample", "histograms")
-    seen: list[tuple[str, str, float]] = []  # of each iteration: how checks were, what was looked at, seconds
-    shares: list[float] = []  # of timed iterations, what checks took of them
+    seen: list[tuple[str, str, float]] = []  # of each iteration: checks, kind of sample, seconds
+    shares: list[float] = []  # of each timed iteration: share of the checks
     with tempfile.TemporaryDirectory() as folder:
         config = Config(
             **SETTINGS[name],
@@ -121,7 +121,7 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
         put(way := "on")
         for stats in trainer.iterations():
             took, before = trainer.clock.seconds - before, trainer.clock.seconds
-            saves = stats.scalars["time/save"] > 0.01 * took  # measured by itself
+            saves = stats.scalars["time/save"] > 0.01 * took  # saving has a row of its own
             if stats.iteration > 5 and took > 0 and not saves:
                 seen.append((way, kind, took))
                 if way == "timed":
@@ -134,23 +134,30 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
             put(way := "on" if kind != "none" else str(rng.choice(("on", "off", "timed"), p=[0.4, 0.4, 0.2])))
         spent = trainer.clock.phase_seconds()
     put("on")
-    out: dict[str, Any] = {"setting": name, "iterations": len(seen)}
-    out["iteration ms"] = float(np.median([took for _, _, took in seen])) * 1e3
+    saving = spent["save"] / sum(spent.values())
+    return {"setting": name, **_row(rng, seen, shares), "save: share, each 10 s": f"{saving:.2%}"}
+
+
+def _row(rng: np.random.Generator, seen: list[tuple[str, str, float]], shares: list[float]) -> dict[str, Any]:
+    """Return ratios and shares of the checks and of samples, from the iterations of `measure`."""
+    out: dict[str, Any] = {
+        "iterations": len(seen),
+        "iteration ms": float(np.median([took for _, _, took in seen])) * 1e3,
+    }
     plain = ("on", "none")
     out["checks: on / off"] = "{:.3f} ({:.3f}-{:.3f})".format(*_ratio(rng, seen, plain, ("off", "none")))
     out["checks: by a clock"] = f"{np.median(shares):.2%}"
-    for what in kinds[1:]:
+    for what in ("sample", "histograms"):
         ratio, low, high = _ratio(rng, seen, ("on", what), plain)
         out[f"{what}: an iteration's worth"] = f"{ratio - 1:.2f} ({low - 1:.2f}-{high - 1:.2f})"
         out[f"{what}: share, 20 in 1,000"] = f"{(ratio - 1) * 20 / 1000:.2%}"
-    out["save: share, each 10 s"] = f"{spent['save'] / sum(spent.values()):.2%}"
     return out
 
 
 def _ratio(
     rng: np.random.Generator, seen: list[tuple[str, str, float]], one: tuple[str, str], other: tuple[str, str]
 ) -> tuple[float, float, float]:
-    """Seconds of `one` to those of `other` where they follow each other, either way round: median and 95 % interval."""
+    """Return median and 95 % interval of the time ratio of `one` to `other` over neighbouring iterations."""
     logs = []
     for (*a, before), (*b, after) in itertools.pairwise(seen):
         if (tuple(a), tuple(b)) == (one, other):
@@ -163,7 +170,7 @@ def _ratio(
 
 
 def main(seconds: float = 60.0, settings: tuple[str, ...] = tuple(SETTINGS), output: Path | None = None) -> None:
-    """Measure each setting for so long."""
+    """Measure each setting for `seconds`."""
     rows = []
     for name in settings:
         rows.append(measure(name, seconds))

@@ -1,10 +1,10 @@
-"""How the cost of a step grows with N, T and the width of the network.
+"""Training speed by N, T and width of the network.
 
     python -m benchmarks.scaling
 
-Timed: real training iterations as `fastppo bench` times them (a fresh process each, native CartPole, 4 epochs,
-4 minibatches, compiled); one of N, T and the width moves, the others stay at 64, 128 and 64. Steps per second are the
-median iteration's; the shares are of the time.
+Timed: real training iterations as in `fastppo bench` (a fresh process per point, native CartPole, 4 epochs,
+4 minibatches, compiled). One of N, T and width varies, the others stay at 64, 128 and 64. Steps per second are those of
+the median iteration; shares are shares of the time.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from fastppo.analysis.bench import run_points
 
 @dataclasses.dataclass
 class Options:
-    """Cost over N, T and width."""
+    """Training speed by N, T and width."""
 
     seconds: float = 3.0
-    """Of training at each point."""
+    """Seconds of training per point."""
     output: Path | None = None
     """JSON file for the results."""
 

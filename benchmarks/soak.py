@@ -1,17 +1,17 @@
-"""What long runs must survive: kill -9 at any time, and a day's events without growing.
+"""Endurance of long runs: kill -9 at random times, and the events of a day without growth of memory or descriptors.
 
     python -m benchmarks.soak --kills 300 --output benchmarks/results/kills_2core-cpu_2026-11-21.json
     python -m benchmarks.soak --hours-of-events 24 --output benchmarks/results/soak_2core-cpu_2026-11-21.json
 
-Kills: runs are killed at random times, in whatever they are doing, and started again with --resume auto until they
-end, some 20 kills later; each is compared bit by bit with one that was never killed. Processes are forked from one that
-has imported everything, so that kills fall into training and not into imports.
+Kills: a run is killed at random times and started again with --resume auto until it ends, after about 20 kills; it is
+then compared bit by bit with a run that was never killed. Processes are forked from one with all imports done, so that
+kills hit training and not imports.
 
-Events: 24 hours stand for 200,000 iterations, a million episodes and 2,000 checkpoints of an environment that costs
-nothing, in one process. Memory, descriptors, threads, children and shared memory are read a hundred times. Whether it
-has grown slow is judged at its end against a process that has just begun the same run: the two take turns of 100
-iterations, and the ratio is the median of the turns'. (The last part of half an hour against an early one says more of
-what else the machine did.)
+Events: 24 hours are 200,000 iterations, a million episodes and 2,000 checkpoints of an environment that takes almost no
+time, in one process. Memory, descriptors, threads, children and shared memory are sampled a hundred times. At the end,
+speed is compared with a process that has just started the same run: the two alternate in turns of 100 iterations, and
+the result is the median ratio over turns. (The last part of the run against an early one would mostly measure other
+load on the machine.)
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ from gymnasium import spaces
 from benchmarks import report
 
 ITERATIONS_PER_HOUR = 200_000 / 24
-SAVE_EVERY = 100  # iterations; a turn has as many, and so one save
+SAVE_EVERY = 100  # iterations; a turn has as many, and so one checkpoint
 BATCH = 4 * 8
-STEPS = 512  # of an iteration of a run that is killed
-KILLS_OF_A_RUN = 20  # about; then another one begins
+STEPS = 512  # per iteration of a run that is killed
+KILLS_PER_RUN = 20  # about
 
 
 class Quick(gym.Env[Any, Any]):
-    """Episodes of six steps that cost nothing."""
+    """Episodes of six steps that take almost no time."""
 
     observation_space = spaces.Box(-1, 1, (3,), np.float32)
     action_space = spaces.Discrete(2)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin."""
+        """Start an episode."""
         super().reset(seed=seed)
         self.left = 6
         return self.np_random.random(3, np.float32), {}
 
     def step(self, action: int) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """One step."""
+        """Take one step."""
         self.left -= 1
         return self.np_random.random(3, np.float32), float(action), self.left == 0, False, {}
 
@@ -67,10 +67,10 @@ gym.register("Quick-v0", entry_point=Quick)
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str = "sync") -> dict[str, Any]:
-    """Kill runs so many times; what that cost. In a process of its own, which forks."""
+    """Kill runs `kills` times; return the figures. A separate process forks the runs."""
     command = [sys.executable, "-m", "benchmarks.soak", "--kills-in", str(folder), "--kills", str(kills)]
     command += ["--seed", str(seed), "--vectorization", vectorization]
-    # those that clean up behind killed pools say so
+    # processes that clean up after killed pools warn about it
     quiet = os.environ | {"PYTHONWARNINGS": "ignore:resource_tracker:UserWarning"}
     root = Path(__file__).parents[1]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root, env=quiet)
@@ -81,12 +81,12 @@ def kill_and_resume(folder: Path, kills: int, seed: int = 0, vectorization: str 
 def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, Any]:
     import torch
 
-    from fastppo.analysis.verify import run_hashes
+    from fastppo.analysis.verify_resume import run_hashes
 
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    expected_kills = min(kills, KILLS_OF_A_RUN)
-    total = STEPS * 12 * expected_kills  # twice of what it comes to between kills
+    expected_kills = min(kills, KILLS_PER_RUN)
+    total = STEPS * 12 * expected_kills  # twice the steps expected between kills
     arguments = ["train", "--env-id", "CartPole-v1", "--n-envs", "8", "--n-steps", str(STEPS // 8), "--threads", "1"]
     arguments += ["--checkpoint-every", str(STEPS), "--total-timesteps", str(total), "--compile", "off"]
     arguments += ["--vectorization", vectorization, "--normalize-obs", "--normalize-rewards", "--target-kl", "0.02"]
@@ -114,7 +114,7 @@ def _kill(folder: Path, kills: int, seed: int, vectorization: str) -> dict[str, 
 def _kill_one(
     arguments: list[str], run: Path, kills: int, patience: float, rng: random.Random, figures: dict[str, Any]
 ) -> None:
-    """Start one run and kill it, again and again, until it has ended or there were so many kills in all."""
+    """Start one run and kill it repeatedly, until it has ended or the total of kills is reached."""
     from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 
     newest = 0
@@ -125,13 +125,13 @@ def _kill_one(
         status = _wait(pid)
         if status == 0:
             return
-        assert status == -signal.SIGKILL, f"it ended by itself, with status {status}"
+        assert status == -signal.SIGKILL, f"the run ended with status {status} before it was killed"
         figures["kills"] += 1
         if not list_checkpoints(run):
             figures["killed before the first checkpoint"] += 1
             shutil.rmtree(run, ignore_errors=True)
             continue
-        path, problems = newest_checkpoint(run)  # raises where none can be loaded
+        path, problems = newest_checkpoint(run)  # raises if none can be loaded
         figures["unloadable"] += len(problems)
         figures["lost past the last checkpoint"] += int(path.name[5:]) < newest
         newest = int(path.name[5:])
@@ -151,7 +151,7 @@ def _last_step(run: Path) -> int:
 
 
 def _start(arguments: list[str]) -> int:
-    """A forked child that runs the command line."""
+    """Fork a child that runs the command line; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -171,7 +171,7 @@ def _wait(pid: int) -> int:
 
 
 def _run(iterations: int, folder: Path) -> Any:
-    """A trainer of so many iterations."""
+    """Return a trainer with `iterations` iterations."""
     from fastppo import Config, Trainer
 
     config = Config(
@@ -191,6 +191,7 @@ def _run(iterations: int, folder: Path) -> Any:
 
 
 def _turn(running: Iterator[Any]) -> float:
+    """Return the seconds of one turn of a run."""
     begin = time.perf_counter()
     for _ in itertools.islice(running, SAVE_EVERY):
         pass
@@ -198,14 +199,14 @@ def _turn(running: Iterator[Any]) -> float:
 
 
 def _serve_turns(folder: Path) -> None:
-    """Begin a run and go a turn on whenever a line comes, answering with its seconds."""
+    """Start a run; for each line on standard input, take a turn and print its seconds."""
     running = _run(int(ITERATIONS_PER_HOUR), folder).iterations()
     for _ in sys.stdin:
         print(_turn(running), flush=True)
 
 
-def _against_a_fresh_one(running: Iterator[Any], turns: int, folder: Path) -> list[float]:
-    """Of each turn, how fast `running` was to a run that has just begun."""
+def _relative_speed(running: Iterator[Any], turns: int, folder: Path) -> list[float]:
+    """Return the speed of `running` relative to a run that has just started, per turn."""
     command = [sys.executable, "-m", "benchmarks.soak", "--turns-in", str(folder)]
     pipe, root = subprocess.PIPE, Path(__file__).parents[1]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root) as fresh:
@@ -222,7 +223,7 @@ def _against_a_fresh_one(running: Iterator[Any], turns: int, folder: Path) -> li
 
 
 def soak(hours: float, folder: Path, turns: int = 30) -> dict[str, Any]:
-    """A day's events, or a part of them; what grew."""
+    """Run the events of `hours`; return a summary of growth, the turns and the samples."""
     iterations = int(hours * ITERATIONS_PER_HOUR)
     this, samples = psutil.Process(), list[dict[str, float]]()
     trainer, begin, at = _run(iterations + turns * SAVE_EVERY, folder / "run"), time.perf_counter(), 0
@@ -244,7 +245,7 @@ def soak(hours: float, folder: Path, turns: int = 30) -> dict[str, Any]:
             }
         )
         begin, at = time.perf_counter(), stats.iteration
-    ratios = _against_a_fresh_one(running, turns, folder / "fresh")
+    ratios = _relative_speed(running, turns, folder / "fresh")
     for _ in running:  # to its end
         pass
     settled = samples[len(samples) // 5 :]
@@ -275,13 +276,13 @@ def main(
     hours_of_events: float = 0.0,
     seed: int = 0,
     vectorization: Annotated[
-        str, tyro.conf.arg(help="of the runs that are killed; `all`: sync, pool and native")
+        str, tyro.conf.arg(help="vectorization of the killed runs; `all`: sync, pool and native")
     ] = "all",
     output: Path | None = None,
-    kills_in: Annotated[Path | None, tyro.conf.arg(help="used by itself")] = None,
-    turns_in: Annotated[Path | None, tyro.conf.arg(help="used by itself")] = None,
+    kills_in: Annotated[Path | None, tyro.conf.arg(help="internal")] = None,
+    turns_in: Annotated[Path | None, tyro.conf.arg(help="internal")] = None,
 ) -> None:
-    """Kill runs so many times, or go through so many hours of events."""
+    """Kill runs `kills` times, or run `hours_of_events` hours of events."""
     if kills_in is not None:
         print(json.dumps(_kill(kills_in, kills, seed, vectorization)))
         return
@@ -291,10 +292,11 @@ def main(
     with tempfile.TemporaryDirectory(prefix="fastppo-soak-") as name:
         folder = Path(name)
         if kills:
-            ways = ["sync", "pool", "native"] if vectorization == "all" else [vectorization]
-            for way in ways:
-                (folder / way).mkdir()
-            report([kill_and_resume(folder / way, max(1, kills // len(ways)), seed, way) for way in ways], output)
+            kinds = ["sync", "pool", "native"] if vectorization == "all" else [vectorization]
+            for kind in kinds:
+                (folder / kind).mkdir()
+            share = max(1, kills // len(kinds))
+            report([kill_and_resume(folder / kind, share, seed, kind) for kind in kinds], output)
         if hours_of_events:
             figures = soak(hours_of_events, folder)
             report([figures.pop("summary")], output, **figures)

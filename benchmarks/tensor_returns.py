@@ -1,9 +1,9 @@
-"""Whether training on a tensor environment ends where training on Gymnasium's own does.
+"""Final returns on tensor environments and on Gymnasium's environments, which should agree.
 
     python -m benchmarks.tensor_returns
 
-Not timed. For each environment the same settings with `sync` and with `tensor`, seeds 1-5, two runs side by side: mean
-return of the last 100 episodes, its mean over seeds and the standard error of that.
+Not timed. Each environment runs with equal settings under `sync` and `tensor`, seeds 1-5, two concurrent runs. Shown:
+mean return of the last 100 episodes, as mean over seeds with its standard error.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass
 class Options:
-    """Returns on tensor environments beside Gymnasium's."""
+    """Final returns on tensor and Gymnasium environments."""
 
     env_id: tuple[str, ...] = tuple(_SETTINGS)
-    """Environments."""
+    """Environment ids."""
     seeds: int = 5
-    """Seeds 1 to this."""
+    """Number of seeds; they are 1 to `seeds`."""
     output: Path | None = None
     """JSON file for the results."""
 
@@ -46,8 +46,8 @@ def train(job: tuple[str, str, int]) -> float:
 
     env_id, vectorization, seed = job
     with tempfile.TemporaryDirectory() as folder:
-        where = {"env_id": env_id, "vectorization": vectorization, "run_dir": Path(folder) / "run"}
-        return Trainer(Config(seed=seed, threads=1, compile="off", **where, **_SETTINGS[env_id])).run().mean_return
+        placement = {"env_id": env_id, "vectorization": vectorization, "run_dir": Path(folder) / "run"}
+        return Trainer(Config(seed=seed, threads=1, compile="off", **placement, **_SETTINGS[env_id])).run().mean_return
 
 
 def main(options: Options) -> None:

@@ -1,42 +1,40 @@
-"""One minibatch of the update: gather, forward, loss, gradient, clip, Adam.
+"""Time of one minibatch of the update: gather, forward, loss, gradient, clip, Adam.
 
     python -m benchmarks.update
 
-Timed: `PPOUpdate.step` on a rollout of 16384 rows or more, CartPole's shapes (4 numbers, 2 actions), two 64x64
-tanh networks; the median of half a second of calls. `module + Adam` is the same mathematics as one would write it:
-nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with the module and the loss
-compiled. Each row is a process of its own, as the C library's memory settings and the threads are a process's.
+Timed: `PPOUpdate.step` on a rollout of at least 16384 rows with CartPole's shapes (4 numbers, 2 actions), two
+64x64 tanh networks; median of half a second of calls. `module + Adam` is the same mathematics in plain PyTorch:
+nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with module and loss compiled.
+Each row has a fresh process, because threads and the C library's memory settings are set once per process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from benchmarks import median_ms, report
+from benchmarks import median_ms, report, run_task
 
 
 @dataclasses.dataclass
 class Options:
-    """A minibatch's time."""
+    """Time of one minibatch."""
 
     rows: tuple[int, ...] = (128, 512, 1024, 2048, 16384, 65536)
-    """Sizes of minibatches."""
+    """Minibatch sizes."""
     threads: tuple[int, ...] = (1, 2)
-    """Of torch."""
+    """Numbers of torch threads."""
     hidden: int = 64
     """Width of the hidden layers."""
     output: Path | None = None
     """JSON file for the results."""
     one: str | None = None
-    """Measure in this process: [rows, threads, hidden] as JSON."""
+    """Internal: measure in this process, [rows, threads, hidden] as JSON."""
 
 
 def main(options: Options) -> None:
@@ -46,9 +44,7 @@ def main(options: Options) -> None:
     rows = []
     for size in options.rows:
         for threads in options.threads:
-            command = [sys.executable, "-m", "benchmarks.update", "--one", json.dumps([size, threads, options.hidden])]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(run_task("benchmarks.update", [size, threads, options.hidden]))
             print(rows[-1], flush=True)
     report(rows, options.output)
 
@@ -58,7 +54,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
 
     from fastppo.functional.adam import adam
     from fastppo.functional.distributions import Categorical
-    from fastppo.functional.losses import Batch, Coefficients, PPOLoss, normalize_advantages
+    from fastppo.functional.losses import Batch, Coefficients, PPOLoss
     from fastppo.policies.encoder import Encoder
     from fastppo.policies.flat_parameters import FlatParameters
     from fastppo.policies.mlp import MLP
@@ -84,24 +80,8 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     order = torch.randperm(total)[:size]
     row: dict[str, Any] = {"rows": size, "threads": threads, "hidden": hidden}
 
-    # as one would write it, before anything of ours changes how memory is handled
-    torch_adam = torch.optim.Adam(net.parameters(), 2.5e-4, eps=1e-5)
-
-    def loss_of(part: Batch) -> torch.Tensor:
-        part = part._replace(advantages=normalize_advantages(part.advantages))
-        current = policy.evaluate_actions(policy(part.obs), part.actions, part.params)
-        return PPOLoss("off")(current, part, coefs)[0]
-
-    def plain(loss: Any = loss_of) -> None:
-        part = Batch(*(None if x is None else x[order] for x in batch))
-        torch_adam.zero_grad()
-        loss(part).backward()
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-        torch_adam.step()
-
-    row["module + Adam ms"] = median_ms(plain)
-    compiled_loss = torch.compile(loss_of)
-    row["torch.compile ms"] = median_ms(lambda: plain(compiled_loss))
+    # plain PyTorch first, before keep_freed_memory changes the allocator
+    row |= _time_plain_pytorch(policy, batch, coefs, order)
 
     keep_freed_memory()
     update = PPOUpdate(
@@ -122,6 +102,34 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     row["seconds to compile"] = time.perf_counter() - begin
     row["ours, compiled ms"] = median_ms(lambda: update.step(minibatch, coefs))
     return row
+
+
+def _time_plain_pytorch(policy: Any, batch: Any, coefs: Any, order: Any) -> dict[str, float]:
+    """Time a minibatch with nn.Module, autograd and torch.optim.Adam, eager and with torch.compile."""
+    import torch
+
+    from fastppo.functional.losses import Batch, normalize_advantages, ppo_loss
+
+    parameters = list(policy.network.parameters())
+    adam = torch.optim.Adam(parameters, 2.5e-4, eps=1e-5)
+
+    def loss_of(part: Batch) -> torch.Tensor:
+        part = part._replace(advantages=normalize_advantages(part.advantages))
+        now = policy.evaluate(part.obs, part.actions, part.params)
+        return ppo_loss(now.logprobs, now.entropy, now.values, now.exact_kl, part, coefs, "off")[0]
+
+    def step(loss: Any) -> None:
+        part = Batch(*(None if x is None else x[order] for x in batch))
+        adam.zero_grad()
+        loss(part).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        adam.step()
+
+    compiled_loss = torch.compile(loss_of)
+    return {
+        "module + Adam ms": median_ms(lambda: step(loss_of)),
+        "torch.compile ms": median_ms(lambda: step(compiled_loss)),
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Environment steps per second of each vectorisation, nothing else running.
+"""Environment steps per second of each vectorization alone.
 
     python -m benchmarks.vectorizers --env-id CartPole-v1
 
-Timed: `step` of the vector environment with random actions drawn beforehand, resets within it, the first 8 left out;
-real steps only (a next-step environment's resets don't count). Each measurement takes a second, rounds are interleaved
-over the vectorisations, and the median of five is given. `gymnasium sync` is Gymnasium's SyncVectorEnv, `sync` ours.
+Timed: `step` of the vector environment, resets included, with actions drawn beforehand, after 8 warm-up steps. Only
+real steps count, not the reset steps of next-step autoreset. A measurement takes a second; rounds are interleaved over
+the vectorizations, and the table shows medians over rounds. `gymnasium sync` is Gymnasium's SyncVectorEnv.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from fastppo.envs.registry import inspect_env, make_vectorized
 
 @dataclasses.dataclass
 class Options:
-    """Vectorisations."""
+    """Speed of vectorizations."""
 
     env_id: str = "CartPole-v1"
-    """Environment."""
+    """Environment id."""
     n_envs: tuple[int, ...] = (1, 8, 64, 512)
     """Numbers of environments."""
     vectorization: tuple[str, ...] = ("gymnasium sync", "sync", "pool", "native", "async")
-    """Which."""
+    """Vectorizations."""
     rounds: int = 5
-    """Measurements of each."""
+    """Measurements per vectorization."""
     output: Path | None = None
     """JSON file for the results."""
 
 
 def main(options: Options) -> None:
-    found = inspect_env(options.env_id, {})
-    assert found.factory is not None
-    factory = found.factory
+    env_info = inspect_env(options.env_id, {})
+    factory = env_info.factory
+    assert factory is not None
     rows = []
     for n in options.n_envs:
         makers: dict[str, Any] = {}
@@ -51,8 +51,8 @@ def main(options: Options) -> None:
                 makers[name] = functools.partial(
                     SyncVectorEnv, [factory] * n, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
                 )
-            elif name != "async" or n <= 64:  # a process each
-                makers[name] = functools.partial(make_vectorized, found, n, name, 0, None, 1)
+            elif name != "async" or n <= 64:  # a process per environment
+                makers[name] = functools.partial(make_vectorized, env_info, n, name, 0, None, 1)
         speeds: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(options.rounds):
             for name, make in makers.items():

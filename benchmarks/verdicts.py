@@ -1,12 +1,12 @@
-"""Whether what `fastppo bench` predicts comes true: a part is made twice as fast and the gain is measured.
+"""Predicted and measured gains of `fastppo bench`: make a part faster and measure the gain.
 
     python -m benchmarks.verdicts
 
-Timed: points of `fastppo bench`. The environment is CartPole that spins until its step has taken a given time, which is
-then halved; the update is halved by half the epochs. What surrounds them (wrappers, laying out the batch) doesn't get
-faster with them, so `times as fast` is what the part gained when it ran alone. Predicted is what the slower point says
-of itself for that; measured is the ratio of steps per second, less one. Rounds are interleaved; medians over them are
-given.
+Timed: points of `fastppo bench`. The environment is CartPole with a busy wait up to a given time per step, which is
+then halved; the update is halved by half the epochs. Work around them (wrappers, layout of the batch) does not get
+faster, so `times as fast` is the measured ratio of the part alone. `predicted` is the gain that the slower point
+predicts for this ratio; `measured` is the ratio of steps per second minus one. Rounds are interleaved; the table shows
+medians.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastppo.analysis.bench import run_points
 
 
 class Spinning(CartPoleEnv):
-    """CartPole whose step takes `seconds`."""
+    """CartPole with steps of `seconds`."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__()
@@ -46,14 +46,14 @@ gym.register("Spinning-v0", entry_point=Spinning, max_episode_steps=500)
 
 @dataclasses.dataclass
 class Options:
-    """Predictions of bench against measurements."""
+    """Predicted and measured gains of bench."""
 
     cases: tuple[int, ...] = (0, 1, 2, 3)
-    """Which of CASES, counted from 0."""
+    """Indices into CASES."""
     rounds: int = 3
-    """Measurements of each."""
+    """Measurements per case."""
     seconds: float = 3.0
-    """Of training at each."""
+    """Seconds of training per measurement."""
     output: Path | None = None
     """JSON file for the results."""
 

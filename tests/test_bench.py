@@ -1,4 +1,4 @@
-"""fastppo bench: real points in processes of their own, failures as rows, words that follow from the figures."""
+"""fastppo bench: points in fresh processes, failures as rows, verdicts that follow from the figures."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ SHARES = {"env": 0.2, "act": 0.1, "store": 0.02, "advantages": 0.01, "update": 0
 def point(n_envs=64, vectorization="sync", sps=1000.0, **changes):
     values = {"sps_low": sps * 0.9, "sps_high": sps * 1.1, "phases": SHARES, "config": {"threads": 1, "n_steps": 8}}
     values |= {"ceilings": {"env": sps / 0.2, "act": sps / 0.1, "update": sps / 0.6}}
-    values["config"] |= dict.fromkeys(bench_report._SHOWN)
+    values["config"] |= dict.fromkeys(bench_report._SETTINGS)
     return Point(n_envs, vectorization, sps=sps, **values | changes)
 
 
@@ -28,22 +28,21 @@ def test_a_gain_is_amdahls_law():
     assert p.gain("env") == pytest.approx(1 / 0.9 - 1)
 
 
-def test_where_acting_and_stepping_overlap_a_faster_environment_saves_the_wait():
-    # alone the environments would take half an iteration, 0.1 of which is left to wait for: all of that may go
+def test_with_overlap_a_faster_environment_saves_only_the_wait():
+    # alone the environments take half an iteration, of which the trainer waits for 0.1: a faster one saves all of it
     ceilings = {"env": 2000.0, "act": 1e4, "update": 2e3}
     hidden = point(overlapped=True, phases=SHARES | {"env": 0.1}, ceilings=ceilings)
     assert hidden.gain("env") == pytest.approx(1 / 0.9 - 1)
-    # nothing was hidden: as without overlap
+    # nothing is hidden: the same as without overlap
     assert point(overlapped=True).gain("env") == pytest.approx(1 / 0.9 - 1)
 
 
-def test_the_verdict_names_the_largest_part_the_next_n_envs_and_what_is_faster():
+def test_the_verdict_names_the_limiting_part_the_next_n_envs_and_the_faster_vectorization():
     points = [point(64), point(512, sps=1300.0), point(64, "pool", sps=1100.0), Point(8, "native", failure="no such")]
     text = verdict(points[0], points)
-    assert text.startswith("update-bound (60% of the time): twice as fast, the update would give +43%")
-    assert "the environments +11%" in text
-    assert "n_envs 64 -> 512 gives +30%" in text
-    assert "pool gives +10%" in text
+    assert text.startswith("update-bound (60% of the time); update twice as fast: +43% steps/s (environments +11%, ")
+    assert "n_envs 64 -> 512: +30%" in text
+    assert "vectorization pool: +10%" in text
     assert "->" not in verdict(points[1], points)
     assert verdict(points[3], points) == "no such"
     env_bound = point(phases=SHARES | {"env": 0.7, "update": 0.1})
@@ -63,11 +62,11 @@ def test_files_hold_every_point_and_the_page_needs_no_network(tmp_path):
     assert [row["failure"] for row in rows] == ["", "killed by signal 9 (out of memory?)"]
     assert float(rows[0]["share_update"]) == 0.6
     assert json.loads((tmp_path / "bench.json").read_text())["points"][0]["sps"] == 1000.0
-    # nothing but failures is a page too
+    # a bench with failures only also has a page
     assert "out of memory?" in bench_report.write_files(tmp_path, "Env-v0", points[1:], about).read_text()
 
 
-def test_a_real_bench_saves_what_auto_takes(tmp_path, monkeypatch, capsys):
+def test_a_bench_saves_the_choice_for_auto(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ["bench", "--env-id", "Acrobot-v1", "--n-envs", "2", "--vectorization", "sync", "native", "--n-steps"]
     arguments += ["16", "--seconds", "0.2", "--compile", "off", "--save", "--run-dir", str(tmp_path / "out")]
@@ -89,7 +88,7 @@ def test_a_real_bench_saves_what_auto_takes(tmp_path, monkeypatch, capsys):
     assert notes[0].startswith("vectorization sync: fastest by fastppo bench on ")
 
 
-def test_a_process_that_dies_is_a_row(tmp_path):
+def test_a_killed_process_is_a_row(tmp_path):
     (tmp_path / "deadly.py").write_text(
         "import os, signal, gymnasium\n"
         "class Deadly(gymnasium.Env):\n"
@@ -111,7 +110,7 @@ def test_a_process_that_dies_is_a_row(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_file_of_choices_is_no_file(tmp_path, monkeypatch):
+def test_a_damaged_file_of_choices_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert choose.recall("Env-v0", "here", 8) is None
     path = choose.remember("Env-v0", "here", 8, {"vectorization": "pool", "reason": "why"})

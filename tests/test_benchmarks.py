@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_imports_and_has_a_main(name):
+def test_a_benchmark_imports_and_has_a_main(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
 
 

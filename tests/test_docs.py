@@ -14,9 +14,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import tyro
 
-from fastppo.cli import COMMANDS, _spell_out_switches, main
+from fastppo.cli import COMMANDS, main, parse
 from fastppo.config import Config, load_toml
 
 ROOT = Path(__file__).parents[1]
@@ -54,11 +53,6 @@ def commands():
                 if words := shlex.split(line, comments=True):
                     found.setdefault(tuple(words), page)
     return [pytest.param(list(words), id=f"{page}: {' '.join(words)}") for words, page in found.items()]
-
-
-def parse(words):
-    """What `fastppo WORDS` asks for, by the command line's own parser."""
-    return tyro.cli(COMMANDS[words[0]], args=_spell_out_switches(words[1:]))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The doctor's report: what it names, and its exit status."""
+"""fastppo doctor: its checks and its exit status."""
 
 import torch
 
@@ -10,7 +10,7 @@ from fastppo.spaces import ObsSpec
 from tests.test_update import make_policy
 
 
-def test_a_machine_that_works_says_so(capsys):
+def test_a_working_machine_passes(capsys):
     assert main(["doctor", "--seconds", "0.3"]) == 0
     out = capsys.readouterr().out
     for name in (
@@ -26,11 +26,11 @@ def test_a_machine_that_works_says_so(capsys):
         "auto",
     ):
         assert f" {name} " in out, name
-    assert "steps/s of CartPole-v1" in out
+    assert "steps/s on CartPole-v1" in out
     assert out.rstrip().endswith("this machine can train")
 
 
-def test_what_does_not_work_is_named_and_the_status_is_1(capsys, monkeypatch):
+def test_failures_are_reported_and_the_status_is_1(capsys, monkeypatch):
     def broken(*inputs):
         return [x + 1 for x in gae_doubling(*inputs)]
 
@@ -39,13 +39,13 @@ def test_what_does_not_work_is_named_and_the_status_is_1(capsys, monkeypatch):
     assert main(["doctor", "--seconds", "0.1", "--env-id", "Nope-v0"]) == 1
     out = capsys.readouterr().out
     assert "bad  advantages       broken, error 1.0e+00" in out
-    assert "note compiler         doesn't work" in out
+    assert "note compiler         does not work" in out
     assert "updates run eagerly, several times slower: there is no C++ compiler (no-such-compiler)" in out
     assert "bad  training         failed\n                      env_id='Nope-v0' is not a registered environment" in out
     assert "problems found, see above" in out
 
 
-def test_where_to_act_is_measured_and_told():
+def test_the_act_device_is_measured_and_explained():
     policy, spec, cpu = make_policy(), ObsSpec.single("vector", (4,), "float32"), torch.device("cpu")
     assert choose_act_device("cuda", policy, spec, 4, cpu) == ("cuda", "asked for")
     chosen, why = choose_act_device("auto", policy, spec, 4, cpu)

@@ -1,4 +1,4 @@
-"""Pages in a browser: sliders, legends, no network, a phone's width."""
+"""HTML pages in a browser: sliders, legends, no network, a phone's width."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ SMALL = Config(n_envs=4, n_steps=32, total_timesteps=128 * 12, compile="off", th
 @pytest.fixture(scope="module")
 def browser():
     if CHROMIUM is None:
-        pytest.skip("no Chromium here; scripts/install-browser installs Debian's")
+        pytest.skip("Chromium is not installed; scripts/install-browser installs it")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
 
 
 class Opened:
-    """A page, and what happened while it was open."""
+    """An open page with its requests and errors."""
 
     def __init__(self, browser, path, width=1280):
         self.page = browser.new_page(viewport={"width": width, "height": 900})
@@ -54,12 +54,12 @@ class Opened:
         self.page.wait_for_selector(".main-svg, p")
 
     def show(self, figure):
-        """Scroll to a figure, which draws it."""
+        """Scroll to a figure and wait until it is drawn."""
         self.page.locator(f"#{figure}").scroll_into_view_if_needed()
         self.page.wait_for_selector(f"#{figure} .main-svg")
 
     def show_all(self):
-        """Draw all, as for printing; how many there are."""
+        """Draw all figures, as before printing; return their number."""
         self.page.evaluate("dispatchEvent(new Event('beforeprint'))")
         self.page.wait_for_function("Array.from(document.querySelectorAll('.figure')).every(div => div.data)")
         return self.page.locator(".figure").count()
@@ -85,7 +85,7 @@ def open_page(browser):
         one.page.close()
 
 
-def test_figures_are_drawn_when_they_are_scrolled_to_or_printed(open_page, runs):
+def test_figures_are_drawn_when_scrolled_to_or_printed(open_page, runs):
     one = open_page(runs / "one.html")
     one.page.wait_for_selector("#returns .main-svg")
     drawn = "Array.from(document.querySelectorAll('.figure')).filter(div => div.data).length"
@@ -97,7 +97,7 @@ def test_figures_are_drawn_when_they_are_scrolled_to_or_printed(open_page, runs)
     assert one.show_all() == one.page.evaluate(drawn) == 17
 
 
-def test_the_sliders_change_what_is_drawn(open_page, runs):
+def test_the_sliders_change_the_figures(open_page, runs):
     one = open_page(runs / "one.html")
     assert one.page.locator("#update").get_attribute("max") == "2"  # of iterations 1, 5 and 9
     ratios, advantages = one.trace("ratios", 0, "x"), one.trace("gae", 0, "y")
@@ -110,27 +110,27 @@ def test_the_sliders_change_what_is_drawn(open_page, runs):
     one.page.locator("#epoch").press("End")
     assert one.trace("ratios", 0, "x") == ratios
     one.page.locator("#update").press("Home")
-    assert "update 1, at 128 steps" in one.page.locator("#update-text").inner_text()
+    assert "update 1, step 128" in one.page.locator("#update-text").inner_text()
     assert one.trace("ratios", 0, "x") != ratios
     assert one.trace("gae", 0, "y") != advantages
 
 
-def test_points_lie_on_the_surrogate_and_clipped_ones_where_it_is_flat(open_page, runs):
+def test_rows_lie_on_the_surrogate_and_clipped_ones_on_its_flat_part(open_page, runs):
     one = open_page(runs / "one.html")
     for points, sign in ((1, 1), (3, -1)):
         xs, ys = one.trace("surrogate", points, "x"), one.trace("surrogate", points, "y")
         assert len(xs) > 10
         for x, y in zip(xs, ys, strict=True):
             assert y == pytest.approx(min(x * sign, min(max(x, 0.8), 1.2) * sign))
-    inside, clipped = (
+    unclipped, clipped = (
         list(zip(one.trace("scatter", i, "x"), one.trace("scatter", i, "y"), strict=True)) for i in (0, 1)
     )
-    assert len(inside) + len(clipped) == 128
+    assert len(unclipped) + len(clipped) == 128
     assert all(ratio > 1.2 if advantage >= 0 else ratio < 0.8 for advantage, ratio in clipped)
-    assert not any(ratio > 1.2 if advantage >= 0 else ratio < 0.8 for advantage, ratio in inside)
+    assert not any(ratio > 1.2 if advantage >= 0 else ratio < 0.8 for advantage, ratio in unclipped)
 
 
-def test_the_legend_hides_and_the_buttons_change_the_axis(open_page, runs):
+def test_the_legend_hides_runs_and_the_buttons_change_the_axis(open_page, runs):
     one = open_page(runs / "two.html")
     one.show("returns")
     visible = "document.getElementById('returns').data.map(trace => trace.visible)"
@@ -144,7 +144,7 @@ def test_the_legend_hides_and_the_buttons_change_the_axis(open_page, runs):
     assert one.page.evaluate("document.getElementById('returns').layout.xaxis.title.text") == "seconds"
 
 
-def test_runs_are_chosen_by_name(open_page, runs):
+def test_runs_are_selected_by_name(open_page, runs):
     one = open_page(runs / "two.html")
     ratios = one.trace("ratios", 0, "x")
     one.page.locator("#run").select_option("seed2")
@@ -153,14 +153,14 @@ def test_runs_are_chosen_by_name(open_page, runs):
 
 
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_nothing_scrolls_sideways_on_a_phone(open_page, runs, name):
+def test_no_page_scrolls_sideways_on_a_phone(open_page, runs, name):
     one = open_page(runs / f"{name}.html", width=390)
     one.show_all()
     one.page.wait_for_timeout(300)  # figures resize after they are drawn
     assert one.page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_the_page_of_bench_is_one_of_them(open_page, tmp_path):
+def test_the_page_of_bench(open_page, tmp_path):
     import torch
 
     shares = {"env": 0.3, "act": 0.2, "update": 0.4, "store": 0.02, "advantages": 0.02, "log": 0.02}
@@ -174,7 +174,7 @@ def test_the_page_of_bench_is_one_of_them(open_page, tmp_path):
     assert one.page.evaluate("document.documentElement.scrollWidth") == 390
 
 
-def test_the_page_of_a_study_is_one_of_them(open_page, runs, tmp_path):
+def test_the_page_of_a_study(open_page, runs, tmp_path):
     import torch
 
     configs = []
@@ -209,13 +209,13 @@ def not_finite(row):
     ("lines", "change", "said"),
     [
         (0, None, "No iteration was logged"),
-        (1, None, "One update only"),
-        (12, "no samples", "No update was looked into"),
+        (1, None, "Only one update was logged"),
+        (12, "no samples", "No update was sampled"),
         (12, without_episodes, "No episode has ended"),
-        (12, not_finite, "not finite in 12 of 12 iterations"),
+        (12, not_finite, "NaN or infinite in 12 of 12 iterations"),
     ],
 )
-def test_pages_of_broken_runs_open_without_an_error(open_page, runs, tmp_path, lines, change, said):
+def test_pages_of_damaged_runs_open_without_an_error(open_page, runs, tmp_path, lines, change, said):
     run = tmp_path / "run"
     shutil.copytree(runs / "seed1", run)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()[:lines]]

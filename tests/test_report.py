@@ -1,4 +1,4 @@
-"""Reports: what is read from run folders, what the page shows, and that it says what a broken run lacks."""
+"""Reports: run data, pages, diffs, and the problems of damaged runs."""
 
 import dataclasses
 import json
@@ -11,8 +11,9 @@ import torch
 
 from fastppo import Config, Trainer
 from fastppo.analysis.diff import difference
-from fastppo.analysis.report import advantages_by_lambda, report
-from fastppo.analysis.run_data import read_run, read_runs, thin
+from fastppo.analysis.report import report
+from fastppo.analysis.run_data import downsample, read_run, read_runs
+from fastppo.analysis.update_section import advantages_by_lambda
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
 from fastppo.monitoring.health import HealthFinding
@@ -37,7 +38,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-def test_a_record_holds_every_figure_of_every_iteration(runs):
+def test_run_data_holds_every_figure_of_every_iteration(runs):
     r = read_run(runs / "seed1")
     lines = [json.loads(line) for line in (runs / "seed1" / "metrics.jsonl").read_text().splitlines()]
     assert len(r) == 12
@@ -46,13 +47,13 @@ def test_a_record_holds_every_figure_of_every_iteration(runs):
     assert np.isnan(r.column("never")).all()
     # every episode is there: fewer than 32 end in an iteration
     assert len(r.returns) == r.column("episodes")[-1]
-    assert r.return_places["episodes"].tolist() == list(range(1, len(r.returns) + 1))
-    assert (np.diff(r.return_places["global_step"]) > 0).all()
+    assert r.return_axes["episodes"].tolist() == list(range(1, len(r.returns) + 1))
+    assert (np.diff(r.return_axes["global_step"]) > 0).all()
     mean = np.mean(r.returns[-100:])
     assert math.isclose(r.column("mean_return")[-1], mean, rel_tol=1e-5)
 
 
-def test_samples_begin_at_one_and_agree_with_what_the_update_reports(tmp_path):
+def test_sampled_ratios_start_at_one_and_agree_with_the_clip_fraction(tmp_path):
     trainer = train(
         tmp_path / "run", n_minibatches=1, update_epochs=3, anneal_lr=False, learning_rate=1e-2, target_kl=None
     )
@@ -62,8 +63,7 @@ def test_samples_begin_at_one_and_agree_with_what_the_update_reports(tmp_path):
     for s in samples:
         assert s.ratios.shape == (4, 64)
         assert s.first_ratio_error < 1e-5
-        # with one minibatch an epoch judges the rows as they were before its step: the mean over epochs is that of the
-        # clip fractions before each
+        # with one minibatch, an epoch measures the clip fraction before its step
         c = torch.tensor(s.coefs["clip_coef"])
         before = [clip_fraction(torch.as_tensor(row).log(), c).item() for row in s.ratios[:3]]
         assert math.isclose(r.column("losses/clipfrac")[s.iteration - 1], np.mean(before), abs_tol=0.011)
@@ -72,7 +72,7 @@ def test_samples_begin_at_one_and_agree_with_what_the_update_reports(tmp_path):
     assert trainer.result is not None
 
 
-def test_looking_changes_no_number(tmp_path):
+def test_sampling_changes_no_number(tmp_path):
     figures = []
     for every in (0, 1):
         trainer = train(tmp_path / str(every), record_ratios=every, log_histograms=bool(every))
@@ -82,7 +82,7 @@ def test_looking_changes_no_number(tmp_path):
 
 
 class Counting(torch.nn.Module):
-    """Keeps count of its calls, and draws random numbers as it runs."""
+    """Counts its calls and draws random numbers in them."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ class Counting(torch.nn.Module):
         return out[:, :2], out[:, 2]
 
 
-def test_looking_leaves_no_trace_in_a_users_network(tmp_path):
+def test_sampling_leaves_no_trace_in_a_custom_network(tmp_path):
     calls = []
     for every in (0, 1):
         config = dataclasses.replace(SMALL, run_dir=tmp_path / str(every), record_ratios=every, log_histograms=True)
@@ -106,7 +106,7 @@ def test_looking_leaves_no_trace_in_a_users_network(tmp_path):
     assert calls[0] == calls[1] > 0
 
 
-def test_who_loops_sees_what_health_finds(tmp_path, monkeypatch):
+def test_stats_hold_the_health_findings(tmp_path, monkeypatch):
     finding = HealthFinding("a name", "evidence.", "remedy.")
     monkeypatch.setattr("fastppo.monitoring.run_logger._HEALTH_SECONDS", -1.0)
     monkeypatch.setattr(
@@ -116,7 +116,7 @@ def test_who_loops_sees_what_health_finds(tmp_path, monkeypatch):
     assert [stats.findings for stats in trainer.iterations()] == [[]] * 3 + [[finding]] * 9
 
 
-def test_a_recorded_update_is_looked_into_too(tmp_path):
+def test_a_captured_update_is_sampled_too(tmp_path):
     settings = {"vectorization": "tensor", "compile": "graph", "n_steps": 8, "total_timesteps": 16 * 12}
     settings |= {"n_minibatches": 2, "update_epochs": 2}
     vectors = [train(tmp_path / str(k), record_ratios=k, **settings).update.parameters.vector for k in (0, 3)]
@@ -126,17 +126,17 @@ def test_a_recorded_update_is_looked_into_too(tmp_path):
     assert all(s.first_ratio_error < 1e-5 for s in samples)
 
 
-def test_the_runs_own_lambda_gives_the_advantages_that_were_learned_from(tmp_path):
+def test_the_lambda_of_the_run_gives_the_advantages_of_the_update(tmp_path):
     train(tmp_path / "run", env_id="Pendulum-v1", gae_lambda=0.8, normalize_rewards=True, n_steps=64)
     for s in read_samples(tmp_path / "run" / "samples"):
         found = advantages_by_lambda(s)
-        np.testing.assert_allclose(found["lambda 0.8 (the run's)"], s.trajectory["advantages"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found["lambda 0.8 (this run)"], s.trajectory["advantages"], rtol=1e-4, atol=1e-5)
         t = s.trajectory
         one_step = t["rewards"] + s.coefs["gamma"] * np.where(t["terminated"], 0, t["next_values"]) - t["values"]
         np.testing.assert_allclose(found["lambda 0"], one_step, rtol=1e-4, atol=1e-5)
 
 
-def test_a_damaged_sample_is_passed_over(runs, tmp_path):
+def test_a_damaged_sample_is_skipped(runs, tmp_path):
     folder = tmp_path / "samples"
     shutil.copytree(runs / "seed1" / "samples", folder)
     first, second, third = sorted(folder.iterdir())
@@ -145,7 +145,7 @@ def test_a_damaged_sample_is_passed_over(runs, tmp_path):
     assert [s.iteration for s in read_samples(folder)] == [int(third.stem)]
 
 
-def test_a_resumed_run_forgets_samples_of_what_it_does_again(tmp_path):
+def test_a_resumed_run_removes_samples_of_repeated_iterations(tmp_path):
     from fastppo import resume
 
     trainer = Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run", record_ratios=1, checkpoint_every=64 * 4))
@@ -153,7 +153,7 @@ def test_a_resumed_run_forgets_samples_of_what_it_does_again(tmp_path):
         if stats.iteration == 6:
             break
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))[-1]
-    shutil.rmtree(newest)  # as if it had been killed before
+    shutil.rmtree(newest)  # as if the run had been killed before
     resumed = resume(tmp_path / "run")
     assert resumed.progress.iteration == 4
     assert next(resumed.iterations()).iteration == 5
@@ -162,18 +162,18 @@ def test_a_resumed_run_forgets_samples_of_what_it_does_again(tmp_path):
     assert resumed.logger.history.iterations == 5
 
 
-def test_thin_takes_means_of_neighbours():
+def test_downsample_takes_means_of_neighbours():
     values = np.arange(10.0)
-    assert thin(values, 5).tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
-    assert thin(values, 4).tolist() == [1, 4, 7, 9]
-    assert thin(np.array([1.0, math.nan, 3.0, math.nan]), 2).tolist() == [1, 3]
-    assert np.isnan(thin(np.array([math.nan, math.nan]), 1)).all()
-    assert len(thin(np.zeros(0))) == 0
+    assert downsample(values, 5).tolist() == [0.5, 2.5, 4.5, 6.5, 8.5]
+    assert downsample(values, 4).tolist() == [1, 4, 7, 9]
+    assert downsample(np.array([1.0, math.nan, 3.0, math.nan]), 2).tolist() == [1, 3]
+    assert np.isnan(downsample(np.array([math.nan, math.nan]), 1)).all()
+    assert len(downsample(np.zeros(0))) == 0
 
 
 def page_of(runs, tmp_path, *names):
-    records = report([runs / name for name in names], tmp_path / "report.html")
-    return records, (tmp_path / "report.html").read_text()
+    run_data = report([runs / name for name in names], tmp_path / "report.html")
+    return run_data, (tmp_path / "report.html").read_text()
 
 
 def test_a_page_is_self_contained_and_small(runs, tmp_path):
@@ -183,12 +183,12 @@ def test_a_page_is_self_contained_and_small(runs, tmp_path):
     assert page.count("plotly.js v") == 1
     for remote in ('src="http', "src='http", '<link rel="stylesheet"'):
         assert remote not in page
-    for text in ("Health", "Clip fraction", "where an iteration's time goes", "learning_rate", "seed1"):
+    for text in ("Health", "Clip fraction", "time per iteration by phase", "learning_rate", "seed1"):
         assert text in page
 
 
 def test_a_page_of_a_long_run_stays_small(runs, tmp_path):
-    """10,000 iterations and 20 full looks into updates, which is what 80 million steps at n_envs 64 leave."""
+    """10,000 iterations and 20 full samples of updates, as 80 million steps at n_envs 64 leave."""
     rng = np.random.default_rng(0)
     shutil.copytree(runs / "seed1", tmp_path / "run")
 
@@ -198,7 +198,7 @@ def test_a_page_of_a_long_run_stays_small(runs, tmp_path):
             places = {"iteration": i + 1, "global_step": (i + 1) * 8192, "episodes": (i + 1) * 32, "seconds": i / 3}
             yield lines[i % 12] | noise | places | {"returns": rng.normal(300, 99, 32).tolist()}
 
-    spoil(tmp_path / "run", longer)
+    rewrite_metrics(tmp_path / "run", longer)
     shutil.rmtree(tmp_path / "run" / "samples")
     one = read_samples(runs / "seed1" / "samples")[0]
     trajectory = {name: rng.random(2048) for name in one.trajectory}
@@ -206,12 +206,12 @@ def test_a_page_of_a_long_run_stays_small(runs, tmp_path):
         ratios, advantages = rng.normal(1, 0.1, (5, 512)), rng.normal(0, 1, 512)
         sample = dataclasses.replace(one, iteration=i * 500 + 1, ratios=ratios, advantages=advantages)
         dataclasses.replace(sample, trajectory=trajectory).write(tmp_path / "run" / "samples")
-    records, page = page_of(tmp_path, tmp_path, "run")
-    assert (len(records[0]), len(records[0].returns), len(records[0].samples)) == (10_000, 320_000, 20)
+    run_data, page = page_of(tmp_path, tmp_path, "run")
+    assert (len(run_data[0]), len(run_data[0].returns), len(run_data[0].samples)) == (10_000, 320_000, 20)
     assert len(page) < 10e6
 
 
-def test_seeds_of_a_setting_get_a_band_and_other_settings_dont(runs, tmp_path):
+def test_seeds_of_one_configuration_get_a_band(runs, tmp_path):
     _, page = page_of(runs, tmp_path, "seed1", "seed2", "other")
     assert page.count("mean of 2 seeds") >= 1
     assert "mean of 3 seeds" not in page
@@ -220,19 +220,19 @@ def test_seeds_of_a_setting_get_a_band_and_other_settings_dont(runs, tmp_path):
 def test_runs_are_seeds_of_one_setting_if_they_are_equal_in_what_changes_results(runs):
     run = read_run(runs / "seed1")
     alike = {"seed": 7, "threads": 3, "strict_obs": True, "env_timeout": 5.0, "max_skipped": 9, "device": "cuda:0"}
-    assert dataclasses.replace(run, config=run.config | alike).setting == run.setting
+    assert dataclasses.replace(run, config=run.config | alike).group_key == run.group_key
     for name in ("gamma", "hidden_sizes", "total_timesteps", "precision"):
-        assert dataclasses.replace(run, config=run.config | {name: "another"}).setting != run.setting
+        assert dataclasses.replace(run, config=run.config | {name: "another"}).group_key != run.group_key
 
 
-def test_labels_are_text_and_no_code(runs, tmp_path):
+def test_labels_are_escaped(runs, tmp_path):
     name = "<script>alert(1)<"
     shutil.copytree(runs / "seed1", tmp_path / name)
     report([tmp_path / name], tmp_path / "report.html")
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
 
 
-def spoil(folder, change):
+def rewrite_metrics(folder, change):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in change(lines)))
 
@@ -244,42 +244,42 @@ def no_episodes(lines):
     return lines
 
 
-def nan_from_the_third(lines):
+def nan_from_third(lines):
     for line in lines[2:]:
         line |= {tag: None for tag in line if tag.startswith("losses/")}
     return lines
 
 
-BROKEN = {
+DAMAGED = {
     "no episodes": (no_episodes, "No episode has ended"),
-    "NaN": (nan_from_the_third, "not finite in 10 of 12 iterations, the first at step 192"),
-    "one update": (lambda lines: lines[:1], "One update only"),
+    "NaN": (nan_from_third, "NaN or infinite in 10 of 12 iterations, first at step 192"),
+    "one update": (lambda lines: lines[:1], "Only one update was logged"),
     "nothing": (lambda lines: [], "No iteration was logged"),
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_run_has_a_page_that_says_so(runs, tmp_path, kind):
-    change, text = BROKEN[kind]
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_the_page_of_a_damaged_run_names_the_problem(runs, tmp_path, kind):
+    change, text = DAMAGED[kind]
     shutil.copytree(runs / "seed1", tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()
-    spoil(tmp_path / "run", change)
+    rewrite_metrics(tmp_path / "run", change)
     for names in (("run",), ("run", "../" + str((runs / "seed2").relative_to(runs.parent)))):
         paths = [tmp_path / names[0], *(runs / "seed2" for _ in names[1:])]
         report(paths, tmp_path / "report.html")
         assert text in (tmp_path / "report.html").read_text()
 
 
-def test_what_is_cut_or_damaged_is_left_out_and_told(runs, tmp_path):
+def test_damaged_data_is_skipped_and_reported(runs, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs / "seed1", run)
     path = run / "metrics.jsonl"
     path.write_text(path.read_text()[:-100])
     r = read_run(run)
     assert len(r) == 11
-    assert r.troubles() == [
-        "1 lines of metrics.jsonl are damaged and left out.",
-        "Only 11 of 12 iterations are in metrics.jsonl: it was cut.",
+    assert r.problems() == [
+        "1 damaged lines of metrics.jsonl were skipped.",
+        "metrics.jsonl is truncated: it holds 11 of 12 iterations.",
     ]
     (run / "run.json").write_text('{"action_size": "x", "notes": 5, "versions": []}')
     sample = next((run / "samples").iterdir())
@@ -291,75 +291,76 @@ def test_what_is_cut_or_damaged_is_left_out_and_told(runs, tmp_path):
     r = read_run(run)
     assert len(r) == 11
     assert math.isnan(r.column("losses/entropy")[4])
-    assert "1 of its samples are damaged" in " ".join(r.troubles())
+    assert "1 damaged samples" in " ".join(r.problems())
     report([run], tmp_path / "report.html")
 
 
-def test_runs_of_one_name_are_told_apart(runs, tmp_path):
+def test_runs_of_one_name_get_unique_labels(runs, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(runs / "seed1", tmp_path / place / "run")
-    records = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])
-    assert [r.label for r in records] == ["a/run", "b/run"]
+    read = read_runs([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert [r.label for r in read] == ["a/run", "b/run"]
     report([tmp_path / "a" / "run", tmp_path / "b" / "run"], tmp_path / "report.html")
     assert '<option value="1">b/run</option>' in (tmp_path / "report.html").read_text()
 
 
-def test_what_is_no_run_is_refused(tmp_path, runs):
-    with pytest.raises(CheckpointError, match="is no run folder"):
+def test_a_folder_that_is_not_a_run_is_rejected(tmp_path, runs):
+    with pytest.raises(CheckpointError, match="is not a run folder"):
         report([tmp_path], tmp_path / "report.html")
     with pytest.raises(ConfigError, match="each run once"):
         report([runs / "seed1", runs / "seed1"], tmp_path / "report.html")
-    with pytest.raises(ConfigError, match="can't be written"):
+    with pytest.raises(ConfigError, match="can't write"):
         report([runs / "seed1"], tmp_path / "nowhere" / "report.html")
 
 
-def test_diff_finds_where_numbers_part(runs, tmp_path):
+def test_diff_finds_the_first_different_figure(runs, tmp_path):
     a = read_run(runs / "seed1")
     same = difference(a, a)
     assert same.settings == same.surroundings == []
-    assert "the same in all 12 iterations" in same.numbers
-    assert same.returns == "the same to step 768"
+    assert "every logged figure is equal in all 12 common iterations" in same.numbers
+    assert same.returns == "equal up to step 768"
     found = difference(a, read_run(runs / "seed2"))
     assert found.settings == [("seed", "1", "2")]
-    assert "until iteration 1 (step 64)" in found.numbers
+    assert "differ from iteration 1 on (step 64)" in found.numbers
     other = difference(a, read_run(runs / "other"))
     assert ("n_envs", "2", "4") in other.settings
     assert ("n_steps", "32", "16") in other.settings
 
-    # the same run, but for one figure of the seventh iteration
+    # the same run except one figure of the seventh iteration
     shutil.copytree(runs / "seed1", tmp_path / "run")
 
     def change(lines):
         lines[6]["losses/entropy"] += 1e-9
         return lines
 
-    spoil(tmp_path / "run", change)
+    rewrite_metrics(tmp_path / "run", change)
     assert (
-        "until iteration 7 (step 448), where losses/entropy differ" in difference(a, read_run(tmp_path / "run")).numbers
+        "figures differ from iteration 7 on (step 448): losses/entropy"
+        in difference(a, read_run(tmp_path / "run")).numbers
     )
 
 
-def test_diff_finds_where_returns_part(runs):
+def test_diff_finds_where_returns_diverge(runs):
     a = read_run(runs / "seed1")
     steps = np.linspace(1, 1000, 200)
     rising = dict(a.columns) | {"global_step": steps, "mean_return": steps}
     stuck = dict(a.columns) | {"global_step": steps, "mean_return": np.minimum(steps, 300)}
     a, b = (dataclasses.replace(a, columns=columns) for columns in (rising, stuck))
     text = difference(a, b).returns
-    # a tenth of the range of 1000 apart for good from step 400
-    assert text.startswith("apart for good from step 40")
-    assert "by 700" in text
+    # a tenth of the range of 1000 is reached at step 400
+    assert text.startswith("apart from step 40")
+    assert "gap 700" in text
 
 
-def test_a_run_is_named_once(runs, tmp_path):
-    with pytest.raises(ConfigError, match="no run is named"):
+def test_a_run_is_passed_once(runs, tmp_path):
+    with pytest.raises(ConfigError, match="got no run"):
         report([], tmp_path / "x.html")
-    with pytest.raises(ConfigError, match=r"seed1 is named twice"):
+    with pytest.raises(ConfigError, match=r"got .*seed1 twice"):
         report([runs / "seed1", runs / "seed2", runs / "seed1"], tmp_path / "x.html")
 
 
-def test_a_finding_that_came_and_went_is_left_out(runs, tmp_path):
-    """One that lasted a twentieth of the run, or to its end, is kept, and when is said."""
+def test_a_short_finding_is_left_out(runs, tmp_path):
+    """A finding that lasts a twentieth of the run, or to its end, is kept, with its steps."""
 
     def found(fractions):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
@@ -370,8 +371,8 @@ def test_a_finding_that_came_and_went_is_left_out(runs, tmp_path):
             for i, fraction in enumerate(fractions)
         ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (record,) = read_runs([run])
-        return {f.name: record.lasted(a, b) for f, a, b in record.findings}
+        (read,) = read_runs([run])
+        return {f.name: read.step_range(a, b) for f, a, b in read.findings}
 
     name, n = "clip fraction high", 640
     assert name not in found([0.1] * n)

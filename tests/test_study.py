@@ -1,4 +1,4 @@
-"""Study: the plan, the runs, going on after kill -9, the numbers, the recommendation."""
+"""fastppo study: plan, runs, resume after kill -9, estimates, recommendation."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from fastppo.errors import ConfigError
 BASE = Config(target_return=20.0, total_timesteps=4096, compile="off", threads=1, record_ratios=0)
 
 
-def test_a_held_batch_gives_n_steps_and_every_seed_its_folder(tmp_path):
+def test_n_steps_follow_from_the_batch_and_every_seed_has_a_folder(tmp_path):
     plan = plan_study(BASE, (4, 16, 4), 2, "batch", tmp_path)
     assert [(c.n_envs, c.n_steps, c.seed) for c in plan.configs] == [(4, 128, 1), (4, 128, 2), (16, 32, 1), (16, 32, 2)]
     assert plan.configs[2].run_dir == tmp_path / "runs" / "n16-seed1"
@@ -39,23 +39,23 @@ def test_a_held_batch_gives_n_steps_and_every_seed_its_folder(tmp_path):
     assert [(c.n_envs, c.n_steps) for c in plan.configs] == [(4, 128), (16, 128)]
 
 
-def test_the_threshold_of_the_environment_is_a_target(tmp_path):
+def test_the_reward_threshold_is_a_target(tmp_path):
     base = dataclasses.replace(BASE, target_return="threshold")
     assert plan_study(base, (4,), 1, "batch", tmp_path).target == 475
-    with pytest.raises(ConfigError, match="Pendulum-v1 has no threshold of its own: --target-return NUMBER"):
+    with pytest.raises(ConfigError, match="Pendulum-v1 has no reward threshold: use --target-return NUMBER"):
         plan_study(dataclasses.replace(base, env_id="Pendulum-v1"), (4,), 1, "batch", tmp_path)
 
 
 @pytest.mark.parametrize(
     ("n_envs", "seeds", "text"),
     [
-        ((5,), 1, "n_envs=5 does not divide the batch of 512 that all share; take 2, 4, 8,"),
+        ((5,), 1, "n_envs=5 does not divide the common batch of 512; use 2, 4, 8,"),
         ((0,), 1, "n_envs=0 must be at least 1"),
         ((4,), 0, "seeds=0 must be at least 1"),
         ((512,), 1, None),
     ],
 )
-def test_mistakes_are_found_before_anything_runs(tmp_path, n_envs, seeds, text):
+def test_mistakes_are_found_before_any_run(tmp_path, n_envs, seeds, text):
     if text is None:
         assert plan_study(BASE, n_envs, seeds, "batch", tmp_path).configs[0].n_steps == 1
         return
@@ -64,7 +64,7 @@ def test_mistakes_are_found_before_anything_runs(tmp_path, n_envs, seeds, text):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_runs_dont_take_each_others_cores(monkeypatch, tmp_path):
+def test_jobs_do_not_share_cores(monkeypatch, tmp_path):
     def jobs(cores, n_envs=4, hold="batch", **changes):
         monkeypatch.setattr("fastppo.analysis.study.usable_cores", lambda: cores)
         monkeypatch.setattr("fastppo.runtime.threads.CORES", cores)
@@ -81,18 +81,18 @@ def test_runs_dont_take_each_others_cores(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 10, 40])
-def test_an_interval_covers_the_truth_as_often_as_it_says(n):
+def test_an_interval_has_its_nominal_coverage(n):
     rng = np.random.default_rng(0)
     found = [Estimate.of(row.tolist()) for row in rng.normal(10, 2, (2000, n))]
     assert all(e.low <= e.mean <= e.high for e in found)
     assert abs(np.mean([e.low <= 10 <= e.high for e in found]) - 0.95) < 0.015
 
 
-def test_an_estimate_of_few():
+def test_an_estimate_of_few_values():
     assert math.isnan(Estimate.of([]).mean)
     assert (Estimate.of([3.0]).mean, math.isnan(Estimate.of([3.0]).low)) == (3.0, True)
     assert Estimate.of([3.0] * 4) == Estimate(3.0, 3.0, 3.0)
-    assert Estimate.of([1.0, 9.0]).low == 0.0, "no time is negative"
+    assert Estimate.of([1.0, 9.0]).low == 0.0, "times are positive"
 
 
 def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0, failed=0):
@@ -103,26 +103,28 @@ def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0, failed=0):
     return Setting(n, 8, [None] * of, failures, reached, around(steps), around(seconds), around(10), sps)
 
 
-def test_the_recommendation_says_what_the_numbers_say():
+def test_the_recommendation_follows_from_the_estimates():
     a, b, c = setting(4, 5, 5, 20, 50_000), setting(16, 5, 5, 10, 60_000), setting(64, 5, 5, 15, 90_000, sps=9000.0)
     text = recommend([a, b, c], 475)
-    assert text.startswith("Take n_envs 16: 5 of 5 seeds reached 475, in 10.0 (9.5 to 10.5) s.")
-    assert "n_envs 4 needs 50,000" in text
-    assert "9,000, come at n_envs 64" in text
-    assert "luck" not in text
-    # speed counts for nothing where fewer seeds arrive
+    assert text.startswith("Use n_envs 16: 5 of 5 seeds reached 475, in 10.0 (9.5-10.5) s.")
+    assert "n_envs 4 needs the fewest environment steps: 50,000 (" in text
+    assert "n_envs 64 has the highest speed, 9,000 steps/s" in text
+    assert "significant" not in text
+    # reliability comes before speed
     text = recommend([a, setting(64, 3, 5, 1, 1000)], 475)
-    assert text.startswith("Take n_envs 4")
+    assert text.startswith("Use n_envs 4")
     assert "Less reliable: n_envs 64 (3 of 5)" in text
-    # and seeds that failed were tried as well
+    # failed seeds count as tried
     text = recommend([setting(4, 1, 1, 1, 1000, failed=4), setting(16, 4, 5, 10, 60_000)], 475)
-    assert text.startswith("Take n_envs 16: 4 of 5")
+    assert text.startswith("Use n_envs 16: 4 of 5")
     assert "Less reliable: n_envs 4 (1 of 5)" in text
-    assert "overlaps: it may be luck" in recommend([setting(4, 5, 5, 10.4, 10), b], 475)
+    assert "The difference to n_envs 4 is not significant; run more seeds." in recommend(
+        [setting(4, 5, 5, 10.4, 10), b], 475
+    )
     assert recommend([setting(4, 0, 5, 0, 0)], 475).startswith("No run reached 475")
 
 
-def test_a_study_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
+def test_a_killed_study_continues_and_repeats_nothing(tmp_path):
     folder = tmp_path / "study"
     command = [sys.executable, "-m", "fastppo", "study", "--n-envs", "4", "8", "--seeds", "1", "--run-dir", str(folder)]
     command += ["--target-return", "100000", "--total-timesteps", "8192", "--compile", "off", "--jobs", "1"]
@@ -135,7 +137,7 @@ def test_a_study_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=10)
-    assert not alive, "its runs end with it"
+    assert not alive, "runs end with the study"
     times = [path.stat().st_mtime_ns for path in results if path.exists()]
     assert len(times) >= 1
 
@@ -152,13 +154,13 @@ def test_a_study_that_is_killed_goes_on_and_repeats_nothing(tmp_path):
     assert all(
         run["ended"] == "finished" and run["global_step"] == 8192 for s in found["settings"] for run in s["runs"]
     )
-    assert "which n_envs reaches" in (folder / "study.html").read_text()
+    assert "n_envs by time to a return of 100000" in (folder / "study.html").read_text()
 
 
 def test_a_folder_holds_one_study(tmp_path):
     plan = plan_study(BASE, (4,), 1, "batch", tmp_path / "study")
     begin_study(plan, BASE, tmp_path / "study")
-    begin_study(plan, BASE, tmp_path / "study")  # goes on
+    begin_study(plan, BASE, tmp_path / "study")  # continues it
     other = dataclasses.replace(BASE, target_return=30.0, learning_rate=0.1)
     with pytest.raises(ConfigError, match="target_return was 20.0, is 30.0; learning_rate was None, is 0.1"):
         begin_study(plan_study(other, (4,), 1, "batch", tmp_path / "study"), other, tmp_path / "study")
@@ -166,33 +168,33 @@ def test_a_folder_holds_one_study(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match="is not empty and holds no study"):
         begin_study(plan, BASE, tmp_path / "run")
-    with pytest.raises(ConfigError, match="is, or lies in, a file"):
+    with pytest.raises(ConfigError, match="is a file, or lies in one"):
         begin_study(plan, BASE, tmp_path / "run" / "config.json" / "x")
 
 
-def test_a_run_killed_before_its_result_is_run_again(tmp_path):
+def test_a_run_killed_before_its_result_runs_again(tmp_path):
     plan = plan_study(dataclasses.replace(BASE, target_return=1e5, total_timesteps=1024), (4,), 1, "batch", tmp_path)
-    assert [trouble for _, trouble in run_study(plan, 1)] == [None]
+    assert [error for _, error in run_study(plan, 1)] == [None]
     (tmp_path / "runs" / "n4-seed1" / "result.json").unlink()
-    assert [trouble for _, trouble in run_study(plan, 1)] == [None]
+    assert [error for _, error in run_study(plan, 1)] == [None]
 
 
-def test_runs_end_at_the_target_and_failures_are_told(tmp_path):
+def test_runs_end_at_the_target_and_failures_are_reported(tmp_path):
     plan = plan_study(BASE, (4,), 2, "batch", tmp_path)
     broken = dataclasses.replace(plan.configs[1], env_id="CartPol-v1")
     plan = dataclasses.replace(plan, configs=[plan.configs[0], broken])
     ended = list(run_study(plan, 2))
-    troubles = {config.seed: trouble for config, trouble in ended}
-    assert troubles[1] is None
-    assert "did you mean CartPole-v1?" in troubles[2]
-    (found,) = summarize(plan, {broken.run_dir: troubles[2]})
+    errors = {config.seed: error for config, error in ended}
+    assert errors[1] is None
+    assert "did you mean CartPole-v1?" in errors[2]
+    (found,) = summarize(plan, {broken.run_dir: errors[2]})
     assert (found.reached, list(found.failures)) == (1, [2])
     result = json.loads((Path(plan.configs[0].run_dir) / "result.json").read_text())
     assert found.steps.mean == result["global_step"] < 4096
     assert found.seconds.mean == result["seconds"]
 
 
-def test_ctrl_c_leaves_runs_that_go_on(tmp_path):
+def test_ctrl_c_leaves_resumable_runs(tmp_path):
     folder = tmp_path / "study"
     command = [sys.executable, "-m", "fastppo", "study", "--n-envs", "4", "--seeds", "1", "--run-dir", str(folder)]
     command += ["--target-return", "100000", "--total-timesteps", "10000000", "--compile", "off"]

@@ -1,4 +1,4 @@
-"""What verify-env says of environments that keep their promises, and of some that don't."""
+"""verify-env: results for correct environments and for broken ones."""
 
 import subprocess
 import sys
@@ -8,48 +8,52 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from fastppo.analysis.verify import verify_env
+from fastppo.analysis.verify_env import verify_env
 from fastppo.errors import ConfigError
 from tests.faults.worlds import Dice, FaultEnv, Gravity, Reusing
 from tests.worlds import Counter
 
 
-def findings(**kwargs):
-    """Findings by name; of several with one name the last."""
-    return {finding.name: finding for finding in verify_env("", {}, 60, **kwargs)}
+def results(**kwargs):
+    """Results by name; of several with one name the last."""
+    return {result.name: result for result in verify_env("", {}, 60, **kwargs)}
 
 
-def test_cartpole_keeps_its_promises():
+def test_cartpole_passes_every_check():
     done = subprocess.run(
         [sys.executable, "-m", "fastppo", "verify-env", "--steps", "60"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for line in ("declares NEXT_STEP, and the step after an end only resets", "resume           exact", "us a step"):
+    for line in (
+        "declares NEXT_STEP, and the step after an episode only resets",
+        "resume           exact",
+        "us per step",
+    ):
         assert line in done.stdout
-    assert done.stdout.count("the same as sync") == 2
+    assert done.stdout.count("same results as sync") == 2
     assert "this environment passes all checks" in done.stdout
 
 
-def test_randomness_that_no_seed_reaches_is_named():
-    found = findings(make_env=Dice)
+def test_unseeded_randomness_is_reported():
+    found = results(make_env=Dice)
     assert found["seeds"].state == "note"
     assert "two environments with one seed differ: obs at step 0" in found["seeds"].value
     assert found["pool"].value == "differs from sync: environment 0, step 0, obs"
     assert found["resume"].value.startswith("restart")
 
 
-def test_the_first_difference_is_named_by_environment_step_and_key():
-    found = findings(make_env=Gravity)
+def test_the_first_difference_is_reported_by_environment_step_and_key():
+    found = results(make_env=Gravity)
     assert found["async"].value == found["pool"].value == "differs from sync: environment 0, step 3, reward"
-    assert found["async"].state == found["pool"].state == "bad", "a seed decides everything in one process"
+    assert found["async"].state == found["pool"].state == "bad", "seeding works in one process"
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "message", "state"),
     [
-        ("wide obs", "dtype", "observation of float64 at step 5; its space says float32", "note"),
-        ("one number", "shape", r"observation of shape (1,) at step 5; its space says (2,)", "bad"),
-        ("nan obs", "numbers", "observation that is not finite at step 5", "bad"),
+        ("wide obs", "dtype", "observation of float64 at step 5; its space has float32", "note"),
+        ("one number", "shape", r"observation of shape (1,) at step 5; its space has (2,)", "bad"),
+        ("nan obs", "numbers", "observation is not finite at step 5", "bad"),
         ("nan reward", "numbers", "reward nan at step 4", "bad"),
         ("no reward", "reward", "reward None at step 4; it must be a number", "bad"),
         ("reward array", "reward", "reward array([1.]) at step 4; it must be a number", "bad"),
@@ -57,17 +61,17 @@ def test_the_first_difference_is_named_by_environment_step_and_key():
         ("outside", "space", "1 of 60 observations lie outside observation_space", "note"),
     ],
 )
-def test_what_is_not_as_promised_is_named(kind, name, message, state):
-    found = findings(make_env=lambda: FaultEnv(kind=kind, at_step=5))
+def test_violations_are_reported(kind, name, message, state):
+    found = results(make_env=lambda: FaultEnv(kind=kind, at_step=5))
     assert (found[name].value, found[name].state) == (message, state)
 
 
-def test_a_reused_array_is_said():
-    assert findings(make_env=Reusing)["memory"].state == "note"
+def test_a_reused_observation_array_is_reported():
+    assert results(make_env=Reusing)["memory"].state == "note"
 
 
 class Liar(gym.vector.VectorEnv):
-    """Declares same-step autoreset, and gives the next observation as the last one."""
+    """Declares same-step autoreset, and returns the next observation as final_obs."""
 
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.SAME_STEP}  # noqa: RUF012
 
@@ -94,24 +98,24 @@ class Liar(gym.vector.VectorEnv):
     ("mode", "message"),
     [
         (None, "declares SAME_STEP, but final_obs equals the next observation"),
-        (gym.vector.AutoresetMode.NEXT_STEP, "declares NEXT_STEP, but does otherwise at the end of an episode"),
+        (gym.vector.AutoresetMode.NEXT_STEP, "declares NEXT_STEP, but behaves differently at the end of an episode"),
     ],
 )
-def test_a_vector_version_that_does_otherwise_than_it_declares(mode, message, monkeypatch):
+def test_a_vector_version_that_breaks_its_declared_autoreset_mode(mode, message, monkeypatch):
     gym.register("Liar-v0", entry_point=Counter, vector_entry_point=lambda **kwargs: Liar(mode=mode, **kwargs))
     try:
-        found = {finding.name: finding for finding in verify_env("Liar-v0", {}, 20)}
+        found = {result.name: result for result in verify_env("Liar-v0", {}, 20)}
     finally:
         del gym.registry["Liar-v0"]
     assert (found["native"].value, found["native"].state) == (message, "bad")
 
 
-def test_a_vector_environment_is_refused():
-    with pytest.raises(ConfigError, match="return a single one"):
-        findings(make_env=lambda: gym.make_vec("CartPole-v1", 2))
+def test_a_vector_environment_is_rejected():
+    with pytest.raises(ConfigError, match="needs one that returns a single one"):
+        results(make_env=lambda: gym.make_vec("CartPole-v1", 2))
 
 
-def test_odd_numbers_of_steps_are_refused():
+def test_invalid_numbers_of_steps_are_rejected():
     for command in (["verify-env", "--steps", "0"], ["verify-resume", "--iterations", "1"]):
         done = subprocess.run([sys.executable, "-m", "fastppo", *command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2

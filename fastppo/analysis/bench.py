@@ -1,7 +1,7 @@
-"""Where training time goes: real iterations at several n_envs and vectorisations, each in a fresh process.
+"""`fastppo bench`: time real training iterations at several n_envs and vectorizations.
 
-`measure` runs in that process and times one point; `run_points` starts the processes; `verdict` says in words what
-the figures of a point mean beside the others.
+`run_points` starts a fresh process for each point, `measure` runs in it and times the point, and `verdict` says which
+part limits a point and what would make it faster.
 """
 
 from __future__ import annotations
@@ -18,43 +18,48 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastppo.analysis.subprocesses import exit_reason
 from fastppo.config import Config
 from fastppo.errors import FastPPOError
 
+if TYPE_CHECKING:
+    from fastppo.monitoring.stats import Stats
+    from fastppo.trainer import Trainer
+
 WARM_UP = 2  # iterations
-_RESULT = "fastppo bench: "
-PARTS = {"env": "the environments", "act": "acting", "update": "the update"}
+PARTS = {"env": "environments", "act": "acting", "update": "update"}
+_RESULT = "fastppo bench: "  # prefix of the line that holds the result
 _PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log")
-_LONG = 10**12  # steps that are planned: nothing is annealed away
-_FEWEST = 5  # iterations measured
+_LONG = 10**12  # planned steps, so many that schedules stay at their start
+_MIN_ITERATIONS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One setting, measured; or why it could not be.
+    """Measurement of one n_envs and vectorization, or the reason why it failed.
 
     Attributes:
         n_envs: N.
-        vectorization: how they were stepped.
-        failure: why there are no figures; "" if there are.
-        sps: environment steps per second, rollout and update and logging together: the median iteration's.
+        vectorization: vectorization of the environments.
+        failure: reason of the failure; "": the point was measured.
+        sps: environment steps per second of the median iteration: rollout, update and logging together.
         sps_low: first quartile over iterations.
-        sps_high: third quartile.
-        iterations: measured, after the warm-up.
-        iteration_seconds: the median.
-        phases: share of the time by phase; what is missing from 1 is none of them.
-        ceilings: steps per second of env, act (or rollout, where they are one graph) and update when each runs alone in
-            the same process.
+        sps_high: third quartile over iterations.
+        iterations: measured iterations, without warm-up.
+        iteration_seconds: median seconds of an iteration.
+        phases: share of the time by phase; the rest up to 1 is time outside the phases.
+        ceilings: steps per second of env, act and update when each runs alone in the same process; "rollout" replaces
+            env and act where both are in one CUDA graph.
         overlapped: whether the policy acts while environments step.
-        setup_seconds: from the start of the process to the first iteration, compilation left out.
-        compile_seconds: 0 where nothing was compiled.
-        memory_mb: of the process and its workers at the end, shared pages counted once.
-        peak_mb: highest of the training process alone.
-        planned_mb: what that was expected to be: as it was before, and the trainer's plan on top.
-        config: every setting as it was resolved.
-        notes: what the trainer chose and why.
+        setup_seconds: seconds from the start of the process to the first iteration, without compilation.
+        compile_seconds: seconds of compilation; 0 without it.
+        memory_mb: memory of the process and its workers at the end, shared pages counted once.
+        peak_mb: peak memory of the training process.
+        planned_mb: memory before the trainer was made, plus the trainer's plan.
+        config: resolved settings.
+        notes: choices of the trainer with their reasons.
     """
 
     n_envs: int
@@ -77,27 +82,31 @@ class Point:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def gain(self, part: str, times: float = 2.0) -> float:
-        """By how much training would be faster if `part` ("env", "act", "update") were `times` as fast: 0.1 is 10 %.
+        """Return the gain in training speed if `part` were `times` as fast: 0.1 is 10 %.
 
-        Amdahl's law over the measured shares. Where the policy acts while environments step, the trainer only waits
-        for the rest of their time, and all of that wait may go.
+        Amdahl's law: 1 / (1 - share (1 - 1 / times)) - 1. Where the policy acts while environments step, only the
+        trainer's wait for the environments counts, and it shrinks by all the time that they save.
+
+        Args:
+            part: "env", "act", "rollout" or "update".
+            times: factor.
         """
         removed = 1 - 1 / times
         saved = self.phases[part] * removed
         if part == "env" and self.overlapped:
-            alone = self.sps / self.ceilings["env"]  # share of an iteration that they would need by themselves
+            alone = self.sps / self.ceilings["env"]  # share of an iteration that the environments take alone
             saved = min(self.phases["env"], max(alone, self.phases["env"]) * removed)
         return 1 / (1 - saved) - 1
 
     def choice(self) -> dict[str, Any]:
-        """This way of stepping, as `fastppo.envs.auto_vectorization.remember` keeps it."""
-        kept = {name: self.config.get(name) for name in ("vectorization", "workers", "half_batches")}
+        """Return the vectorization settings for `fastppo.envs.auto_vectorization.remember`."""
+        settings = {name: self.config.get(name) for name in ("vectorization", "workers", "half_batches")}
         day = datetime.date.today().isoformat()
-        return kept | {"reason": f"fastest by fastppo bench on {day}, {self.sps:,.0f} steps/s of training"}
+        return settings | {"reason": f"fastest by fastppo bench on {day}, {self.sps:,.0f} steps/s of training"}
 
 
 def best_by_n_envs(points: Sequence[Point]) -> dict[int, Point]:
-    """The fastest point for each n_envs."""
+    """Return the fastest point of each n_envs."""
     best: dict[int, Point] = {}
     for p in points:
         if not p.failure and (p.n_envs not in best or p.sps > best[p.n_envs].sps):
@@ -105,36 +114,40 @@ def best_by_n_envs(points: Sequence[Point]) -> dict[int, Point]:
     return best
 
 
-def run_points(configs: Sequence[Config], seconds: float) -> Iterator[Point]:
-    """Measure each config in a process of its own, one after the other; one that fails is a point with its reason."""
-    for config in configs:
-        yield _in_fresh_process(config, seconds)
-
-
 def verdict(point: Point, points: Sequence[Point]) -> str:
-    """What limits `point`, what would make it faster, and what the next n_envs among `points` gave."""
+    """Return the limiting part of `point`, the gains from faster parts, and the speed of its neighbours in `points`."""
     if point.failure:
         return point.failure
     parts = PARTS
-    if point.phases.get("rollout", 0.0) > 0:  # one graph: environments and acting can't be told apart
-        parts = {"rollout": "the rollout", "update": PARTS["update"]}
-    most = max(parts, key=lambda part: point.phases[part])
-    others = ", ".join(f"{parts[part]} {point.gain(part):+.0%}" for part in parts if part != most)
-    text = f"{most}-bound ({point.phases[most]:.0%} of the time): twice as fast, {parts[most]} would give "
-    text += f"{point.gain(most):+.0%} ({others})"
+    if point.phases.get("rollout", 0.0) > 0:  # one CUDA graph holds environments and acting
+        parts = {"rollout": "rollout", "update": PARTS["update"]}
+    limit = max(parts, key=lambda part: point.phases[part])
+    others = ", ".join(f"{parts[part]} {point.gain(part):+.0%}" for part in parts if part != limit)
+    text = (
+        f"{limit}-bound ({point.phases[limit]:.0%} of the time); "
+        f"{parts[limit]} twice as fast: {point.gain(limit):+.0%} steps/s ({others})"
+    )
     larger = [p for p in points if p.vectorization == point.vectorization and p.n_envs > point.n_envs and not p.failure]
     if larger:
         following = min(larger, key=lambda p: p.n_envs)
-        text += f"; n_envs {point.n_envs} -> {following.n_envs} gives {following.sps / point.sps - 1:+.0%}"
-    rivals = [p for p in points if p.n_envs == point.n_envs and p.sps > point.sps]
-    if rivals:
-        best = max(rivals, key=lambda p: p.sps)
-        text += f"; {best.vectorization} gives {best.sps / point.sps - 1:+.0%}"
+        text += f"; n_envs {point.n_envs} -> {following.n_envs}: {following.sps / point.sps - 1:+.0%}"
+    faster = [p for p in points if p.n_envs == point.n_envs and p.sps > point.sps]
+    if faster:
+        best = max(faster, key=lambda p: p.sps)
+        text += f"; vectorization {best.vectorization}: {best.sps / point.sps - 1:+.0%}"
     return text
 
 
-def _in_fresh_process(config: Config, seconds: float) -> Point:
-    named: dict[str, Any] = {"n_envs": config.n_envs or 0, "vectorization": config.vectorization}
+def run_points(configs: Sequence[Config], seconds: float) -> Iterator[Point]:
+    """Measure each config in a fresh process, one after the other; a failure is a point with its reason."""
+    for config in configs:
+        yield _run_point(config, seconds)
+
+
+def _run_point(config: Config, seconds: float) -> Point:
+    def failed(reason: str) -> Point:
+        return Point(n_envs=config.n_envs or 0, vectorization=config.vectorization, failure=reason)
+
     task = json.dumps({"config": config.to_dict(), "seconds": seconds, "started": time.time()})
     limit = 180 + 10 * seconds
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
@@ -143,62 +156,49 @@ def _in_fresh_process(config: Config, seconds: float) -> Point:
             command = [sys.executable, "-m", "fastppo.analysis.bench", task]
             status = subprocess.run(command, stdout=out, stderr=err, timeout=limit, check=False).returncode
         except subprocess.TimeoutExpired:
-            return Point(**named, failure=f"no result within {limit:.0f} s")
+            return failed(f"no result within {limit:.0f} s")
         out.seek(0)
         err.seek(0)
-        if status == 0:
-            # an environment's library may print too, before or after
-            results = [line for line in out.read().splitlines() if line.startswith(_RESULT)]
-            if not results:
-                return Point(**named, failure="it ended without a result: does the environment exit by itself?")
-            return Point(**json.loads(results[-1].removeprefix(_RESULT)))
-        complaints = err.read().strip().splitlines()
-    if status < 0:
-        return Point(**named, failure=f"killed by signal {-status}{' (out of memory?)' if status == -9 else ''}")
-    return Point(**named, failure=complaints[-1] if complaints else f"exit status {status}")
+        if status != 0:
+            return failed(exit_reason(status, err.read()))
+        # the environment may print other lines
+        results = [line for line in out.read().splitlines() if line.startswith(_RESULT)]
+    if not results:
+        return failed("the process ended without a result; check that the environment does not exit the process")
+    return Point(**json.loads(results[-1].removeprefix(_RESULT)))
 
 
 def measure(config: Config, seconds: float, started: float) -> Point:
     """Train for about `seconds` after the warm-up, then time each part alone.
 
     Args:
-        config: what to train; `compile` auto compiles, as in a long run.
-        seconds: of real iterations, five at least.
-        started: time.time() when this process was started.
+        config: settings of the run; `compile` auto compiles on the CPU, as a long run would.
+        seconds: seconds of real iterations; at least five iterations are measured.
+        started: time.time() at the start of this process.
     """
     import torch
 
-    from fastppo.runtime.device import choose_device
     from fastppo.runtime.resources import peak_memory
     from fastppo.trainer import Trainer
 
-    before = _memory_of_all()
+    memory_before = _total_memory()
+    timed: list[Stats] = []
     with tempfile.TemporaryDirectory() as folder:
-        on_cpu = choose_device(config.device).type == "cpu"  # elsewhere a long run's auto is off, too
-        compiled = "on" if config.compile == "auto" and on_cpu else config.compile
-        plan = dataclasses.replace(
-            config,
-            compile=compiled,
-            total_timesteps=_LONG,
-            target_return=None,
-            init_from=None,
-            run_dir=Path(folder) / "run",
-        )
-        trainer = Trainer(plan)
-        setup = time.time() - started - trainer.compile_seconds
+        trainer = Trainer(_long_run(config, Path(folder) / "run"))
+        setup_seconds = time.time() - started - trainer.compile_seconds
         if trainer.device.type == "cuda":
             trainer.clock.wait = torch.cuda.synchronize
-        ticks: list[tuple[float, int, dict[str, float]]] = []
         for stats in trainer.iterations():
             if stats.iteration >= WARM_UP:
-                ticks.append((stats.seconds, stats.global_step, stats.scalars))
-            if len(ticks) > _FEWEST and ticks[-1][0] - ticks[0][0] >= seconds:
-                memory, alone = _memory_of_all(), ceilings(trainer, seconds / 6)
+                timed.append(stats)
+            if len(timed) > _MIN_ITERATIONS and timed[-1].seconds - timed[0].seconds >= seconds:
+                # within the loop, because its end closes the environments
+                memory, alone = _total_memory(), ceilings(trainer, seconds / 6)
                 break
-    spent = [after[0] - before[0] for before, after in itertools.pairwise(ticks)]
-    steps = [after[1] - before[1] for before, after in itertools.pairwise(ticks)]
+    spent = [after.seconds - before.seconds for before, after in itertools.pairwise(timed)]
+    steps = [after.global_step - before.global_step for before, after in itertools.pairwise(timed)]
     low, middle, high = statistics.quantiles([n / s for n, s in zip(steps, spent, strict=True)], n=4)
-    phases = {phase: sum(scalars[f"time/{phase}"] for _, _, scalars in ticks[1:]) / sum(spent) for phase in _PHASES}
+    phases = {phase: sum(stats.scalars[f"time/{phase}"] for stats in timed[1:]) / sum(spent) for phase in _PHASES}
     return Point(
         n_envs=trainer.env.n_envs,
         vectorization=trainer.config.vectorization,
@@ -210,81 +210,96 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         phases=phases,
         ceilings=alone,
         overlapped=len(trainer.env.groups) > 1,
-        setup_seconds=setup,
+        setup_seconds=setup_seconds,
         compile_seconds=trainer.compile_seconds,
         memory_mb=memory,
-        planned_mb=before + trainer.memory.total / 2**20,
+        planned_mb=memory_before + trainer.memory.total / 2**20,
         peak_mb=peak_memory() / 2**20,
         config=trainer.config.to_dict(),
         notes=trainer.notes,
     )
 
 
-def ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401 - a Trainer, whose module imports torch
-    """Steps per second of each part of a Trainer alone, on the last rollout's actions, observations and rows."""
-    env, collect, rollout = trainer.env, trainer.collect, trainer.rollout
-    n_steps = len(rollout.rewards)
+def _long_run(config: Config, run_dir: Path) -> Config:
+    """Return settings under which a run behaves as in its first minutes, however long the measurement takes."""
+    from fastppo.runtime.device import choose_device
 
-    def step_all() -> None:
-        for t in range(n_steps):
-            for group in range(len(env.groups)):
-                env.send(t, group)
-            for group in range(len(env.groups)):
-                env.wait(group)
-                env.store(t, group)
+    on_cpu = choose_device(config.device).type == "cpu"  # on other devices auto does not compile long runs either
+    return dataclasses.replace(
+        config,
+        compile="on" if config.compile == "auto" and on_cpu else config.compile,
+        total_timesteps=_LONG,
+        target_return=None,
+        init_from=None,
+        run_dir=run_dir,
+    )
 
-    def decide_all() -> None:
-        collect.prepare()
-        for t in range(n_steps):
-            for actor in collect.actors:
-                actor.act(t)
-        collect.evaluate()
 
-    def learn() -> None:
-        if trainer.config.compile == "graph":  # one recording, which advantages are part of
-            trainer.learner.anneal(0.0)
-            trainer.learner()
-        else:
-            trainer.update.prepare(rollout.rewards.numel(), math.inf)
-            trainer.update.run(rollout.batch(), trainer.learner.coefs, watch=False)
-
-    def waited(call: Callable[[], None]) -> Callable[[], None]:
-        def both() -> None:
-            call()
-            if trainer.clock.wait is not None:
-                trainer.clock.wait()
-
-        return both
-
-    if trainer.config.compile == "graph" and env.state is not None:
-        parts = {"rollout": collect, "update": learn}
+def ceilings(trainer: Trainer, seconds: float) -> dict[str, float]:
+    """Return steps per second of each part alone, each measured for `seconds`, on the data of the last rollout."""
+    parts: dict[str, Callable[[], object]] = {"act": lambda: _act(trainer), "update": lambda: _update(trainer)}
+    if trainer.config.compile == "graph" and trainer.env.state is not None:
+        parts = {"rollout": trainer.collect, "update": parts["update"]}
     else:
-        parts = {"act": decide_all, "update": learn, "env": step_all}  # env last: its actions are the rollout's own
-    valid = rollout.valid
-    real = rollout.rewards.numel() if valid is None else int(valid.sum())
-    return {part: real / _seconds_of(waited(call), seconds) for part, call in parts.items()}
+        parts["env"] = lambda: _step(trainer)  # last: it overwrites the rollout, which the other parts read
+    valid = trainer.rollout.valid
+    steps = trainer.rollout.rewards.numel() if valid is None else int(valid.sum())
+    return {part: steps / _median_seconds(call, trainer.clock.wait, seconds) for part, call in parts.items()}
 
 
-def _seconds_of(call: Callable[[], None], seconds: float) -> float:
-    """Median time of a call, repeated for about `seconds`."""
+def _step(trainer: Trainer) -> None:
+    """Step all environments with the rollout's actions."""
+    env = trainer.env
+    for t in range(len(trainer.rollout.rewards)):
+        for group in range(len(env.groups)):
+            env.send(t, group)
+        for group in range(len(env.groups)):
+            env.wait(group)
+            env.store(t, group)
+
+
+def _act(trainer: Trainer) -> None:
+    """Choose the actions of a rollout from its observations."""
+    collect = trainer.collect
+    collect.prepare()
+    for t in range(len(trainer.rollout.rewards)):
+        for actor in collect.actors:
+            actor.act(t)
+    collect.evaluate()
+
+
+def _update(trainer: Trainer) -> None:
+    """Run the epochs of an update on the rollout."""
+    if trainer.config.compile == "graph":  # one graph holds advantages and epochs
+        trainer.learner.anneal(0.0)
+        trainer.learner()
+    else:
+        trainer.update.prepare(trainer.rollout.rewards.numel(), math.inf)
+        trainer.update.run(trainer.rollout.batch(), trainer.learner.coefs, watch=False)
+
+
+def _median_seconds(call: Callable[[], object], wait: Callable[[], None] | None, seconds: float) -> float:
+    """Return the median time of a call over about `seconds`; `wait` synchronizes with the device."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < seconds:
         begin = time.perf_counter()
         call()
+        if wait is not None:
+            wait()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
 
 
-def _memory_of_all() -> float:
-    """MB of this process and those it started; shared pages are counted once (PSS) where the system tells."""
+def _total_memory() -> float:
+    """Return MB of this process and its children; PSS where available, which counts shared pages once."""
     import psutil
 
     total = 0
-    here = psutil.Process()
-    for process in (here, *here.children(recursive=True)):
+    this = psutil.Process()
+    for process in (this, *this.children(recursive=True)):
         try:
             memory = process.memory_full_info()
-        except psutil.Error:  # it just ended
+        except psutil.Error:  # the process has just ended
             continue
         total += getattr(memory, "pss", memory.rss)
     return total / 2**20

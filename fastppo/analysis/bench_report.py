@@ -1,4 +1,4 @@
-"""What `fastppo bench` measured: tables for the terminal, and bench.json, bench.csv, bench.html."""
+"""Results of `fastppo bench` as tables for the terminal and as bench.json, bench.csv and bench.html."""
 
 from __future__ import annotations
 
@@ -9,74 +9,75 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fastppo.analysis.bench import PARTS, Point, verdict
 from fastppo.analysis.html import LAYOUT, PHASE_COLORS, Figures, heading, items, paragraphs, table
 from fastppo.analysis.html import page as html_page
+from fastppo.analysis.terminal import narrow_table
 from fastppo.runtime.files import write_json
 
-_SHOWN = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
-
+_SETTINGS = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
 _PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log", "other")
 
 
-def _parts(points: Sequence[Point]) -> list[str]:
-    """What is told apart: environments and acting are one where they were recorded as one graph."""
-    recorded = any(p.phases.get("rollout", 0.0) > 0 for p in points)
-    return [*(["rollout"] if recorded else []), *PARTS]
-
-
 def tables(points: Sequence[Point]) -> list[Table]:
-    """Speed with shares of the time, and what each part reaches alone; a failed point is a row with its reason."""
-    narrow: Any = {"title_justify": "left", "box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0)}
-    speed = Table(title="training", caption="low-high: quartiles over iterations", caption_justify="left", **narrow)
+    """Return a table of speed and shares of the time, and one of the parts alone if any point was measured."""
+    speed = narrow_table("training", caption="low-high: quartiles over iterations")
+    alone = narrow_table("steps/s of each part alone, and start-up")
     parts = _parts(points)
-    for name in ("n_envs", "how", "steps/s", "low-high", *parts, "other", "MB"):
-        speed.add_column(name, justify="left" if name == "how" else "right")
-    alone = Table(title="each part alone, steps/s; and what came before", **narrow)
-    for name in ("n_envs", "how", *parts, "set-up s", "compile s", "threads"):
-        alone.add_column(name, justify="left" if name == "how" else "right")
+    for shown, columns in (
+        (speed, ("steps/s", "low-high", *parts, "other", "MB")),
+        (alone, (*parts, "set-up s", "compile s", "threads")),
+    ):
+        shown.add_column("n_envs", justify="right")
+        shown.add_column("vectorization")
+        for name in columns:
+            shown.add_column(name, justify="right")
     for p in points:
         head = (f"{p.n_envs:,}", p.vectorization)
         if p.failure:
             speed.add_row(*head, "failed")
             continue
+        quartiles = f"{_short(p.sps_low)}-{_short(p.sps_high)}"
         shares = [f"{p.phases[part]:.0%}" if p.phases.get(part) else "-" for part in parts]
-        rest = f"{1 - sum(p.phases.get(part, 0.0) for part in parts):.0%}"
-        speed.add_row(
-            *head, f"{p.sps:,.0f}", f"{_short(p.sps_low)}-{_short(p.sps_high)}", *shares, rest, f"{p.memory_mb:,.0f}"
-        )
+        other = f"{1 - sum(p.phases.get(part, 0.0) for part in parts):.0%}"
+        speed.add_row(*head, f"{p.sps:,.0f}", quartiles, *shares, other, f"{p.memory_mb:,.0f}")
         ceilings = [_short(p.ceilings[part]) if part in p.ceilings else "-" for part in parts]
         alone.add_row(*head, *ceilings, f"{p.setup_seconds:.1f}", f"{p.compile_seconds:.1f}", str(p.config["threads"]))
     return [speed, alone] if alone.rows else [speed]
 
 
+def _parts(points: Sequence[Point]) -> list[str]:
+    """Return the parts that have a column; "rollout" is environments and acting in one CUDA graph."""
+    graph = any(p.phases.get("rollout", 0.0) > 0 for p in points)
+    return ["rollout", *PARTS] if graph else list(PARTS)
+
+
 def write_files(folder: Path, env_name: str, points: Sequence[Point], about: dict[str, Any]) -> Path:
-    """Write what there is so far; returns the page.
+    """Write bench.json, bench.csv and bench.html; return the path of the page.
 
     Args:
-        folder: of the bench.
-        env_name: what was trained on.
-        points: measured so far.
-        about: machine and versions, as `system_info` gives them.
+        folder: folder of the bench.
+        env_name: environment of the bench.
+        points: points measured so far.
+        about: machine and versions, from `system_info`.
     """
     values = [dataclasses.asdict(p) | {"verdict": verdict(p, points)} for p in points]
     write_json(folder / "bench.json", {"env": env_name, "points": values, "about": about})
     _write_csv(folder / "bench.csv", points)
     lines = [f"{about['device_name']}, {about['cpu_count']} cores, {about['platform']}"]
-    good = [p for p in points if not p.failure]
-    if good:
-        setting = {name: good[0].config[name] for name in _SHOWN if good[0].config[name] is not None}
-        lines.insert(0, ", ".join(f"{name} {value}" for name, value in setting.items()))
+    measured = [p for p in points if not p.failure]
+    if measured:
+        config = measured[0].config
+        lines.insert(0, ", ".join(f"{name} {config[name]}" for name in _SETTINGS if config[name] is not None))
     path = folder / "bench.html"
     path.write_text(page(f"{env_name}: training speed", points, lines), encoding="utf-8")
     return path
 
 
 def _write_csv(path: Path, points: Sequence[Point]) -> None:
-    """One line for each point; nested figures as columns of their own."""
+    """Write a row per point, with a column for each share and ceiling."""
     rows = []
     for p in points:
         row: dict[str, Any] = {"n_envs": p.n_envs, "vectorization": p.vectorization, "failure": p.failure}
@@ -95,34 +96,34 @@ def _write_csv(path: Path, points: Sequence[Point]) -> None:
 
 
 def page(title: str, points: Sequence[Point], about: Sequence[str]) -> str:
-    """One self-contained HTML page: speed over n_envs, where the time of a step goes, the verdicts.
+    """Return a self-contained HTML page with speed, time by phase and verdicts.
 
     Args:
-        title: of the page.
-        points: in the order in which they were measured.
+        title: title of the page.
+        points: points in the order of measurement.
         about: lines on settings and machine.
     """
-    good = [p for p in points if not p.failure]
-    figures = [_speed(good), _phases(good)] if good else []
-    drawing = Figures()
+    measured = [p for p in points if not p.failure]
+    figures = Figures()
+    drawn = [figures.draw(figure) for figure in (_speed(measured), _phases(measured))] if measured else []
     parts = _parts(points)
-    head = ("n_envs", "how", "steps/s", *(f"{part} alone" for part in parts), "MB")
     rows = []
     for p in points:
         alone = (f"{p.ceilings[part]:,.0f}" if part in p.ceilings else "-" for part in parts)
-        figures_of = (f"{p.sps:,.0f}", *alone, f"{p.memory_mb:,.0f}") if not p.failure else ("failed", *alone, "-")
-        rows.append((f"{p.n_envs:,}", p.vectorization, *figures_of))
+        speed, memory = ("failed", "-") if p.failure else (f"{p.sps:,.0f}", f"{p.memory_mb:,.0f}")
+        rows.append((f"{p.n_envs:,}", p.vectorization, speed, *alone, memory))
     return html_page(
         title,
         paragraphs(about),
-        *map(drawing.draw, figures),
-        table(head, rows),
-        heading("What limits each"),
+        *drawn,
+        table(("n_envs", "vectorization", "steps/s", *(f"{part} alone" for part in parts), "MB"), rows),
+        heading("Bottlenecks"),
         items((f"n_envs {p.n_envs}, {p.vectorization}", verdict(p, points)) for p in points),
     )
 
 
 def _speed(points: Sequence[Point]) -> go.Figure:
+    """Draw steps per second over n_envs, with quartiles, a line per vectorization."""
     figure = go.Figure()
     for name in dict.fromkeys(p.vectorization for p in points):
         line = sorted((p for p in points if p.vectorization == name), key=lambda p: p.n_envs)
@@ -139,13 +140,14 @@ def _speed(points: Sequence[Point]) -> go.Figure:
             hovertemplate="n_envs %{x}<br>%{y:,.0f} steps/s",
         )
     sizes = sorted({p.n_envs for p in points})
-    figure.update_layout(title="Training speed over n_envs", **LAYOUT)
+    figure.update_layout(title="Training speed by n_envs", **LAYOUT)
     figure.update_xaxes(title="n_envs", type="log", tickvals=sizes, ticktext=[f"{n:,}" for n in sizes])
-    figure.update_yaxes(title="steps per second", rangemode="tozero", tickformat=",")
+    figure.update_yaxes(title="steps/s", rangemode="tozero", tickformat=",")
     return figure
 
 
 def _phases(points: Sequence[Point]) -> go.Figure:
+    """Draw microseconds per environment step by phase, a bar per point."""
     figure = go.Figure()
     labels = [[f"{p.n_envs:,}" for p in points], [p.vectorization for p in points]]
     for phase in _PHASES:
@@ -156,15 +158,15 @@ def _phases(points: Sequence[Point]) -> go.Figure:
             customdata=share,
             name=phase,
             marker_color=PHASE_COLORS[phase],
-            hovertemplate="%{y:.2f} us, %{customdata:.0%}",
+            hovertemplate="%{y:.2f} us per step, %{customdata:.0%}",
         )
-    figure.update_layout(title="Where an environment step's time goes", barmode="stack", **LAYOUT)
-    figure.update_yaxes(title="microseconds per step")
+    figure.update_layout(title="Time per environment step by phase", barmode="stack", **LAYOUT)
+    figure.update_yaxes(title="us per step")
     return figure
 
 
 def _short(rate: float) -> str:
-    """123456 as 123k."""
+    """Return a rate with a unit: 123456 as 123k."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if rate >= size:
             return f"{rate / size:.3g}{unit}" if rate < 999.5 * size else f"{rate / size:.0f}{unit}"

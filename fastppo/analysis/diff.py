@@ -1,4 +1,4 @@
-"""`fastppo diff`: what two runs have in common, and where they part."""
+"""Comparison of two runs for `fastppo diff`: settings, machines, results, and where their curves diverge."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import numpy as np
 from fastppo.analysis.run_data import RunData
 
 _Array = np.ndarray[Any, Any]
-Row = tuple[str, str, str]  # what, in the one, in the other
+Row = tuple[str, str, str]  # name, value of the first run, value of the second
 
-# measured times, and what only iterations have that a setting chose
-_ASIDE = ("time/", "charts/SPS", "charts/sps_", "samples/", "eval/")
+# Prefixes of tags that are not compared: measured times, and figures of sampled or evaluated iterations only
+_NOT_COMPARED = ("time/", "charts/SPS", "charts/sps_", "samples/", "eval/")
 _HARDWARE = ("device_name", "device", "cpu_count", "platform", "processes", "git_commit", "git_dirty")
-_APART = 0.1  # of the range of both runs' returns
-_POINTS = 400
+_TOLERANCE = 0.1  # of the range of both runs' returns
+_POINTS = 400  # of the common axis on which mean returns are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """Two runs beside each other.
+    """Differences between two runs.
 
     Attributes:
-        settings: those that differ.
+        settings: settings that differ.
         surroundings: machine, versions and commit, where they differ.
-        results: steps, returns, speed; equal ones too.
-        numbers: where logged figures stop being the same to the last digit.
-        returns: where mean returns part, and stay apart.
+        results: steps, returns and speed of both runs.
+        numbers: first iteration with different logged figures, as text.
+        returns: first step from which mean returns stay apart, as text.
     """
 
     settings: list[Row]
@@ -41,11 +41,11 @@ class Difference:
 
 
 def difference(a: RunData, b: RunData) -> Difference:
-    """Compare two runs."""
+    """Return the differences between two runs."""
     settings = _differing(a.config, b.config, (a.config.keys() | b.config.keys()) - {"run_dir"})
-    versions = [_dict(r.about.get("versions")) for r in (a, b)]
+    versions_a, versions_b = (_dict(run.about.get("versions")) for run in (a, b))
     surroundings = _differing(a.about, b.about, _HARDWARE)
-    surroundings += _differing(versions[0], versions[1], versions[0].keys() | versions[1].keys())
+    surroundings += _differing(versions_a, versions_b, versions_a.keys() | versions_b.keys())
     results = [
         (name, _last(a, tag, form), _last(b, tag, form))
         for name, tag, form in (
@@ -73,52 +73,54 @@ def _dict(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _last(r: RunData, tag: str, form: str) -> str:
-    row = r.column(tag)
-    return format(row[-1], form) if len(row) and np.isfinite(row[-1]) else "-"
+def _last(run: RunData, tag: str, form: str) -> str:
+    value = run.last(tag)
+    return format(value, form) if np.isfinite(value) else "-"
 
 
 def _numbers(a: RunData, b: RunData) -> str:
-    """The first iteration in which a figure that both log, and that isn't a time, differs at all."""
+    """Return the first iteration in which a compared figure differs in any digit, as text."""
     _, at_a, at_b = np.intersect1d(a.column("iteration"), b.column("iteration"), return_indices=True)
     if not len(at_a):
-        return "they have no iteration in common"
-    tags = sorted(t for t in a.columns.keys() & b.columns.keys() if t != "seconds" and not t.startswith(_ASIDE))
-    left, right = (np.stack([r.column(t)[at] for t in tags]) for r, at in ((a, at_a), (b, at_b)))
-    same = (left == right) | (np.isnan(left) & np.isnan(right))
+        return "no common iterations"
+    tags = sorted(t for t in a.columns.keys() & b.columns.keys() if t != "seconds" and not t.startswith(_NOT_COMPARED))
+    values_a, values_b = (np.stack([run.column(t)[at] for t in tags]) for run, at in ((a, at_a), (b, at_b)))
+    same = (values_a == values_b) | (np.isnan(values_a) & np.isnan(values_b))
     if same.all():
-        return f"the same in all {len(at_a):,} iterations that both have, to the last digit of every logged figure"
+        return f"every logged figure is equal in all {len(at_a):,} common iterations"
     k = int((~same.all(0)).argmax())
     names = [t for t, equal in zip(tags, same[:, k], strict=True) if not equal]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    i, step = a.column("iteration")[at_a[k]], a.column("global_step")[at_a[k]]
-    return f"the same until iteration {i:,.0f} (step {step:,.0f}), where {', '.join(names[:3])}{more} differ"
+    iteration, step = a.column("iteration")[at_a[k]], a.column("global_step")[at_a[k]]
+    return f"figures differ from iteration {iteration:,.0f} on (step {step:,.0f}): {', '.join(names[:3])}{more}"
 
 
 def _returns(a: RunData, b: RunData) -> str:
-    """The first step from which mean returns stay further apart than a tenth of all their range."""
-    curves = []
-    for r in (a, b):
-        steps, mean = r.column("global_step"), r.column("mean_return")
-        known = np.isfinite(mean) & np.isfinite(steps)
-        curves.append((steps[known], mean[known]))
-    if not all(len(x) for x, _ in curves):
-        return "no episode has ended in one of them"
-    (xa, ya), (xb, yb) = curves
-    begin, end = max(xa[0], xb[0]), min(xa[-1], xb[-1])
-    if begin > end:
-        return "they have no steps in common"
-    grid = np.linspace(begin, end, _POINTS)
-    gap = np.interp(grid, xa, ya) - np.interp(grid, xb, yb)
-    spread = float(max(ya.max(), yb.max()) - min(ya.min(), yb.min()))
-    near = np.abs(gap) <= _APART * spread
+    """Return the first step from which mean returns stay further apart than a tenth of their range, as text."""
+    (steps_a, mean_a), (steps_b, mean_b) = _mean_returns(a), _mean_returns(b)
+    if not len(steps_a) or not len(steps_b):
+        return "one of the runs has no finished episode"
+    start, end = max(steps_a[0], steps_b[0]), min(steps_a[-1], steps_b[-1])
+    if start > end:
+        return "no common steps"
+    grid = np.linspace(start, end, _POINTS)
+    gap = np.interp(grid, steps_a, mean_a) - np.interp(grid, steps_b, mean_b)
     if not gap.any():
-        return f"the same to step {end:,.0f}"
+        return f"equal up to step {end:,.0f}"
+    value_range = float(max(mean_a.max(), mean_b.max()) - min(mean_a.min(), mean_b.min()))
+    near = np.abs(gap) <= _TOLERANCE * value_range
     if near[-1]:
         widest = int(np.abs(gap).argmax())
         return (
-            f"together at step {end:,.0f} (within a tenth of their range); "
-            f"furthest apart at step {grid[widest]:,.0f}, by {abs(gap[widest]):.2f}"
+            f"within a tenth of their range at step {end:,.0f}; "
+            f"largest gap {abs(gap[widest]):.2f} at step {grid[widest]:,.0f}"
         )
-    part = int(len(near) - near[::-1].argmax()) if near.any() else 0
-    return f"apart for good from step {grid[part]:,.0f}, by {abs(gap[-1]):.2f} at step {end:,.0f}"
+    apart = int(len(near) - near[::-1].argmax()) if near.any() else 0
+    return f"apart from step {grid[apart]:,.0f} on; gap {abs(gap[-1]):.2f} at step {end:,.0f}"
+
+
+def _mean_returns(run: RunData) -> tuple[_Array, _Array]:
+    """Return steps and mean returns, without iterations before the first finished episode."""
+    steps, mean = run.column("global_step"), run.column("mean_return")
+    known = np.isfinite(mean) & np.isfinite(steps)
+    return steps[known], mean[known]

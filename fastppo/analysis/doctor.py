@@ -1,8 +1,7 @@
-"""What this machine has, what `auto` will choose on it, and whether the essentials work here."""
+"""Checks of `fastppo doctor`: hardware, software, the choices of `auto` on this machine, and a short training run."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -14,10 +13,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from fastppo.analysis.checks import CheckResult
 from fastppo.config import Config
 from fastppo.errors import CaptureError, FastPPOError
 from fastppo.functional.gae import choose_gae, gae_loop
@@ -32,25 +32,8 @@ _GIB = 2**30
 _OPTIONAL = ("triton", "ale-py", "mujoco", "mujoco-warp", "envpool", "stable-baselines3")
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckResult:
-    """One line of the report.
-
-    Attributes:
-        name: what was looked at.
-        value: what was found.
-        state: "ok"; "note": works, but less well than it could, or is not there; "bad": something won't work.
-        advice: what to do about it; "" where nothing need be done.
-    """
-
-    name: str
-    value: str
-    state: Literal["ok", "note", "bad"] = "ok"
-    advice: str = ""
-
-
 def examine(env_id: str, seconds: float = 5.0) -> Iterator[CheckResult]:
-    """Look at everything; the self-test of about `seconds` trains `env_id`."""
+    """Run every check; the self-test trains `env_id` for about `seconds`."""
     device = choose_device("auto")
     yield from _software()
     yield from _gpu(device)
@@ -63,7 +46,7 @@ def examine(env_id: str, seconds: float = 5.0) -> Iterator[CheckResult]:
 def _software() -> Iterator[CheckResult]:
     yield CheckResult("python", f"{platform.python_version()} on {platform.platform()}")
     yield CheckResult(
-        "torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'}"
+        "torch", f"{torch.__version__}, built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPU'}"
     )
     found = []
     for package in _OPTIONAL:
@@ -71,12 +54,12 @@ def _software() -> Iterator[CheckResult]:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    yield CheckResult("packages", ", ".join(found) or "none of the optional ones")
+    yield CheckResult("packages", ", ".join(found) or "no optional package installed")
 
 
 def _gpu(device: torch.device) -> Iterator[CheckResult]:
     if device.type != "cuda":
-        why = "" if torch.version.cuda is None else "torch was built for CUDA, but sees no GPU: look at nvidia-smi"
+        why = "" if torch.version.cuda is None else "torch is built for CUDA but finds no GPU: check nvidia-smi"
         yield CheckResult("gpu", "none", "note" if why else "ok", why)
         return
     for i in range(torch.cuda.device_count()):
@@ -87,28 +70,30 @@ def _gpu(device: torch.device) -> Iterator[CheckResult]:
     yield CheckResult("driver", _driver())
     yield _graph(device)
     triton = importlib.util.find_spec("triton") is not None
-    advice = "" if triton else "pip install triton: advantages and compiled kernels need it on CUDA"
-    yield CheckResult("triton", "there" if triton else "not there", "ok" if triton else "note", advice)
+    advice = "" if triton else "pip install triton: the GAE kernel and compiled updates need it on CUDA"
+    yield CheckResult("triton", "installed" if triton else "not installed", "ok" if triton else "note", advice)
 
 
 def _driver() -> str:
-    """Its version, as the vendor's own program tells it."""
+    """Return the driver version that nvidia-smi reports."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown: nvidia-smi doesn't say"
+        return "unknown: nvidia-smi does not report it"
 
 
 def _graph(device: torch.device) -> CheckResult:
-    """Whether work can be recorded and played again."""
+    """Capture a CUDA graph, replay it and compare the result."""
     x = torch.zeros(8, device=device)
     try:
         capture(lambda: x.add_(1), keep=[x], fresh=[], device=device)()
     except CaptureError as error:
-        return CheckResult("graphs", "can't be recorded", "note", f"--compile on is taken in their place: {error}")
+        return CheckResult("graphs", "capture fails", "note", f"auto falls back to --compile on: {error}")
     good = bool((x == 1).all())
-    return CheckResult("graphs", "recorded and played" if good else "play other numbers", "ok" if good else "bad")
+    return CheckResult(
+        "graphs", "capture and replay work" if good else "replay gives wrong results", "ok" if good else "bad"
+    )
 
 
 def _machine(device: torch.device) -> Iterator[CheckResult]:
@@ -119,7 +104,7 @@ def _machine(device: torch.device) -> Iterator[CheckResult]:
         "cores",
         f"{cores} of {cpu_name()}" + (f", OMP_NUM_THREADS={limit}" if limit else ""),
         "note" if few else "ok",
-        f"OMP_NUM_THREADS keeps torch to {limit} of {cores} cores" if few else "",
+        f"OMP_NUM_THREADS limits torch to {limit} of {cores} cores" if few else "",
     )
     yield CheckResult("free memory", f"{free_memory(torch.device('cpu')) / _GIB:.1f} GiB")
     if device.type == "cuda":
@@ -128,15 +113,16 @@ def _machine(device: torch.device) -> Iterator[CheckResult]:
     if shared.is_dir():
         free = shutil.disk_usage(shared).free / _GIB
         small = free < 0.25
-        advice = "the pool keeps observations there: docker run --shm-size=1g" if small else ""
+        advice = "the pool stores observations there; in a container use docker run --shm-size=1g" if small else ""
         yield CheckResult("/dev/shm", f"{free:.2f} GiB free", "note" if small else "ok", advice)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     tight = files < 1024
-    advice = "vectorization async takes several for each environment: ulimit -n 4096" if tight else ""
+    advice = "vectorization async opens several files per environment: ulimit -n 4096" if tight else ""
     yield CheckResult("open files", f"{files:,} allowed", "note" if tight else "ok", advice)
 
 
 def _gae(device: torch.device) -> CheckResult:
+    """Compare the chosen GAE kernel with the float64 recursion."""
     generator = torch.Generator(device).manual_seed(0)
     numbers = [torch.randn(64, 33, generator=generator, device=device) for _ in range(3)]
     done = torch.rand(64, 33, generator=generator, device=device) < 0.1
@@ -149,27 +135,25 @@ def _gae(device: torch.device) -> CheckResult:
         "advantages",
         f"{kernel.__name__}, error {error:.1e}",
         "ok" if good else "bad",
-        "" if good else "please report this",
+        "" if good else "the GAE kernel is wrong here; please report it",
     )
 
 
 def _compiler(device: torch.device) -> CheckResult:
+    """Compile a small kernel and compare it with the eager result."""
     x = torch.randn(64, device=device)
     begin = time.perf_counter()
     try:
-        same = torch.allclose(compile_graph(lambda x: (x.tanh() * 2).sum(), [x])(x), (x.tanh() * 2).sum(), atol=1e-4)
+        compiled = compile_graph(lambda x: (x.tanh() * 2).sum(), [x])(x)
     except CompileError as error:
-        return CheckResult("compiler", "doesn't work", "note", f"updates run eagerly, several times slower: {error}")
-    took = f"{time.perf_counter() - begin:.1f} s for a small kernel"
-    return (
-        CheckResult("compiler", took)
-        if same
-        else CheckResult("compiler", "gives other numbers", "bad", "use --compile off")
-    )
+        return CheckResult("compiler", "does not work", "note", f"updates run eagerly, several times slower: {error}")
+    if not torch.allclose(compiled, (x.tanh() * 2).sum(), atol=1e-4):
+        return CheckResult("compiler", "gives wrong results", "bad", "use --compile off")
+    return CheckResult("compiler", f"{time.perf_counter() - begin:.1f} s for a small kernel")
 
 
 def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
-    """A short run with what `auto` chooses, stopped when the time is over."""
+    """Train for about `seconds` with the choices of `auto`."""
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"n_envs": 8, "n_steps": 64, "total_timesteps": 10**9, "vectorization": "auto"}
         try:
@@ -182,11 +166,11 @@ def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
             return
         assert trainer.result is not None
         finite = bool(trainer.update.parameters.vector.isfinite().all())
-        speed = f"{trainer.result.sps_steady:,.0f} steps/s of {trainer.config.env_id}, not compiled, n_envs 8"
+        speed = f"{trainer.result.sps_steady:,.0f} steps/s on {trainer.config.env_id}, not compiled, n_envs 8"
         yield CheckResult("training", speed, "ok" if finite else "bad", "" if finite else "parameters are not finite")
         c = trainer.config
         yield CheckResult(
             "auto", f"device {c.device}, vectorization {c.vectorization}, threads {c.threads} at this size"
         )
-        compiled = "graph" if trainer.device.type == "cuda" else "on where a run is long enough to gain from it"
+        compiled = "graph" if trainer.device.type == "cuda" else "on if the run is long enough to gain from it"
         yield CheckResult("auto", f"compile {compiled}")

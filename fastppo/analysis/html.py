@@ -1,4 +1,4 @@
-"""Self-contained HTML pages with Plotly figures, which open without a network, on a phone too."""
+"""Self-contained HTML pages with Plotly figures; they need no network and fit a phone's screen."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ LAYOUT: dict[str, Any] = {
     "margin": {"l": 60, "r": 15, "t": 50, "b": 50},
     "legend": {"orientation": "h", "y": -0.25},
 }
-
-
 PHASE_COLORS = {
     "env": "#4c78a8",
     "act": "#f58518",
@@ -30,24 +28,24 @@ PHASE_COLORS = {
 
 
 class Figures:
-    """Figures of one page; the first brings Plotly's library along, once.
+    """Figures of one page; the first one includes Plotly's library.
 
-    Each is drawn when it comes near the part of the page that is seen, or is printed: to draw all when the page opens
-    would take seconds. Scripts that change figures wait for them with `whenSeen`, and call `plot` first.
+    A figure is drawn when it is scrolled near, or before the page is printed, because drawing all figures when the
+    page opens takes seconds. Scripts that change figures wait for them with `whenNear`, and call `plot` first.
     """
 
     def __init__(self) -> None:
-        """None yet."""
+        """Start a page without figures."""
         self._scripts = f"<script>{get_plotlyjs()}</script><script>{_LAZY}</script>"
 
     def draw(self, figure: go.Figure, name: str | None = None) -> str:
-        """The figure as HTML, under an id that scripts find."""
+        """Return the figure as HTML; `name` becomes its id for scripts."""
         scripts, self._scripts = self._scripts, ""
-        called = f' id="{html.escape(name)}"' if name else ""
+        identifier = f' id="{html.escape(name)}"' if name else ""
         style = f"height: {figure.layout.height or 450}px"
-        drawn = figure.to_json().replace("<", "\\u003c")  # a label must not end the script
-        data = f'<script type="application/json">{drawn}</script>'
-        return f'{scripts}<div class="figure"{called} style="{style}">{data}</div>'
+        figure_json = figure.to_json().replace("<", "\\u003c")  # a label must not end the script
+        data = f'<script type="application/json">{figure_json}</script>'
+        return f'{scripts}<div class="figure"{identifier} style="{style}">{data}</div>'
 
 
 _LAZY = """
@@ -59,45 +57,46 @@ function plot(div) {
 }
 const waiting = new Map();
 const watcher = new IntersectionObserver(
-  seen => seen.filter(s => s.isIntersecting).forEach(s => setTimeout(begin, 0, s.target)), {rootMargin: "200px"});
+  entries => entries.filter(e => e.isIntersecting).forEach(e => setTimeout(begin, 0, e.target)), {rootMargin: "200px"});
 function begin(element) {
   watcher.unobserve(element);
   const act = waiting.get(element);
   waiting.delete(element);
   if (act) act();
 }
-function whenSeen(element, act) {
+function whenNear(element, act) {
   waiting.set(element, act);
   watcher.observe(element);
 }
 addEventListener("DOMContentLoaded",
-  () => document.querySelectorAll(".figure").forEach(div => waiting.has(div) || whenSeen(div, () => plot(div))));
+  () => document.querySelectorAll(".figure").forEach(div => waiting.has(div) || whenNear(div, () => plot(div))));
 addEventListener("beforeprint", () => [...waiting.keys()].forEach(begin));
 """
 
 
 def page(title: str, *parts: str) -> str:
-    """A page of `parts`, HTML each."""
+    """Return a page with a title and `parts` as its HTML body."""
     return _PAGE.format(title=html.escape(title), body="\n".join(parts))
 
 
 def heading(text: str) -> str:
-    """A section begins."""
+    """Return the heading of a section."""
     return f"<h2>{html.escape(text)}</h2>"
 
 
 def paragraphs(lines: Iterable[str]) -> str:
-    """Plain lines."""
+    """Return a paragraph per line."""
     return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def items(lines: Iterable[tuple[str, str]]) -> str:
-    """A list of what is meant, in bold, and what is said of it."""
-    return f"<ul>{''.join(f'<li><b>{html.escape(what)}</b>: {html.escape(said)}</li>' for what, said in lines)}</ul>"
+    """Return a list; each entry is a name in bold and a text."""
+    entries = (f"<li><b>{html.escape(name)}</b>: {html.escape(text)}</li>" for name, text in lines)
+    return f"<ul>{''.join(entries)}</ul>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls by itself where it is wider than the page."""
+    """Return a table that scrolls sideways if it is wider than the page."""
     body = "".join(_row("td", row) for row in rows)
     return f'<div class="table"><table>{_row("th", head)}{body}</table></div>'
 

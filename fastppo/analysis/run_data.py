@@ -1,4 +1,4 @@
-"""What a run left in its folder, read back for reports."""
+"""Run folders read back for reports: settings, logged figures, episode returns, update samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from fastppo.monitoring.update_samples import UpdateSample, read_samples
 
 _Array = np.ndarray[Any, Any]
 
-PLACES = ("global_step", "seconds", "episodes", "iteration")  # what curves can be drawn over
+_MIN_SHARE = 0.05  # of the run; a finding that disappears sooner is not shown
+_HEALTH_CHECKS = 64  # per run, at evenly spaced iterations
+
+AXES = ("global_step", "seconds", "episodes", "iteration")  # columns that curves can be drawn over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +32,16 @@ class RunData:
     """A run, finished or not.
 
     Attributes:
-        run_dir: its folder.
-        label: what to call it beside others.
-        config: its settings.
-        about: what it ran on, and notes.
-        result: how it ended; empty where it hasn't.
-        columns: [I] figures of each iteration by tag, NaN where there was none; PLACES and `mean_return` among them.
-        returns: of episodes, as many as were logged.
-        return_places: about where each ended, by PLACES: its global step, second of training, number and iteration.
-        samples: updates that were looked into.
-        damaged: lines and samples that could not be read.
+        run_dir: folder of the run.
+        label: name of the run in tables and legends.
+        config: resolved settings.
+        about: machine, versions and notes of run.json.
+        result: result.json; empty while the run has no result.
+        columns: [I] figures of each iteration by tag, NaN where not logged; includes AXES and `mean_return`.
+        returns: [K] returns of the logged episodes.
+        return_axes: [K] approximate end of each episode, by AXES.
+        samples: sampled updates.
+        damaged: descriptions of unreadable lines and samples.
     """
 
     run_dir: Path
@@ -48,126 +51,139 @@ class RunData:
     result: dict[str, Any]
     columns: dict[str, _Array]
     returns: _Array
-    return_places: dict[str, _Array]
+    return_axes: dict[str, _Array]
     samples: list[UpdateSample]
     damaged: list[str] = dataclasses.field(default_factory=list)
 
-    def column(self, tag: str) -> _Array:
-        """[I] the figure of each iteration, all NaN where it was never logged."""
-        return self.columns.get(tag, np.full(len(self), np.nan))
-
     def __len__(self) -> int:
-        """Iterations."""
+        """Return the number of logged iterations."""
         return len(self.columns["iteration"])
 
+    def column(self, tag: str) -> _Array:
+        """Return [I] the figure of each iteration; all NaN if it was never logged."""
+        return self.columns.get(tag, np.full(len(self), np.nan))
+
+    def last(self, tag: str) -> float:
+        """Return the figure of the last iteration; NaN if there is none."""
+        column = self.column(tag)
+        return float(column[-1]) if len(column) else math.nan
+
     @property
-    def setting(self) -> str:
-        """Equal in runs that differ by their seed alone."""
-        rest = {name: value for name, value in self.config.items() if name in CHANGES_RESULTS}
-        return json.dumps(rest, sort_keys=True)
+    def group_key(self) -> str:
+        """Text that is equal for runs that differ only in their seed."""
+        return json.dumps({k: v for k, v in self.config.items() if k in CHANGES_RESULTS}, sort_keys=True)
 
     @property
     def action_size(self) -> int:
-        """Dimensions of a continuous action; 0: discrete, or unknown."""
+        """Dimensions of a continuous action; 0: discrete or unknown."""
         size = self.about.get("action_size")
         return size if isinstance(size, int) else 0
 
-    def troubles(self) -> list[str]:
-        """What is missing or broken in it, in sentences."""
-        found = list(self.damaged)
+    def problems(self) -> list[str]:
+        """Return a sentence for each missing or damaged part of the run."""
+        problems = list(self.damaged)
         if not len(self):
-            said = "the run ended before its first update, or has just begun"
-            return [*found, f"No iteration was logged{'' if found else f': {said}'}."]
+            reason = "" if problems else ": the run ended before its first update, or has just started"
+            return [*problems, f"No iteration was logged{reason}."]
         planned = self.result.get("iterations")
         if isinstance(planned, int) and planned > len(self):
-            found.append(f"Only {len(self):,} of {planned:,} iterations are in metrics.jsonl: it was cut.")
+            problems.append(f"metrics.jsonl is truncated: it holds {len(self):,} of {planned:,} iterations.")
         if len(self) == 1:
-            found.append("One update only: there are no curves yet.")
+            problems.append("Only one update was logged, so there are no curves yet.")
         if not np.nanmax(self.column("episodes"), initial=0):
-            found.append("No episode has ended: there are no returns.")
+            problems.append("No episode has ended, so there are no returns.")
         losses = np.stack([self.column(f"losses/{name}") for name in ("policy_loss", "value_loss", "grad_norm")])
         bad = ~np.isfinite(losses).all(0)
         if bad.any():
             first, n = self.column("global_step")[bad.argmax()], int(bad.sum())
-            found.append(f"Losses are not finite in {n:,} of {len(self):,} iterations, the first at step {first:,.0f}.")
+            problems.append(
+                f"Losses are NaN or infinite in {n:,} of {len(self):,} iterations, first at step {first:,.0f}."
+            )
         if not self.result:
-            found.append("There is no result.json: the run goes on, or was killed.")
-        return found
+            problems.append("result.json is missing: the run is still going, or was killed.")
+        return problems
 
-    def lasted(self, first: float, latest: float) -> str:
-        """When a finding was seen, in words."""
+    def step_range(self, first: float, latest: float) -> str:
+        """Return the steps between which a finding was seen, as text."""
         at_end = latest == self.column("global_step")[-1]
         return f"from step {first:,.0f} to {'the end' if at_end else f'{latest:,.0f}'}"
 
     @functools.cached_property
     def findings(self) -> list[tuple[HealthFinding, float, float]]:
-        """What health found as the run went on, with the global steps of its first and its latest sight.
+        """Findings of the health rules, with the global steps at which each was first and last seen.
 
-        Left out is what came and went within a twentieth of the run.
+        Findings that came and went within a twentieth of the run are left out.
         """
         history, seen = History(), dict[str, tuple[HealthFinding, float, float]]()
-        steps, looks = self.column("global_step"), max(1, len(self) // 64)
+        steps, interval = self.column("global_step"), max(1, len(self) // _HEALTH_CHECKS)
         tags = [tag for tag in self.columns if "/" in tag]
-        table = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
-        for i, row in enumerate(table):
+        rows = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
+        for i, row in enumerate(rows):
             history.add(dict(zip(tags, row, strict=True)))
-            if (i + 1) % looks == 0 or i + 1 == len(table):
+            if (i + 1) % interval == 0 or i + 1 == len(rows):
                 for finding in check_health(history, self.action_size):
                     first = seen[finding.name][1] if finding.name in seen else float(steps[i])
                     seen[finding.name] = finding, first, float(steps[i])
-        brief = 0.05 * (steps[-1] if len(steps) else 0.0)
-        return [s for s in seen.values() if s[2] == steps[-1] or s[2] - s[1] >= brief]
+        end = steps[-1] if len(steps) else 0.0
+        return [
+            (finding, first, latest)
+            for finding, first, latest in seen.values()
+            if latest == end or latest - first >= _MIN_SHARE * end
+        ]
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
-    """Read several runs, each under a label of its own: the folder's name, or as much of its path as tells them apart.
+    """Read several runs; a label is the folder's name, or as much of its path as makes the labels unique.
 
     Raises:
-        CheckpointError: one of them is no run folder.
+        CheckpointError: one of them is not a run folder.
     """
-    records = [read_run(run_dir) for run_dir in run_dirs]
-    parts = [r.run_dir.resolve().parts for r in records]
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    parts = [run.run_dir.resolve().parts for run in runs]
     n = 1
     while len({p[-n:] for p in parts}) < len({*parts}):
         n += 1
-    return [dataclasses.replace(r, label="/".join(p[-n:])) for r, p in zip(records, parts, strict=True)]
+    return [dataclasses.replace(run, label="/".join(p[-n:])) for run, p in zip(runs, parts, strict=True)]
 
 
 def read_run(run_dir: Path) -> RunData:
-    """Read a run folder, of a broken run too.
+    """Read a run folder; damaged lines and samples are skipped and listed.
 
     Raises:
-        CheckpointError: it is no run folder.
+        CheckpointError: it is not a run folder.
     """
-    config = _json(run_dir / "config.json")
+    config = _read_json(run_dir / "config.json")
     if not config:
-        there = "" if run_dir.is_dir() else " (there is no such folder)"
-        inside = next(run_dir.glob("runs/*/config.json"), None) if run_dir.is_dir() else None
-        hint = f" Its runs lie in {run_dir / 'runs'}." if inside else ""
-        raise CheckpointError(f"{run_dir} is no run folder{there}: it holds no config.json that can be read.{hint}")
-    columns, returns, places, damaged = _read_figures(run_dir)
+        missing = "" if run_dir.is_dir() else " (there is no such folder)"
+        nested = next(run_dir.glob("runs/*/config.json"), None) if run_dir.is_dir() else None
+        hint = f" Its runs are in {run_dir / 'runs'}." if nested else ""
+        raise CheckpointError(f"{run_dir} is not a run folder{missing}: it has no readable config.json.{hint}")
+    columns, returns, return_axes, damaged = _read_metrics(run_dir)
     samples = read_samples(run_dir / "samples")
     if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):
-        damaged.append(f"{lost} of its samples are damaged and left out.")
+        damaged.append(f"{lost} damaged samples of updates were skipped.")
     return RunData(
         run_dir,
         run_dir.resolve().name,
         config,
-        _json(run_dir / "run.json"),
-        _json(run_dir / "result.json"),
+        _read_json(run_dir / "run.json"),
+        _read_json(run_dir / "result.json"),
         columns,
         returns,
-        places,
+        return_axes,
         samples,
         damaged,
     )
 
 
-def _read_figures(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _Array], list[str]]:
-    """Columns, returns of episodes, about where between two iterations they lie, and what was damaged."""
-    columns: dict[str, array[float]] = {tag: array("d") for tag in (*PLACES, "mean_return")}
-    values, places = array("d"), {name: array("d") for name in PLACES}
-    before, n, bad = dict.fromkeys(PLACES, 0.0), 0, 0
+def _read_metrics(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _Array], list[str]]:
+    """Return `columns`, `returns`, `return_axes` and `damaged` of RunData.
+
+    The log holds the returns of an iteration but not where in it each episode ended: they are spread evenly.
+    """
+    columns: dict[str, array[float]] = {tag: array("d") for tag in (*AXES, "mean_return")}
+    returns, return_axes = array("d"), {name: array("d") for name in AXES}
+    before, n, bad = dict.fromkeys(AXES, 0.0), 0, 0
     for row in read_rows(run_dir):
         if not isinstance(row.get("iteration"), int) or not isinstance(row.get("global_step"), int):
             bad += 1
@@ -177,32 +193,34 @@ def _read_figures(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _
         for tag, column in columns.items():
             column.append(_number(row.get(tag)))
         n += 1
-        now = {name: columns[name][-1] for name in PLACES}
-        found = row.get("returns")
-        returns = [x for x in map(_number, found if isinstance(found, list) else ()) if math.isfinite(x)]
-        values.extend(returns)
-        for k in range(len(returns)):
-            share = (k + 1) / len(returns)
-            for name, place in places.items():
-                place.append(before[name] + share * (now[name] - before[name]))
+        now = {name: columns[name][-1] for name in AXES}
+        logged = row.get("returns")
+        finite = [x for x in map(_number, logged if isinstance(logged, list) else ()) if math.isfinite(x)]
+        returns.extend(finite)
+        for k in range(len(finite)):
+            share = (k + 1) / len(finite)
+            for name, axis in return_axes.items():
+                axis.append(before[name] + share * (now[name] - before[name]))
         before = now
-    damaged = [f"{bad:,} lines of metrics.jsonl are damaged and left out."] if bad else []
+    damaged = [f"{bad:,} damaged lines of metrics.jsonl were skipped."] if bad else []
     return (
         {tag: np.array(column) for tag, column in columns.items()},
-        np.array(values),
-        {name: np.array(place) for name, place in places.items()},
+        np.array(returns),
+        {name: np.array(axis) for name, axis in return_axes.items()},
         damaged,
     )
 
 
 def _number(value: object) -> float:
+    """Return a JSON value as a float; NaN if it is not a number."""
     try:
         return float(value) if isinstance(value, (int, float)) else math.nan
     except OverflowError:
         return math.nan
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; {} if it is missing or damaged."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -210,8 +228,11 @@ def _json(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def thin(values: _Array, points: int = 800) -> _Array:
-    """Means of equally many neighbours, so that at most `points` are left; NaN where a whole group is."""
+def downsample(values: _Array, points: int = 800) -> _Array:
+    """Return at most `points` values: means over equal groups of neighbours that skip NaN and infinity.
+
+    A group without a finite value becomes NaN.
+    """
     size = -(-len(values) // points) if len(values) else 1
     padded = np.concatenate((values, np.full(-len(values) % size, np.nan))).reshape(-1, size)
     counts = np.isfinite(padded).sum(1)

@@ -1,7 +1,7 @@
-"""`fastppo study`: real training at several n_envs and seeds, each run to a target; what each took, and which to take.
+"""`fastppo study`: train at several n_envs and seeds until a target return, and recommend an n_envs.
 
-Every run is a process of its own in a folder of its own, so that a study that was killed goes on where it was: runs
-that have ended are read, one that was interrupted is resumed.
+Every run has its own process and its own folder. A study that was killed continues: it reads the runs that have ended
+and resumes the ones that were interrupted.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fastppo.analysis.run_data import RunData, read_run
+from fastppo.analysis.subprocesses import exit_reason
 from fastppo.build.parts import policy_spec
-from fastppo.build.resolve import resolve_config, target_of
+from fastppo.build.resolve import target_of
 from fastppo.config import Config
-from fastppo.envs.registry import inspect_env
+from fastppo.envs.registry import EnvInfo, inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
 from fastppo.runs.system_info import system_info
 from fastppo.runtime.cores import usable_cores
@@ -35,23 +38,23 @@ from fastppo.runtime.threads import choose_threads
 
 Hold = Literal["batch", "n_steps"]
 
-# Student's t at 97.5 %, for 1 to 30 degrees of freedom
+# 97.5 % quantiles of Student's t distribution for 1 to 30 degrees of freedom
 _T975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 _T975 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 _POLL_SECONDS = 0.1
-_PLAN = "plan.json"  # written first, so that other settings are found
+_PLAN = "plan.json"  # written first, so that a continued study notices other settings
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a study runs.
+    """Runs of a study.
 
     Attributes:
         target: mean return of the last 100 episodes that ends a run.
-        hold: what stays the same over n_envs.
-        configs: each run's, with its folder; seeds of one n_envs follow each other.
-        cores: that the largest of them keeps busy.
+        hold: setting that is the same for all n_envs.
+        configs: config of each run, run_dir included; seeds of one n_envs are adjacent.
+        cores: CPU cores that the largest run uses.
         about: machine and versions.
     """
 
@@ -64,9 +67,9 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over the seeds that reached the target, with its 95 % interval (Student's t; NaN for fewer than two).
+    """Mean over seeds with its 95 % confidence interval, mean +- t(n - 1) std / sqrt(n) with Student's t.
 
-    What is estimated can't be negative, so no interval begins below 0.
+    The interval is NaN for fewer than two values. All estimated quantities are positive, so it is cut at 0.
     """
 
     mean: float
@@ -75,28 +78,28 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """From one value for each seed; NaN from none."""
+        """Estimate from one value per seed; NaN without values."""
         if not values:
             return cls(math.nan, math.nan, math.nan)
         if len(values) < 2:
             return cls(values[0], math.nan, math.nan)
         mean = statistics.fmean(values)
-        reach = _t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, max(0.0, mean - reach), mean + reach)
+        half_width = _t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        return cls(mean, max(0.0, mean - half_width), mean + half_width)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What came of one n_envs.
+    """Results of one n_envs.
 
     Attributes:
         n_envs: N.
         n_steps: T.
-        runs: one for each seed that was run.
-        failures: seeds that failed, with their last words.
-        reached: how many reached the target.
-        steps: to the target.
-        seconds: of training to the target.
+        runs: runs that have ended, one per seed.
+        failures: error of each seed that failed.
+        reached: seeds that reached the target.
+        steps: environment steps to the target.
+        seconds: seconds of training to the target.
         updates: iterations to the target.
         sps: median over runs of steady steps per second; NaN without runs.
     """
@@ -113,51 +116,37 @@ class Setting:
 
     @property
     def tried(self) -> int:
-        """Seeds that were run, those that failed among them."""
+        """Seeds that have ended or failed."""
         return len(self.runs) + len(self.failures)
 
 
 def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, folder: Path) -> Plan:
-    """The runs of a study.
+    """Return the runs of a study.
 
     Args:
-        base: settings that all runs share; its target_return may be "threshold".
-        n_envs: to compare.
-        seeds: 1 to this, for each.
-        hold: "batch": n_steps follows from n_envs; "n_steps": the batch does.
-        folder: of the study.
+        base: settings of all runs; target_return may be "threshold".
+        n_envs: values to compare.
+        seeds: number of seeds per n_envs; they are 1 to `seeds`.
+        hold: "batch": the batch is the same and n_steps follows from n_envs; "n_steps": n_steps is the same.
+        folder: folder of the study.
 
     Raises:
-        ConfigError: no target, or the batch can't be divided.
+        ConfigError: there is no target, or an n_envs does not divide the batch.
     """
     if seeds < 1:
-        raise ConfigError(f"seeds={seeds} must be at least 1; 5 say something.")
-    found = inspect_env(base.env_id, base.env_kwargs)
-    device = choose_device(base.device)
-
-    def resolved_like(config: Config) -> Config:
-        """Settled without measuring or starting anything."""
-        plain = dataclasses.replace(config, vectorization="sync", workers=None, half_batches=False)
-        return resolve_config(plain, found, device, custom_policy=False)[0]
-
-    resolved = resolved_like(dataclasses.replace(base, n_envs=None))
+        raise ConfigError(f"seeds={seeds} must be at least 1; use 5 for a useful interval.")
+    env_info, device = inspect_env(base.env_id, base.env_kwargs), choose_device(base.device)
+    resolved = _resolve(dataclasses.replace(base, n_envs=None), env_info, device)
     target = target_of(resolved)
     if target is None:
-        why = f"{found.name} has no threshold of its own" if base.target_return == "threshold" else "none was given"
-        raise ConfigError(f"study needs a return to reach, and {why}: --target-return NUMBER.")
-    batch = resolved.batch_size
-    parameters = sum(x.numel() for x in policy_spec(resolved, found, custom=False).build().network.parameters())
+        reason = f"{env_info.name} has no reward threshold" if base.target_return == "threshold" else "none was given"
+        raise ConfigError(f"study needs a target return, and {reason}: use --target-return NUMBER.")
+    parameters = _count_parameters(resolved, env_info)
     configs, cores = [], 1
     for n in dict.fromkeys(n_envs):
         if n < 1:
             raise ConfigError(f"n_envs={n} must be at least 1.")
-        if hold == "batch" and batch % n:
-            near = sorted((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - n))[:3]
-            raise ConfigError(
-                f"n_envs={n} does not divide the batch of {batch} that all share; "
-                f"take {', '.join(map(str, sorted(near)))}, another --n-steps, or --hold n_steps."
-            )
-        n_steps = batch // n if hold == "batch" else resolved.n_steps
+        n_steps = _steps_for(n, resolved.batch_size) if hold == "batch" else resolved.n_steps
         for seed in range(1, seeds + 1):
             config = dataclasses.replace(
                 base,
@@ -169,49 +158,76 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
                 resume="auto",
                 run_dir=folder / "runs" / f"n{n}-seed{seed}",
             )
-            checked = resolved_like(config)
-            threads = base.threads or choose_threads(checked.minibatch_size * parameters)
-            cores = max(cores, threads + _beside(config))
+            minibatch_size = _resolve(config, env_info, device).minibatch_size
+            threads = base.threads or choose_threads(minibatch_size * parameters)
+            cores = max(cores, threads + _env_cores(config))
             configs.append(config)
     return Plan(target, hold, configs, cores, system_info(device))
 
 
-def _beside(config: Config) -> int:
-    """Processes that step environments beside a run, or a core to spare for what else it does."""
+def _resolve(config: Config, env_info: EnvInfo, device: torch.device) -> Config:
+    """Resolve defaults as a run does, without the choices that measure speed or start processes."""
+    plain = dataclasses.replace(config, vectorization="sync", workers=None, half_batches=False)
+    return resolve_config(plain, env_info, device, custom_policy=False)[0]
+
+
+def _count_parameters(config: Config, env_info: EnvInfo) -> int:
+    network = policy_spec(config, env_info, custom=False).build().network
+    return sum(x.numel() for x in network.parameters())
+
+
+def _steps_for(n_envs: int, batch: int) -> int:
+    """Return the n_steps that gives `batch` rows.
+
+    Raises:
+        ConfigError: n_envs does not divide the batch.
+    """
+    if batch % n_envs:
+        nearest = sorted((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - n_envs))[:3]
+        raise ConfigError(
+            f"n_envs={n_envs} does not divide the common batch of {batch}; "
+            f"use {', '.join(map(str, sorted(nearest)))}, another --n-steps, or --hold n_steps."
+        )
+    return batch // n_envs
+
+
+def _env_cores(config: Config) -> int:
+    """Return the cores that a run needs beside its torch threads: those of its workers, or one for everything else."""
     if config.vectorization == "pool" and config.workers:
         return config.workers
     return usable_cores() if config.vectorization in ("pool", "async", "envpool", "auto") else 1
 
 
 def _t975(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t; an approximation above 30 degrees of freedom."""
     return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.4 / freedom
 
 
 def begin_study(plan: Plan, base: Config, folder: Path) -> None:
-    """Write down what the study in `folder` is of, before anything is run.
+    """Create the folder and record the study's settings in it, or check that it continues the same study.
 
     Raises:
-        ConfigError: the folder holds a study with other settings, or something else, or can't be made.
+        ConfigError: the folder holds other files or a study with other settings, or can't be created.
     """
-    now = {**base.to_dict(), "target_return": plan.target, "hold": plan.hold}
+    settings = {**base.to_dict(), "target_return": plan.target, "hold": plan.hold}
     path = folder / _PLAN
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             if any(folder.iterdir()):
                 raise ConfigError(f"run_dir={folder} is not empty and holds no study; name a new folder.")
-            write_json(path, now)
+            write_json(path, settings)
             return
         before = json.loads(path.read_text())
     except ConfigError:
         raise
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"run_dir={folder} is, or lies in, a file; name a new folder.") from None
+        raise ConfigError(f"run_dir={folder} is a file, or lies in one; name a new folder.") from None
     except OSError as error:
-        raise ConfigError(f"run_dir={folder} can't be used ({error.strerror}); name another.") from None
+        raise ConfigError(f"run_dir={folder} can't be used ({error.strerror}); name another folder.") from None
     except ValueError as error:
-        raise ConfigError(f"{path} can't be understood ({error}); name a new folder by --run-dir.") from None
-    differing = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+        raise ConfigError(f"{path} is damaged ({error}); name a new folder by --run-dir.") from None
+    differing = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
     if differing:
         raise ConfigError(
             f"{folder} holds a study with other settings: {'; '.join(differing)}. Name a new folder by --run-dir."
@@ -219,12 +235,12 @@ def begin_study(plan: Plan, base: Config, folder: Path) -> None:
 
 
 def choose_jobs(plan: Plan) -> int:
-    """How many runs go on at once: so many that none takes a core that another keeps busy."""
+    """Return the number of concurrent runs that do not compete for cores."""
     return max(1, usable_cores() // plan.cores)
 
 
 def run_study(plan: Plan, jobs: int) -> Iterator[tuple[Config, str | None]]:
-    """Run what hasn't ended yet, `jobs` at a time; gives each run as it ends, with its last words if it failed."""
+    """Run every config that has not ended, `jobs` at a time; yield each with its error, or None if it ended."""
     waiting = [config for config in plan.configs if not ended(config)]
     running: dict[subprocess.Popen[bytes], Config] = {}
     try:
@@ -235,23 +251,19 @@ def run_study(plan: Plan, jobs: int) -> Iterator[tuple[Config, str | None]]:
             for process in [p for p in running if p.poll() is not None]:
                 config = running.pop(process)
                 _close(process)
-                yield config, None if ended(config) else _last_words(config, process.returncode)
+                log = _log(config).read_text(errors="replace")
+                yield config, None if ended(config) else exit_reason(process.returncode, log)
             time.sleep(_POLL_SECONDS)
     finally:
-        for process in running:  # they save and end
+        for process in running:  # each saves a checkpoint and ends
             process.terminate()
         for process in running:
             process.wait()
             _close(process)
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-
-
 def ended(config: Config) -> bool:
-    """Whether a run came to its target or its planned steps."""
+    """Return whether a run has reached its target or its planned steps."""
     assert config.run_dir is not None
     try:
         return json.loads((config.run_dir / "result.json").read_text())["ended"] in ("target", "finished")
@@ -259,12 +271,12 @@ def ended(config: Config) -> bool:
         return False
 
 
-def told(config: Config) -> str:
-    """How a run that has ended went, in a few words."""
+def outcome(config: Config) -> str:
+    """Return the outcome of a run that has ended, as text."""
     assert config.run_dir is not None
     result = json.loads((config.run_dir / "result.json").read_text())
-    how = "reached the target" if result["ended"] == "target" else "did not reach the target"
-    return f"{how} in {result['global_step']:,} steps, {result['seconds']:.1f} s"
+    verb = "reached the target" if result["ended"] == "target" else "did not reach the target"
+    return f"{verb} in {result['global_step']:,} steps, {result['seconds']:.1f} s"
 
 
 def _log(config: Config) -> Path:
@@ -273,84 +285,93 @@ def _log(config: Config) -> Path:
 
 
 def _start(config: Config) -> subprocess.Popen[bytes]:
-    """A process that trains; it ends when this one does, for its standard input then closes."""
+    """Start a training process; it ends when this process does, because its standard input then closes."""
     _log(config).parent.mkdir(parents=True, exist_ok=True)
     with _log(config).open("wb") as log:
         command = [sys.executable, "-m", "fastppo.analysis.study", json.dumps(config.to_dict())]
-        # in a session of its own, so that Ctrl-C reaches it once, through us: the second would end it unsaved
+        # A session of its own keeps Ctrl-C of the terminal from the process: it gets one signal, from `run_study`.
+        # A second signal would end it before it has saved.
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
 
 
-def _last_words(config: Config, status: int) -> str:
-    if status < 0:
-        return f"killed by signal {-status}{' (out of memory?)' if status == -signal.SIGKILL else ''}"
-    lines = _log(config).read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"exit status {status}"
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def summarize(plan: Plan, failures: dict[Path, str]) -> list[Setting]:
-    """What came of each n_envs so far; `failures` are last words by run folder."""
-    by_size: dict[int, list[Config]] = {}
+    """Return the results of each n_envs so far; `failures` holds errors by run folder."""
+    by_n_envs: dict[int, list[Config]] = {}
     for config in plan.configs:
-        by_size.setdefault(config.n_envs or 0, []).append(config)
-    found = []
-    for n, configs in by_size.items():
-        runs = [read_run(c.run_dir) for c in configs if c.run_dir is not None and ended(c)]
-        good = [r for r in runs if r.result["ended"] == "target"]
-        speeds = [float(r.result["sps_steady"]) for r in runs if r.result.get("sps_steady") is not None]
-        found.append(
-            Setting(
-                n_envs=n,
-                n_steps=configs[0].n_steps or 0,
-                runs=runs,
-                failures={c.seed: failures[c.run_dir] for c in configs if c.run_dir in failures},
-                reached=len(good),
-                steps=Estimate.of([float(r.result["global_step"]) for r in good]),
-                seconds=Estimate.of([float(r.result["seconds"]) for r in good]),
-                updates=Estimate.of([float(r.result["iterations"]) for r in good]),
-                sps=statistics.median(speeds) if speeds else math.nan,
-            )
-        )
-    return found
+        by_n_envs.setdefault(config.n_envs or 0, []).append(config)
+    return [_summarize_setting(n, configs, failures) for n, configs in by_n_envs.items()]
+
+
+def _summarize_setting(n_envs: int, configs: Sequence[Config], failures: dict[Path, str]) -> Setting:
+    runs = [read_run(c.run_dir) for c in configs if c.run_dir is not None and ended(c)]
+    reached = [run.result for run in runs if run.result["ended"] == "target"]
+    speeds = [float(run.result["sps_steady"]) for run in runs if run.result.get("sps_steady") is not None]
+
+    def estimate(name: str) -> Estimate:
+        return Estimate.of([float(result[name]) for result in reached])
+
+    return Setting(
+        n_envs=n_envs,
+        n_steps=configs[0].n_steps or 0,
+        runs=runs,
+        failures={c.seed: failures[c.run_dir] for c in configs if c.run_dir in failures},
+        reached=len(reached),
+        steps=estimate("global_step"),
+        seconds=estimate("seconds"),
+        updates=estimate("iterations"),
+        sps=statistics.median(speeds) if speeds else math.nan,
+    )
 
 
 def recommend(settings: Sequence[Setting], target: float) -> str:
-    """Which n_envs to take, in words, and how sure that is."""
+    """Return a recommendation in words, with its uncertainty.
+
+    It is the setting with the shortest mean time among those that reach the target with the most seeds.
+    """
     able = [s for s in settings if s.reached]
     if not able:
         return f"No run reached {target:g}: train longer (--total-timesteps), or tune one n_envs first."
-    most = max(s.reached / s.tried for s in able)
-    steady = [s for s in able if s.reached / s.tried == most]
-    soonest = min(steady, key=lambda s: s.seconds.mean)
-    fewest = min(steady, key=lambda s: s.steps.mean)
-    said = [
-        f"Take n_envs {soonest.n_envs}: {soonest.reached} of {soonest.tried} seeds reached {target:g}, "
-        f"in {_interval(soonest.seconds, '.1f')} s."
+    best_share = max(s.reached / s.tried for s in able)
+    reliable = [s for s in able if s.reached / s.tried == best_share]
+    fastest = min(reliable, key=lambda s: s.seconds.mean)
+    sentences = [
+        f"Use n_envs {fastest.n_envs}: {fastest.reached} of {fastest.tried} seeds reached {target:g}, "
+        f"in {format_estimate(fastest.seconds, ',.1f')} s."
     ]
-    near = [str(s.n_envs) for s in steady if s is not soonest and _overlap(s.seconds, soonest.seconds)]
-    if near and all(math.isnan(s.seconds.low) for s in steady):
-        said.append("One seed says little: any of them may have been lucky.")
-    elif near:
-        said.append(f"The interval of n_envs {' and '.join(near)} overlaps: it may be luck; more seeds tell.")
-    if fewest is not soonest:
-        said.append(f"Where steps are dear, n_envs {fewest.n_envs} needs {_interval(fewest.steps, ',.0f')} of them.")
-    weak = [f"{s.n_envs} ({s.reached} of {s.tried})" for s in settings if s.tried and s not in steady]
-    if weak:
-        said.append(f"Less reliable: n_envs {', '.join(weak)}.")
-    fastest = max((s for s in settings if s.runs), key=lambda s: s.sps)
-    if fastest is not soonest:
-        said.append(
-            f"The most steps per second, {fastest.sps:,.0f}, come at n_envs {fastest.n_envs}, "
-            "but speed alone doesn't reach a return."
+    rivals = [str(s.n_envs) for s in reliable if s is not fastest and _overlap(s.seconds, fastest.seconds)]
+    if rivals and all(math.isnan(s.seconds.low) for s in reliable):
+        sentences.append("One seed per n_envs cannot rank them; run more seeds.")
+    elif rivals:
+        sentences.append(f"The difference to n_envs {' and '.join(rivals)} is not significant; run more seeds.")
+    cheapest = min(reliable, key=lambda s: s.steps.mean)
+    if cheapest.steps.mean < fastest.steps.mean:
+        steps = format_estimate(cheapest.steps, ",.0f")
+        sentences.append(f"n_envs {cheapest.n_envs} needs the fewest environment steps: {steps}.")
+    unreliable = [f"{s.n_envs} ({s.reached} of {s.tried})" for s in settings if s.tried and s not in reliable]
+    if unreliable:
+        sentences.append(f"Less reliable: n_envs {', '.join(unreliable)}.")
+    highest = max((s for s in settings if s.runs), key=lambda s: s.sps)
+    if highest is not fastest:
+        sentences.append(
+            f"n_envs {highest.n_envs} has the highest speed, {highest.sps:,.0f} steps/s, "
+            "but does not reach the target sooner."
         )
-    return " ".join(said)
+    return " ".join(sentences)
 
 
-def _interval(estimate: Estimate, form: str) -> str:
+def format_estimate(estimate: Estimate, form: str) -> str:
+    """Return "mean (low-high)"; "-" without a mean, the mean alone without an interval."""
+    if math.isnan(estimate.mean):
+        return "-"
     mean = format(estimate.mean, form)
     if math.isnan(estimate.low):
         return mean
-    return f"{mean} ({format(estimate.low, form)} to {format(estimate.high, form)})"
+    return f"{mean} ({format(estimate.low, form)}-{format(estimate.high, form)})"
 
 
 def _overlap(a: Estimate, b: Estimate) -> bool:
@@ -363,29 +384,34 @@ def write_study(folder: Path, plan: Plan, settings: Sequence[Setting]) -> None:
     for s in settings:
         row = {name: getattr(s, name) for name in ("n_envs", "n_steps", "reached", "failures", "sps")}
         row |= {name: dataclasses.asdict(getattr(s, name)) for name in ("steps", "seconds", "updates")}
-        row["runs"] = [{"seed": r.config["seed"], "run_dir": str(r.run_dir)} | r.result for r in s.runs]
+        row["runs"] = [{"seed": run.config["seed"], "run_dir": str(run.run_dir)} | run.result for run in s.runs]
         rows.append(row)
-    values = {"target_return": plan.target, "hold": plan.hold, "recommendation": recommend(settings, plan.target)}
-    whole = values | {"settings": rows, "about": plan.about}
-    # NaN is no JSON
-    finite = json.loads(json.dumps(whole, default=str), parse_constant=lambda _: None)
+    values = {
+        "target_return": plan.target,
+        "hold": plan.hold,
+        "recommendation": recommend(settings, plan.target),
+        "settings": rows,
+        "about": plan.about,
+    }
+    # JSON has no NaN: write null instead
+    finite = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
     write_json(folder / "study.json", finite)
 
 
 def _train(config: Config) -> None:
-    """One run, resumed if it was interrupted, in a process that ends with its standard input."""
+    """Train one run, resumed if it was interrupted; the process ends when its standard input closes."""
     from fastppo.resume_run import continue_run, resumable_run
     from fastppo.trainer import Trainer
 
     def end_with_parent() -> None:
-        os.read(0, 1)  # not sys.stdin, whose lock a thread must not hold when the interpreter ends
+        os.read(0, 1)  # not sys.stdin: no thread may hold its lock when the interpreter ends
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     run = resumable_run(config)
     try:
         trainer = Trainer(config) if run is None else continue_run(config, run)
-    except FinishedError:  # killed between its last checkpoint and its result, so that nobody knows how long it took
+    except FinishedError:  # killed between its last checkpoint and its result: its time to the target is unknown
         assert run is not None
         shutil.rmtree(run)
         trainer = Trainer(config)

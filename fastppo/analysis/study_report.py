@@ -1,32 +1,27 @@
-"""What `fastppo study` found: a table for the terminal, and study.html."""
+"""Results of `fastppo study` as a table for the terminal and as study.html."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import plotly.graph_objects as go
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from fastppo.analysis.figures import returns_figure
 from fastppo.analysis.html import LAYOUT, Figures, heading, page, paragraphs, table
-from fastppo.analysis.report import returns_figure
-from fastppo.analysis.study import Estimate, Plan, Setting, recommend
+from fastppo.analysis.study import Estimate, Plan, Setting, format_estimate, recommend
+from fastppo.analysis.terminal import narrow_table
 
 _HEAD = ("n_envs", "reached", "n_steps", "seconds to target", "steps to target", "updates", "steps/s")
 _AXES = {"environment steps": "global_step", "updates": "iteration", "seconds": "seconds"}
 
 
 def terminal_table(settings: Sequence[Setting]) -> Table:
-    """One row for each n_envs, with 95 % intervals."""
-    shown = Table(
-        title="to the target; mean over seeds that reached it (95 % interval)",
-        title_justify="left",
-        box=SIMPLE_HEAD,  # narrow, so that no interval is cut at 80 columns
-        show_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    """Return a table with a row per n_envs."""
+    shown = narrow_table("cost of the target: mean over the seeds that reached it (95 % interval)")
     for name in _HEAD:
         shown.add_column(name.replace(" to ", " to\n"), justify="right")
     for row in _rows(settings):
@@ -35,23 +30,23 @@ def terminal_table(settings: Sequence[Setting]) -> Table:
 
 
 def write_page(folder: Path, env_name: str, plan: Plan, settings: Sequence[Setting]) -> Path:
-    """Write study.html into `folder`; returns it."""
-    drawing = Figures()
-    records = [r for s in settings for r in s.runs if len(r)]
-    shared = "the batch" if plan.hold == "batch" else "n_steps"
+    """Write study.html into `folder`; return its path."""
+    figures = Figures()
+    runs = [run for s in settings for run in s.runs if len(run)]
     failures = [f"n_envs {s.n_envs}, seed {seed} failed: {text}" for s in settings for seed, text in s.failures.items()]
     parts = [paragraphs([recommend(settings, plan.target), *failures]), table(_HEAD, _rows(settings))]
     if any(s.reached for s in settings):
         parts.append('<div class="grid">')
-        parts.append(drawing.draw(_bars(settings, "seconds", "Seconds to the target"), "seconds"))
-        parts.append(drawing.draw(_bars(settings, "steps", "Steps to the target"), "steps"))
+        parts.append(figures.draw(_cost_figure(settings, "seconds", "Seconds to the target"), "seconds"))
+        parts.append(figures.draw(_cost_figure(settings, "steps", "Steps to the target"), "steps"))
         parts.append("</div>")
-    if records:
-        parts += [heading("Returns"), drawing.draw(returns_figure(records, _AXES, by="n_envs"), "returns")]
+    if runs:
+        parts += [heading("Returns"), figures.draw(returns_figure(runs, _AXES, by="n_envs"), "returns")]
+    held = "batch size" if plan.hold == "batch" else "n_steps"
     machine = f"{plan.about['device_name']}, {plan.about['cpu_count']} cores, {plan.about['platform']}"
-    parts.append(paragraphs([f"Target {plan.target:g}; {shared} held fixed.", machine]))
+    parts.append(paragraphs([f"Target return {plan.target:g}; the same {held} for every n_envs.", machine]))
     path = folder / "study.html"
-    path.write_text(page(f"{env_name}: which n_envs reaches {plan.target:g} soonest", *parts), encoding="utf-8")
+    path.write_text(page(f"{env_name}: n_envs by time to a return of {plan.target:g}", *parts), encoding="utf-8")
     return path
 
 
@@ -61,31 +56,24 @@ def _rows(settings: Sequence[Setting]) -> list[tuple[str, ...]]:
             f"{s.n_envs:,}",
             f"{s.reached} of {s.tried}" + (f", {len(s.failures)} failed" if s.failures else ""),
             f"{s.n_steps:,}",
-            _text(s.seconds, ",.1f"),
-            _text(s.steps, ",.0f"),
-            _text(s.updates, ",.0f"),
+            format_estimate(s.seconds, ",.1f"),
+            format_estimate(s.steps, ",.0f"),
+            format_estimate(s.updates, ",.0f"),
             "-" if math.isnan(s.sps) else f"{s.sps:,.0f}",
         )
         for s in settings
     ]
 
 
-def _text(estimate: Estimate, form: str) -> str:
-    if math.isnan(estimate.mean):
-        return "-"
-    mean = format(estimate.mean, form)
-    return mean if math.isnan(estimate.low) else f"{mean} ({format(estimate.low, form)}-{format(estimate.high, form)})"
-
-
-def _bars(settings: Sequence[Setting], what: str, title: str) -> go.Figure:
-    """Each seed as a point, means with their intervals."""
+def _cost_figure(settings: Sequence[Setting], attribute: Literal["seconds", "steps"], title: str) -> go.Figure:
+    """Draw a dot per seed, and means with their intervals."""
     figure = go.Figure()
     able = [s for s in settings if s.reached]
-    estimates: list[Estimate] = [getattr(s, what) for s in able]
-    key = {"seconds": "seconds", "steps": "global_step"}[what]
+    estimates: list[Estimate] = [getattr(s, attribute) for s in able]
+    key = {"seconds": "seconds", "steps": "global_step"}[attribute]
     figure.add_scatter(
-        x=[f"{s.n_envs:,}" for s in able for r in s.runs if r.result["ended"] == "target"],
-        y=[r.result[key] for s in able for r in s.runs if r.result["ended"] == "target"],
+        x=[f"{s.n_envs:,}" for s in able for run in s.runs if run.result["ended"] == "target"],
+        y=[run.result[key] for s in able for run in s.runs if run.result["ended"] == "target"],
         mode="markers",
         marker={"color": "#bab0ac"},
         name="seeds",
@@ -104,5 +92,5 @@ def _bars(settings: Sequence[Setting], what: str, title: str) -> go.Figure:
     )
     figure.update_layout(**LAYOUT, title=title, height=340)
     figure.update_xaxes(title="n_envs", type="category")
-    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title=attribute, rangemode="tozero")
     return figure

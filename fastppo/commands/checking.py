@@ -32,7 +32,7 @@ class VerifyEnv:
         """Print the checks and return 1 if one failed, else 0."""
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1; nearest valid value: 1.")
-        from fastppo.analysis.verify import verify_env
+        from fastppo.analysis.verify_env import verify_env
 
         return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment passes all checks")
 
@@ -58,7 +58,7 @@ class VerifyResume(Train):
                 f"iterations={self.iterations} leaves no iteration to interrupt after; nearest valid value: 2."
             )
         config = self.settings()
-        from fastppo.analysis.verify import verify_resume
+        from fastppo.analysis.verify_resume import verify_resume
 
         return print_checks(verify_resume(config, self.iterations), "a resumed run is the same run")
 
@@ -85,7 +85,7 @@ class Replay:
             f"first not finite: {bad.name} {list(bad.shape)}, {bad.bad} of its numbers, the first at "
             f"{list(bad.first)}; {where}",
         )
-        for finding in found.findings:
+        for finding in found.tensors:
             state = f"{finding.bad} not finite" if finding.bad else "finite"
             print_line(console, f"{finding.name:<48} {state:<18} largest {finding.largest:.3g}")
         return 1

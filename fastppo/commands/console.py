@@ -14,7 +14,7 @@ from fastppo.runtime.console import print_line
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fastppo.analysis.doctor import CheckResult
+    from fastppo.analysis.checks import CheckResult
 
 
 class _Stdout:

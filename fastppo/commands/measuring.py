@@ -179,7 +179,7 @@ class Study(Train):
                 failures[config.run_dir] = trouble
             settings = study.summarize(plan, failures)
             study.write_study(folder, plan, settings)
-            said = trouble or study.told(config)
+            said = trouble or study.outcome(config)
             print_line(console, f"{done} of {len(plan.configs)}: n_envs {config.n_envs}, seed {config.seed}: {said}")
         settings = study.summarize(plan, failures)
         study.write_study(folder, plan, settings)

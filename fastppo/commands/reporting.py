@@ -33,10 +33,10 @@ class Report:
 
         console = open_console()
         for run in report(self.runs, self.output):
-            for trouble in run.troubles():
-                print_line(console, f"{run.label}: {trouble}")
+            for problem in run.problems():
+                print_line(console, f"{run.label}: {problem}")
             for finding, first, latest in run.findings:
-                print_line(console, f"{run.label}, {run.lasted(first, latest)}: {finding}")
+                print_line(console, f"{run.label}, {run.step_range(first, latest)}: {finding}")
         print_line(console, f"page:    {self.output}")
         return 0
 
@@ -75,8 +75,8 @@ class Diff:
             else:
                 print_line(console, f"{title}: none")
         for run in (a, b):
-            for trouble in run.troubles():
-                print_line(console, f"{run.label}: {trouble}")
+            for problem in run.problems():
+                print_line(console, f"{run.label}: {problem}")
         print_line(console, f"numbers: {found.numbers}")
         print_line(console, f"returns: {found.returns}")
         return 0

@@ -53,10 +53,10 @@ def test_n1_skipped_minibatches_are_counted_and_end_the_run_at_max_skipped(tmp_p
     found = replay(folder)
     assert (found.epoch, found.minibatch) == (1, 1)
     assert found.first_bad is not None
-    names = [finding.name for finding in found.findings]
+    names = [finding.name for finding in found.tensors]
     first = names.index(found.first_bad.name)
     assert names.index("batch: values") < first <= names.index("loss")
-    assert all(finding.bad == 0 for finding in found.findings[:first])
+    assert all(finding.bad == 0 for finding in found.tensors[:first])
     done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"first not finite: {found.first_bad.name}" in done.stdout

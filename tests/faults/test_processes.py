@@ -103,7 +103,7 @@ def test_x6_nothing_listens(tmp_path):
 
 @pytest.mark.parametrize("total", [4096])
 def test_two_processes_that_are_interrupted_are_the_two_that_were_not(tmp_path, total):
-    from fastppo.analysis.verify import run_hashes
+    from fastppo.analysis.verify_resume import run_hashes
 
     ends = []
     for name, stops in (("whole", [total]), ("parted", [1024, total])):

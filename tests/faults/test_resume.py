@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastppo import Config, Trainer, resume
-from fastppo.analysis.verify import TIMED, run_hashes
+from fastppo.analysis.verify_resume import TIMED, run_hashes
 from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
 from fastppo.resume_run import continue_run

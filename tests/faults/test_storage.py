@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from fastppo import Config, Trainer, evaluate, load_policy, resume
-from fastppo.analysis.verify import run_hashes
+from fastppo.analysis.verify_resume import run_hashes
 from fastppo.errors import CheckpointError, ConfigError, FastPPOError
 from fastppo.resume_run import resumable_run
 from fastppo.runs.checkpoint import best_checkpoint, clean_up, list_checkpoints, newest_checkpoint, verify_checkpoint
