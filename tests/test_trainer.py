@@ -440,7 +440,7 @@ def test_real_half_cheetah_runs_with_its_normalisers(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):
-    command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "10000000"]
+    command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "10000000", "--compile", "off"]
     command += ["--vectorization", "async", "--n-envs", "2", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not rows_of(tmp_path / "run"):

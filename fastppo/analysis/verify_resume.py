@@ -47,20 +47,18 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
         ConfigError, EnvError: the run can't be made with these settings.
     """
     env_info = inspect_env(config.env_id, config.env_kwargs)
-    resolved_config, notes = resolve_config(config, env_info, choose_device(config.device), custom_policy=False)
-    resolved_config = dataclasses.replace(
-        resolved_config, total_timesteps=iterations * resolved_config.batch_size, **_FIXED
-    )
+    c, notes = resolve_config(config, env_info, choose_device(config.device), custom_policy=False)
+    c = dataclasses.replace(c, total_timesteps=iterations * c.batch_size, **_FIXED)
     for note in notes:
         yield CheckResult("note", note)
     with tempfile.TemporaryDirectory(prefix="fastppo-verify-") as folder:
         whole, resumed, resumed_again = (Path(folder) / name for name in ("whole", "resumed", "resumed-again"))
-        trainer = Trainer(dataclasses.replace(resolved_config, run_dir=whole))
+        trainer = Trainer(dataclasses.replace(c, run_dir=whole))
         resumable = trainer.env.resumable
         restarts = resumable.way == "restart"
         yield CheckResult("resume", f"{resumable.way}: {resumable.why}", "note" if restarts else "ok")
         _run_to_end(trainer)
-        for stats in Trainer(dataclasses.replace(resolved_config, run_dir=resumed)).iterations():
+        for stats in Trainer(dataclasses.replace(c, run_dir=resumed)).iterations():
             if stats.iteration >= iterations // 2:
                 break
         shutil.copytree(resumed, resumed_again)
@@ -71,9 +69,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
                 "scope",
                 "network, optimiser, normalisers and schedules resume exactly; environments start new episodes",
                 "note",
-                "--vectorization sync or pool may resume exactly"
-                if resolved_config.vectorization in ("async", "envpool")
-                else "",
+                "--vectorization sync or pool may resume exactly" if c.vectorization in ("async", "envpool") else "",
             )
             yield from _compare(run_hashes(resumed), run_hashes(resumed_again), "two resumes of one checkpoint")
         else:

@@ -1,6 +1,8 @@
 """An interrupted and resumed run is bit-identical to an uninterrupted one."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import random
@@ -18,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastppo import Config, Trainer, resume
 from fastppo.analysis.verify_resume import TIMED, run_hashes
+from fastppo.cli import main
 from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
 from fastppo.resume_run import continue_run
@@ -39,6 +42,7 @@ def interrupted(config, after):
             break
 
 
+SMALL = {"n_steps": 4, "total_timesteps": 4 * 4 * 8, "checkpoint_every": 16}  # a graph is recorded step by step
 EVERYTHING = {
     "normalize_obs": True,
     "normalize_rewards": True,
@@ -57,7 +61,7 @@ EVERYTHING = {
         {"env_id": "CartPole-v1", "vectorization": "pool", "workers": 2, "half_batches": True, **EVERYTHING},
         {"env_id": "CartPole-v1", "vectorization": "native", **EVERYTHING},
         {"env_id": "CartPole-v1", "vectorization": "tensor", **EVERYTHING},
-        {"env_id": "CartPole-v1", "vectorization": "tensor", "compile": "graph"},
+        {"env_id": "CartPole-v1", "vectorization": "tensor", "compile": "graph", **SMALL},
         {"env_id": "CartPole-v1", "compile": "on", **EVERYTHING},
         {"env_id": "Pendulum-v1", **EVERYTHING, "kl_stop": "minibatch"},
         {"env_id": "FrozenLake-v1"},
@@ -261,7 +265,16 @@ def test_global_random_states_are_restored(tmp_path):
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
-def fastppo(*arguments, **kwargs):
+def fastppo(*arguments):
+    """Run the command line in this process, which saves seconds of importing torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(word) for word in arguments])
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def fastppo_process(*arguments, **kwargs):
+    """Run the command line in its own process."""
     command = [sys.executable, "-m", "fastppo", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
@@ -335,13 +348,15 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
 def test_resume_auto_starts_and_then_continues(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
-    script = (
-        "import sys\nfrom fastppo.trainer import Trainer\nbefore = Trainer._look_after_envs\n"
-        "def log(self, stats):\n    before(self, stats)\n    self.stop_requested = stats.iteration == 3\n"
-        "Trainer._look_after_envs = log\nfrom fastppo.cli import main\n"
-        f"sys.exit(main({arguments!r}))\n"
-    )
-    first = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    before = Trainer._look_after_envs
+
+    def stop_after_3(trainer, stats):
+        before(trainer, stats)
+        trainer.stop_requested = stats.iteration == 3
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_look_after_envs", stop_after_3)
+        first = fastppo(*arguments)
     assert first.returncode == 0, first.stderr
     second = fastppo(*arguments)
     assert second.returncode == 0, second.stderr
@@ -379,9 +394,10 @@ def test_resume_auto_starts_again_if_nothing_was_saved(tmp_path):
 
 def test_resume_auto_without_run_dir_takes_the_latest_run_of_that_name_and_seed(tmp_path):
     arguments = [*RUN, "--total-timesteps", "512", "--resume", "auto", "--name", "job"]
-    for total in ("512", "1024"):
-        done = fastppo(*arguments, "--total-timesteps", total, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+    with contextlib.chdir(tmp_path):
+        for total in ("512", "1024"):
+            done = fastppo(*arguments, "--total-timesteps", total)
+            assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "runs" / "CartPole-v1").iterdir())) == 1
 
 
@@ -393,12 +409,14 @@ def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     train = ["train", "--env-id", "my_envs:Mine-v0", "--n-envs", "2", "--n-steps", "16", "--run-dir", "run"]
-    first = fastppo(*train, "--total-timesteps", "64", cwd=tmp_path, env=environment)
+    first = fastppo_process(*train, "--total-timesteps", "64", cwd=tmp_path, env=environment)
     assert first.returncode == 0, first.stderr
-    refused = fastppo("resume", "run", "--total-timesteps", "128", cwd=tmp_path, env=environment)
+    refused = fastppo_process("resume", "run", "--total-timesteps", "128", cwd=tmp_path, env=environment)
     assert refused.returncode == 2
     assert "--allow-import" in refused.stderr
-    allowed = fastppo("resume", "run", "--total-timesteps", "128", "--allow-import", cwd=tmp_path, env=environment)
+    allowed = fastppo_process(
+        "resume", "run", "--total-timesteps", "128", "--allow-import", cwd=tmp_path, env=environment
+    )
     assert allowed.returncode == 0, allowed.stderr
 
 
@@ -424,7 +442,7 @@ def test_verify_resume_reports_exactness(tmp_path):
 
 def test_lunar_lander_replays_its_open_episodes():
     """In its own process: Box2D conflicts with what other tests import."""
-    done = fastppo("verify-resume", "--env-id", "LunarLander-v3", "--n-envs", "2", "--n-steps", "32")
+    done = fastppo_process("verify-resume", "--env-id", "LunarLander-v3", "--n-envs", "2", "--n-steps", "32")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "replay: LunarLander.world (b2World) is no plain data" in " ".join(done.stdout.split())
 

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -12,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,9 @@ from fastppo.runs.checkpoint import best_checkpoint, clean_up, list_checkpoints,
 from fastppo.runs.restore import restore, run_metadata
 from fastppo.runs.run_dir import RunLock
 from fastppo.runs.system_info import versions
+from fastppo.runtime import faults
 from fastppo.runtime.device import machine_name
-from tests.faults.test_resume import LONG, RUN, fastppo, interrupted, rows_of
+from tests.faults.test_resume import LONG, RUN, fastppo, fastppo_process, interrupted, rows_of
 from tests.worlds import short
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +143,8 @@ def test_hours_of_events_leak_no_resources(tmp_path):
     """A fortieth of a day's events; `scripts/soak --hours-of-events 24` runs all of them."""
     from benchmarks.soak import soak
 
-    figures = soak(0.6, tmp_path, turns=3)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # no other test's memory
+        figures = pool.submit(soak, 0.6, tmp_path, turns=3).result()
     summary, samples = figures["summary"], figures["samples"]
     assert summary["iterations"] == 5_000
     assert summary["episodes"] > 25_000
@@ -157,7 +161,7 @@ def test_s3_a_full_disk_is_reported_and_training_continues(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", run, "--total-timesteps", "2560", "--checkpoint-every", "256"]
     environment = os.environ | {"FASTPPO_FAULT": "write:8:enospc"}  # in the second of ten
-    done = fastppo(*arguments, env=environment)
+    done = fastppo_process(*arguments, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "could not be written (No space left on device); training continues" in " ".join(done.stdout.split())
     assert not list((run / "checkpoints").glob("*.tmp"))
@@ -168,7 +172,10 @@ def test_s3_a_failed_last_save_is_an_error(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", run, "--total-timesteps", "512"]
     for point in ("write:1:enospc", "fsync:2:enospc"):
-        done = fastppo(*arguments, env=os.environ | {"FASTPPO_FAULT": point})
+        with pytest.MonkeyPatch.context() as patch:  # as FASTPPO_FAULT=point does in a new process
+            patch.setattr(faults, "_wanted", point.split(":"))
+            patch.setattr(faults, "_passed", 0)
+            done = fastppo(*arguments)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "could not be" in done.stderr
         assert not list((run / "checkpoints").glob("*"))
@@ -378,7 +385,7 @@ def test_s8_two_trainers_on_one_folder(tmp_path):
     steps = iter(trainer.iterations())
     next(steps)
     next(steps)
-    done = fastppo("resume", run)
+    done = fastppo_process("resume", run)
     assert done.returncode == 2
     assert f"in use by another trainer (pid {os.getpid()}" in done.stderr
     steps.close()
@@ -602,7 +609,9 @@ def test_x5_a_manifest_with_a_path_or_symlink_is_refused(trained, tmp_path):
 def test_x8_tokens_in_the_environment_are_never_written(tmp_path):
     run = tmp_path / "run"
     secret = "hunter2-is-not-a-good-one"
-    done = fastppo(*RUN, "--run-dir", run, "--total-timesteps", "512", env=os.environ | {"WANDB_API_KEY": secret})
+    done = fastppo_process(
+        *RUN, "--run-dir", run, "--total-timesteps", "512", env=os.environ | {"WANDB_API_KEY": secret}
+    )
     assert done.returncode == 0
     for file in run.rglob("*"):
         if file.is_file():

@@ -12,20 +12,23 @@ import torch
 from fastppo.ppo.metrics import MEASURED, merge_ranks
 from fastppo.runs.run_dir import wait_for_folder
 
+# Trains each case in turn: one start of Python, torch and torchrun for all of them
 TRAIN = """
-import dataclasses, hashlib, json, os, sys
+import hashlib, json, os, sys
 from pathlib import Path
 import torch
 from fastppo import Config, Trainer
 from fastppo.functional import distributions
 
-folder, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 rank, size, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 4
 N = 2 * n  # of all processes
 mine = slice(rank * n, rank * n + n) if size > 1 else slice(0, N)
+if size > 1:
+    torch.distributed.init_process_group("gloo")
 
 # noise of all environments, of which each process takes its part
-everyone = torch.Generator().manual_seed(11)
+everyone = torch.Generator()
 for kind in (distributions.Categorical, distributions.Gaussian):
     original = kind.fill_noise
 
@@ -36,33 +39,43 @@ for kind in (distributions.Categorical, distributions.Gaussian):
 
     kind.fill_noise = fill
 
-trainer = Trainer(Config(n_envs=n if size > 1 else N, run_dir=folder / f"run{size}", threads=1, **settings))
-T, E, M = trainer.config.n_steps, trainer.config.update_epochs, trainer.config.n_minibatches
-shuffles = torch.Generator().manual_seed(12)
-prepare = trainer.update.prepare
 
-def same_minibatches(rows, limit):
-    prepare(rows, limit)
-    for e in range(E):
-        parts = [torch.randperm(T * n, generator=shuffles).view(M, -1) for _ in range(2)]
-        if size > 1:
-            trainer.update._orders[e] = parts[rank].flatten()
-        else:
-            whole = [(p // n) * N + r * n + p % n for r, p in enumerate(parts)]
-            trainer.update._orders[e] = torch.cat(whole, 1).flatten()
+def train(name, settings):
+    everyone.manual_seed(11)
+    run_dir = folder / name / f"run{size}"
+    trainer = Trainer(Config(n_envs=n if size > 1 else N, run_dir=run_dir, threads=1, **settings))
+    T, E, M = trainer.config.n_steps, trainer.config.update_epochs, trainer.config.n_minibatches
+    shuffles = torch.Generator().manual_seed(12)
+    prepare = trainer.update.prepare
 
-trainer.update.prepare = same_minibatches
-logged, hashes = [], []
-for stats in trainer.iterations():
-    keep = {k: v for k, v in stats.scalars.items() if not k.startswith("time/") and "sps" not in k.lower()}
-    logged.append(keep | {"steps": stats.global_step, "mean": stats.mean_return, "episodes": stats.episodes})
-    vector = trainer.update.parameters.vector
-    hashes.append(hashlib.sha256(vector.numpy().tobytes()).hexdigest())
-normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.rewards) if m is not None]
-moments = [x.tolist() for m in normalizers for x in (m.mean, m.var, m.count)]
-out = {"logged": logged, "hashes": hashes, "vector": vector.tolist(), "moments": moments}
-out["result"] = trainer.result.global_step
-(folder / f"{size}-{rank}.json").write_text(json.dumps(out))
+    def same_minibatches(rows, limit):
+        prepare(rows, limit)
+        for e in range(E):
+            parts = [torch.randperm(T * n, generator=shuffles).view(M, -1) for _ in range(2)]
+            if size > 1:
+                trainer.update._orders[e] = parts[rank].flatten()
+            else:
+                whole = [(p // n) * N + r * n + p % n for r, p in enumerate(parts)]
+                trainer.update._orders[e] = torch.cat(whole, 1).flatten()
+
+    trainer.update.prepare = same_minibatches
+    logged, hashes = [], []
+    for stats in trainer.iterations():
+        keep = {k: v for k, v in stats.scalars.items() if not k.startswith("time/") and "sps" not in k.lower()}
+        logged.append(keep | {"steps": stats.global_step, "mean": stats.mean_return, "episodes": stats.episodes})
+        vector = trainer.update.parameters.vector
+        hashes.append(hashlib.sha256(vector.numpy().tobytes()).hexdigest())
+    normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.rewards) if m is not None]
+    moments = [x.tolist() for m in normalizers for x in (m.mean, m.var, m.count)]
+    out = {"logged": logged, "hashes": hashes, "vector": vector.tolist(), "moments": moments}
+    out["result"] = trainer.result.global_step
+    (folder / name / f"{size}-{rank}.json").write_text(json.dumps(out))
+
+
+for name, settings in cases.items():
+    train(name, settings)
+if size > 1:
+    torch.distributed.destroy_process_group()
 """
 
 
@@ -72,46 +85,55 @@ def torchrun(*command, folder, processes=2):
     return subprocess.run([*run, *command], capture_output=True, text=True, timeout=300, env=env, cwd=folder)
 
 
-def both(tmp_path, settings):
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    done = torchrun(str(script), str(tmp_path), json.dumps(settings), folder=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    alone = [sys.executable, str(script), str(tmp_path), json.dumps(settings)]
-    done = subprocess.run(alone, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((tmp_path / name).read_text()) for name in ("2-0.json", "2-1.json", "1-0.json")]
-
-
 SETTINGS = {"n_steps": 32, "total_timesteps": 8 * 32 * 5, "n_minibatches": 4, "update_epochs": 3, "compile": "off"}
 SETTINGS["record_ratios"] = 0  # each process samples its own rows
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"env_id": "CartPole-v1", "vectorization": "sync", "learning_rate": 1e-3},
-        {
-            "env_id": "CartPole-v1",
-            "vectorization": "tensor",
-            "target_kl": 2e-3,
-            "kl_stop": "minibatch",
-            "learning_rate": 0.01,
-        },
-        {"env_id": "CartPole-v1", "vectorization": "tensor", "target_kl": 2e-3, "compile": "on", "learning_rate": 0.01},
-        {
-            "env_id": "Pendulum-v1",
-            "env_kwargs": {"max_episode_steps": 20},
-            "vectorization": "tensor",
-            "normalize_obs": True,
-            "normalize_rewards": True,
-            "normalize_advantages": "batch",
-        },
-    ],
-    ids=["sync", "stop by minibatch", "compiled, stop by epoch", "normalisers"],
-)
-def test_two_processes_of_n_are_one_of_2n(tmp_path, changes):
-    first, second, alone = both(tmp_path, SETTINGS | changes)
+CASES = {
+    "sync": {"env_id": "CartPole-v1", "vectorization": "sync", "learning_rate": 1e-3},
+    "stop by minibatch": {
+        "env_id": "CartPole-v1",
+        "vectorization": "tensor",
+        "target_kl": 2e-3,
+        "kl_stop": "minibatch",
+        "learning_rate": 0.01,
+    },
+    "compiled, stop by epoch": {
+        "env_id": "CartPole-v1",
+        "vectorization": "sync",
+        "target_kl": 2e-3,
+        "compile": "on",
+        "learning_rate": 0.01,
+    },
+    "normalisers": {
+        "env_id": "Pendulum-v1",
+        "env_kwargs": {"max_episode_steps": 20},
+        "vectorization": "tensor",
+        "normalize_obs": True,
+        "normalize_rewards": True,
+        "normalize_advantages": "batch",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """All cases by two processes, and by one."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = folder / "train.py"
+    script.write_text(TRAIN)
+    arguments = [str(script), str(folder), json.dumps({name: SETTINGS | case for name, case in CASES.items()})]
+    done = torchrun(*arguments, folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_of_n_are_one_of_2n(runs, name):
+    found = ("2-0.json", "2-1.json", "1-0.json")
+    first, second, alone = (json.loads((runs / name / file).read_text()) for file in found)
     assert first["hashes"] == second["hashes"], "parameters are bit-identical on every process after every iteration"
     assert len(set(first["hashes"])) == len(alone["logged"]) == 5
     for two, other, one in zip(first["logged"], second["logged"], alone["logged"], strict=True):
@@ -122,7 +144,7 @@ def test_two_processes_of_n_are_one_of_2n(tmp_path, changes):
         assert a == b
         assert a == pytest.approx(c, rel=1e-5, abs=1e-6)
     assert first["result"] == alone["result"] == 8 * 32 * 5
-    if "target_kl" in changes:
+    if "target_kl" in CASES[name]:
         assert any("losses/stop_kl" in row for row in alone["logged"]), "no update was stopped"
 
 

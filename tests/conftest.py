@@ -1,0 +1,60 @@
+"""The order of test files, and `--quick`, which skips what compiles or starts processes."""
+
+import subprocess
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+# Files that take half a minute or more, longest first: short files are left when the first worker runs out of work
+LONG = (
+    "test_learning.py",
+    "faults/test_storage.py",
+    "faults/test_resume.py",
+    "faults/test_processes.py",
+    "runtime/test_distributed.py",
+    "test_docs.py",
+    "test_pages.py",
+    "test_trainer.py",
+    "faults/test_environment.py",
+    "test_update.py",
+    "test_memory.py",
+    "test_study.py",
+    "test_report.py",
+    "runtime/test_graphs.py",
+    "test_build.py",
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="skip tests that compile or start processes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("quick"):
+        items[:] = [item for item in items if not item.get_closest_marker("browser")]
+    tests = Path(__file__).parent
+    order = {tests / name: k for k, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick(request):
+    """Under --quick, skip a test at the moment it compiles or starts a process: no list or marker can be outdated."""
+    if not request.config.getoption("quick"):
+        yield
+        return
+    import torch._inductor
+
+    start = subprocess.Popen.__init__
+
+    def popen(self, args, *more, **kwargs):
+        if args[0] not in ("git", "uname"):  # which every run starts to describe itself, in milliseconds
+            pytest.skip("not in --quick: starts a process")
+        start(self, args, *more, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "__init__", popen)
+        patch.setattr(BaseProcess, "start", lambda _: pytest.skip("not in --quick: starts a process"))
+        patch.setattr(torch._inductor, "compile", lambda *_, **__: pytest.skip("not in --quick: compiles"))
+        yield
