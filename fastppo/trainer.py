@@ -11,8 +11,8 @@ from typing import Literal
 from rich.console import Console
 from torch import nn
 
-from fastppo.build.resolve import target_of
-from fastppo.build.run import build_run
+from fastppo.builders.resolve import target_of
+from fastppo.builders.run import build_run
 from fastppo.config import Config
 from fastppo.envs.registry import Maker
 from fastppo.errors import ConfigError, EnvError

@@ -20,7 +20,7 @@ LAYERS = {
     "monitoring": 4,
     "runs": 4,
     "evaluation": 5,
-    "build": 5,
+    "builders": 5,
     "trainer.py": 6,
     "resume_run.py": 7,
     "analysis": 8,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastppo import Config, Trainer
-from fastppo.build.compiling import compile_parts
+from fastppo.builders.compiling import compile_parts
 from fastppo.errors import CaptureError, ConfigError
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.runtime.compile import CompileError
@@ -61,7 +61,7 @@ def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
     def fail(env):
         raise CompileError("no such kernel")
 
-    monkeypatch.setattr("fastppo.build.compiling._compile_env", fail)
+    monkeypatch.setattr("fastppo.builders.compiling._compile_env", fail)
     learner, collector, notes = Parts(), Parts(), []
     assert compile_parts("on", 1, learner, collector, Parts(), World(), notes, print)[0] == "on"
     assert learner.done == collector.done == ["compile"]

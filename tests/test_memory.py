@@ -10,7 +10,7 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer
-from fastppo.build.parts import Models, plan_run
+from fastppo.builders.parts import Models, plan_run
 from fastppo.errors import ConfigError
 from fastppo.ppo.memory_plan import MemoryPlan, check_memory
 from fastppo.runtime.resources import free_memory

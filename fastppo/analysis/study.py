@@ -25,8 +25,8 @@ import torch
 
 from fastppo.analysis.run_data import RunData, read_run
 from fastppo.analysis.subprocesses import exit_reason
-from fastppo.build.parts import policy_spec
-from fastppo.build.resolve import resolve_config, target_of
+from fastppo.builders.parts import policy_spec
+from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.registry import EnvInfo, inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError

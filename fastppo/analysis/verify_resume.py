@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastppo.analysis.checks import CheckResult
-from fastppo.build.resolve import resolve_config
+from fastppo.builders.resolve import resolve_config
 from fastppo.config import Config
 from fastppo.envs.registry import inspect_env
 from fastppo.resume_run import resume

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo import Config
-from fastppo.build import settle
+from fastppo.builders import settle
 from fastppo.envs.registry import inspect_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.resume_run import resume

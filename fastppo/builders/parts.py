@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from fastppo.build.resolve import known, schedule_of
+from fastppo.builders.resolve import known, schedule_of
 from fastppo.config import SCHEDULED, Config
 from fastppo.envs.gymnasium_vector import HostEnv
 from fastppo.envs.registry import EnvInfo, make_vec_env, resumability
@@ -35,10 +35,10 @@ from fastppo.ppo.update import PPOUpdate
 from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.cores import local_processes, usable_cores
-from fastppo.runtime.seeding import generator, seed_stream
-from fastppo.runtime.threads import set_threads
 from fastppo.runtime.distributed import World
 from fastppo.runtime.resources import check_descriptors, free_memory
+from fastppo.runtime.seeding import generator, seed_stream
+from fastppo.runtime.threads import set_threads
 
 _FEWEST_ITERATIONS_BETWEEN_SAMPLES = 30  # a sample takes up to a quarter of an iteration, and should cost under 1 %
 

@@ -1,0 +1,1 @@
+"""From settings to the parts of a trainer: resolve the config, build the parts, compile them."""

@@ -1,0 +1,101 @@
+"""Compile or capture the parts of a trainer, where that is wanted or pays."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from fastppo.envs.tensor.tensor_env import TensorEnv
+from fastppo.envs.vec_env import VecEnv
+from fastppo.errors import CaptureError
+from fastppo.ppo.collector import Collector
+from fastppo.ppo.learner import Learner
+from fastppo.runtime import compile as compiling
+from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling
+from fastppo.runtime.distributed import World
+
+Mode = Literal["off", "on", "graph"]
+
+
+def compile_parts(
+    wanted: Literal["auto", "off", "on", "graph"],
+    minibatches: int,
+    learner: Learner,
+    collector: Collector,
+    env: VecEnv,
+    world: World,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> tuple[Mode, float]:
+    """Compile or capture rollout and update.
+
+    Args:
+        wanted: a mode; "auto" compiles where that pays for the minibatches ahead, and captures on CUDA.
+        minibatches: ahead in this run.
+        learner: compiled first, since the update is most of the work.
+        collector: acting.
+        env: stepping, of tensor environments.
+        world: the ranks that train together.
+        notes: gets a line about each choice.
+        say: prints a line before the wait.
+
+    Returns:
+        The mode that resulted, and the seconds that it took.
+
+    Raises:
+        CaptureError: "graph" was wanted and is impossible.
+    """
+    device = learner.device
+    compiled_before = compiling.compilations
+    mode, why = _choose_mode(wanted, minibatches, device.type)
+    if mode == "off":
+        if wanted != "off":
+            notes.append(f"compile off: {why}.")
+        return mode, 0.0
+    say("compiling: 10-20 s the first time, 5 s from the cache")
+    begin = time.perf_counter()
+    if mode == "on" or device.type == "cuda":
+        try:
+            learner.compile()
+            # the update stays compiled even if these can't be
+            for name, compile_part in (("acting", collector.compile), ("stepping", lambda: _compile_env(env))):
+                try:
+                    compile_part()
+                except CompileError as error:
+                    notes.append(f"{name} is eager: it can't be compiled: {error}.")
+        except CompileError as error:
+            if mode == "on":
+                mode, why = "off", f"it can't be compiled: {error}"
+            else:
+                notes.append(f"kernels are eager: they can't be compiled: {error}.")
+    if mode == "graph":
+        try:
+            if world.size > 1 and device.type == "cpu":
+                raise CaptureError("several processes on the CPU can't be captured; use compile on or off.")
+            learner.capture()
+            collector.capture()
+        except CaptureError as error:
+            if wanted == "graph":
+                raise
+            mode, why = "on" if compiling.compilations > compiled_before else "off", str(error)
+    seconds = 0.0
+    if mode != "off":
+        seconds = time.perf_counter() - begin
+        why = f"{why}; took {seconds:.1f} s"
+    notes.append(f"compile {mode}: {why}.")
+    return mode, seconds
+
+
+def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, device: str) -> tuple[Mode, str]:
+    if wanted != "auto":
+        return wanted, "requested"
+    if device != "cpu":
+        return "graph", "on CUDA, launches cost more than small kernels"
+    pays, why = worth_compiling(minibatches)
+    return ("on" if pays else "off"), why
+
+
+def _compile_env(env: VecEnv) -> None:
+    if isinstance(env, TensorEnv):
+        env.compile(compile_graph)

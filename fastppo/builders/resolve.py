@@ -1,0 +1,80 @@
+"""Resolve a config: choices that depend on the spaces, the machine and a measurement."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import torch
+
+from fastppo.config import Config, fill_defaults, parse_schedule
+from fastppo.envs.auto_vectorization import env_key, recall
+from fastppo.envs.registry import EnvInfo, choose_vectorization
+from fastppo.errors import ConfigError
+from fastppo.policies.policy_spec import default_network
+from fastppo.presets import TUNED
+from fastppo.runtime.device import machine_name
+
+T = TypeVar("T")
+
+
+def resolve_config(
+    config: Config, env_info: EnvInfo, device: torch.device, *, custom_policy: bool
+) -> tuple[Config, list[str]]:
+    """Return the config with every choice made that comes before anything is built, and notes about the choices.
+
+    Raises:
+        ConfigError: settings contradict each other.
+    """
+    if env_info.vector is not None and config.n_envs is None:
+        config = dataclasses.replace(config, n_envs=env_info.vector.num_envs)
+    filled = fill_defaults(config, env_info.kind, atari=env_info.atari, reward_threshold=env_info.reward_threshold)
+    changes: dict[str, Any] = {}
+    if config.device == "auto":  # a resumed run stays on this type; each rank chooses its own index
+        changes["device"] = device.type
+    if config.network == "auto" and not custom_policy:
+        changes["network"] = default_network(env_info.obs_spec)
+    if custom_policy and config.network != "auto":
+        raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
+    if env_info.obs_spec.leaf.kind != "vector" and config.normalize_obs is None:
+        changes["normalize_obs"] = False
+    if config.eval_every is not None and env_info.vector is not None:
+        raise ConfigError(
+            "eval_every needs environments of its own, but make_env returned a vector environment; "
+            "return a single environment from make_env, or leave eval_every out."
+        )
+    c = dataclasses.replace(filled, **changes)
+    notes = []
+    if config.target_return == "threshold" and c.target_return is None:
+        notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
+    if config.preset == "tuned" and config.env_id not in TUNED:
+        notes.append(f"preset tuned: no measured setting for {env_info.name}; CleanRL's defaults are used.")
+    if c.vectorization != "auto":
+        return c, notes
+    n_envs = known(c.n_envs)
+    # what `fastppo bench --save` measured on this machine, or else a short measurement now
+    by_id = env_info.factory is not None and env_info.factory.make is None
+    saved = recall(env_key(env_info.name, c.env_kwargs), machine_name(), n_envs) if by_id else None
+    if saved is not None:
+        kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
+        c = dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))
+        return c, [*notes, f"vectorization {saved['vectorization']}: {saved['reason']}"]
+    vectorization, why = choose_vectorization(env_info, n_envs)
+    return dataclasses.replace(c, vectorization=vectorization), [*notes, why]
+
+
+def schedule_of(c: Config, name: str) -> tuple[str, float, float]:
+    """Return the coefficient `name` as shape, start and end."""
+    value = c.schedule(name)
+    return parse_schedule(value, name) if isinstance(value, str) else ("constant", value, value)
+
+
+def target_of(c: Config) -> float | None:
+    """Return the mean return that ends the run, once "threshold" has become a number."""
+    return c.target_return if isinstance(c.target_return, (int, float)) else None
+
+
+def known(value: T | None) -> T:
+    """Return a setting that `resolve_config` has filled in."""
+    assert value is not None, "the config is resolved"
+    return value

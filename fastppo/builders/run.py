@@ -1,0 +1,252 @@
+"""Build a run: every part that a trainer owns, in the order in which the parts need each other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from fastppo.builders.compiling import compile_parts
+from fastppo.builders.parts import (
+    Learning,
+    Models,
+    build_collector,
+    build_envs,
+    build_learning,
+    build_models,
+    build_rollout,
+    plan_run,
+)
+from fastppo.builders.resolve import known, resolve_config, target_of
+from fastppo.config import Config
+from fastppo.envs.registry import EnvInfo, Maker, inspect_env
+from fastppo.envs.vec_env import VecEnv
+from fastppo.errors import CheckpointError, FinishedError
+from fastppo.evaluation.periodic import PeriodicEvaluation
+from fastppo.monitoring.env_monitor import EnvMonitor
+from fastppo.monitoring.run_logger import RunLogger
+from fastppo.ppo.collector import Collector
+from fastppo.ppo.memory_plan import MemoryPlan
+from fastppo.ppo.rollout import Rollout
+from fastppo.runs.checkpoint import clean_up
+from fastppo.runs.restore import Part, Progress, restore, run_metadata
+from fastppo.runs.run_dir import claim_run_dir, create_run_dir
+from fastppo.runs.run_saver import RunSaver
+from fastppo.runs.system_info import system_info, versions
+from fastppo.runtime.clock import Clock
+from fastppo.runtime.device import choose_device, machine_name
+from fastppo.runtime.distributed import World, join_world
+from fastppo.runtime.files import write_json
+from fastppo.runtime.resources import check_disk
+from fastppo.runtime.seeding import GlobalRandomState
+from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threads
+
+
+@dataclasses.dataclass
+class Run:
+    """The parts of a run; see `Trainer` for those that it shows.
+
+    Attributes:
+        parts: whose state a checkpoint holds, by name; models and environments are apart.
+        release_lock: gives the run folder free.
+        resumed: whether the run continues a checkpoint.
+    """
+
+    config: Config
+    notes: list[str]
+    env_info: EnvInfo
+    clock: Clock
+    device: torch.device
+    world: World
+    logger: RunLogger
+    models: Models
+    memory: MemoryPlan
+    env: VecEnv
+    rollout: Rollout
+    collect: Collector
+    learning: Learning
+    n_iterations: int
+    progress: Progress
+    monitor: EnvMonitor
+    evaluation: PeriodicEvaluation
+    parts: dict[str, Part]
+    run_dir: Path
+    release_lock: Callable[[], object]
+    saver: RunSaver
+    resumed: bool
+    compile_seconds: float
+
+
+def build_run(
+    config: Config, make_env: Maker | None, policy: nn.Module | None, console: Console | None, resume_from: Path | None
+) -> Run:
+    """Build everything, and open the run folder; arguments and errors as for `Trainer`."""
+    clock, notes = Clock(), list[str]()
+    keep_freed_memory()
+    device = choose_device(config.device)
+    if device.type == "cuda":  # kernels and graphs go to the current device
+        torch.cuda.set_device(device)
+    world = join_world(device)
+    with contextlib.ExitStack() as undo:
+        undo.callback(world.close)
+        env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
+        if env_info.vector is not None:
+            undo.callback(env_info.vector.close)
+        c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
+        notes += choices
+        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
+        models = build_models(c, env_info, policy, device, world)
+        c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
+        set_threads(known(c.threads))
+        memory = plan_run(c, env_info, models, device, world, notes)
+        starts = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
+        env = build_envs(c, env_info, device, world, notes, times_begun=starts)
+        undo.callback(env.close)
+        # an iteration is one rollout of every rank; at least one is run
+        n_iterations = max(1, known(c.total_timesteps) // (c.batch_size * world.size))
+        rollout = build_rollout(c, env, models, device, world)
+        collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes)
+        c = dataclasses.replace(c, act_device=act_device)
+        learning = build_learning(c, env, models, rollout, clock, world, n_iterations)
+        progress = Progress()
+        evaluation = PeriodicEvaluation(
+            env_info,
+            models.policy,
+            device,
+            seed=c.seed,
+            eval_every=c.eval_every,
+            eval_episodes=c.eval_episodes,
+            video_every=c.video_every,
+            world=world,
+            say=logger.say,
+        )
+        undo.callback(evaluation.close)
+        parts: dict[str, Part] = {
+            "update": learning.update,
+            "progress": progress,
+            "metrics": learning.metrics,
+            "collector": collect,
+            "learner": learning.learner,
+            "randomness": GlobalRandomState(),
+        }
+        run_dir, release_lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
+        undo.callback(release_lock)
+        metadata = run_metadata(c, env, world, versions(), machine_name())
+        if resume_from is not None:
+            exact, restored = restore(
+                resume_from,
+                metadata,
+                spec=models.spec,
+                models=models.saved(),
+                parts=parts,
+                env=env,
+                obs=collect.rollout.obs[-1],
+                world=world,
+            )
+            notes += restored
+            evaluation.last_step = learning.metrics.global_step
+            if c.exact_resume and not exact:
+                raise CheckpointError(f"exact_resume: {restored[0]}")
+            _refuse_finished(run_dir, c, learning, progress, n_iterations)
+        n_kept, size = c.keep_checkpoints + 2, sum(x.nbytes for x in learning.update.kept())
+        world.shared(lambda: check_disk(run_dir, n_kept * size, f"{n_kept} checkpoints"))
+        minibatches = n_iterations * known(c.update_epochs) * known(c.n_minibatches)
+        mode, compile_seconds = compile_parts(
+            c.compile, minibatches, learning.learner, collect, env, world, notes, logger.say
+        )
+        c = dataclasses.replace(c, compile=mode)
+        notes += env.notes
+        run = Run(
+            config=c,
+            notes=notes,
+            env_info=env_info,
+            clock=clock,
+            device=device,
+            world=world,
+            logger=logger,
+            models=models,
+            memory=memory,
+            env=env,
+            rollout=rollout,
+            collect=collect,
+            learning=learning,
+            n_iterations=n_iterations,
+            progress=progress,
+            monitor=EnvMonitor(
+                env,
+                learning.metrics,
+                world,
+                device,
+                strict_obs=c.strict_obs,
+                max_restarts=c.env_restarts if c.on_env_error == "restart" else None,
+                say=logger.say,
+            ),
+            evaluation=evaluation,
+            parts=parts,
+            run_dir=run_dir,
+            release_lock=release_lock,
+            saver=RunSaver(
+                run_dir,
+                spec=models.spec,
+                models=models.saved(),
+                parts=parts,
+                env=env,
+                run_metadata=metadata | {"config": c.to_dict()},
+                model_metadata={"env": env_info.name, "make_env": make_env is not None},
+                keep=c.keep_checkpoints,
+                every_steps=c.checkpoint_every,
+                every_minutes=c.checkpoint_minutes,
+                world=world,
+                device=device,
+                say=logger.say,
+            ),
+            resumed=resume_from is not None,
+            compile_seconds=compile_seconds,
+        )
+        if world.is_main:
+            _describe(run)
+        undo.pop_all()
+    return run
+
+
+def _run_dir(c: Config, env_info: EnvInfo, resume_from: Path | None) -> Path:
+    if resume_from is not None:
+        return resume_from.parents[1]
+    return create_run_dir(c.run_dir, env_info.name, c.name, c.seed, begin_again=c.resume == "auto")
+
+
+def _refuse_finished(run_dir: Path, c: Config, learning: Learning, progress: Progress, n_iterations: int) -> None:
+    steps, target = learning.metrics.global_step, target_of(c)
+    if learning.metrics.episodes.reached(target):
+        raise FinishedError(f"{run_dir} has reached its target of {target} after {steps:,} steps.")
+    if progress.iteration >= n_iterations:
+        raise FinishedError(
+            f"{run_dir} is complete ({steps:,} steps); to extend it: "
+            f"fastppo resume {run_dir} --total-timesteps {2 * steps}"
+        )
+
+
+def _describe(run: Run) -> None:
+    """Clean up what a killed process left, write config.json and run.json, and print the notes."""
+    clean_up(run.run_dir, run.learning.metrics.global_step if run.resumed else None)
+    write_json(run.run_dir / "config.json", run.config.to_dict())
+    described = {
+        "notes": run.notes,
+        "memory_plan": dataclasses.asdict(run.memory),
+        "processes": run.world.size,
+        "action_size": run.env.action_spec.dimensions,
+    }
+    write_json(run.run_dir / "run.json", system_info(run.device) | described)
+    for note in run.notes:
+        run.logger.say(f"note: {note}")
+    batch, wanted = run.config.batch_size * run.world.size, known(run.config.total_timesteps)
+    if wanted != run.n_iterations * batch:
+        direction, planned = ("down" if wanted > batch else "up"), run.n_iterations * batch
+        run.logger.say(
+            f"note: rounding {wanted:,} steps {direction} to {planned:,} ({run.n_iterations:,} iterations of {batch:,})."
+        )
