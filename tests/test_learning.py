@@ -69,4 +69,4 @@ def test_a_small_image_environment_by_the_cnn(tmp_path):
     policy = trainer.policy
     dark, light = np.zeros((36, 36, 1), np.uint8), np.zeros((36, 36, 1), np.uint8)
     dark[:, :18], light[:, 18:] = 255, 255
-    assert policy.mode(torch.as_tensor(np.stack([dark, light]))).tolist() == [0, 1]
+    assert policy.act(torch.as_tensor(np.stack([dark, light])), None).actions.tolist() == [0, 1]

@@ -248,5 +248,6 @@ def _describe(run: Run) -> None:
     if wanted != run.n_iterations * batch:
         direction, planned = ("down" if wanted > batch else "up"), run.n_iterations * batch
         run.logger.say(
-            f"note: rounding {wanted:,} steps {direction} to {planned:,} ({run.n_iterations:,} iterations of {batch:,})."
+            f"note: rounding {wanted:,} steps {direction} to {planned:,} "
+            f"({run.n_iterations:,} iterations of {batch:,})."
         )

@@ -69,15 +69,13 @@ class EpisodePlayer:
         if self._step is None:
             self._step = stepper(self._env, obs.device)
         cut = 0
-        noise = torch.zeros((n, self._policy.distribution.noise_size), device=self._device)
+        state = self._policy.initial_state(n)
         while any(len(own) < k for own, k in zip(played, quota, strict=True)):
             raw = obs.to(self._device, self._env.obs_spec.dtype)
-            if generator is None:
-                actions = self._policy.mode(raw)
-            else:
-                self._policy.distribution.fill_noise(noise, generator)
-                actions = self._policy.act(raw, noise).actions
-            step = self._step(actions)
+            noise = None if generator is None else self._policy.draw_noise(n, generator)
+            action = self._policy.act(raw, noise, state)
+            state = action.state
+            step = self._step(action.actions)
             real = np.ones(n, bool) if step.valid is None else step.valid.numpy(force=True)
             total[real] += step.rewards.numpy(force=True)[real]
             length += real

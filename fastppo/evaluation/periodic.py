@@ -133,7 +133,7 @@ def _greedy(
 
     def act(obs: _Array) -> _Array:
         row = torch.as_tensor(obs[None]).to(device, obs_spec.dtype)
-        action: _Array = action_spec.to_env(policy.mode(row).numpy(force=True))[0]
+        action: _Array = action_spec.to_env(policy.act(row, None).actions.numpy(force=True))[0]
         return action
 
     return act

@@ -56,13 +56,9 @@ class SavedPolicy:
         if not single and array.shape[1:] != shape:
             raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
         rows = torch.as_tensor(array[None] if single else array).to(self.device, self.spec.obs.dtype)
-        if deterministic:
-            actions = self.policy.mode(rows)
-        else:
-            noise = torch.empty((len(rows), self.policy.distribution.noise_size), device=self.device)
-            self.policy.distribution.fill_noise(noise, self._generator)
-            actions = self.policy.act(rows, noise).actions
-        out = self.spec.action.to_env(actions.numpy(force=True))
+        noise = None if deterministic else self.policy.draw_noise(len(rows), self._generator)
+        step = self.policy.act(rows, noise, self.policy.initial_state(len(rows)))
+        out = self.spec.action.to_env(step.actions.numpy(force=True))
         return out[0] if single else out
 
 

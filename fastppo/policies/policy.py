@@ -115,10 +115,11 @@ class Policy(nn.Module):
         logprobs = dist.log_prob(output.params, actions)
         return ActionStep(actions, logprobs, output.params, output.values, output.state)
 
-    @torch.no_grad()
-    def mode(self, obs: Tensor) -> Tensor:
-        """Return the most probable action for each row of obs."""
-        return self.distribution.mode(self(obs).params)
+    def draw_noise(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draw the noise [n, noise_size] that `act` samples with, on the generator's device."""
+        noise = torch.zeros((n, self.distribution.noise_size), device=generator.device)
+        self.distribution.fill_noise(noise, generator)
+        return noise
 
     @torch.no_grad()
     def value(self, obs: Tensor, state: PolicyState = ()) -> Tensor:

@@ -1,7 +1,7 @@
-"""What training will hold in memory, told before any of it is allocated.
+"""Plan the memory of a training run before any of it is allocated.
 
-The rollout, the advantages and one minibatch are run with tensors that have shapes and no contents; the bytes of those
-that are alive at once are added up. Environments' own memory is not in it.
+Rollout, advantages and one minibatch run on tensors that have shapes but no contents; the plan is the largest number of
+bytes alive at once. The environments' own memory is not included.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.spaces import ActionSpec, ObsSpec
 
-# Of one row while an iteration's episodes are counted: three float32 on the host, five 8-byte arrays
+# Bytes per row of episode statistics: three float32 on the host, five 8-byte arrays
 _STATISTICS = 3 * 4 + 5 * 8
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, before anything is allocated.
+    """Planned bytes.
 
     Attributes:
-        storage: the rollout, from first to last.
-        staging: where environments write before results are stored.
-        update: the most that advantages, update or statistics hold at once, beside the storage.
+        storage: of the rollout, for the whole run.
+        staging: of the buffers that environments write into.
+        update: largest number that advantages, update or statistics hold at once, beside the storage.
     """
 
     storage: int
@@ -46,34 +46,34 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """All of it at its highest."""
+        """Bytes at the peak."""
         return self.storage + self.staging + self.update
 
     def __str__(self) -> str:
-        """In GiB."""
+        """Return the plan in GiB."""
         parts = ", ".join(f"{name} {getattr(self, name) / _GIB:.2f}" for name in ("storage", "staging", "update"))
         return f"{self.total / _GIB:.2f} GiB ({parts})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What storage must know of N environments; stands in for a VecEnv that is not made yet."""
+    """The parts of N environments that storage depends on; stands in for a VecEnv that is not made yet."""
 
     n_envs: int
     obs_spec: ObsSpec
     action_spec: ActionSpec
     fillers: bool = True
-    max_steps: int | None = None  # of environments on the device, which keep last observations of a whole rollout
+    max_steps: int | None = None  # of environments on the device, which keep the final observations of a whole rollout
 
 
 def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: Callable[..., Any]) -> MemoryPlan:
-    """Bytes of an iteration of `n_steps` in `env`.
+    """Plan the bytes of an iteration of `n_steps` in `env`.
 
     Args:
         n_steps: T.
-        env: the environments to come.
+        env: the environments to be made.
         update: makes the update; its policy and parameters exist already.
-        gae: the kernel of the advantages.
+        gae: kernel that computes advantages.
     """
     obs = env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
@@ -96,21 +96,21 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         learner.policy.encoder.update_moments(batch.obs, None)  # in float64, and so larger than what it reads
         highest = live.highest - storage
-        del cuts  # alive until here
+        del cuts  # keeps it alive until here
     statistics = n_steps * env.n_envs * _STATISTICS
     return MemoryPlan(storage, 3 * obs, max(highest, statistics))
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, free: int) -> MemoryPlan:
-    """The plan for `n_envs`, if it fits into `free` bytes.
+    """Return the plan for `n_envs`, if it fits into `free` bytes.
 
     Raises:
-        ConfigError: it doesn't; says how many environments would fit.
+        ConfigError: it doesn't fit; says how many environments would.
     """
     wanted = plan(n_envs)
     if wanted.total <= free:
         return wanted
-    # all but linear in n_envs
+    # nearly linear in n_envs
     least = plan(1)
     fits = int((free - least.total) / (wanted.total - least.total) * (n_envs - 1)) + 1 if free >= least.total else 0
     while fits and plan(fits).total > free:
@@ -123,11 +123,11 @@ def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, f
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the bytes of all tensors that are made while it is on and still alive.
+    """Counts the bytes of tensors that are made while it is on and are still alive.
 
     Attributes:
         bytes: alive now.
-        highest: most that were alive at once.
+        highest: alive at the peak.
     """
 
     def __init__(self) -> None:
