@@ -177,7 +177,7 @@ def test_links_resolve(page):
     assert not [link for link in links if Path(link).name not in GENERATED and not (folder / link).exists()]
 
 
-@pytest.mark.parametrize("page", PAGES.keys() - GENERATED)
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - GENERATED))
 def test_a_page_begins_with_its_title_and_fits_a_screen(page):
     lines = PAGES[page].splitlines()
     assert lines[0].startswith("# ")

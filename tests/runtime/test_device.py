@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastppo import Config
-from fastppo.builders import settle
+from fastppo.builders.resolve import resolve_config
 from fastppo.envs.registry import inspect_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.resume_run import resume
@@ -92,8 +92,8 @@ def test_a_missing_or_shared_device_is_refused(gpus, name, count, local_rank, si
 def test_the_config_keeps_the_typed_device_and_the_type_of_auto(gpus, typed, kept):
     gpus(2)
     config = Config(device=typed, vectorization="sync")
-    settled, _ = settle(config, inspect_env("CartPole-v1", {}), choose_device(typed), custom_policy=False)
-    assert settled.device == kept
+    resolved, _ = resolve_config(config, inspect_env("CartPole-v1", {}), choose_device(typed), custom_policy=False)
+    assert resolved.device == kept
 
 
 def test_a_trainer_sets_the_current_device(gpus, current, monkeypatch, tmp_path):
