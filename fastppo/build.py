@@ -13,8 +13,9 @@ from torch import nn
 
 from fastppo.config import Config, parse_schedule, resolve
 from fastppo.envs.auto_vectorization import env_key, recall
-from fastppo.envs.gymnasium_vector import HostEnv
-from fastppo.envs.registry import EnvInfo, choose_vectorization, make_vec_env, resumability
+from fastppo.envs.backends import backend_of
+from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
+from fastppo.envs.registry import EnvInfo, choose_vectorization, make_vec_env
 from fastppo.envs.sync import FaultPolicy
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.tensor_env import TensorEnv
@@ -204,29 +205,29 @@ def plan_run(
 def build_envs(
     c: Config, found: EnvInfo, device: torch.device, world: World, notes: list[str], *, times_begun: int
 ) -> VecEnv:
-    """The environments; `times_begun` tells the streams apart of a run that is begun anew or goes on."""
+    """Make the environments; `times_begun` gives each start of a run (first or resumed) its own random stream."""
     n_envs = resolved(c.n_envs)
     assert c.vectorization != "auto", "settled"
-    if c.vectorization == "async":  # a pipe and a process each
-        check_descriptors(4, n_envs, "n_envs")
-    if c.vectorization == "pool":
-        check_descriptors(8, c.workers or usable_cores(), "workers")
-    how = resumability(found, n_envs, c.vectorization)
+    backend = backend_of(found, c.vectorization)
+    if backend.workers is not None:
+        n_workers = n_envs if backend.workers == "n_envs" else c.workers or usable_cores()
+        check_descriptors(backend.descriptors, n_workers, backend.workers)
+    how = backend.probe_resume(found, n_envs)
     notes.append(f"resume: {how.way} ({how.why}).")
     if c.exact_resume and how.way == "restart":
         raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
-    restarts = c.env_restarts if c.on_env_error == "restart" else 0
+    restarts = c.env_restarts if c.on_env_error == "restart" and backend.restarts_envs else 0
     return make_vec_env(
         found,
         n_envs,
         c.vectorization,
-        # an own random stream where it can't be set later; another one where a run goes on
+        # for backends that take a seed only when they are made; a resumed run gets another stream
         seed=int(seed_stream(c.seed, "envs", world.rank, times_begun).generate_state(1)[0] >> 1),
         n_workers=c.workers,
         half_batches=c.half_batches,
         device=device,
-        fault_policy=FaultPolicy(how.way, restarts, c.env_timeout),
-        resumable=how,
+        fault_policy=FaultPolicy(how.way, restarts, c.env_timeout if backend.has_timeout else None),
+        resume_support=how,
     )
 
 
@@ -249,7 +250,7 @@ def build_collector(
     """What fills the rollout, and where it acts ("auto" where there is but one place)."""
     acting, here, handover, place = policy, rollout, None, c.act_device
     device = rollout.rewards.device
-    if device.type == "cuda" and isinstance(env, HostEnv):
+    if device.type == "cuda" and isinstance(env, GymnasiumVecEnv):
         place, why = choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device)
         notes.append(f"act_device {place}: {why}.")
         if place == "cpu":
@@ -258,7 +259,7 @@ def build_collector(
             handover = Handover(acting, here, policy, rollout)
             here.obs[-1].copy_(rollout.obs[-1])
     noise = generator(c.seed, "noise", here.rewards.device, world.rank)
-    whole = c.compile == "graph" and env.state is not None
+    whole = c.compile == "graph" and env.capturable_state is not None
     return Collector(env, acting, here, noise, clock, torch_only=whole, handover=handover), place
 
 

@@ -255,7 +255,7 @@ def ceilings(trainer: Any, seconds: float) -> dict[str, float]:  # noqa: ANN401 
 
         return both
 
-    if trainer.config.compile == "graph" and env.state is not None:
+    if trainer.config.compile == "graph" and env.capturable_state is not None:
         parts = {"rollout": collect, "update": learn}
     else:
         parts = {"act": decide_all, "update": learn, "env": step_all}  # env last: its actions are the rollout's own

@@ -25,8 +25,9 @@ from fastppo.build import settle
 from fastppo.config import Config
 from fastppo.envs import factory as single
 from fastppo.envs.auto_vectorization import Vectorization
+from fastppo.envs.backends import backend_of
 from fastppo.envs.factory import EnvFactory
-from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized, resumability
+from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized
 from fastppo.errors import ConfigError
 from fastppo.resume_run import resume
 from fastppo.runs.checkpoint import newest_checkpoint, read_state, read_tensors
@@ -64,7 +65,7 @@ def verify_env(
     yield from seeds
     yield _pickles(factory)
     yield from _vectorized(found, steps, repeatable=seeds[0].state == "ok")
-    how = resumability(found, _N, "sync")
+    how = backend_of(found, "sync").probe_resume(found, _N)
     advice = {"exact": "", "replay": "resuming takes the actions of open episodes again", "restart": "see README"}
     yield CheckResult("resume", f"{how.way}: {how.why}", "ok" if how.way == "exact" else "note", advice[how.way])
 
@@ -295,7 +296,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
     with tempfile.TemporaryDirectory(prefix="fastppo-verify-") as folder:
         whole, parted, again = (Path(folder) / name for name in ("whole", "parted", "again"))
         trainer = Trainer(dataclasses.replace(settled, run_dir=whole))
-        way = trainer.env.resumable
+        way = trainer.env.resume_support
         yield CheckResult("way", f"{way.way}: {way.why}", "note" if way.way == "restart" else "ok")
         _to_the_end(trainer)
         for stats in Trainer(dataclasses.replace(settled, run_dir=parted)).iterations():

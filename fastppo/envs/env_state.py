@@ -40,7 +40,7 @@ _LONGEST = 100_000  # steps of an episode that would be played again
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
-class Resumable(NamedTuple):
+class ResumeSupport(NamedTuple):
     """How environments continue after a resume.
 
     Attributes:
@@ -273,15 +273,15 @@ def play_again(env: gym.Env[Any, Any], episode: Mapping[str, Any]) -> Any:  # no
     return obs
 
 
-def how_resumable(make: Callable[[], gym.Env[Any, Any]], steps: int = 48) -> Resumable:
+def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], steps: int = 48) -> ResumeSupport:
     """Try on environments from `make` which way holds."""
     try:
         return _try_out(make, steps)
     except Exception as error:  # whatever an environment does when it is looked at
-        return Resumable("restart", f"the probe failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 
-def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> Resumable:
+def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> ResumeSupport:
     env = make()
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(3 * steps)]
@@ -306,11 +306,11 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> Resumable:
     env.close()
     if state is not None:
         if _twins_outputs(make, lambda twin: set_state(twin, state), actions[steps:]) == after:
-            return Resumable("exact", "its state is plain data, and a copy took the same steps")
+            return ResumeSupport("exact", "its state is plain data, and a copy took the same steps")
         why = "a copy of its attributes took other steps"
     if _twins_outputs(make, lambda twin: play_again(twin, episode), actions[steps:]) == after:
-        return Resumable("replay", f"{why}, but its episodes can be played again from their actions")
-    return Resumable("restart", f"{why}, and playing its episode again led elsewhere")
+        return ResumeSupport("replay", f"{why}, but its episodes can be played again from their actions")
+    return ResumeSupport("restart", f"{why}, and playing its episode again led elsewhere")
 
 
 def _twins_outputs(
@@ -344,7 +344,7 @@ def _outputs(env: gym.Env[Any, Any], actions: Sequence[Any]) -> list[Any]:
     return found
 
 
-def how_resumable_together(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = 48) -> Resumable:
+def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = 48) -> ResumeSupport:
     """The same for a vector environment that steps its environments itself: exact or restart."""
     try:
         venv = make()
@@ -367,12 +367,12 @@ def how_resumable_together(make: Callable[[], VectorEnv[Any, Any, Any]], steps: 
         finally:
             twin.close()
     except NotPlainError as error:
-        return Resumable("restart", str(error))
+        return ResumeSupport("restart", str(error))
     except Exception as error:
-        return Resumable("restart", f"the probe failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
     if outs[0] == outs[1]:
-        return Resumable("exact", "its state is plain data, and a copy took the same steps")
-    return Resumable("restart", "a copy of its attributes took other steps")
+        return ResumeSupport("exact", "its state is plain data, and a copy took the same steps")
+    return ResumeSupport("restart", "a copy of its attributes took other steps")
 
 
 def _outputs_together(venv: VectorEnv[Any, Any, Any], actions: Sequence[_Array]) -> list[bytes]:

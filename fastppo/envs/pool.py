@@ -36,15 +36,15 @@ from fastppo.envs.sync import (
     NO_FAULT_POLICY,
     EnvGroup,
     FaultPolicy,
-    Outcome,
-    cut,
+    StepResult,
+    check_spaces,
+    copy_actions,
+    error_text,
     fresh_seed,
     layout,
-    outcome,
-    same_spaces,
     seeds,
-    take_actions,
-    told,
+    step_result,
+    write_truncation,
 )
 from fastppo.errors import ConfigError, EnvError
 from fastppo.runtime.cores import usable_cores
@@ -161,18 +161,18 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             self._finish(g)
         return self._arrays["obs"].copy(), {}
 
-    def step(self, actions: _Array) -> Outcome:
+    def step(self, actions: _Array) -> StepResult:
         """Step every environment.
 
         Raises:
             EnvError: an environment failed, a worker died, or `actions` are not one for each environment.
         """
-        take_actions(self._arrays["actions"], actions)
+        copy_actions(self._arrays["actions"], actions)
         for g in range(len(self.groups)):
             self._order(_STEP, g)
         for g in range(len(self.groups)):
             self._finish(g)
-        obs, rewards, terminated, truncated, infos = outcome(self._arrays, slice(0, self.num_envs))
+        obs, rewards, terminated, truncated, infos = step_result(self._arrays, slice(0, self.num_envs))
         return obs.copy(), rewards.copy(), terminated.copy(), truncated.copy(), infos
 
     def send(self, group: int, actions: _Array) -> None:
@@ -181,17 +181,17 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: `actions` are not one for each of its environments.
         """
-        take_actions(self._arrays["actions"][self.groups[group]], actions)
+        copy_actions(self._arrays["actions"][self.groups[group]], actions)
         self._order(_STEP, group)
 
-    def wait(self, group: int) -> Outcome:
+    def wait(self, group: int) -> StepResult:
         """End it. The arrays are the shared ones: the group's next step overwrites them.
 
         Raises:
             EnvError: an environment failed, or a worker died.
         """
         self._finish(group)
-        return outcome(self._arrays, self.groups[group])
+        return step_result(self._arrays, self.groups[group])
 
     def env_states(self) -> list[Any]:
         """What each environment needs to go on elsewhere, JSON-able; empty where there is no way just now."""
@@ -281,7 +281,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
                 last = worker.lost.pop(group)
                 obs = self._arrays["obs"][part].copy()
                 self._arrays["obs"][part] = last
-                cut(self._arrays, part)
+                write_truncation(self._arrays, part)
                 self._arrays["obs"][part] = obs
 
     def _trouble(self, worker: _Worker) -> str | None:
@@ -513,7 +513,7 @@ def _work(
             else:
                 talk.send(_answer(what, shares, group, talk))
     except Exception as error:
-        text, line = "".join(traceback.format_exception(error)), told(error)
+        text, line = "".join(traceback.format_exception(error)), error_text(error)
         if not isinstance(error, EnvError):
             line = f"{type(error).__name__}: {line}"
         failed.value = 1
@@ -543,8 +543,8 @@ def _make_shares(
             envs[i] = make()
         except Exception as error:
             kind = type(error).__name__
-            raise EnvError(f"environment {i} failed in its construction: {kind}: {told(error)}") from error
-        same_spaces(i, envs[i], *spaces)
+            raise EnvError(f"environment {i} failed in its construction: {kind}: {error_text(error)}") from error
+        check_spaces(i, envs[i], *spaces)
     ranges = [range(part.start, part.stop) for part in parts]
     return [
         EnvGroup([envs[i] for i in mine], [makers[i] for i in mine], arrays, part, fault_policy)

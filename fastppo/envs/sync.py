@@ -20,7 +20,7 @@ from fastppo.envs.env_state import EpisodeLog, NotPlainError, Way, play_again, s
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
-Outcome = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
+StepResult = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
 _MOST = 400  # characters of a complaint
 
 
@@ -69,7 +69,7 @@ def _shape(space: gym.Space[Any]) -> tuple[int, ...]:
     return tuple(space.shape)
 
 
-def same_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gym.Space[Any]) -> None:
+def check_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gym.Space[Any]) -> None:
     """Refuse environment i if its spaces aren't those of the others.
 
     Raises:
@@ -80,7 +80,7 @@ def same_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gym
             raise EnvError(f"environment {i} has another {name}_space ({mine}) than the others ({theirs}).")
 
 
-def outcome(arrays: Mapping[str, _Array], rows: slice) -> Outcome:
+def step_result(arrays: Mapping[str, _Array], rows: slice) -> StepResult:
     """What Gymnasium's `step` returns, for `rows`; the arrays themselves, which the next step overwrites."""
     terminated, truncated = arrays["terminated"][rows], arrays["truncated"][rows]
     done = terminated | truncated
@@ -88,7 +88,7 @@ def outcome(arrays: Mapping[str, _Array], rows: slice) -> Outcome:
     return arrays["obs"][rows], arrays["rewards"][rows], terminated, truncated, infos
 
 
-def cut(arrays: Mapping[str, _Array], rows: slice | int) -> None:
+def write_truncation(arrays: Mapping[str, _Array], rows: slice | int) -> None:
     """Write down that episodes were lost: cut where they last stood, without a reward."""
     arrays["final_obs"][rows] = arrays["obs"][rows]
     arrays["rewards"][rows], arrays["terminated"][rows], arrays["truncated"][rows] = 0.0, False, True
@@ -99,7 +99,7 @@ def fresh_seed(seed: int, restarts: int) -> int:
     return seed if seed < 0 else int(np.random.SeedSequence((seed, restarts)).generate_state(1)[0] >> 1)
 
 
-def told(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """An error's text, whatever its class makes of that."""
     try:
         return str(error)
@@ -204,7 +204,7 @@ class EnvGroup:
         """`error` as one that names the environment."""
         which = f"environment {self._first + self.at} (seed {self._seeds[self.at]})"
         kind = "" if isinstance(error, EnvError) else f"{type(error).__name__}: "
-        return EnvError(f"{which} failed in {doing}: {kind}{told(error)}")
+        return EnvError(f"{which} failed in {doing}: {kind}{error_text(error)}")
 
     def _put(self, i: int, obs: Any) -> None:  # noqa: ANN401 - an observation
         np.copyto(self._obs[i, ...], obs, self._casting)
@@ -237,13 +237,13 @@ class EnvGroup:
             raise error
         restarts[i] += 1
         failures[i] += 1
-        text = f"environment {self._first + i} failed ({type(error).__name__}: {told(error)})"
+        text = f"environment {self._first + i} failed ({type(error).__name__}: {error_text(error)})"
         self.restart_messages.append(f"{text[:_MOST]}; made anew, its episode cut.")
         with contextlib.suppress(Exception):
             self.envs[i].close()
         self.envs[i] = self._makers[i]()
         obs = self._reset(i, fresh_seed(int(self._seeds[i]), int(restarts[i])))
-        cut(self._arrays, i)
+        write_truncation(self._arrays, i)
         self._put(i, obs)
 
     def state(self) -> list[Any]:
@@ -272,7 +272,7 @@ class EnvGroup:
                 self._put(i, play_again(env, state))
 
 
-def take_actions(place: _Array, actions: _Array) -> None:
+def copy_actions(place: _Array, actions: _Array) -> None:
     """Write `actions` into `place`; numpy would repeat one for all.
 
     Raises:
@@ -311,7 +311,7 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         for i, env in enumerate(self.envs):
-            same_spaces(i, env, first.observation_space, first.action_space)
+            check_spaces(i, env, first.observation_space, first.action_space)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         shapes = layout(self.num_envs, self.single_observation_space, self.single_action_space)
@@ -326,15 +326,15 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._share.reset()
         return self._arrays["obs"].copy(), {}
 
-    def step(self, actions: _Array) -> Outcome:
+    def step(self, actions: _Array) -> StepResult:
         """Step every environment.
 
         Raises:
             EnvError: an environment failed, or `actions` are not one for each.
         """
-        take_actions(self._arrays["actions"], actions)
+        copy_actions(self._arrays["actions"], actions)
         self._share.step()
-        return outcome(self._arrays, slice(0, self.num_envs))
+        return step_result(self._arrays, slice(0, self.num_envs))
 
     def env_states(self) -> list[Any]:
         """See `EnvGroup.state`."""

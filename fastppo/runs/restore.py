@@ -64,7 +64,7 @@ def about_run(c: Config, env: VecEnv, world: World, versions: Mapping[str, str],
     return {
         "config": c.to_dict(),
         "world_size": world.size,
-        "way": env.resumable.way,
+        "way": env.resume_support.way,
         "versions": dict(versions),
         "machine": machine,
     }
@@ -123,7 +123,7 @@ def restore(
             parts["metrics"].load_state_dict(_own_episodes(shared, own))
             parts["randomness"].load_state_dict(own.part("randomness"))
             if (reason := _go_on(own, saved, parts, env)) is None:
-                way = env.resumable.way
+                way = env.resume_support.way
                 how = "exact" if way == "exact" else "exact, its open episodes played again"
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
         else:
@@ -171,9 +171,9 @@ def _own_episodes(shared: StateSnapshot, own: StateSnapshot) -> dict[str, Any]:
 
 def _go_on(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
     """Let the environments go on where they were; returns why they can't."""
-    if env.resumable.way == "restart":
-        return env.resumable.why
-    if saved["way"] != env.resumable.way or not own.part("env"):
+    if env.resume_support.way == "restart":
+        return env.resume_support.why
+    if saved["way"] != env.resume_support.way or not own.part("env"):
         return "the checkpoint holds no state of theirs"
     place = own.part("collector")
     try:

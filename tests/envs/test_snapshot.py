@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastppo.envs import env_state as snapshot
-from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, how_resumable, set_state, state_of
+from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, probe_resume_support, set_state, state_of
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.errors import EnvError
@@ -122,16 +122,16 @@ class Clock(Counter):
 
 
 def test_ways_are_told_apart():
-    assert how_resumable(Counter).way == "exact"
-    found = how_resumable(Clock)
+    assert probe_resume_support(Counter).way == "exact"
+    found = probe_resume_support(Clock)
     assert found.way == "replay"
     assert "Clock.helper (object) is no plain data" in found.why
-    assert how_resumable(lambda: Clock(seeded=False)).way == "restart"
+    assert probe_resume_support(lambda: Clock(seeded=False)).way == "restart"
 
     def broken():
         raise RuntimeError("no display")
 
-    assert how_resumable(broken) == ("restart", "the probe failed: RuntimeError: no display")
+    assert probe_resume_support(broken) == ("restart", "the probe failed: RuntimeError: no display")
 
 
 def test_open_episodes_are_played_again_and_only_they():

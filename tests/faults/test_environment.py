@@ -186,7 +186,6 @@ def test_e6_what_is_no_number_ends_the_run(tmp_path, kind, message, vectorizatio
     trainer = Trainer(config, make_env=FaultEnv)
     trainer.env.venv.close()
     trainer.env.venv = (pool if vectorization == "pool" else serial)(2, kind=kind, env_index=1, at_step=5)
-    trainer.env._keeper = trainer.env.venv
     trainer.rollout.obs[-1].copy_(trainer.env.reset(env_seeds(seed_stream(1, "envs"), 2)))
     with pytest.raises(EnvError, match=message):
         trainer.run()
