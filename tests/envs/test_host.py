@@ -49,7 +49,7 @@ def test_next_step_mode_marks_the_step_that_only_resets():
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
-def test_only_episodes_that_were_cut_keep_their_last_observation(mode):
+def test_only_truncated_episodes_keep_their_final_observation(mode):
     envs = [lambda: Counter(((2, True),)), lambda: Counter(((2, False),)), lambda: Counter(((9, True),))]
     env = GymnasiumVecEnv(SyncVectorEnv(envs, autoreset_mode=mode))
     env.reset(env_seeds(SEED, env.n_envs))
@@ -171,7 +171,7 @@ def test_a_vector_environment_whose_environments_reuse_their_buffer_is_refused()
         make_vec_env(inspect_env("custom", {}, lambda: venv), 1, "sync")
 
 
-def test_the_first_error_of_a_reset_is_the_one_that_is_told():
+def test_an_error_in_reset_is_raised_unchanged():
     class Broken(Counter):
         def reset(self, *, seed=None, options=None):
             raise ValueError("my reset is broken")

@@ -414,7 +414,7 @@ def test_lunar_lander_plays_its_episodes_again():
     """In a process of its own: Box2D can't be imported beside everything that the other tests import."""
     done = fastppo("verify-resume", "--env-id", "LunarLander-v3", "--n-envs", "2", "--n-steps", "32")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "replay: LunarLander.world (b2World) is no plain data" in " ".join(done.stdout.split())
+    assert "replay: LunarLander.world (b2World) is not plain data" in " ".join(done.stdout.split())
 
 
 def test_configs_default_keeps_a_checkpoint_at_the_end(tmp_path):
