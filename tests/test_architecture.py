@@ -20,14 +20,14 @@ LAYERS = {
     "monitoring": 4,
     "runs": 4,
     "evaluation": 5,
-    "builders": 5,
-    "trainer.py": 6,
-    "resume_run.py": 7,
-    "analysis": 8,
-    "commands": 9,
-    "cli.py": 10,
-    "__init__.py": 10,
-    "__main__.py": 11,
+    "builders": 6,
+    "trainer.py": 7,
+    "resume_run.py": 8,
+    "analysis": 9,
+    "commands": 10,
+    "cli.py": 11,
+    "__init__.py": 11,
+    "__main__.py": 12,
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 

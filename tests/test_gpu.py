@@ -37,10 +37,10 @@ def test_tensor_environments_do_the_same_on_both_devices(env_id):
         to = Transitions.allocate(30, env, device)
         env.attach(to)
         to.obs[0].copy_(env.reset(env_seeds(np.random.SeedSequence(0), 5)))
-        env.cuts.clear(30)
+        env.final_obs_buffer.clear(30)
         for t in range(30):
             env.send(t, 0)
-        runs.append([x.cpu() for x in (to.obs.float(), to.rewards, to.terminated, env.state["episode"])])
+        runs.append([x.cpu() for x in (to.obs.float(), to.rewards, to.terminated, env.capturable_state["episode"])])
     assert torch.equal(runs[0][0][0], runs[1][0][0]), "starts are the same bits"
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

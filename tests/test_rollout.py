@@ -10,7 +10,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
 from fastppo import Trainer
-from fastppo.envs.gymnasium_vector import HostEnv
+from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.functional.gae import gae_loop
 from fastppo.policies.encoder import Encoder
@@ -39,7 +39,7 @@ class Identifiable(nn.Module):
 
 def roll(mode, ends, n_steps, n=1, rollouts=1):
     """(storage after each of several rollouts, the network)."""
-    env = HostEnv(SyncVectorEnv([lambda: Counter(ends)] * n, autoreset_mode=mode))
+    env = GymnasiumVecEnv(SyncVectorEnv([lambda: Counter(ends)] * n, autoreset_mode=mode))
     spec = PolicySpec(env.obs_spec, env.action_spec, "custom", (), "", False, False, 10.0)
     network = Identifiable()
     policy = spec.build(network)
@@ -121,13 +121,13 @@ def test_both_endings_at_once_count_as_a_real_one():
             obs, reward, _, _, info = super().step(action)
             return obs, reward, self.steps == 2, self.steps == 2, info
 
-    env = HostEnv(SyncVectorEnv([Both], autoreset_mode=AutoresetMode.SAME_STEP))
+    env = GymnasiumVecEnv(SyncVectorEnv([Both], autoreset_mode=AutoresetMode.SAME_STEP))
     env.reset(env_seeds(np.random.SeedSequence(0), env.n_envs))
     step(env, torch.zeros(1, dtype=torch.int64))
     out = step(env, torch.zeros(1, dtype=torch.int64))
     assert out.terminated.all()
     assert out.truncated.all()
-    assert not list(out.cut)
+    assert not list(out.with_final_obs)
 
 
 def test_the_storage_never_moves(tmp_path):

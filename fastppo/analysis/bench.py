@@ -238,7 +238,7 @@ def _long_run(config: Config, run_dir: Path) -> Config:
 def ceilings(trainer: Trainer, seconds: float) -> dict[str, float]:
     """Return steps per second of each part alone, each measured for `seconds`, on the data of the last rollout."""
     parts: dict[str, Callable[[], object]] = {"act": lambda: _act(trainer), "update": lambda: _update(trainer)}
-    if trainer.config.compile == "graph" and trainer.env.state is not None:
+    if trainer.config.compile == "graph" and trainer.env.capturable_state is not None:
         parts = {"rollout": trainer.collect, "update": parts["update"]}
     else:
         parts["env"] = lambda: _step(trainer)  # last: it overwrites the rollout, which the other parts read

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.factory import EnvFactory, find_spec
-from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized, resumability
+from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized
 from fastppo.errors import ConfigError, first_line
 
 _N = 4  # environments in the comparison of vectorizations
@@ -51,7 +51,7 @@ def verify_env(
     yield from seeds
     yield _check_pickling(factory)
     yield from _check_vectorizations(env_info, steps, repeatable=seeds[0].state == "ok")
-    resume = resumability(env_info, _N, "sync")
+    resume = backend_of(env_info, "sync").probe_resume(env_info, _N)
     yield CheckResult(
         "resume",
         f"{resume.way}: {resume.why}",

@@ -54,7 +54,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
     with tempfile.TemporaryDirectory(prefix="fastppo-verify-") as folder:
         whole, resumed, resumed_again = (Path(folder) / name for name in ("whole", "resumed", "resumed-again"))
         trainer = Trainer(dataclasses.replace(c, run_dir=whole))
-        resumable = trainer.env.resumable
+        resumable = trainer.env.resume_support
         restarts = resumable.way == "restart"
         yield CheckResult("resume", f"{resumable.way}: {resumable.why}", "note" if restarts else "ok")
         _run_to_end(trainer)

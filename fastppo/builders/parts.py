@@ -10,8 +10,9 @@ from torch import nn
 
 from fastppo.builders.resolve import known, schedule_of
 from fastppo.config import SCHEDULED, Config
-from fastppo.envs.gymnasium_vector import HostEnv
-from fastppo.envs.registry import EnvInfo, make_vec_env, resumability
+from fastppo.envs.backends import backend_of
+from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
+from fastppo.envs.registry import EnvInfo, make_vec_env
 from fastppo.envs.sync import FaultPolicy
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
@@ -165,26 +166,26 @@ def build_envs(
     """Make the environments; `times_begun` gives each start of a run a random stream of its own."""
     n_envs = known(c.n_envs)
     assert c.vectorization != "auto", "the config is resolved"
-    if c.vectorization == "async":  # a pipe and a process each
-        check_descriptors(4, n_envs, "n_envs")
-    if c.vectorization == "pool":
-        check_descriptors(8, c.workers or usable_cores(), "workers")
-    how = resumability(env_info, n_envs, c.vectorization)
+    backend = backend_of(env_info, c.vectorization)
+    if backend.workers is not None:
+        n_workers = n_envs if backend.workers == "n_envs" else c.workers or usable_cores()
+        check_descriptors(backend.descriptors, n_workers, backend.workers)
+    how = backend.probe_resume(env_info, n_envs)
     notes.append(f"resume: {how.way} ({how.why}).")
     if c.exact_resume and how.way == "restart":
         raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
-    restarts = c.env_restarts if c.on_env_error == "restart" else 0
+    restarts = c.env_restarts if c.on_env_error == "restart" and backend.restarts_envs else 0
     return make_vec_env(
         env_info,
         n_envs,
         c.vectorization,
-        # used where the stream can't be set later
+        # for backends that take a seed only when they are made; a resumed run gets another stream
         seed=int(seed_stream(c.seed, "envs", world.rank, times_begun).generate_state(1)[0] >> 1),
         n_workers=c.workers,
         half_batches=c.half_batches,
         device=device,
-        fault_policy=FaultPolicy(how.way, restarts, c.env_timeout),
-        resumable=how,
+        fault_policy=FaultPolicy(how.way, restarts, c.env_timeout if backend.has_timeout else None),
+        resume_support=how,
     )
 
 
@@ -207,7 +208,7 @@ def build_collector(
     """Build the collector, and choose the device to act on ("auto" where there is only one)."""
     acting, here, acting_copy, place = policy, rollout, None, c.act_device
     device = rollout.rewards.device
-    if device.type == "cuda" and isinstance(env, HostEnv):
+    if device.type == "cuda" and isinstance(env, GymnasiumVecEnv):
         place, why = choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device)
         notes.append(f"act_device {place}: {why}.")
         if place == "cpu":
@@ -216,7 +217,7 @@ def build_collector(
             acting_copy = ActingCopy(acting, here, policy, rollout)
             here.obs[-1].copy_(rollout.obs[-1])
     noise = generator(c.seed, "noise", here.rewards.device, world.rank)
-    whole = c.compile == "graph" and env.state is not None
+    whole = c.compile == "graph" and env.capturable_state is not None
     return Collector(env, acting, here, noise, clock, torch_only=whole, acting_copy=acting_copy), place
 
 

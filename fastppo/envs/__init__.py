@@ -1,1 +1,1 @@
-"""Environments as tensors: one protocol, and what turns Gymnasium's vector environments into it."""
+"""N environments behind one interface (VecEnv): Gymnasium vector environments, worker pools, tensor tasks."""

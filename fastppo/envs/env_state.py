@@ -1,14 +1,14 @@
-"""An environment's state as plain data, so that a resumed run goes on where the other stopped.
+"""An environment's state as plain data, to resume a run in the middle of its episodes.
 
-Three ways, the first that a probe finds to hold:
+A probe chooses the first of three ways that works:
 
-exact    every wrapper's attributes and random streams, written down and set again in a fresh environment
-replay   the same as they were before the episode's reset, and its actions since, which are taken again
-restart  neither: the environment starts anew, with a seed of its own
+exact    save the attributes and random streams of every wrapper, and set them in a new environment
+replay   save those from before the episode's reset and the episode's actions, and take the actions again
+restart  save nothing: the environment starts a new episode with a new seed
 
-That an environment can be pickled says nothing: many pickle the arguments of their constructor. So attributes that are
-no plain data rule out `exact` unless the constructor makes them and a step can't change them (spaces, functions,
-specs); and the probe takes equal steps in two environments and compares every output.
+Pickling is not enough: many environments pickle only the arguments of their constructor. So an attribute that isn't
+plain data rules out `exact`, unless the constructor makes it and a step can't change it (spaces, functions, specs).
+The probe takes the same steps in two environments and compares every output.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from fastppo.errors import EnvError
+from fastppo.errors import EnvError, first_line
 
 _Array = np.ndarray[Any, Any]
 Way = Literal["exact", "replay", "restart"]
 
 _BUILT: tuple[Any, ...] = (gym.Space, EnvSpec, gym.Env, VectorEnv, type, types.FunctionType, types.BuiltinFunctionType)
 _BUILT += (types.MethodType, types.ModuleType, np.dtype)
-# what Gymnasium's wrappers keep of their construction: arguments, and the spec that is made of them when asked for
+# attributes of Gymnasium's wrappers that only describe their construction: arguments and a lazily made spec
 _ARGUMENTS = ("_saved_kwargs", "_cached_spec")
 _KINDS = "biufcSU"  # of arrays: no objects
-_LONGEST = 100_000  # steps of an episode that would be played again
+_LONGEST = 100_000  # steps of the longest episode that is replayed
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 
 
-class Resumable(NamedTuple):
-    """How environments continue after a resume.
+class ResumeSupport(NamedTuple):
+    """How environments continue after a resume, and why.
 
     Attributes:
-        way: see the module.
-        why: one line.
+        way: see the module's docstring.
+        why: one line, without a full stop.
     """
 
     way: Way
@@ -53,11 +53,11 @@ class Resumable(NamedTuple):
 
 
 class NotPlainError(Exception):
-    """An attribute that is no plain data; the text names it."""
+    """An attribute that isn't plain data; the text names it."""
 
 
 def encode(x: Any) -> Any:  # noqa: ANN401 - any plain data
-    """Plain data as JSON holds it: numbers, texts, arrays, containers and random streams.
+    """Return plain data as JSON-able values: numbers, texts, arrays, containers and random streams.
 
     Raises:
         NotPlainError: something else.
@@ -88,10 +88,10 @@ def encode(x: Any) -> Any:  # noqa: ANN401 - any plain data
 
 
 def decode(x: Any) -> Any:  # noqa: ANN401 - any plain data
-    """What `encode` was given; runs no code, whatever it is given.
+    """Return the inverse of `encode`; safe on untrusted input, as it runs no code from it.
 
     Raises:
-        ValueError, TypeError, KeyError: no such thing.
+        ValueError, TypeError, KeyError: not an encoding.
     """
     if isinstance(x, list):
         return [decode(item) for item in x]
@@ -102,13 +102,13 @@ def decode(x: Any) -> Any:  # noqa: ANN401 - any plain data
         name, *shape, text = value
         dtype = np.dtype(str(name))
         if dtype.kind not in _KINDS:
-            raise ValueError(f"arrays of {dtype} are no plain data")
+            raise ValueError(f"arrays of {dtype} are not plain data")
         flat: _Array = np.frombuffer(base64.b64decode(text, validate=True), dtype)
         return flat.reshape(shape[0]).copy() if kind == "array" else flat[0]
     if kind == "generator":
         name, state = value
         if name not in _BIT_GENERATORS:
-            raise ValueError(f"{name!r} is no bit generator")
+            raise ValueError(f"{name!r} is not a known bit generator")
         bits = getattr(np.random, name)(0)
         bits.state = _within(decode(state))
         return np.random.Generator(bits)
@@ -132,7 +132,7 @@ def decode(x: Any) -> Any:  # noqa: ANN401 - any plain data
 
 
 def _within(state: Any) -> Any:  # noqa: ANN401 - a mapping as numpy gives it
-    """A bit generator's state, its position within its words: numpy doesn't look, and reads what lies there."""
+    """Return a bit generator's state after checking its position: numpy would read outside the buffer."""
     inner = state["state"]
     if "pos" in inner and not 0 <= int(inner["pos"]) <= len(inner["key"]) == 624:
         raise ValueError("a position outside the state")
@@ -146,7 +146,7 @@ def _text(data: bytes) -> str:
 
 
 def _layers(env: Any) -> Iterator[Any]:  # noqa: ANN401 - an Env or a VectorEnv
-    """The environment's wrappers, outermost first, and itself."""
+    """Yield the environment's wrappers, outermost first, then the environment."""
     while True:
         yield env
         if env is env.unwrapped:
@@ -155,11 +155,11 @@ def _layers(env: Any) -> Iterator[Any]:  # noqa: ANN401 - an Env or a VectorEnv
 
 
 def state_of(env: Any, *, all_of_it: bool = True) -> list[Any]:  # noqa: ANN401 - an Env or a VectorEnv
-    """The attributes of every layer, JSON-able.
+    """Return the attributes of every wrapper and of the environment as JSON-able values.
 
     Args:
         env: a Gymnasium environment, or vector environment.
-        all_of_it: whether an attribute that is no plain data is an error, or left out.
+        all_of_it: whether an attribute that isn't plain data is an error; else it is left out.
 
     Raises:
         NotPlainError: such an attribute, named.
@@ -175,16 +175,16 @@ def state_of(env: Any, *, all_of_it: bool = True) -> list[Any]:  # noqa: ANN401 
             except (NotPlainError, RecursionError) as error:
                 if all_of_it:
                     what = type(layer).__name__
-                    raise NotPlainError(f"{what}.{name} ({error or 'nested too deeply'}) is no plain data") from None
+                    raise NotPlainError(f"{what}.{name} ({error or 'nested too deeply'}) is not plain data") from None
         found.append({"type": type(layer).__name__, "attributes": attributes})
     return found
 
 
 def set_state(env: Any, state: Sequence[Mapping[str, Any]]) -> None:  # noqa: ANN401 - an Env or a VectorEnv
-    """Give `env`, made by the same constructor, the attributes that `state_of` found.
+    """Set the attributes that `state_of` returned in `env`, made by the same constructor.
 
     Raises:
-        EnvError: another kind of environment, or what is no state.
+        EnvError: another kind of environment, or not such a state.
     """
     layers = list(_layers(env))
     try:
@@ -199,32 +199,32 @@ def set_state(env: Any, state: Sequence[Mapping[str, Any]]) -> None:  # noqa: AN
                     raise EnvError(f"the saved state of {type(layer).__name__} would replace its {name}.")
                 vars(layer)[name] = decode(value)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise EnvError(f"the saved state of an environment can't be understood ({error}).") from None
+        raise EnvError(f"the saved state of an environment can't be read ({error}).") from None
 
 
 class EpisodeLog:
-    """What it takes to play the open episodes of some environments again: where they began, and their actions.
+    """The state before, and the actions since, the start of each environment's open episode, for a replay.
 
     Attributes:
-        starts: for each environment its attributes before the episode's reset, the seed of that, and its first action.
+        starts: per environment: attributes before the episode's reset, the reset's seed, the first action's index.
     """
 
     def __init__(self, n: int) -> None:
-        """For `n` environments."""
+        """Start an empty log of `n` environments."""
         self.starts: list[tuple[list[Any], int | None, int]] = [([], None, 0)] * n
-        self._actions: list[_Array] = []  # of all environments, a row each
+        self._actions: list[_Array] = []  # one array of all environments per step
         self._dropped = 0
 
     def begin(self, i: int, env: gym.Env[Any, Any], seed: int | None) -> None:
-        """Environment i is about to be reset; the step that ended its episode was added before."""
+        """Start an episode of environment i; call before its reset and after `add` of the last step."""
         self.starts[i] = (state_of(env, all_of_it=False), seed, self._dropped + len(self._actions))
 
     def add(self, actions: _Array) -> None:
-        """A step of all was taken with `actions` [n, ...], which is kept."""
+        """Record `actions` [n, ...] of one step of all environments, without a copy."""
         self._actions.append(actions)
         if len(self._actions) % 256:
             return
-        # forget what every episode has left behind, or that nobody would want to play again
+        # drop actions from before every open episode, or all of them if an episode is too long to replay
         end = self._dropped + len(self._actions)
         first = end if len(self._actions) > _LONGEST else max(self._dropped, min(start for *_, start in self.starts))
         del self._actions[: first - self._dropped]
@@ -232,20 +232,20 @@ class EpisodeLog:
 
     @property
     def too_long(self) -> bool:
-        """Whether an open episode has gone on for so long that its actions are no longer kept."""
+        """Whether an open episode is too long to replay, so that its actions were dropped."""
         return any(start < self._dropped for *_, start in self.starts)
 
     def episode(self, i: int) -> dict[str, Any]:
-        """The open episode of environment i, JSON-able."""
+        """Return the open episode of environment i as JSON-able values."""
         before, seed, first = self.starts[i]
         taken = [actions[i] for actions in self._actions[first - self._dropped :]]
         return {"before": before, "seed": seed, "actions": encode(np.array(taken) if taken else np.zeros(0))}
 
     def load(self, episodes: Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what `episode` gave for each environment."""
+        """Restore in place from the `episode(i)` of each environment."""
         actions = [decode(episode["actions"]) for episode in episodes]
         longest = max(actions, key=len)
-        # a row for each step of the longest; shorter episodes end with it
+        # one row per step of the longest episode; shorter ones are aligned at the end
         rows = np.zeros((len(longest), len(actions), *longest.shape[1:]), longest.dtype)
         for i, mine in enumerate(actions):
             if len(mine):
@@ -257,11 +257,11 @@ class EpisodeLog:
         ]
 
 
-def play_again(env: gym.Env[Any, Any], episode: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an observation
-    """Bring a fresh `env` to where `EpisodeLog.episode` left another; returns its observation.
+def replay_episode(env: gym.Env[Any, Any], episode: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an observation
+    """Replay an `EpisodeLog.episode` in a new `env`; return the last observation.
 
     Raises:
-        EnvError: it ended early, or what is no episode.
+        EnvError: the replay ended early, or not such an episode.
     """
     set_state(env, episode["before"])
     actions = decode(episode["actions"])
@@ -269,30 +269,30 @@ def play_again(env: gym.Env[Any, Any], episode: Mapping[str, Any]) -> Any:  # no
     for action in actions:
         obs, _, terminated, truncated, _ = env.step(action)
         if terminated or truncated:
-            raise EnvError("its episode, played again, ended before it did.")
+            raise EnvError("the replay of an open episode ended early.")
     return obs
 
 
-def how_resumable(make: Callable[[], gym.Env[Any, Any]], steps: int = 48) -> Resumable:
-    """Try on environments from `make` which way holds."""
+def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], steps: int = 48) -> ResumeSupport:
+    """Find how environments from `make` continue after a resume, by trying each way."""
     try:
         return _try_out(make, steps)
-    except Exception as error:  # whatever an environment does when it is looked at
-        return Resumable("restart", f"the probe failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    except Exception as error:  # from any environment's own code
+        return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
 
 
-def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> Resumable:
+def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> ResumeSupport:
     env = make()
     env.action_space.seed(0)
     actions = [env.action_space.sample() for _ in range(3 * steps)]
-    # an episode from a seed, several on its own stream, and on until the state is taken in the middle of one
+    # a seeded episode, then unseeded ones; the state is taken in the middle of one
     log = EpisodeLog(1)
     log.begin(0, env, 7)
     env.reset(seed=7)
     for k, action in enumerate(actions[:steps]):
         over = _step(env, action)[-1]
         log.add(np.array([action]))
-        if over or k == steps // 2:  # an episode that began without a seed is what must be played again
+        if over or k == steps // 2:  # the replay must cover an episode that began without a seed
             log.begin(0, env, None)
             env.reset()
     episode = json.loads(json.dumps(log.episode(0)))
@@ -306,20 +306,20 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> Resumable:
     env.close()
     if state is not None:
         if _twins_outputs(make, lambda twin: set_state(twin, state), actions[steps:]) == after:
-            return Resumable("exact", "its state is plain data, and a copy took the same steps")
-        why = "a copy of its attributes took other steps"
-    if _twins_outputs(make, lambda twin: play_again(twin, episode), actions[steps:]) == after:
-        return Resumable("replay", f"{why}, but its episodes can be played again from their actions")
-    return Resumable("restart", f"{why}, and playing its episode again led elsewhere")
+            return ResumeSupport("exact", "its state is plain data, and a copy behaves identically")
+        why = "a copy of its attributes behaves differently"
+    if _twins_outputs(make, lambda twin: replay_episode(twin, episode), actions[steps:]) == after:
+        return ResumeSupport("replay", f"{why}, but replaying an episode's actions restores it")
+    return ResumeSupport("restart", f"{why}, and replaying its episode leads to other observations")
 
 
 def _twins_outputs(
     make: Callable[[], gym.Env[Any, Any]], prepare: Callable[[gym.Env[Any, Any]], Any], actions: Sequence[Any]
 ) -> list[Any] | None:
-    """What `actions` bring about in another environment that was prepared; None: it can't be."""
+    """Return the outputs of `actions` in a new, prepared environment; None if it can't be prepared."""
     twin = make()
     try:
-        twin.reset(seed=11)  # attributes that only a reset makes
+        twin.reset(seed=11)  # creates attributes that only a reset makes
         prepare(twin)
         return _outputs(twin, actions)
     except EnvError:
@@ -334,7 +334,7 @@ def _step(env: gym.Env[Any, Any], action: Any) -> tuple[Any, float, bool]:  # no
 
 
 def _outputs(env: gym.Env[Any, Any], actions: Sequence[Any]) -> list[Any]:
-    """Everything that `actions` bring about, with a reset after half of them and after each end."""
+    """Return all outputs of `actions`, with a reset after half of them and after each episode end."""
     found: list[Any] = []
     for k, action in enumerate(actions):
         out = _step(env, action)
@@ -344,8 +344,8 @@ def _outputs(env: gym.Env[Any, Any], actions: Sequence[Any]) -> list[Any]:
     return found
 
 
-def how_resumable_together(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = 48) -> Resumable:
-    """The same for a vector environment that steps its environments itself: exact or restart."""
+def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = 48) -> ResumeSupport:
+    """Find how a native vector environment continues after a resume: exact or restart."""
     try:
         venv = make()
         venv.action_space.seed(0)
@@ -367,12 +367,12 @@ def how_resumable_together(make: Callable[[], VectorEnv[Any, Any, Any]], steps: 
         finally:
             twin.close()
     except NotPlainError as error:
-        return Resumable("restart", str(error))
+        return ResumeSupport("restart", str(error))
     except Exception as error:
-        return Resumable("restart", f"the probe failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
     if outs[0] == outs[1]:
-        return Resumable("exact", "its state is plain data, and a copy took the same steps")
-    return Resumable("restart", "a copy of its attributes took other steps")
+        return ResumeSupport("exact", "its state is plain data, and a copy behaves identically")
+    return ResumeSupport("restart", "a copy of its attributes behaves differently")
 
 
 def _outputs_together(venv: VectorEnv[Any, Any, Any], actions: Sequence[_Array]) -> list[bytes]:

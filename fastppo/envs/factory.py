@@ -1,4 +1,4 @@
-"""One environment, as every vectoriser builds it. Imports no torch, so that worker processes start fast."""
+"""Construction of one environment, the same for every backend. Imports no torch, so that workers start fast."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, first_line
 
 MakeEnv = Callable[[], "gym.Env[Any, Any]"]
 
-# The one Atari preprocessing, whichever vectoriser runs it (Machado et al. 2018; stickiness as the id says)
+# The Atari preprocessing of every backend (Machado et al. 2018); the id decides about sticky actions
 ATARI_NOOP_MAX, ATARI_FRAME_SKIP, ATARI_SIZE, ATARI_STACK = 30, 4, 84, 4
 
 gym.register("fastppo/Catch-v0", entry_point="fastppo.envs.tensor.catch_env:CatchEnv", reward_threshold=0.95)
 
 
 class CopyObservation(gym.ObservationWrapper[Any, Any, Any]):
-    """For an environment that hands out one and the same array again and again."""
+    """Copies observations of an environment that returns the same array at every step."""
 
     def observation(self, observation: Any) -> Any:  # noqa: ANN401 - whatever the space holds
         """A copy."""
@@ -32,7 +32,7 @@ class CopyObservation(gym.ObservationWrapper[Any, Any, Any]):
 
 @dataclasses.dataclass(frozen=True)
 class EnvFactory:
-    """Makes one environment, here or in a worker process.
+    """Makes one environment, in this process or in a worker.
 
     Attributes:
         env_id: Gymnasium id, unless `make` is given.
@@ -47,9 +47,9 @@ class EnvFactory:
     make: MakeEnv | None = None
 
     def __call__(self) -> gym.Env[Any, Any]:
-        """The environment, with Atari's preprocessing if it is an ALE game."""
+        """Make the environment, with the Atari preprocessing if it is an ALE game."""
         if multiprocessing.parent_process() is not None:
-            # Ctrl-C reaches the whole process group; the trainer decides when a worker ends
+            # Ctrl-C reaches the whole process group; the trainer alone ends workers
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.make is not None:
             env = self.make()
@@ -58,7 +58,7 @@ class EnvFactory:
             env = gym.wrappers.AtariPreprocessing(
                 env, noop_max=ATARI_NOOP_MAX, frame_skip=ATARI_FRAME_SKIP, screen_size=ATARI_SIZE
             )
-            # black before the first frame, as ALE's own vector environment stacks
+            # zeros before the first frame, as in ALE's own vector environment
             env = gym.wrappers.FrameStackObservation(env, ATARI_STACK, padding_type="zero")
         else:
             env = gym.make(self.env_id, **self.env_kwargs)
@@ -66,15 +66,15 @@ class EnvFactory:
 
 
 def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
-    """Whether the id is an ALE game."""
+    """Return whether the id is an ALE game."""
     return "ale_py" in str(spec.entry_point)
 
 
 def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
-    """Gymnasium's registration of `env_id`, importing what it takes.
+    """Return Gymnasium's registration of `env_id`, after importing the modules that it needs.
 
     Raises:
-        ConfigError: no such id, with the nearest one; or a package that isn't installed.
+        ConfigError: no such id (names the nearest one), or a missing package.
     """
     if env_id.startswith("ALE/") or "NoFrameskip" in env_id:
         try:
@@ -107,7 +107,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
 
 
 def build(factory: EnvFactory) -> gym.Env[Any, Any]:
-    """Call `factory` in this process, telling a user's mistake from a defect.
+    """Call `factory` in this process and turn user errors into ConfigError.
 
     Raises:
         ConfigError: a missing package, or keyword arguments that the environment or gymnasium.make refuses.
@@ -119,12 +119,13 @@ def build(factory: EnvFactory) -> gym.Env[Any, Any]:
     except (TypeError, ValueError, gym.error.Error) as error:
         if factory.make is not None:
             raise
-        message = str(error).splitlines()[0]
-        raise ConfigError(f"env_id={factory.env_id!r} with env_kwargs={factory.env_kwargs}: {message}") from None
+        raise ConfigError(
+            f"env_id={factory.env_id!r} with env_kwargs={factory.env_kwargs}: {first_line(error)}"
+        ) from None
 
 
 def reuses_observations(env: gym.Env[Any, Any]) -> bool:
-    """Whether `env` hands out the same memory twice, over a step or a reset: last observations would be lost."""
+    """Return whether `env` reuses memory of its observations across steps or resets, which loses final ones."""
     first, _ = env.reset(seed=0)
     second = env.step(env.action_space.sample())[0]
     third, _ = env.reset()

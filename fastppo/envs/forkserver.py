@@ -1,7 +1,7 @@
-"""Imported by multiprocessing's fork server alone, as the first thing: it lives as long as its workers are needed.
+"""Signal handling of multiprocessing's fork server, which imports this module first.
 
-Schedulers send SIGTERM and SIGUSR1 to every process of a job. The trainer decides what follows from them; without the
-fork server it could neither see whether workers live nor start others.
+Schedulers send SIGTERM and SIGUSR1 to every process of a job. The trainer alone reacts to them; without the fork server
+it could neither check whether workers are alive nor start new ones.
 """
 
 import signal

@@ -1,7 +1,7 @@
-"""Environments stepped one after the other in one process: a whole vector environment, or a pool worker's share.
+"""Environments stepped in sequence in one process: a whole vector environment, or one pool worker's share.
 
-Rollouts equal those of Gymnasium's SyncVectorEnv bit for bit (same-step autoreset); the loop costs a third to a half of
-its overhead (benchmarks/vectorizers.py), as results go straight to their rows and no infos are merged.
+Rollouts are bit-identical to Gymnasium's SyncVectorEnv (same-step autoreset) at a third to a half of its overhead
+(benchmarks/vectorizers.py): results are written straight into their rows, and infos are not merged.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.env_state import EpisodeLog, NotPlainError, Way, play_again, set_state, state_of
+from fastppo.envs.env_state import EpisodeLog, NotPlainError, Way, replay_episode, set_state, state_of
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]
-Outcome = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
-_MOST = 400  # characters of a complaint
+StepResult = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
+_MAX_MESSAGE = 400  # characters of a restart message
 
 
 @dataclasses.dataclass(frozen=True)
 class FaultPolicy:
-    """What is done for environments beside stepping them.
+    """Handling of failed environments and workers, and of environment state for a resume.
 
     Attributes:
-        way: how they will continue after a resume; what that takes is kept.
-        restarts: how many may be made anew after a failure, their episodes cut, before one is an error.
-        timeout: seconds that a step or a reset may take in a worker process; None: any.
+        way: how the environments continue after a resume; "replay" records the actions of open episodes.
+        restarts: failures to recover from by a restart, which truncates the episode; the next one is an error.
+        timeout: seconds that a step or a reset may take in a worker process; None: no limit.
     """
 
     way: Way = "restart"
@@ -43,10 +43,10 @@ NO_FAULT_POLICY = FaultPolicy()
 
 
 def layout(n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shapes and dtypes of the arrays that hold N environments' actions and results, by name.
+    """Return the shapes and dtypes of the arrays for actions and results of N environments, by name.
 
     Raises:
-        EnvError: a space whose elements are no arrays.
+        EnvError: a space whose elements aren't arrays.
     """
     return {
         "obs": ((n, *_shape(obs)), obs.dtype),
@@ -56,51 +56,51 @@ def layout(n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> dict[str, tup
         "terminated": ((n,), np.bool_),
         "truncated": ((n,), np.bool_),
         "seeds": ((n,), np.int64),
-        "restarts": ((n,), np.int64),  # how often each was made anew, for whatever reason: part of its seed
-        "failures": ((n,), np.int64),  # how often each failed
+        "restarts": ((n,), np.int64),  # of each environment, including those of a lost worker; part of its seed
+        "failures": ((n,), np.int64),  # of each environment
     }
 
 
 def _shape(space: gym.Space[Any]) -> tuple[int, ...]:
     if space.shape is None or space.dtype is None:
         raise EnvError(
-            f"observations and actions must be arrays; {type(space).__name__} is none: wrap the environment."
+            f"observations and actions must be arrays, but the space is {type(space).__name__}; wrap the environment."
         )
     return tuple(space.shape)
 
 
-def same_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gym.Space[Any]) -> None:
-    """Refuse environment i if its spaces aren't those of the others.
+def check_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gym.Space[Any]) -> None:
+    """Refuse environment i if its spaces differ from the others.
 
     Raises:
         EnvError: they differ.
     """
     for name, mine, theirs in (("observation", env.observation_space, obs), ("action", env.action_space, action)):
         if mine != theirs:
-            raise EnvError(f"environment {i} has another {name}_space ({mine}) than the others ({theirs}).")
+            raise EnvError(f"environment {i} has {name}_space {mine}; the others have {theirs}.")
 
 
-def outcome(arrays: Mapping[str, _Array], rows: slice) -> Outcome:
-    """What Gymnasium's `step` returns, for `rows`; the arrays themselves, which the next step overwrites."""
+def step_result(arrays: Mapping[str, _Array], rows: slice) -> StepResult:
+    """Return the results of Gymnasium's `step` for `rows`: views, which the next step overwrites."""
     terminated, truncated = arrays["terminated"][rows], arrays["truncated"][rows]
     done = terminated | truncated
     infos = {"final_obs": arrays["final_obs"][rows].copy(), "_final_obs": done} if done.any() else {}
     return arrays["obs"][rows], arrays["rewards"][rows], terminated, truncated, infos
 
 
-def cut(arrays: Mapping[str, _Array], rows: slice | int) -> None:
-    """Write down that episodes were lost: cut where they last stood, without a reward."""
+def write_truncation(arrays: Mapping[str, _Array], rows: slice | int) -> None:
+    """Record lost episodes as truncated at their last observation, with reward 0."""
     arrays["final_obs"][rows] = arrays["obs"][rows]
     arrays["rewards"][rows], arrays["terminated"][rows], arrays["truncated"][rows] = 0.0, False, True
 
 
 def fresh_seed(seed: int, restarts: int) -> int:
-    """The seed of an environment that began with `seed`, once it has been made anew; negative ones stay."""
+    """Return the seed of an environment after its `restarts`-th restart; negative ones (no seed) stay."""
     return seed if seed < 0 else int(np.random.SeedSequence((seed, restarts)).generate_state(1)[0] >> 1)
 
 
-def told(error: Exception) -> str:
-    """An error's text, whatever its class makes of that."""
+def error_text(error: Exception) -> str:
+    """Return an error's text, even if its class fails to produce one."""
     try:
         return str(error)
     except Exception:
@@ -112,13 +112,13 @@ _NUMBERS = _BOOLS | {float, int, np.float64, np.float32, np.int64, np.int32}
 
 
 class EnvGroup:
-    """Some environments and their rows of the arrays that `layout` describes.
+    """Environments stepped in sequence, and their rows of the arrays of `layout`.
 
     Attributes:
         envs: the environments.
-        at: the one that is being stepped or reset, counted from 0 here.
+        at: index in `envs` of the environment being stepped or reset.
         steps: taken so far.
-        restart_messages: a line for each that was made anew.
+        restart_messages: one line per restarted environment.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class EnvGroup:
         rows: slice,
         fault_policy: FaultPolicy,
     ) -> None:
-        """Bind `envs`, as `makers` made them, to `rows` of `arrays`."""
+        """Bind `envs`, made by `makers`, to `rows` of `arrays`."""
         self.envs, self.at, self.steps, self.restart_messages = envs, 0, 0, list[str]()
         self._makers, self._first, self._fault_policy = makers, rows.start, fault_policy
         self._arrays = {name: array[rows] for name, array in arrays.items()}
@@ -137,12 +137,12 @@ class EnvGroup:
             self._arrays[name]
             for name in ("obs", "final_obs", "actions", "rewards", "terminated", "truncated", "seeds")
         )
-        # as Gymnasium, floats of any width will do; whole numbers must fit, or they would wrap
+        # like Gymnasium, accept floats of any width; integers must fit, or they would wrap
         self._casting: Any = "same_kind" if self._obs.dtype.kind == "f" else "safe"
         self._log = EpisodeLog(len(makers)) if fault_policy.way == "replay" else None
 
     def reset(self) -> None:
-        """Reset each, by its seed; a negative one leaves its random stream as it is."""
+        """Reset each environment with its seed; a negative one keeps its random stream."""
         try:
             for i in range(len(self.envs)):
                 self.at = i
@@ -151,7 +151,7 @@ class EnvGroup:
             raise self._named(error, "reset") from error
 
     def step(self) -> None:
-        """Step each once by its action, and reset those that ended."""
+        """Step each environment with its action, and reset those that ended."""
         rewards, terminated, truncated = columns = list[Any](), list[Any](), list[Any]()
         # a copy, as an environment may keep its action
         actions = self._actions.copy()
@@ -167,7 +167,7 @@ class EnvGroup:
                     for column, value in zip(columns, (0.0, False, True), strict=True):
                         del column[self.at :]
                         column.append(value)
-            # types alone tell in the common case, at a tenth of what an array costs
+            # checking types suffices in the common case, at a tenth of the cost of making an array
             plain = _NUMBERS.issuperset(map(type, rewards))
             self._rewards[:] = rewards if plain else self._checked("reward", rewards)
             plain = _BOOLS.issuperset(map(type, terminated)) and _BOOLS.issuperset(map(type, truncated))
@@ -177,20 +177,20 @@ class EnvGroup:
             raise self._named(error, f"step {self.steps}") from error
 
     def _step_on(self, actions: _Array, rewards: list[Any], terminated: list[Any], truncated: list[Any]) -> None:
-        """Step from where the lists end."""
+        """Step the environments that have no entry in the lists yet."""
         rows, shape, casting = self._obs, self._obs.shape[1:], self._casting
         for i in range(len(rewards), len(self.envs)):
             self.at = i
-            obs, reward, terminal, cut, _ = self.envs[i].step(actions[i])
+            obs, reward, terminal, truncation, _ = self.envs[i].step(actions[i])
             if getattr(obs, "shape", None) != shape:
                 self._check_shape("step", obs)
-            if terminal or cut:
+            if terminal or truncation:
                 np.copyto(self._final_obs[i, ...], obs, casting)
                 obs = self._reset(i, None)
             np.copyto(rows[i, ...], obs, casting)
             rewards.append(reward)
             terminated.append(terminal)
-            truncated.append(cut)
+            truncated.append(truncation)
 
     def _reset(self, i: int, seed: int | None) -> Any:  # noqa: ANN401 - an observation
         seed = None if seed is None or seed < 0 else seed
@@ -201,10 +201,10 @@ class EnvGroup:
         return obs
 
     def _named(self, error: Exception, doing: str) -> EnvError:
-        """`error` as one that names the environment."""
+        """Return `error` as an EnvError that names the environment."""
         which = f"environment {self._first + self.at} (seed {self._seeds[self.at]})"
         kind = "" if isinstance(error, EnvError) else f"{type(error).__name__}: "
-        return EnvError(f"{which} failed in {doing}: {kind}{told(error)}")
+        return EnvError(f"{which} failed in {doing}: {kind}{error_text(error)}")
 
     def _put(self, i: int, obs: Any) -> None:  # noqa: ANN401 - an observation
         np.copyto(self._obs[i, ...], obs, self._casting)
@@ -215,8 +215,8 @@ class EnvGroup:
             raise EnvError(f"{where} returned an observation of shape {np.shape(obs)}; its space says {shape}.")
 
     def _checked(self, what: str, values: list[Any]) -> _Array:
-        """A column of results, each of them a number, or a bool where that is promised."""
-        kinds, promised = ("biuf", "a number") if what == "reward" else ("b", "a bool")
+        """Return a column of results; raise EnvError for the first that is not a number (or a bool)."""
+        kinds, expected = ("biuf", "a number") if what == "reward" else ("b", "a bool")
         try:
             column: _Array = np.array(values)
             if column.ndim == 1 and column.dtype.kind in kinds:
@@ -227,41 +227,41 @@ class EnvGroup:
             self.at, x = i, np.asarray(value)
             if x.ndim or x.dtype.kind not in kinds:
                 shape = f" of shape {x.shape}" if x.ndim else ""
-                raise EnvError(f"step returned {what} {value!r} ({x.dtype}{shape}); it must be {promised}.")
-        raise AssertionError("one of the values is not as promised")
+                raise EnvError(f"step returned {what} {value!r} ({x.dtype}{shape}); it must be {expected}.")
+        raise AssertionError("one of the values has the wrong type")
 
     def _replace(self, i: int, error: Exception) -> None:
-        """Make environment i anew after `error`, or raise that again."""
+        """Restart environment i after `error`, or raise it again."""
         restarts, failures = self._arrays["restarts"], self._arrays["failures"]
         if isinstance(error, EnvError) or failures.sum() >= self._fault_policy.restarts:
             raise error
         restarts[i] += 1
         failures[i] += 1
-        text = f"environment {self._first + i} failed ({type(error).__name__}: {told(error)})"
-        self.restart_messages.append(f"{text[:_MOST]}; made anew, its episode cut.")
+        text = f"environment {self._first + i} failed ({type(error).__name__}: {error_text(error)})"
+        self.restart_messages.append(f"{text[:_MAX_MESSAGE]}; restarted, its episode truncated.")
         with contextlib.suppress(Exception):
             self.envs[i].close()
         self.envs[i] = self._makers[i]()
         obs = self._reset(i, fresh_seed(int(self._seeds[i]), int(restarts[i])))
-        cut(self._arrays, i)
+        write_truncation(self._arrays, i)
         self._put(i, obs)
 
     def state(self) -> list[Any]:
-        """What each environment needs to go on elsewhere, JSON-able; empty where there is no way any longer."""
+        """Return each environment's state as JSON-able values; empty if it can't be saved any longer."""
         try:
             if self._fault_policy.way == "exact":
                 return [state_of(env) for env in self.envs]
-        except NotPlainError:  # it was when it was tried out
+        except NotPlainError:  # the probe found plain data, but an attribute changed its type since
             return []
         if self._log is None or self._log.too_long:
             return []
         return [self._log.episode(i) for i in range(len(self.envs))]
 
     def load(self, states: Sequence[Any]) -> None:
-        """Bring each environment to where `state` found it; those that play again leave their observation in obs.
+        """Restore each environment from `state()`; a replay writes its observations into obs.
 
         Raises:
-            EnvError: what is no such state.
+            EnvError: not such a state.
         """
         if self._log is not None:
             self._log.load(states)
@@ -269,14 +269,14 @@ class EnvGroup:
             if self._log is None:
                 set_state(env, state)
             else:
-                self._put(i, play_again(env, state))
+                self._put(i, replay_episode(env, state))
 
 
-def take_actions(place: _Array, actions: _Array) -> None:
-    """Write `actions` into `place`; numpy would repeat one for all.
+def copy_actions(place: _Array, actions: _Array) -> None:
+    """Copy `actions` into `place`, without numpy's broadcasting.
 
     Raises:
-        EnvError: they are of another number or shape.
+        EnvError: their shape differs.
     """
     if np.shape(actions) != place.shape:
         raise EnvError(f"actions have shape {np.shape(actions)}; these environments take {place.shape}.")
@@ -284,13 +284,13 @@ def take_actions(place: _Array, actions: _Array) -> None:
 
 
 class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
-    """Environments in this process, stepped one after the other.
+    """Environments in this process, stepped in sequence, as a Gymnasium vector environment.
 
-    `step` returns the arrays that the next step overwrites.
+    The next step overwrites the arrays that `step` returns.
 
     Attributes:
         envs: the environments.
-        fault_policy: what is done for them beside stepping.
+        fault_policy: handling of failed environments.
     """
 
     def __init__(
@@ -299,8 +299,8 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """Make the environments.
 
         Args:
-            env_fns: one maker for each.
-            fault_policy: what to do beside stepping them.
+            env_fns: one maker per environment.
+            fault_policy: handling of failed environments.
 
         Raises:
             EnvError: their spaces aren't arrays.
@@ -311,53 +311,53 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
         self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         for i, env in enumerate(self.envs):
-            same_spaces(i, env, first.observation_space, first.action_space)
+            check_spaces(i, env, first.observation_space, first.action_space)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         shapes = layout(self.num_envs, self.single_observation_space, self.single_action_space)
         self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        self._share = EnvGroup(self.envs, env_fns, self._arrays, slice(0, self.num_envs), fault_policy)
+        self._group = EnvGroup(self.envs, env_fns, self._arrays, slice(0, self.num_envs), fault_policy)
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[_Array, dict[str, Any]]:
         """Reset every environment; one seed s means s, s + 1, ... as in Gymnasium."""
         self._arrays["seeds"][:] = seeds(seed, self.num_envs, options)
-        self._share.reset()
+        self._group.reset()
         return self._arrays["obs"].copy(), {}
 
-    def step(self, actions: _Array) -> Outcome:
+    def step(self, actions: _Array) -> StepResult:
         """Step every environment.
 
         Raises:
             EnvError: an environment failed, or `actions` are not one for each.
         """
-        take_actions(self._arrays["actions"], actions)
-        self._share.step()
-        return outcome(self._arrays, slice(0, self.num_envs))
+        copy_actions(self._arrays["actions"], actions)
+        self._group.step()
+        return step_result(self._arrays, slice(0, self.num_envs))
 
     def env_states(self) -> list[Any]:
         """See `EnvGroup.state`."""
-        return self._share.state()
+        return self._group.state()
 
     def load_env_states(self, states: Sequence[Any]) -> _Array:
         """See `EnvGroup.load`; returns the observations."""
-        self._share.load(states)
+        self._group.load(states)
         return self._arrays["obs"]
 
     def restart_messages(self) -> list[str]:
-        """Lines about environments that were made anew since the last call."""
-        found, self._share.restart_messages[:] = list(self._share.restart_messages), []
+        """Return one line per environment restarted since the last call."""
+        found, self._group.restart_messages[:] = list(self._group.restart_messages), []
         return found
 
     @property
     def failures(self) -> int:
-        """How many times an environment failed and was made anew."""
+        """Environment restarts so far."""
         return int(self._arrays["failures"].sum())
 
     @property
     def seeding(self) -> tuple[_Array, _Array]:
-        """Seeds [N] that environments began with, and how many times each was made anew [N]; not copies."""
+        """Initial seeds [N] and restarts [N] of each environment, as views."""
         return self._arrays["seeds"], self._arrays["restarts"]
 
     def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
@@ -367,12 +367,12 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
 
 
 def seeds(seed: int | Sequence[int | None] | None, n: int, options: dict[str, Any] | None) -> list[int]:
-    """Gymnasium's `seed` as one number for each environment, -1 for none.
+    """Return Gymnasium's `seed` as one number per environment, -1 for none.
 
     Raises:
-        ConfigError: options, which can't be served.
+        ConfigError: options, which aren't supported.
     """
     if options:
-        raise ConfigError(f"options={options}: environments here are reset whole, without options.")
+        raise ConfigError(f"options={options} are not supported; call reset without options.")
     each = seed if isinstance(seed, Sequence) else [None if seed is None else seed + i for i in range(n)]
     return [-1 if s is None else s for s in each]

@@ -1,27 +1,29 @@
-"""What the training loop asks of N environments, wherever they live."""
+"""The interface between the training loop and N environments, in this process, in workers or on the device."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastppo.envs.env_state import Resumable
+from fastppo.envs.env_state import ResumeSupport
+from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
 
 class Transitions(NamedTuple):
-    """The rollout's tensors that an environment reads and writes, whole, so that it finds its rows by itself.
+    """The rollout's tensors that an environment reads (actions) and writes (all others).
 
     Attributes:
-        obs: [T + 1, N, *obs] obs[t + 1] is where to act after step t (first obs of a new episode after an end).
-        actions: [T, N, *action] as the distribution made them; read.
+        obs: [T + 1, N, *obs] obs[t + 1] follows step t; after an episode end it is the first of the next episode.
+        actions: [T, N, *action] as sampled from the policy's distribution.
         rewards: [T, N] raw.
-        terminated: [T, N] bool: the task ended, the future is worth nothing.
-        truncated: [T, N] bool: cut short, the future is worth V of the last observation.
+        terminated: [T, N] bool: the task ended; the value of the successor is 0.
+        truncated: [T, N] bool: a time limit ended the episode; bootstrap from V of the final observation.
         valid: [T, N] bool: False where the vector env only reset (next-step autoreset); None: all True.
     """
 
@@ -34,7 +36,7 @@ class Transitions(NamedTuple):
 
     @classmethod
     def allocate(cls, n_steps: int, env: VecEnv, device: torch.device) -> Transitions:
-        """Storage for `n_steps` of `env`, with zeros in it so that memory is really there before training starts."""
+        """Allocate storage for `n_steps` of `env`; zeros make the OS commit the memory now, not mid-training."""
         dist, rows = env.action_spec.distribution, (n_steps, env.n_envs)
 
         def flags() -> Tensor:
@@ -50,141 +52,146 @@ class Transitions(NamedTuple):
         )
 
 
-class Cuts(NamedTuple):
-    """Last observations of episodes that were cut in a rollout, kept where the environments are: on the device.
+class FinalObsBuffer(NamedTuple):
+    """Final observations of the episodes truncated in one rollout, kept on the device.
 
-    An environment with a time limit of L steps can be cut at most (T - 1) // L + 1 = C times in T steps.
+    A time limit of L steps truncates an environment at most C = (T - 1) // L + 1 times in T steps.
 
     Attributes:
         step: [] int64, steps taken in this rollout.
-        obs: [C, N, *obs] last observation of the k-th episode that was cut.
-        steps: [C, N] int64, the step that cut it; T where there is none.
-        made: [N] int64, how many were cut so far.
+        obs: [C, N, *obs] final observation of each environment's k-th truncated episode.
+        end_steps: [C, N] int64, the step that truncated it; T in unused rows.
+        counts: [N] int64, truncated episodes so far.
     """
 
     step: Tensor
     obs: Tensor
-    steps: Tensor
-    made: Tensor
+    end_steps: Tensor
+    counts: Tensor
 
     @classmethod
     def allocate(
         cls, n_steps: int, n_envs: int, obs_spec: ObsSpec, max_steps: int | None, device: torch.device
-    ) -> Cuts:
-        """For rollouts of `n_steps` in environments whose time limit is `max_steps` (None: none)."""
-        most = 0 if max_steps is None else (n_steps - 1) // max_steps + 1
-        step, made = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), (n_envs,)))
-        steps = torch.full((most, n_envs), n_steps, device=device)
-        return cls(step, obs_spec.blank(most, n_envs, device=device), steps, made)
+    ) -> FinalObsBuffer:
+        """Allocate for rollouts of `n_steps` with a time limit of `max_steps`; None: no limit."""
+        capacity = 0 if max_steps is None else (n_steps - 1) // max_steps + 1
+        step, counts = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in ((), (n_envs,)))
+        end_steps = torch.full((capacity, n_envs), n_steps, device=device)
+        return cls(step, obs_spec.blank(capacity, n_envs, device=device), end_steps, counts)
 
     def clear(self, n_steps: int) -> None:
-        """A rollout of `n_steps` begins."""
+        """Empty the buffer before a rollout of `n_steps`."""
         self.step.zero_()
-        self.made.zero_()
-        self.steps.fill_(n_steps)
+        self.counts.zero_()
+        self.end_steps.fill_(n_steps)
 
 
-class VecEnv(Protocol):
-    """N environments as the loop sees them.
+class VecEnv(ABC):
+    """N environments stepped together, as the training loop drives them.
 
-    They are stepped in groups, one after the other: `send` starts a step of one, `wait` ends it, `store` writes it
-    down. Most have one group; two let the policy act on one half while worker processes step the other.
+    A step of one group is `send`, `wait`, `store`. Most backends have a single group; with two, the policy acts on one
+    group while worker processes step the other.
+
+    Subclasses implement the abstract methods and set the attributes without a default. Everything else is an optional
+    capability: override it where the backend has it.
 
     Attributes:
         n_envs: N.
         groups: slices of 0..N-1 that are stepped together.
         obs_spec: of one observation.
         action_spec: of one action.
-        fillers: whether some steps are only resets (next-step autoreset), so that `Transitions.valid` is written.
-        notes: what the user should know of this environment, a line each.
-        final_obs: [N, *obs] last observations, true in the rows that the last `store` named.
+        fillers: whether some steps only reset (next-step autoreset), so that `Transitions.valid` is needed.
+        final_obs: [N, *obs] on the host; valid in the rows that the last `store` returned.
+        notes: what the user should know about these environments, one line each.
+        obs_bounds: lowest and highest observations [*obs] of the space; None: it bounds no more than the dtype does.
+        resume_support: how these environments continue after a resume.
+        final_obs_buffer: final observations of a whole rollout, for environments on the device; None: `store` reports
+            truncated episodes.
+        capturable_state: every tensor that a step changes outside the rollout, by name, if CUDA graphs can capture a
+            step; else None.
     """
 
     n_envs: int
     groups: Sequence[slice]
     obs_spec: ObsSpec
     action_spec: ActionSpec
-    fillers: bool
-    notes: Sequence[str]
-    final_obs: Tensor
+    fillers: bool = False
+    final_obs: Tensor = torch.empty(0)
+    notes: Sequence[str] = ()
+    obs_bounds: tuple[Tensor, Tensor] | None = None
+    resume_support: ResumeSupport = ResumeSupport("restart", "it gives no access to its state")
+    final_obs_buffer: FinalObsBuffer | None = None
+    capturable_state: Mapping[str, Tensor] | None = None
 
-    @property
-    def obs_bounds(self) -> tuple[Tensor, Tensor] | None:
-        """Lowest and highest observations [*obs] that the space allows; None: it says no more than their type."""
+    @abstractmethod
+    def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
+        """Reset every environment with its own seed, [N] as `env_seeds` draws them; return obs [N, *obs]."""
 
-    @property
-    def resumable(self) -> Resumable:
-        """How these environments go on after a resume."""
+    @abstractmethod
+    def attach(self, transitions: Transitions) -> None:
+        """Use these tensors as the storage of all later steps."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What that takes: tensors and JSON-able values; empty where they restart."""
+    @abstractmethod
+    def send(self, t: int, group: int) -> None:
+        """Start step t of a group with its rows of actions[t]."""
 
-    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
-        """Go on from there, where the observations were `obs` [N, *obs].
+    def wait(self, group: int) -> None:  # noqa: B027 - an optional capability
+        """Wait for the step that `send` started; by default `send` completes it."""
 
-        Raises:
-            EnvError: what is no such state, or leads to other observations.
+    @abstractmethod
+    def store(self, t: int, group: int) -> Sequence[int]:
+        """Write the step's results into row t (obs: t + 1) and return the environments with a new `final_obs` row.
+
+        Those are the ones whose episode was truncated and not terminated. Empty under next-step autoreset, where the
+        next row holds the final observation, and for environments with a `final_obs_buffer`.
         """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and JSON-able values to resume from; empty if these environments restart."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Resume from `state_dict()`, saved when the observations were `obs` [N, *obs].
+
+        Raises:
+            EnvError: `saved` is not such a state, or it leads to other observations.
+        """
+        raise EnvError(f"{type(self).__name__} can't resume: {self.resume_support.why}.")
+
     def restart_messages(self) -> Sequence[str]:
-        """Lines about environments that failed and were made anew since the last call."""
+        """Return one line per failed and restarted environment or worker since the last call."""
+        return ()
 
     @property
     def restarts(self) -> int:
-        """How many times an environment failed and was made anew, or a worker was lost and replaced."""
+        """Failed environments and lost workers that were replaced so far."""
+        return 0
 
-    @property
-    def cuts(self) -> Cuts | None:
-        """Episodes cut in the whole rollout, of environments that never tell the host; None: `store` tells."""
-
-    @property
-    def state(self) -> Mapping[str, Tensor] | None:
-        """Every tensor that a step changes beside the rollout, if it can be recorded in a graph; else None."""
-
-    def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
-        """Start every environment with its seed, [N] as `env_seeds` draws them; returns obs [N, *obs]."""
-
-    def attach(self, transitions: Transitions) -> None:
-        """Take these tensors as the storage of all steps to come."""
-
-    def send(self, t: int, group: int) -> None:
-        """Begin step t of a group, with its part of actions[t]."""
-
-    def wait(self, group: int) -> None:
-        """End the step that `send` began."""
-
-    def store(self, t: int, group: int) -> Sequence[int]:
-        """Write the step's results into row t (obs: t + 1); returns the environments whose episode was cut.
-
-        Cut means truncated and not terminated. Empty where environments reset at the next step, for then the next
-        row holds the last observation.
-        """
-
-    def close(self) -> None:
-        """Let go of processes and windows."""
+    def close(self) -> None:  # noqa: B027 - an optional capability
+        """Release processes and windows."""
 
 
 def env_seeds(stream: np.random.SeedSequence, n_envs: int, rank: int = 0, size: int = 1) -> np.ndarray[Any, Any]:
-    """Seeds [N] int64 of one process's environments, all those of `size` processes being different."""
-    # 31 bits: what every environment takes; drawn without repetition, so that no two environments are twins
+    """Return the seeds [N] int64 of one rank's environments; they differ over all `size` ranks."""
+    # 31 bits, which every environment accepts; drawn without replacement, so that no two environments share a stream
     every = np.random.default_rng(stream).choice(2**31 - 1, n_envs * size, replace=False)
     return every[rank * n_envs : (rank + 1) * n_envs].astype(np.int64)
 
 
 class Step(NamedTuple):
-    """One step of N environments, for whoever keeps no rollout; overwritten by the next one."""
+    """One step of N environments outside a rollout (evaluation); the next step overwrites it."""
 
-    obs: Tensor  # [N, *obs] where to act next
+    obs: Tensor  # [N, *obs] observations to act on next
     rewards: Tensor  # [N] raw
     terminated: Tensor  # [N] bool
     truncated: Tensor  # [N] bool
     valid: Tensor | None  # [N] bool
-    cut: Sequence[int]  # whose last observation is in final_obs
+    with_final_obs: Sequence[int]  # environments with a row in final_obs
     final_obs: Tensor  # [N, *obs]
 
 
 def stepper(env: VecEnv, device: torch.device) -> Callable[[Tensor], Step]:
-    """A function that steps `env` once with actions [N, *action]."""
+    """Return a function that steps `env` once with actions [N, *action]."""
     to = Transitions.allocate(1, env, device)
     env.attach(to)
 

@@ -148,8 +148,8 @@ class Collector:
         n_steps = len(r.rewards)
         with acting:
             r.obs[0].copy_(r.obs[-1])
-            if env.cuts is not None:
-                env.cuts.clear(n_steps)
+            if env.final_obs_buffer is not None:
+                env.final_obs_buffer.clear(n_steps)
         for t in range(n_steps + 1):
             for group, actor in enumerate(self.actors):
                 if t > 0:
@@ -173,17 +173,17 @@ class Collector:
         r = self.rollout
         if not self.actors[0].complete:
             fill_values_and_logprobs(self._policy, self._decisions)
-        if (cuts := self._env.cuts) is None:
+        if (final := self._env.final_obs_buffer) is None:
             self._final_values.flush()
-        elif self._env.state is None:  # nothing is captured, so the host may read which episodes were truncated
-            k, n = (cuts.steps < len(r.rewards)).nonzero(as_tuple=True)
+        elif self._env.capturable_state is None:  # not captured: the host may read who was truncated
+            k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
             if len(k):
-                r.next_values[cuts.steps[k, n], n] = self._policy.value(cuts.obs[k, n])
-        elif len(cuts.steps):
-            values = self._policy.value(cuts.obs.flatten(0, 1)).view(cuts.steps.shape)
+                r.next_values[final.end_steps[k, n], n] = self._policy.value(final.obs[k, n])
+        elif len(final.end_steps):
+            values = self._policy.value(final.obs.flatten(0, 1)).view(final.end_steps.shape)
             # one row more, for those that were not truncated
             padded = torch.cat((r.next_values, r.next_values[:1]))
-            r.next_values.copy_(padded.scatter(0, cuts.steps, values)[:-1])
+            r.next_values.copy_(padded.scatter(0, final.end_steps, values)[:-1])
         last_values = self._policy.value(r.obs[-1])
         torch.logical_or(r.terminated, r.truncated, out=r.done)
         successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
@@ -209,11 +209,11 @@ class Collector:
         """
         r, env = self.rollout, self._env
         device = r.rewards.device
-        if env.state is None:
+        if env.capturable_state is None:
             for actor in self.actors:
                 actor.capture(device)
             return
-        roll = capture(self._roll, keep=[*env.state.values(), r.obs[-1]], fresh=[r.noise], device=device)
+        roll = capture(self._roll, keep=[*env.capturable_state.values(), r.obs[-1]], fresh=[r.noise], device=device)
 
         def replay() -> None:
             with self._clock.phase("rollout"):

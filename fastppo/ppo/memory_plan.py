@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastppo.envs.vec_env import Cuts
+from fastppo.envs.vec_env import FinalObsBuffer
 from fastppo.errors import ConfigError
 from fastppo.functional.losses import Coefficients
 from fastppo.ppo.minibatches import Minibatch
@@ -82,7 +82,7 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         rollout = Rollout.allocate(n_steps, env, learner.policy, device)  # type: ignore[arg-type]
         cuts = None
         if env.max_steps is not None:
-            cuts = Cuts.allocate(n_steps, env.n_envs, env.obs_spec, env.max_steps, device)
+            cuts = FinalObsBuffer.allocate(n_steps, env.n_envs, env.obs_spec, env.max_steps, device)
         storage = live.bytes - before
         coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         r = rollout

@@ -59,7 +59,7 @@ def run_metadata(c: Config, env: VecEnv, world: World, versions: Mapping[str, st
     return {
         "config": c.to_dict(),
         "world_size": world.size,
-        "way": env.resumable.way,
+        "way": env.resume_support.way,
         "versions": dict(versions),
         "machine": machine,
     }
@@ -118,7 +118,7 @@ def restore(
             parts["metrics"].load_state_dict(shared.part("metrics") | {"open": own.part("metrics")["open"]})
             parts["randomness"].load_state_dict(own.part("randomness"))
             if (reason := _restore_envs(own, saved, parts, env)) is None:
-                how = "exact" if env.resumable.way == "exact" else "exact, with open episodes replayed"
+                how = "exact" if env.resume_support.way == "exact" else "exact, with open episodes replayed"
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
         else:
             reason = f"{saved['world_size']} processes trained before, {world.size} now"
@@ -166,9 +166,9 @@ def _meaning(name: str, value: object) -> object:
 
 def _restore_envs(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
     """Restore the environments and the open episodes; return the reason if that is impossible, else None."""
-    if env.resumable.way == "restart":
-        return env.resumable.why
-    if saved["way"] != env.resumable.way or not own.part("env"):
+    if env.resume_support.way == "restart":
+        return env.resume_support.why
+    if saved["way"] != env.resume_support.way or not own.part("env"):
         return "the checkpoint has no state of the environments"
     collector = own.part("collector")
     try:

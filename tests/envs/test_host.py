@@ -6,7 +6,7 @@ from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from fastppo.envs import factory as single
-from fastppo.envs.gymnasium_vector import HostEnv
+from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.registry import inspect_env, make_vec_env
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
@@ -16,7 +16,7 @@ SEED = np.random.SeedSequence(7)
 
 
 def host(mode, ends=((3, True),), n=2, vectoriser=SyncVectorEnv):
-    return HostEnv(vectoriser([lambda: Counter(ends)] * n, autoreset_mode=mode))
+    return GymnasiumVecEnv(vectoriser([lambda: Counter(ends)] * n, autoreset_mode=mode))
 
 
 def act(n=2):
@@ -29,12 +29,12 @@ def test_a_new_episode_begins_in_the_same_step_and_the_last_observation_is_kept(
     env.reset(env_seeds(SEED, env.n_envs))
     for _ in range(2):
         out = step(env, act())
-        assert (list(out.cut), out.valid) == ([], None)
+        assert (list(out.with_final_obs), out.valid) == ([], None)
     out = step(env, act())
     assert out.obs.tolist() == [[0, 1], [0, 1]]
     assert out.truncated.all()
     assert not out.terminated.any()
-    assert list(out.cut) == [0, 1]
+    assert list(out.with_final_obs) == [0, 1]
     assert out.final_obs.tolist() == [[3, 0], [3, 0]]
     assert step(env, act()).obs.tolist() == [[1, 1], [1, 1]]
 
@@ -45,17 +45,17 @@ def test_next_step_mode_marks_the_step_that_only_resets():
     steps = [step(env, act()) for _ in range(5)]
     assert [bool(s.valid[0]) for s in steps] == [True, True, True, False, True]
     assert [s.obs[0].tolist() for s in steps] == [[1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]
-    assert all(not list(s.cut) for s in steps)
+    assert all(not list(s.with_final_obs) for s in steps)
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
-def test_only_episodes_that_were_cut_keep_their_last_observation(mode):
+def test_only_truncated_episodes_keep_their_final_observation(mode):
     envs = [lambda: Counter(((2, True),)), lambda: Counter(((2, False),)), lambda: Counter(((9, True),))]
-    env = HostEnv(SyncVectorEnv(envs, autoreset_mode=mode))
+    env = GymnasiumVecEnv(SyncVectorEnv(envs, autoreset_mode=mode))
     env.reset(env_seeds(SEED, env.n_envs))
     step(env, act(3))
     out = step(env, act(3))
-    assert list(out.cut) == [0]
+    assert list(out.with_final_obs) == [0]
     assert out.terminated.tolist() == [False, True, False]
     assert out.obs.tolist() == [[0, 1], [0, 1], [2, 0]]
 
@@ -105,7 +105,7 @@ def test_an_undeclared_autoreset_mode_is_refused():
     venv = SyncVectorEnv([Counter])
     del venv.metadata["autoreset_mode"]
     with pytest.raises(EnvError, match="does not declare its autoreset mode"):
-        HostEnv(venv)
+        GymnasiumVecEnv(venv)
 
 
 def test_missing_or_overwritten_last_observations_are_refused():
@@ -122,7 +122,7 @@ def test_missing_or_overwritten_last_observations_are_refused():
                 infos["final_obs"] = obs
             return obs, *rest, infos
 
-    for vectoriser, message in ((Forgetful, "does not hold its last"), (Overwriting, "overwritten")):
+    for vectoriser, message in ((Forgetful, "does not hold its final"), (Overwriting, "overwritten")):
         env = host(AutoresetMode.SAME_STEP, ((1, True),), vectoriser=vectoriser)
         env.reset(env_seeds(SEED, env.n_envs))
         with pytest.raises(EnvError, match=message):
@@ -171,12 +171,12 @@ def test_a_vector_environment_whose_environments_reuse_their_buffer_is_refused()
         make_vec_env(inspect_env("custom", {}, lambda: venv), 1, "sync")
 
 
-def test_the_first_error_of_a_reset_is_the_one_that_is_told():
+def test_an_error_in_reset_is_raised_unchanged():
     class Broken(Counter):
         def reset(self, *, seed=None, options=None):
             raise ValueError("my reset is broken")
 
-    env = HostEnv(SyncVectorEnv([Broken], autoreset_mode=AutoresetMode.SAME_STEP))
+    env = GymnasiumVecEnv(SyncVectorEnv([Broken], autoreset_mode=AutoresetMode.SAME_STEP))
     with pytest.raises(ValueError, match="my reset is broken"):
         env.reset(env_seeds(SEED, env.n_envs))
 

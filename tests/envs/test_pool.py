@@ -11,12 +11,14 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from fastppo import Config, Trainer
-from fastppo.envs import registry
+from fastppo.envs import backends
 from fastppo.envs.auto_vectorization import choose
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import NO_FAULT_POLICY, EnvGroup, SerialVectorEnv, outcome
+from fastppo.envs.sync import NO_FAULT_POLICY, EnvGroup, SerialVectorEnv, step_result
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, short
+
+MARGINS = {name: backend.auto_margin for name, backend in backends.BACKENDS.items()}
 
 
 def cartpole():
@@ -128,7 +130,7 @@ def test_settings_of_the_pool_are_refused_without_it():
     ],
 )
 def test_auto_takes_the_fastest_with_margins_and_says_the_figures(speeds, best):
-    choice, reason = choose(8, speeds, {"pool": "too short"} if "pool" not in speeds else {})
+    choice, reason = choose(8, speeds, {"pool": "too short"} if "pool" not in speeds else {}, MARGINS)
     assert choice == best
     assert f"sync {speeds['sync']:,.0f}" in reason
     assert "n_envs=8" in reason
@@ -189,7 +191,7 @@ class SplitSerial(PoolVectorEnv):
         self._shares[group].step()
 
     def wait(self, group):
-        return outcome(self._inner._arrays, self.groups[group])
+        return step_result(self._inner._arrays, self.groups[group])
 
     def close_extras(self, **_):
         self._inner.close()
@@ -198,7 +200,7 @@ class SplitSerial(PoolVectorEnv):
 def test_half_batches_equal_one_process_that_is_split_the_same_way(tmp_path, monkeypatch):
     settings = {"vectorization": "pool", "workers": 2, "half_batches": True}
     pool = curves(tmp_path, "pool", **settings)
-    monkeypatch.setattr(registry, "PoolVectorEnv", SplitSerial)
+    monkeypatch.setattr(backends, "PoolVectorEnv", SplitSerial)
     assert torch.equal(curves(tmp_path, "split", **settings), pool)
 
 

@@ -1,4 +1,4 @@
-"""Environments' state as plain data: what goes in comes out, and what can't go in is said."""
+"""Environment state as plain data: round trips, and errors for anything else."""
 
 import json
 import random
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fastppo.envs import env_state as snapshot
-from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, how_resumable, set_state, state_of
+from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, probe_resume_support, set_state, state_of
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.errors import EnvError
@@ -59,19 +59,19 @@ def test_plain_data_survives_json(x):
     [np.random.default_rng(3), np.random.Generator(np.random.MT19937(4)), np.random.RandomState(5), random.Random(6)],
     ids=lambda stream: type(stream).__name__,
 )
-def test_random_streams_go_on(stream):
+def test_random_streams_continue(stream):
     stream.random()
     twin = decode(json.loads(json.dumps(encode(stream))))
     assert [stream.random() for _ in range(5)] == [twin.random() for _ in range(5)]
 
 
 @pytest.mark.parametrize("x", [object(), np.array([object()]), lambda: None, {"a": object()}, gym.spaces.Discrete(2)])
-def test_what_is_not_plain_is_said(x):
+def test_other_data_is_refused(x):
     with pytest.raises(NotPlainError):
         encode(x)
 
 
-def test_what_is_no_encoding_is_an_error_and_no_code():
+def test_an_invalid_encoding_is_an_error_and_runs_no_code():
     for x in ({"array": ["O", [1], ""]}, {"generator": ["Generator", {}]}, {"eval": "1"}, {"a": 1, "b": 2}):
         with pytest.raises((ValueError, KeyError, TypeError)):
             decode(x)
@@ -121,20 +121,20 @@ class Clock(Counter):
         return np.array([self.steps, stream.random()], np.float32)
 
 
-def test_ways_are_told_apart():
-    assert how_resumable(Counter).way == "exact"
-    found = how_resumable(Clock)
+def test_the_probe_finds_each_way():
+    assert probe_resume_support(Counter).way == "exact"
+    found = probe_resume_support(Clock)
     assert found.way == "replay"
-    assert "Clock.helper (object) is no plain data" in found.why
-    assert how_resumable(lambda: Clock(seeded=False)).way == "restart"
+    assert "Clock.helper (object) is not plain data" in found.why
+    assert probe_resume_support(lambda: Clock(seeded=False)).way == "restart"
 
     def broken():
         raise RuntimeError("no display")
 
-    assert how_resumable(broken) == ("restart", "the probe failed: RuntimeError: no display")
+    assert probe_resume_support(broken) == ("restart", "the probe failed: RuntimeError: no display")
 
 
-def test_open_episodes_are_played_again_and_only_they():
+def test_open_episodes_are_replayed():
     venv = SerialVectorEnv([Clock, Clock, Clock], FaultPolicy("replay"))
     twin = SerialVectorEnv([Clock, Clock, Clock], FaultPolicy("replay"))
     obs, _ = venv.reset(seed=3)
@@ -153,7 +153,7 @@ def test_open_episodes_are_played_again_and_only_they():
             assert np.array_equal(mine, theirs)
 
 
-def test_an_episode_that_never_ends_is_let_go(monkeypatch):
+def test_an_episode_that_never_ends_is_dropped_from_the_log(monkeypatch):
     monkeypatch.setattr(snapshot, "_LONGEST", 1000)
     log, env = EpisodeLog(2), Counter()
     env.reset()

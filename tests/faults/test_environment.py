@@ -1,4 +1,4 @@
-"""Environments that break: named, in time, and mended where that was asked for. Rows E and P of the README here."""
+"""Failing environments and workers: error messages, time-outs and restarts. Rows E and P of the README."""
 
 import io
 import os
@@ -68,7 +68,7 @@ def test_e1_the_command_line_shows_the_trace_and_one_line(tmp_path):
 
 @pytest.mark.parametrize("make", [serial, pool])
 @pytest.mark.parametrize("kind", ["raises", "two arguments"])
-def test_e1_a_restart_cuts_the_episode_and_counts(make, kind, tmp_path):
+def test_e1_a_restart_truncates_the_episode_and_counts(make, kind, tmp_path):
     once = str(tmp_path / "once")
     venv = make(kind=kind, env_index=2, at_step=5, once=once, fault_policy=FaultPolicy(restarts=3))
     seen = drive(venv, 12)
@@ -104,7 +104,7 @@ def test_e1_a_run_counts_restarts_and_gives_up_after_its_budget(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["two arguments", "unpicklable"])
-def test_e2_an_error_that_cant_be_sent_arrives_as_text(kind):
+def test_e2_an_unpicklable_error_arrives_as_text(kind):
     venv = pool(kind=kind, env_index=3, at_step=2)
     begin = time.monotonic()
     with pytest.raises(EnvError, match="environment 3"):
@@ -114,7 +114,7 @@ def test_e2_an_error_that_cant_be_sent_arrives_as_text(kind):
 
 def test_e3_a_constructor_that_fails_in_a_worker_only():
     begin = time.monotonic()
-    with pytest.raises(EnvError, match="environment 3 failed in its construction: RuntimeError: no licence"):
+    with pytest.raises(EnvError, match="environment 3 failed in its constructor: RuntimeError: no licence"):
         pool(kind="constructor", env_index=3)
     assert time.monotonic() - begin < 5
     assert not workers()
@@ -134,7 +134,7 @@ def test_e4_a_hung_step_is_found_and_says_where_it_is(kind):
 
 @pytest.mark.parametrize("kind", ["sleeps", "loops in C", "killed", "segfault", "stopped"])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_e4_p1_p2_a_lost_worker_is_replaced_and_its_episodes_cut(kind, groups, tmp_path):
+def test_e4_p1_p2_a_lost_worker_is_replaced_and_its_episodes_truncated(kind, groups, tmp_path):
     fault_policy = FaultPolicy(timeout=1.0, restarts=2)
     venv = pool(8, 2, fault_policy, groups, kind=kind, env_index=5, at_step=3, once=str(tmp_path / "once"))
     seen = drive(venv, 10)
@@ -154,12 +154,12 @@ def test_e4_p1_p2_a_lost_worker_is_replaced_and_its_episodes_cut(kind, groups, t
         else:
             assert not ends
             assert seen[10][0][i][0] == 100 + i
-    assert any("Started anew" in line for line in venv.restart_messages())
+    assert any("Replaced by a new worker" in line for line in venv.restart_messages())
     venv.close()
     assert not workers()
 
 
-def test_e5_a_late_reply_reaches_nobody(tmp_path):
+def test_e5_a_late_reply_of_a_lost_worker_is_ignored(tmp_path):
     """The worker is slow, not stuck: it would answer, after its successor has begun."""
     venv = pool(
         2, 2, FaultPolicy(timeout=0.6, restarts=2), kind="stopped", env_index=1, at_step=3, once=str(tmp_path / "f")
@@ -181,12 +181,11 @@ def test_e5_a_late_reply_reaches_nobody(tmp_path):
     ],
 )
 @pytest.mark.parametrize("vectorization", ["sync", "pool"])
-def test_e6_what_is_no_number_ends_the_run(tmp_path, kind, message, vectorization):
+def test_e6_nan_and_non_numbers_end_the_run(tmp_path, kind, message, vectorization):
     config = short(tmp_path, vectorization=vectorization, normalize_obs=True, normalize_rewards=True)
     trainer = Trainer(config, make_env=FaultEnv)
     trainer.env.venv.close()
     trainer.env.venv = (pool if vectorization == "pool" else serial)(2, kind=kind, env_index=1, at_step=5)
-    trainer.env._keeper = trainer.env.venv
     trainer.rollout.obs[-1].copy_(trainer.env.reset(env_seeds(seed_stream(1, "envs"), 2)))
     with pytest.raises(EnvError, match=message):
         trainer.run()
@@ -253,7 +252,7 @@ def test_e9_strictly_they_end_the_run(tmp_path):
         trainer.run()
 
 
-def test_e12_the_wrong_number_of_actions_goes_nowhere():
+def test_e12_a_wrong_number_of_actions_is_refused():
     for venv in (serial(), pool()):
         venv.reset(seed=0)
         with pytest.raises((ValueError, EnvError)):
@@ -349,7 +348,7 @@ def test_p4_signals_to_all_processes_of_a_job_leave_the_fork_server_alive(number
     server.send_signal(number)
     time.sleep(0.2)
     assert server.is_running()
-    assert venv._trouble(venv._workers[0]) is None
+    assert venv._problem(venv._workers[0]) is None
     venv.close()
 
 

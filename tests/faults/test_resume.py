@@ -444,7 +444,7 @@ def test_lunar_lander_replays_its_open_episodes():
     """In its own process: Box2D conflicts with what other tests import."""
     done = fastppo_process("verify-resume", "--env-id", "LunarLander-v3", "--n-envs", "2", "--n-steps", "32")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "replay: LunarLander.world (b2World) is no plain data" in " ".join(done.stdout.split())
+    assert "replay: LunarLander.world (b2World) is not plain data" in " ".join(done.stdout.split())
 
 
 def test_by_default_a_checkpoint_is_saved_at_the_end(tmp_path):

@@ -1,6 +1,6 @@
 """Simulators that step many environments on the device and return torch tensors.
 
-Isaac Lab, mjlab and ManiSkill do; Brax and MJX can through dlpack.
+Isaac Lab, mjlab and ManiSkill do so directly; Brax and MJX can through dlpack.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from fastppo.envs.env_state import Resumable
-from fastppo.envs.vec_env import Cuts, Transitions
+from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
 
 class Simulator(Protocol):
-    """What they have in common; each step ends with the successors of finished episodes (same-step autoreset).
+    """The interface of such simulators, with same-step autoreset.
 
     Attributes:
         num_envs: N.
@@ -29,25 +29,22 @@ class Simulator(Protocol):
     num_envs: int
 
     def reset(self) -> Any:  # noqa: ANN401 - obs, or (obs, extras)
-        """Observations [N, *obs] or a mapping that holds them, alone or with extras."""
+        """Return observations [N, *obs] or a mapping that holds them, alone or with extras."""
 
     def step(self, actions: Tensor) -> tuple[Any, Tensor, Tensor, Tensor, Mapping[str, Any]]:
-        """Observations, rewards [N], terminated [N], truncated [N], extras."""
+        """Return observations, rewards [N], terminated [N], truncated [N] and extras."""
 
 
-class SimulatorEnv:
-    """A simulator behind the VecEnv protocol: return it from `make_env`. It must live on the training device.
+class SimulatorEnv(VecEnv):
+    """A simulator as a VecEnv: return it from `make_env`. It must run on the training device.
 
-    Where the simulator gives no last observations, V of the observation before the cut stands in for V of the last
-    one, which a note says. Not covered: simulators with next-step autoreset; per-environment seeds, for which
-    simulators have no common way.
+    If the simulator gives no final observations, a truncated episode is bootstrapped from V of the observation before
+    the final one, and a note says so. Not supported: next-step autoreset, and per-environment seeds, for which
+    simulators have no common interface.
     """
 
-    fillers = False
-    state: None = None
-    obs_bounds: None = None
-    restarts = 0
-    resumable = Resumable("restart", "a simulator's state can't be asked for")
+    final_obs_buffer: FinalObsBuffer
+    resume_support = ResumeSupport("restart", "a simulator gives no access to its state")
 
     def __init__(
         self,
@@ -58,14 +55,14 @@ class SimulatorEnv:
         obs_key: str = "policy",
         final_obs_key: str | None = None,
     ) -> None:
-        """Take over `simulator`.
+        """Wrap `simulator`.
 
         Args:
-            simulator: already made, for N environments.
+            simulator: with N environments.
             observation_space: of one environment.
             action_space: of one environment.
-            obs_key: which observations, where they are a mapping.
-            final_obs_key: where extras hold last observations [N, *obs], true in rows that ended; None: nowhere.
+            obs_key: the key of the policy's observations, if they are a mapping.
+            final_obs_key: the key in extras of final observations [N, *obs], valid in rows that ended; None: no key.
 
         Raises:
             EnvError: an unsupported space.
@@ -74,40 +71,37 @@ class SimulatorEnv:
         self.n_envs = self.num_envs = simulator.num_envs
         self.name = type(simulator).__name__
         self.obs_spec, self.action_spec = ObsSpec.from_space(observation_space), ActionSpec.from_space(action_space)
-        self.groups: Sequence[slice] = [slice(0, self.n_envs)]
-        self.notes: Sequence[str] = ()
+        self.groups = [slice(0, self.n_envs)]
         if final_obs_key is None:
             self.notes = [
-                f"{self.name} gives no last observations: where a time limit cuts an episode, V of the "
-                "observation before stands in for V of the last one (approximate)."
+                f"{self.name} gives no final observations: truncated episodes are bootstrapped from V of the "
+                "observation before the final one (approximate)."
             ]
-        self.final_obs = self.obs_spec.blank(0)
-        self.cuts: Cuts
         self._checked = False
 
     def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
-        """Start every environment; the first seed goes to torch's generators, which such simulators draw from."""
+        """Reset every environment; the first seed seeds torch's generators, from which such simulators draw."""
         torch.manual_seed(int(seeds[0]))
         found = self._simulator.reset()
         return self._obs(found[0] if isinstance(found, tuple) else found, "reset")
 
     def attach(self, transitions: Transitions) -> None:
-        """Write into `transitions` from now on."""
+        """Use `transitions` as the storage of all later steps."""
         self._to = transitions
         device = transitions.rewards.device
-        # any step may cut: one row of last observations for each
-        self.cuts = Cuts.allocate(len(transitions.rewards), self.n_envs, self.obs_spec, 1, device)
+        # any step may truncate an episode: one row of final observations per step
+        self.final_obs_buffer = FinalObsBuffer.allocate(len(transitions.rewards), self.n_envs, self.obs_spec, 1, device)
         bounds = self.action_spec.bounds(device) if self.action_spec.kind == "box" else None
         self._bounds = bounds
         self._start = torch.tensor(self.action_spec.start, device=device)
 
     def send(self, t: int, group: int) -> None:
-        """Take step t.
+        """Take step t and write its results.
 
         Raises:
-            EnvError: shapes other than promised.
+            EnvError: wrong shapes, or missing final observations.
         """
-        to, cuts = self._to, self.cuts
+        to, buffer = self._to, self.final_obs_buffer
         obs, rewards, terminated, truncated, extras = self._simulator.step(self._actions(to.actions[t]))
         obs = self._obs(obs, "step")
         if not self._checked:
@@ -123,36 +117,22 @@ class SimulatorEnv:
         if self._final_key is not None and last.untyped_storage().data_ptr() == obs.untyped_storage().data_ptr():
             raise EnvError(
                 f"step's extras give {self._final_key!r} in the memory of the next observations, which overwrite it; "
-                "have the simulator copy it."
+                "copy it in the simulator."
             )
-        cuts.obs[t].copy_(last)
+        buffer.obs[t].copy_(last)
         terminated, truncated = terminated.bool(), truncated.bool()
-        cuts.steps[t].copy_(torch.where(truncated & ~terminated, t, len(to.rewards)))
+        buffer.end_steps[t].copy_(torch.where(truncated & ~terminated, t, len(to.rewards)))
         to.obs[t + 1].copy_(obs)
         to.rewards[t].copy_(rewards.detach())
         to.terminated[t].copy_(terminated)
         to.truncated[t].copy_(truncated)
 
-    def wait(self, group: int) -> None:
-        """Nothing to wait for."""
-
     def store(self, t: int, group: int) -> Sequence[int]:
-        """Nothing to store: `send` wrote it. Who was cut stays on the device, in `cuts`."""
-        return ()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: what a simulator is can't be asked."""
-        return {}
-
-    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
-        """Nothing to go on from."""
-
-    def restart_messages(self) -> Sequence[str]:
-        """None."""
+        """Return nothing: `send` wrote the results, and final observations stay in `final_obs_buffer`."""
         return ()
 
     def close(self) -> None:
-        """Close the simulator, if it can be."""
+        """Close the simulator, if it has a `close`."""
         if hasattr(self._simulator, "close"):
             self._simulator.close()
 
@@ -161,7 +141,7 @@ class SimulatorEnv:
             actions = actions.clamp(*self._bounds)
         elif any(self.action_spec.start):
             actions = actions + self._start
-        # a copy: what a simulator does to its actions must not reach the rollout
+        # a copy, so that a simulator that changes its actions in place does not change the rollout
         return actions.reshape(self.n_envs, *self.action_spec.shape).clone()
 
     def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them

@@ -128,17 +128,17 @@ def test_a_rollout_is_what_single_environments_give_from_the_same_starts():
     for _ in range(200):
         leans = obs[:, 2] + obs[:, 3] > 0  # a balancing policy, so that some reach the time limit
         actions = torch.where(torch.from_numpy(rng.random(env.n_envs) < 0.5), leans.long(), 0)
-        env.cuts.clear(1)
+        env.final_obs_buffer.clear(1)
         out = take(actions)
         obs = out.obs.clone()
         for i, single in enumerate(singles):
             last, reward, terminated, truncated, _ = single.step(int(actions[i]))
             assert (reward, terminated, truncated) == (out.rewards[i], out.terminated[i], out.truncated[i])
             if truncated and not terminated:
-                assert env.cuts.steps[0, i] == 0
-                assert env.cuts.obs[0, i].numpy() == pytest.approx(last, abs=1e-4)
+                assert env.final_obs_buffer.end_steps[0, i] == 0
+                assert env.final_obs_buffer.obs[0, i].numpy() == pytest.approx(last, abs=1e-4)
             else:
-                assert env.cuts.steps[0, i] == 1, "T: not cut"
+                assert env.final_obs_buffer.end_steps[0, i] == 1, "T: not cut"
             if terminated or truncated:
                 assert obs[i].abs().max() <= 0.05, "the successor starts in the same step"
                 single.reset()
@@ -155,21 +155,21 @@ def test_every_cut_of_a_rollout_is_kept():
     env, _ = make("Pendulum-v1", n=3, max_episode_steps=4)
     to = Transitions.allocate(10, env, CPU)
     env.attach(to)
-    env.state["steps"].copy_(torch.tensor([0, 1, 3]))  # so that they are cut at different steps
-    assert len(env.cuts.steps) == 3
-    env.cuts.clear(10)
+    env.capturable_state["steps"].copy_(torch.tensor([0, 1, 3]))  # so that they are cut at different steps
+    assert len(env.final_obs_buffer.end_steps) == 3
+    env.final_obs_buffer.clear(10)
     for t in range(10):
         env.send(t, 0)
-    assert env.cuts.steps.T.tolist() == [[3, 7, 10], [2, 6, 10], [0, 4, 8]]
-    assert env.cuts.made.tolist() == [2, 2, 3]
+    assert env.final_obs_buffer.end_steps.T.tolist() == [[3, 7, 10], [2, 6, 10], [0, 4, 8]]
+    assert env.final_obs_buffer.counts.tolist() == [2, 2, 3]
     for n in range(3):
-        for k in range(int(env.cuts.made[n])):
-            t = int(env.cuts.steps[k, n])
+        for k in range(int(env.final_obs_buffer.counts[n])):
+            t = int(env.final_obs_buffer.end_steps[k, n])
             assert to.truncated[t, n]
             # the last observation is one step on from the one before, not the start of the next episode
-            speed = env.cuts.obs[k, n, 2] - to.obs[t, n, 2] if t else torch.tensor(0.0)
+            speed = env.final_obs_buffer.obs[k, n, 2] - to.obs[t, n, 2] if t else torch.tensor(0.0)
             assert speed.abs() <= 0.05 * (15 + 6) + 1e-5
-            assert not torch.equal(env.cuts.obs[k, n], to.obs[t + 1, n])
+            assert not torch.equal(env.final_obs_buffer.obs[k, n], to.obs[t + 1, n])
 
 
 def test_seeds_decide_everything_and_differ():
@@ -220,17 +220,17 @@ def test_compiled_is_eager(env_id):
             to.actions.normal_(generator=g)
         else:
             to.actions.copy_(torch.randint(0, env.action_spec.nvec[0], to.actions.shape, generator=g))
-        env.cuts.clear(50)
+        env.final_obs_buffer.clear(50)
         for t in range(50):
             env.send(t, 0)
         runs.append((to, env))
     (a, one), (b, two) = runs
     for name in ("seed", "episode", "steps"):
-        assert torch.equal(one.state[name], two.state[name])
+        assert torch.equal(one.capturable_state[name], two.capturable_state[name])
     tolerance = 0.05 if env_id == "Acrobot-v1" else 1e-4  # chaotic: rounding doubles every few steps
     torch.testing.assert_close(a.obs.float(), b.obs.float(), atol=tolerance, rtol=tolerance)
     assert torch.equal(a.terminated, b.terminated)
-    assert torch.equal(one.cuts.steps, two.cuts.steps)
+    assert torch.equal(one.final_obs_buffer.end_steps, two.final_obs_buffer.end_steps)
 
 
 def test_other_environments_are_refused_in_one_line():

@@ -1,0 +1,137 @@
+"""VecEnvs around the vector environments that offer more than Gymnasium's interface: time-outs, restarts, groups."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import wait
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from torch import Tensor
+
+from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
+from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.sync import SerialVectorEnv
+from fastppo.envs.vec_env import VecEnv
+from fastppo.errors import EnvError
+
+_Array = np.ndarray[Any, Any]
+
+
+class AsyncVecEnv(GymnasiumVecEnv):
+    """Gymnasium's AsyncVectorEnv, with a time-out per step and errors that name dead workers."""
+
+    def __init__(
+        self,
+        venv: VectorEnv[Any, Any, Any],
+        *,
+        timeout: float | None = None,
+        resume_support: ResumeSupport = VecEnv.resume_support,
+    ) -> None:
+        """Wrap `venv`; a step may take `timeout` seconds (None: no limit)."""
+        super().__init__(venv, resume_support=resume_support)
+        self._timeout, self._broken = timeout, False
+
+    def close(self) -> None:
+        """Close the vector environment; kill its workers if one no longer answers."""
+        if not self._broken:
+            super().close()
+            return
+        # Gymnasium's close waits for the missing answer, even with terminate=True
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self.venv.unwrapped.closed = True
+
+    @property
+    def _processes(self) -> Sequence[Any]:
+        return getattr(self.venv.unwrapped, "processes", [])
+
+    def _begin_step(self, group: int, actions: _Array) -> None:
+        try:
+            if self._timeout is None:
+                self._results[group] = self.venv.step(actions)
+            else:
+                self.venv.step_async(actions)  # type: ignore[attr-defined]
+                self._results[group] = self.venv.step_wait(self._timeout)  # type: ignore[attr-defined]
+        except multiprocessing.TimeoutError:
+            self._broken = True
+            raise EnvError(
+                f"the environments have not answered for {self._timeout:.0f} s (--env-timeout); "
+                "vectorization=pool reports which one hangs, and where."
+            ) from None
+        except (EOFError, ConnectionError):  # the only trace of a dead worker
+            wait([p.sentinel for p in self._processes], timeout=1.0)  # its pipe closes shortly before it exits
+            dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self._processes) if not p.is_alive()]
+            self._broken = True
+            raise EnvError(f"the worker process of environment {', '.join(dead) or '?'} died in a step.") from None
+
+
+class SerialVecEnv(GymnasiumVecEnv):
+    """SerialVectorEnv: state per environment, and restarts of failed environments."""
+
+    venv: SerialVectorEnv | PoolVectorEnv
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return each environment's state and seeds, and which episodes ended in the last step."""
+        if self.resume_support.way == "restart":
+            return {}
+        states = self.venv.env_states()
+        if len(states) < self.n_envs:
+            return {}
+        seeds, restarts = (torch.from_numpy(x) for x in self.venv.seeding)
+        return {"envs": states, "seeds": seeds, "restarts": restarts, "ended": torch.from_numpy(self._ended)}
+
+    def load_state_dict(self, saved: Mapping[str, Any], obs: Tensor) -> None:
+        """Restore in place from `state_dict()`, saved when the observations were `obs` [N, *obs].
+
+        Raises:
+            EnvError: `saved` is not such a state, or replayed episodes lead to other observations.
+        """
+        self._ended[:] = saved["ended"].numpy()
+        for current, value in zip(self.venv.seeding, (saved["seeds"], saved["restarts"]), strict=True):
+            current[:] = value.numpy()
+        restored = self.venv.load_env_states(saved["envs"])
+        if self.resume_support.way == "replay":
+            if not torch.equal(torch.from_numpy(restored).to(obs.dtype), obs.cpu()):
+                raise EnvError("replaying the open episodes led to other observations.")
+        else:
+            restored[:] = obs.cpu().numpy()  # the final observation of an environment that fails in its first step
+
+    def restart_messages(self) -> Sequence[str]:
+        """Return one line per failed and restarted environment or worker since the last call."""
+        return self.venv.restart_messages() if self.venv.fault_policy.restarts else ()
+
+    @property
+    def restarts(self) -> int:
+        """Failed environments and lost workers that were replaced so far."""
+        return self.venv.failures
+
+
+class PoolVecEnv(SerialVecEnv):
+    """PoolVectorEnv: as SerialVecEnv, and stepped in groups."""
+
+    venv: PoolVectorEnv
+
+    def _begin_step(self, group: int, actions: _Array) -> None:
+        self.venv.send(group, actions)
+
+    def wait(self, group: int) -> None:
+        """Wait for the group's step."""
+        self._results[group] = self.venv.wait(group)
+
+
+def adapt(venv: VectorEnv[Any, Any, Any]) -> VecEnv:
+    """Wrap a vector environment that the user made, by its type."""
+    if isinstance(venv, PoolVectorEnv):
+        return PoolVecEnv(venv)
+    if isinstance(venv, SerialVectorEnv):
+        return SerialVecEnv(venv)
+    if isinstance(venv.unwrapped, AsyncVectorEnv):
+        return AsyncVecEnv(venv)
+    takes_a_list = isinstance(venv.unwrapped, (SyncVectorEnv, SerialVectorEnv, PoolVectorEnv))
+    return GymnasiumVecEnv(venv, seeding="list" if takes_a_list else "unknown")
