@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
+from fastppo.envs.backends import backend_of
 from fastppo.envs.factory import EnvFactory, find_spec
 from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized
 from fastppo.errors import ConfigError, first_line
