@@ -1,4 +1,4 @@
-"""The order of test files, and `--quick`, which skips what compiles or starts processes."""
+"""The order of test files, and `--quick`, which skips what compiles, records or starts processes."""
 
 import subprocess
 from multiprocessing.process import BaseProcess
@@ -27,7 +27,7 @@ LONG = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="skip tests that compile or start processes")
+    parser.addoption("--quick", action="store_true", help="skip tests that compile, record a graph or start processes")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -57,4 +57,6 @@ def _quick(request):
         patch.setattr(subprocess.Popen, "__init__", popen)
         patch.setattr(BaseProcess, "start", lambda _: pytest.skip("not in --quick: starts a process"))
         patch.setattr(torch._inductor, "compile", lambda *_, **__: pytest.skip("not in --quick: compiles"))
+        # a recording on the CPU takes seconds, as compiling does
+        patch.setattr("fastppo.runtime.graphs._on_cpu", lambda *_: pytest.skip("not in --quick: records a graph"))
         yield

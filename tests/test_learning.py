@@ -16,31 +16,44 @@ def train(config):
     return Trainer(config).run()
 
 
-def over_seeds(tmp_path, seeds, **settings):
+def over_seeds(tmp_path, seeds, enough, solved, **settings):
+    """Results of one seed after the other, two at a time, until `enough` of them are `solved`."""
     configs = [Config(seed=s, threads=1, run_dir=tmp_path / str(s), preset="tuned", **settings) for s in seeds]
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
-        return list(pool.map(train, configs))
+    results = []
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as pool:
+        while configs and sum(map(solved, results)) < enough:
+            results += pool.map(train, configs[:2])
+            del configs[:2]
+    return results
 
 
 def test_cartpole_is_solved_within_100k_steps_on_4_of_5_seeds(tmp_path):
-    results = over_seeds(tmp_path, range(1, 6), env_id="CartPole-v1", target_return="threshold")
-    solved = [r for r in results if r.ended == "target" and r.mean_return >= 475 and r.global_step <= 100_000]
-    assert len(solved) >= 4, [(r.global_step, r.mean_return) for r in results]
-    assert evaluate(solved[0].run_dir, 10).mean > 450
+    def solved(result):
+        return result.ended == "target" and result.mean_return >= 475 and result.global_step <= 100_000
+
+    settings = {"env_id": "CartPole-v1", "target_return": "threshold"}
+    results = over_seeds(tmp_path, range(1, 6), 4, solved, **settings)
+    assert sum(map(solved, results)) >= 4, [(r.global_step, r.mean_return) for r in results]
+    assert evaluate(next(filter(solved, results)).run_dir, 10).mean > 450
 
 
 def test_a_tensor_environment_is_learned_as_gymnasiums_is(tmp_path):
+    def solved(result):
+        return result.ended == "target" and result.mean_return >= 475
+
     settings = {"env_id": "CartPole-v1", "vectorization": "tensor", "target_return": "threshold"}
-    results = over_seeds(tmp_path, range(1, 3), **settings)
-    assert all(r.ended == "target" and r.mean_return >= 475 for r in results), [r.global_step for r in results]
+    results = over_seeds(tmp_path, range(1, 3), 2, solved, **settings)
+    assert all(map(solved, results)), [r.global_step for r in results]
     assert evaluate(results[0].run_dir, 10).mean > 450, "on Gymnasium's own environment"
 
 
 def test_pendulum_passes_minus_300_within_300k_steps_on_2_of_3_seeds(tmp_path):
-    results = over_seeds(tmp_path, range(1, 4), env_id="Pendulum-v1", target_return=-300.0, total_timesteps=300_000)
-    solved = [r for r in results if r.ended == "target" and r.global_step <= 300_000]
-    assert len(solved) >= 2, [(r.global_step, r.mean_return) for r in results]
+    def solved(result):
+        return result.ended == "target" and result.global_step <= 300_000
+
+    settings = {"env_id": "Pendulum-v1", "target_return": -300.0, "total_timesteps": 300_000}
+    results = over_seeds(tmp_path, range(1, 4), 2, solved, **settings)
+    assert sum(map(solved, results)) >= 2, [(r.global_step, r.mean_return) for r in results]
 
 
 BANDITS = {

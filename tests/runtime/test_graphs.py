@@ -68,7 +68,7 @@ def test_reading_back_is_refused_with_what_to_change(work):
 
 
 def train(tmp_path, compile, **changes):
-    settings = {"vectorization": "tensor", "env_id": "CartPole-v1", "n_steps": 8, "total_timesteps": 2 * 8 * 6}
+    settings = {"vectorization": "tensor", "env_id": "CartPole-v1", "n_steps": 4, "total_timesteps": 2 * 4 * 6}
     settings |= {"learning_rate": 0.01, "anneal_lr": True, "clip_coef": "linear:0.3:0.1", "record_ratios": 0, **changes}
     trainer = Trainer(short(tmp_path, run_dir=tmp_path / compile, compile=compile, **settings))
     logged = [
@@ -86,11 +86,11 @@ def train(tmp_path, compile, **changes):
         {"target_kl": 1e-4, "kl_stop": "minibatch", "update_epochs": 3},
         {
             "env_id": "Pendulum-v1",
-            "env_kwargs": {"max_episode_steps": 5},
+            "env_kwargs": {"max_episode_steps": 3},
             "normalize_obs": True,
             "normalize_rewards": True,
         },
-        {"env_id": "fastppo/Catch-v0", "n_steps": 4, "total_timesteps": 2 * 4 * 3},
+        {"env_id": "fastppo/Catch-v0", "n_steps": 2, "total_timesteps": 2 * 2 * 3},
     ],
     ids=["plain", "stop by epoch", "stop by minibatch", "normalised and cut", "images"],
 )
