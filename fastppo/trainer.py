@@ -172,7 +172,7 @@ class Trainer:
             metadata = {"iteration": self.progress.iteration + 1, "config": self.config.to_dict()}
             batch, coefs, models = self.rollout.batch(), self.learner.coefs, self._run.models.saved()
             try:
-                save_nan_dump(folder, self.spec, models, batch, coefs, self.update, metadata)
+                save_nan_dump(folder, self.spec, models, batch, coefs, update=self.update, metadata=metadata)
                 hint = f"To find where it begins: fastppo replay {folder}"
             except OSError as error:
                 hint = f"The batch could not be kept ({error.strerror or error})."

@@ -48,7 +48,7 @@ class Parts:
 )
 def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mode, note):
     parts.device, notes, said = torch.device(device), [], []
-    found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes, said.append)
+    found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes=notes, say=said.append)
     assert found == mode
     assert bool(note) == bool(notes)
     assert note is None or notes[0].startswith(note)
@@ -63,14 +63,14 @@ def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
 
     monkeypatch.setattr("fastppo.builders.compiling._compile_env", fail)
     learner, collector, notes = Parts(), Parts(), []
-    assert compile_parts("on", 1, learner, collector, Parts(), World(), notes, print)[0] == "on"
+    assert compile_parts("on", 1, learner, collector, Parts(), World(), notes=notes, say=print)[0] == "on"
     assert learner.done == collector.done == ["compile"]
     assert notes[0] == "stepping is eager: it can't be compiled: no such kernel."
 
 
 def test_an_update_stays_compiled_where_acting_cant_be():
     learner, notes = Parts(), []
-    mode, _ = compile_parts("on", 1, learner, Parts(compiles=False), Parts(), World(), notes, print)
+    mode, _ = compile_parts("on", 1, learner, Parts(compiles=False), Parts(), World(), notes=notes, say=print)
     assert (mode, learner.done) == ("on", ["compile"])
     assert notes[0] == "acting is eager: it can't be compiled: there is no C++ compiler."
     assert notes[1].startswith("compile on: requested")
@@ -78,9 +78,9 @@ def test_an_update_stays_compiled_where_acting_cant_be():
 
 def test_what_was_asked_for_and_cant_be_recorded_is_an_error():
     with pytest.raises(CaptureError, match="looks at values"):
-        compile_parts("graph", 1, Parts(), Parts(records=False), Parts(), World(), [], print)
+        compile_parts("graph", 1, Parts(), Parts(records=False), Parts(), World(), notes=[], say=print)
     with pytest.raises(CaptureError, match="several processes on the CPU"):
-        compile_parts("graph", 1, Parts(), Parts(), Parts(), World(0, 2), [], print)
+        compile_parts("graph", 1, Parts(), Parts(), Parts(), World(0, 2), notes=[], say=print)
 
 
 @pytest.fixture

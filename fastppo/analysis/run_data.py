@@ -163,16 +163,16 @@ def read_run(run_dir: Path) -> RunData:
     if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):
         damaged.append(f"{lost} damaged samples of updates were skipped.")
     return RunData(
-        run_dir,
-        run_dir.resolve().name,
-        config,
-        _read_json(run_dir / "run.json"),
-        _read_json(run_dir / "result.json"),
-        columns,
-        returns,
-        return_axes,
-        samples,
-        damaged,
+        run_dir=run_dir,
+        label=run_dir.resolve().name,
+        config=config,
+        about=_read_json(run_dir / "run.json"),
+        result=_read_json(run_dir / "result.json"),
+        columns=columns,
+        returns=returns,
+        return_axes=return_axes,
+        samples=samples,
+        damaged=damaged,
     )
 
 

@@ -25,6 +25,7 @@ def compile_parts(
     collector: Collector,
     env: VecEnv,
     world: World,
+    *,
     notes: list[str],
     say: Callable[[str], None],
 ) -> tuple[Mode, float]:

@@ -203,7 +203,7 @@ def build_rollout(c: Config, env: VecEnv, models: Models, device: torch.device, 
 
 
 def build_collector(
-    c: Config, env: VecEnv, policy: Policy, rollout: Rollout, clock: Clock, world: World, notes: list[str]
+    c: Config, env: VecEnv, policy: Policy, rollout: Rollout, clock: Clock, world: World, *, notes: list[str]
 ) -> tuple[Collector, Literal["auto", "cpu", "cuda"]]:
     """Build the collector, and choose the device to act on ("auto" where there is only one)."""
     acting, here, acting_copy, place = policy, rollout, None, c.act_device
@@ -232,7 +232,7 @@ class Learning(NamedTuple):
 
 
 def build_learning(
-    c: Config, env: VecEnv, models: Models, rollout: Rollout, clock: Clock, world: World, n_iterations: int
+    c: Config, env: VecEnv, models: Models, rollout: Rollout, clock: Clock, world: World, *, n_iterations: int
 ) -> Learning:
     """Build what learns from `rollout`, for a run of `n_iterations`."""
     device = rollout.rewards.device

@@ -110,9 +110,9 @@ def build_run(
         # an iteration is one rollout of every rank; at least one is run
         n_iterations = max(1, known(c.total_timesteps) // (c.batch_size * world.size))
         rollout = build_rollout(c, env, models, device, world)
-        collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes)
+        collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
-        learning = build_learning(c, env, models, rollout, clock, world, n_iterations)
+        learning = build_learning(c, env, models, rollout, clock, world, n_iterations=n_iterations)
         progress = Progress()
         evaluation = PeriodicEvaluation(
             env_info,
@@ -157,7 +157,7 @@ def build_run(
         world.shared(lambda: check_disk(run_dir, n_kept * size, f"{n_kept} checkpoints"))
         minibatches = n_iterations * known(c.update_epochs) * known(c.n_minibatches)
         mode, compile_seconds = compile_parts(
-            c.compile, minibatches, learning.learner, collect, env, world, notes, logger.say
+            c.compile, minibatches, learning.learner, collect, env, world, notes=notes, say=logger.say
         )
         c = dataclasses.replace(c, compile=mode)
         notes += env.notes

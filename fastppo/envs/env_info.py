@@ -35,11 +35,11 @@ class EnvInfo:
 
     obs_spec: ObsSpec
     action_spec: ActionSpec
-    atari: bool
-    reward_threshold: float | None
-    factory: EnvFactory | None
-    vector: VectorEnv[Any, Any, Any] | SimulatorEnv | None
     name: str
+    atari: bool = False
+    reward_threshold: float | None = None
+    factory: EnvFactory | None = None
+    vector: VectorEnv[Any, Any, Any] | SimulatorEnv | None = None
     max_steps: int | None = None
 
     @property
@@ -72,11 +72,14 @@ def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None 
     factory = EnvFactory(env_id, env_kwargs, make=make_env)
     env: Any = single.build(factory)
     if isinstance(env, VectorEnv):
-        obs_spec = ObsSpec.from_space(env.single_observation_space)
-        name = type(env.unwrapped).__name__
-        return EnvInfo(obs_spec, ActionSpec.from_space(env.single_action_space), False, None, None, env, name)
+        return EnvInfo(
+            obs_spec=ObsSpec.from_space(env.single_observation_space),
+            action_spec=ActionSpec.from_space(env.single_action_space),
+            name=type(env.unwrapped).__name__,
+            vector=env,
+        )
     if isinstance(env, SimulatorEnv):
-        return EnvInfo(env.obs_spec, env.action_spec, False, None, None, env, env.name)
+        return EnvInfo(obs_spec=env.obs_spec, action_spec=env.action_spec, name=env.name, vector=env)
     if not isinstance(env, gym.Env):
         raise ConfigError(
             f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv, or a SimulatorEnv."
@@ -87,6 +90,12 @@ def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None 
         factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env))
     finally:
         env.close()
-    name = env.spec.id if env.spec else type(env.unwrapped).__name__
-    max_steps = env.spec.max_episode_steps if env.spec else None
-    return EnvInfo(obs_spec, action_spec, atari, threshold, factory, None, name, max_steps)
+    return EnvInfo(
+        obs_spec=obs_spec,
+        action_spec=action_spec,
+        name=env.spec.id if env.spec else type(env.unwrapped).__name__,
+        atari=atari,
+        reward_threshold=threshold,
+        factory=factory,
+        max_steps=env.spec.max_episode_steps if env.spec else None,
+    )

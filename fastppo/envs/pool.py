@@ -38,6 +38,7 @@ from fastppo.envs.pool_worker import (
     SET_STATE,
     STACKS_SIGNAL,
     STEP,
+    Channels,
     SharedArrays,
     run_worker,
 )
@@ -366,8 +367,9 @@ class _Worker:
         self.pipe, pipe = ctx.Pipe()
         self._stacks, stacks = ctx.Pipe(duplex=False)
         trainer_alive, self._trainer_alive = ctx.Pipe(duplex=False)  # this end closes when the trainer dies
-        arguments = (shared, parts, dumps(env_fns), fault_policy, spaces, self._go, self._ring, self.done, self.failed)
-        self.process = ctx.Process(target=run_worker, args=(*arguments, pipe, stacks, trainer_alive), daemon=True)
+        channels = Channels(self._go, self._ring, self.done, self.failed, pipe, stacks, trainer_alive=trainer_alive)
+        arguments = (shared, parts, dumps(env_fns), fault_policy, spaces, channels)
+        self.process = ctx.Process(target=run_worker, args=arguments, daemon=True)
         self.process.start()
         for theirs in (pipe, stacks, trainer_alive):
             theirs.close()

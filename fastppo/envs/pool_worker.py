@@ -12,7 +12,7 @@ import os
 import signal
 import traceback
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -47,21 +47,38 @@ class SharedArrays:
         }
 
 
+class Channels(NamedTuple):
+    """A worker's ends of what connects it to the trainer.
+
+    Attributes:
+        go: semaphore, released for each order.
+        ring: array of orders and their groups.
+        done: semaphores, one per group, released when an order is done.
+        failed: value, 1 once the worker has failed.
+        pipe: for answers, states and reports.
+        stacks: takes the stacks of a worker that hangs.
+        trainer_alive: closes when the trainer dies.
+    """
+
+    go: Any
+    ring: Any
+    done: list[Any]
+    failed: Any
+    pipe: Connection
+    stacks: Connection
+    trainer_alive: Connection
+
+
 def run_worker(
     shared: SharedArrays,
     parts: list[slice],
     pickled: bytes,
     fault_policy: FaultPolicy,
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
-    go: Any,  # noqa: ANN401 - multiprocessing's semaphore
-    ring: Any,  # noqa: ANN401 - multiprocessing's array
-    done: list[Any],
-    failed: Any,  # noqa: ANN401 - multiprocessing's value
-    pipe: Connection,
-    stacks: Connection,
-    trainer_alive: Connection,
+    channels: Channels,
 ) -> None:
     """Run a worker: make its environments, then execute orders until CLOSE or until the trainer dies."""
+    go, ring, done, failed, pipe, stacks, trainer_alive = channels
     # sent to whole process groups and job steps; the trainer alone ends workers
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):

@@ -197,13 +197,21 @@ def stepper(env: VecEnv, device: torch.device) -> Callable[[Tensor], Step]:
 
     def step(actions: Tensor) -> Step:
         to.actions[0].copy_(actions)
-        cut: list[int] = []
+        truncated: list[int] = []
         for group in range(len(env.groups)):
             env.send(0, group)
         for group in range(len(env.groups)):
             env.wait(group)
-            cut += env.store(0, group)
+            truncated += env.store(0, group)
         valid = None if to.valid is None else to.valid[0]
-        return Step(to.obs[1], to.rewards[0], to.terminated[0], to.truncated[0], valid, cut, env.final_obs)
+        return Step(
+            obs=to.obs[1],
+            rewards=to.rewards[0],
+            terminated=to.terminated[0],
+            truncated=to.truncated[0],
+            valid=valid,
+            with_final_obs=truncated,
+            final_obs=env.final_obs,
+        )
 
     return step

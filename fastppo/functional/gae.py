@@ -17,11 +17,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Gae = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Trajectory(NamedTuple):
+    """The tensors [T, N] that GAE reads, in the order of a kernel's first arguments; see `gae_loop`."""
+
+    rewards: Tensor
+    values: Tensor
+    next_values: Tensor
+    terminated: Tensor
+    done: Tensor
 
 
 def gae_loop(

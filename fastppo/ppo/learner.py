@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import CaptureError
-from fastppo.functional.gae import choose_gae, gae_doubling
+from fastppo.functional.gae import Trajectory, choose_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
 from fastppo.policies.normalizers import RewardNormalizer
@@ -67,6 +67,7 @@ class Learner:
         self.device = device = rollout.rewards.device
         n_steps, n_envs = rollout.rewards.shape
         self.gae = choose_gae(n_steps, n_envs, device)
+        self._estimate: Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]] = self._estimate_eagerly
         self.coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         self.values: dict[str, float] = {}
         self._captured: Callable[[], Tensor] | None = None
@@ -105,7 +106,7 @@ class Learner:
         elif self._sign_rewards:
             rewards = rewards.sign()
         self.rewards = rewards
-        advantages, returns = self.gae(*self._gae_inputs(rewards))
+        advantages, returns = self._estimate(self._trajectory(rewards), self.coefs.gamma, self.coefs.gae_lambda)
         r.advantages.copy_(advantages)
         r.returns.copy_(returns)
 
@@ -129,11 +130,12 @@ class Learner:
         Raises:
             CompileError: one of them can't be compiled.
         """
-        gae = self.gae
-        if gae is gae_doubling:  # the loop wins where it was chosen, compiled doubling or not
-            gae = compile_graph(gae, self._gae_inputs(self._rollout.rewards))
+        estimate = self._estimate
+        if self.gae is gae_doubling:  # the loop wins where it was chosen, compiled doubling or not
+            example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
+            estimate = compile_graph(self._estimate_eagerly, example)
         self.update.compile(self._rollout.batch(), self.coefs)
-        self.gae = gae
+        self._estimate = estimate
 
     def capture(self) -> None:
         """Capture what a call does, to be replayed from then on.
@@ -154,6 +156,9 @@ class Learner:
             device=self.device,
         )
 
-    def _gae_inputs(self, rewards: Tensor) -> tuple[Tensor, ...]:
+    def _trajectory(self, rewards: Tensor) -> Trajectory:
         r = self._rollout
-        return rewards, r.values, r.next_values, r.terminated, r.done, self.coefs.gamma, self.coefs.gae_lambda
+        return Trajectory(rewards, r.values, r.next_values, r.terminated, r.done)
+
+    def _estimate_eagerly(self, trajectory: Trajectory, gamma: Tensor, gae_lambda: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gae(*trajectory, gamma, gae_lambda)

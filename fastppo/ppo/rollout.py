@@ -81,7 +81,15 @@ class Rollout:
 
     def decisions(self) -> Decisions:
         """Return the tensors that actors read and write."""
-        return Decisions(self.obs, self.noise, self.actions, self.logprobs, self.params, self.values, self.state)
+        return Decisions(
+            obs=self.obs,
+            noise=self.noise,
+            actions=self.actions,
+            logprobs=self.logprobs,
+            params=self.params,
+            values=self.values,
+            state=self.state,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors [T, N, ...] by name."""
@@ -95,12 +103,12 @@ class Rollout:
             return x.flatten(0, 1)
 
         return Batch(
-            flat(self.obs[:-1]),
-            flat(self.actions),
-            flat(self.logprobs),
-            flat(self.params),
-            flat(self.values),
-            flat(self.advantages),
-            flat(self.returns),
-            None if self.valid is None else flat(self.valid),
+            obs=flat(self.obs[:-1]),
+            actions=flat(self.actions),
+            logprobs=flat(self.logprobs),
+            params=flat(self.params),
+            values=flat(self.values),
+            advantages=flat(self.advantages),
+            returns=flat(self.returns),
+            valid=None if self.valid is None else flat(self.valid),
         )

@@ -46,6 +46,7 @@ def save_nan_dump(
     models: Mapping[str, Stateful],
     batch: Batch,
     coefs: Coefficients,
+    *,
     update: PPOUpdate,
     metadata: Mapping[str, Any],
 ) -> None:

@@ -100,8 +100,8 @@ def test_the_replay_of_a_finite_dump_finds_nothing(tmp_path):
         trainer._run.models.saved(),
         trainer.rollout.batch(),
         trainer.learner.coefs,
-        trainer.update,
-        {},
+        update=trainer.update,
+        metadata={},
     )
     assert replay(folder).first_bad is None
     done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
