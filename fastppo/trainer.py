@@ -194,8 +194,11 @@ class Trainer:
     def _finish(self) -> None:
         # in reverse order: saving first, closing the environments late, as that fails where a worker has died
         with contextlib.ExitStack() as stack:
-            for close in (self.world.close, self._run.release_lock, self.env.close, self._evaluate.close):
-                stack.callback(close)
+            stack.callback(self.world.close)
+            if self._run.lock is not None:
+                stack.callback(self._run.lock.release)
+            stack.callback(self.env.close)
+            stack.callback(self._evaluate.close)
             stack.callback(self.logger.close)
             stack.callback(self._saver.close)
             self._save_the_end()

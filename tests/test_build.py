@@ -221,8 +221,8 @@ def test_what_a_setting_has_nothing_to_give_for_is_told(tmp_path):
     sizes = {"n_envs": 2, "n_steps": 8, "total_timesteps": 16, "compile": "off"}
     given = {"env_id": "Pendulum-v1", "target_return": "threshold", "preset": "cleanrl"}
     trainer = Trainer(Config(**sizes, **given, n_minibatches=1, run_dir=tmp_path / "a"))
-    assert "target_return threshold: Pendulum-v1 has none, so all steps are run." in trainer.notes
+    assert "target_return threshold: Pendulum-v1 has none; training runs all steps." in trainer.notes
     trainer.run()
     trainer = Trainer(Config(**sizes, env_id="Acrobot-v1", preset="tuned", run_dir=tmp_path / "b"))
-    assert "preset tuned: there is no measured setting for Acrobot-v1; CleanRL's is taken." in trainer.notes
+    assert "preset tuned: no measured setting for Acrobot-v1; CleanRL's defaults are used." in trainer.notes
     trainer.run()

@@ -47,7 +47,7 @@ def test_report_and_diff(runs, tmp_path, capsys):
     assert "seed2" in page.read_text()
     text = said(capsys, "diff", runs / "seed1", runs / "seed2")
     assert "seed" in text
-    assert "iteration 1 (step 64)" in text
+    assert "figures differ from iteration 1 on (step 64)" in text
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import clean_up
 from fastppo.runs.restore import Part, Progress, restore, run_metadata
-from fastppo.runs.run_dir import claim_run_dir, create_run_dir
+from fastppo.runs.run_dir import RunLock, claim_run_dir, create_run_dir
 from fastppo.runs.run_saver import RunSaver
 from fastppo.runs.system_info import system_info, versions
 from fastppo.runtime.clock import Clock
@@ -53,7 +52,7 @@ class Run:
 
     Attributes:
         parts: whose state a checkpoint holds, by name; models and environments are apart.
-        release_lock: gives the run folder free.
+        lock: of the run folder, on the main rank; released when the object goes.
         resumed: whether the run continues a checkpoint.
     """
 
@@ -76,7 +75,7 @@ class Run:
     evaluation: PeriodicEvaluation
     parts: dict[str, Part]
     run_dir: Path
-    release_lock: Callable[[], object]
+    lock: RunLock | None
     saver: RunSaver
     resumed: bool
     compile_seconds: float
@@ -134,8 +133,9 @@ def build_run(
             "learner": learning.learner,
             "randomness": GlobalRandomState(),
         }
-        run_dir, release_lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
-        undo.callback(release_lock)
+        run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
+        if lock is not None:
+            undo.callback(lock.release)
         metadata = run_metadata(c, env, world, versions(), machine_name())
         if resume_from is not None:
             exact, restored = restore(
@@ -189,7 +189,7 @@ def build_run(
             evaluation=evaluation,
             parts=parts,
             run_dir=run_dir,
-            release_lock=release_lock,
+            lock=lock,
             saver=RunSaver(
                 run_dir,
                 spec=models.spec,

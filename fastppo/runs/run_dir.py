@@ -89,8 +89,8 @@ class RunLock:
             raise ConfigError(f"{run_dir} can't be locked ({error.strerror}); is the folder writable?") from None
 
 
-def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, Callable[[], object]]:
-    """Have the main rank make and lock the run folder; returns it, and what releases the lock.
+def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, RunLock | None]:
+    """Have the main rank make and lock the run folder; returns it and, on the main rank, its lock.
 
     Raises:
         ConfigError: the folder can't be made, is in use, or can't be seen by this rank.
@@ -103,7 +103,7 @@ def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, Callabl
             f"run_dir={run_dir} was made by process 0 and can't be seen by process {world.rank}: "
             "machines that train together need one folder that all of them see."
         )
-    return run_dir, locks[0].release if locks else lambda: None
+    return run_dir, locks[0] if locks else None
 
 
 def wait_for_folder(folder: Path, timeout: float = 60.0) -> bool:

@@ -39,14 +39,14 @@ ACTIONS = {
 def test_observations(name):
     space, kind, dtype = OBS[name]
     spec = ObsSpec.from_space(space)
-    assert (spec.kind, spec.dtype) == (kind, dtype)
+    assert (spec.leaf.kind, spec.dtype) == (kind, dtype)
     sample = np.asarray(space.sample())
     assert spec.shape == sample.shape
     assert ObsSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_the_channels_of_an_image_are_found_on_either_side():
-    sizes = {name: ObsSpec.from_space(OBS[name][0]).image_size for name in ("image", "grey", "stacked")}
+    sizes = {name: ObsSpec.from_space(OBS[name][0]).leaf.image_size for name in ("image", "grey", "stacked")}
     assert sizes == {"image": (3, 84, 96), "grey": (1, 84, 96), "stacked": (4, 84, 96)}
 
 

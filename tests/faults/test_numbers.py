@@ -106,7 +106,7 @@ def test_the_replay_of_a_finite_dump_finds_nothing(tmp_path):
     assert replay(folder).first_bad is None
     done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
     assert done.returncode == 0
-    assert "all numbers of all 4 minibatches are finite here" in done.stdout
+    assert "all tensors of all 4 minibatches are finite on the CPU" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["capsule.json", "batch.safetensors", "model.json"])

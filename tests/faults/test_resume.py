@@ -23,6 +23,7 @@ from fastppo.analysis.verify_resume import TIMED, run_hashes
 from fastppo.cli import main
 from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
+from fastppo.monitoring.run_logger import RunLogger
 from fastppo.resume_run import continue_run
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 from tests.worlds import short
@@ -156,11 +157,11 @@ def test_steps_per_second_exclude_the_time_before_a_resume(tmp_path):
 def test_a_finished_run_is_resumed_only_with_more_steps(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     Trainer(config).run()
-    with pytest.raises(FinishedError, match="has run all of its 512 steps.*--total-timesteps 1024"):
+    with pytest.raises(FinishedError, match=r"is complete \(512 steps\).*--total-timesteps 1024"):
         resume(config.run_dir)
     done = fastppo("resume", config.run_dir)
     assert done.returncode == 0, done.stderr
-    assert "has run all" in " ".join(done.stdout.split())
+    assert "is complete" in " ".join(done.stdout.split())
     assert resume(config.run_dir, total_timesteps=1024).run().global_step == 1024
 
 
@@ -315,12 +316,12 @@ def test_p4_a_signal_during_setup_ends_the_run_before_its_first_step(tmp_path):
     run = tmp_path / "run"
     script = (
         "import os, signal, sys\n"
-        "from fastppo import build\n"
-        "before = build.make_vec_env\n"
+        "from fastppo.builders import parts\n"
+        "before = parts.make_vec_env\n"
         "def make(*a, **k):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return before(*a, **k)\n"
-        "build.make_vec_env = make\n"
+        "parts.make_vec_env = make\n"
         "from fastppo.cli import main\n"
         f"sys.exit(main({[*RUN, '--run-dir', str(run)]!r}))\n"
     )
@@ -348,23 +349,24 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
 def test_resume_auto_starts_and_then_continues(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
-    before = Trainer._look_after_envs
+    before = RunLogger.write
 
-    def stop_after_3(trainer, stats):
-        before(trainer, stats)
-        trainer.stop_requested = stats.iteration == 3
+    def stop_after_3(logger, stats):
+        if stats.iteration == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return before(logger, stats)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_look_after_envs", stop_after_3)
+        patch.setattr(RunLogger, "write", stop_after_3)
         first = fastppo(*arguments)
-    assert first.returncode == 0, first.stderr
+    assert first.returncode == 143, first.stderr
     second = fastppo(*arguments)
     assert second.returncode == 0, second.stderr
     assert "resumed from step-000000000768" in second.stdout
     assert [row["iteration"] for row in rows_of(run)] == list(range(1, 9))
     third = fastppo(*arguments)
     assert third.returncode == 0
-    assert "has run all of its 2,048 steps" in " ".join(third.stdout.split())
+    assert "is complete (2,048 steps)" in " ".join(third.stdout.split())
     changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
     assert changed.returncode == 2
     assert "gamma was 0.99, is 0.5" in changed.stderr

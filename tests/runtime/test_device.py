@@ -10,8 +10,9 @@ from fastppo.builders.resolve import resolve_config
 from fastppo.envs.registry import inspect_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.resume_run import resume
-from fastppo.runs.checkpoint import newest_checkpoint, read_state
+from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runs.restore import _compare
+from fastppo.runs.state_files import read_state
 from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
 from tests.worlds import Counter, short
