@@ -103,7 +103,7 @@ def test_a_trainer_sets_the_current_device(gpus, current, monkeypatch, tmp_path)
     def stop(device):
         raise ConfigError(f"stopped on {device}")
 
-    monkeypatch.setattr("fastppo.trainer.join_world", stop)
+    monkeypatch.setattr("fastppo.builders.run.join_world", stop)
     with pytest.raises(ConfigError, match="stopped on cuda:0"):
         Trainer(short(tmp_path, device="auto"), make_env=Counter)
     assert current == [torch.device("cuda:0")]
