@@ -173,7 +173,7 @@ def test_s3_a_failed_last_save_is_an_error(tmp_path):
     arguments = [*RUN, "--run-dir", run, "--total-timesteps", "512"]
     for point in ("write:1:enospc", "fsync:2:enospc"):
         with pytest.MonkeyPatch.context() as patch:  # as FASTPPO_FAULT=point does in a new process
-            patch.setattr(faults, "_wanted", point.split(":"))
+            patch.setattr(faults, "_requested", point.split(":"))
             patch.setattr(faults, "_passed", 0)
             done = fastppo(*arguments)
         assert done.returncode == 1, done.stdout + done.stderr
