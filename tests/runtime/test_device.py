@@ -10,8 +10,9 @@ from fastppo.builders.resolve import resolve_config
 from fastppo.envs.registry import inspect_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.resume_run import resume
-from fastppo.runs.checkpoint import newest_checkpoint, read_state
+from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runs.restore import _compare
+from fastppo.runs.state_files import read_state
 from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
 from tests.worlds import Counter, short
@@ -102,7 +103,7 @@ def test_a_trainer_sets_the_current_device(gpus, current, monkeypatch, tmp_path)
     def stop(device):
         raise ConfigError(f"stopped on {device}")
 
-    monkeypatch.setattr("fastppo.trainer.join_world", stop)
+    monkeypatch.setattr("fastppo.builders.run.join_world", stop)
     with pytest.raises(ConfigError, match="stopped on cuda:0"):
         Trainer(short(tmp_path, device="auto"), make_env=Counter)
     assert current == [torch.device("cuda:0")]
