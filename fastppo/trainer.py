@@ -31,7 +31,6 @@ class Trainer:
 
     Attributes:
         config: with every field resolved.
-        env_info: the probed environment: name, spaces, kind.
         env_info: name, spaces and kind of the environment.
         policy: encoder, network, distribution.
         env: the environments.

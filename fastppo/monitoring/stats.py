@@ -80,7 +80,7 @@ class Statistics:
 
         Args:
             iteration: counted from 1.
-            named: the measurements by name, as `Metrics.count` returns them.
+            named: the metrics by name, as `Metrics.read` returned them; `Metrics.count` has added them to the run.
             coefs: values of the scheduled coefficients, and `kl_limit`.
             sample: of this update, if one was taken.
         """

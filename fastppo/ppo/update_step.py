@@ -7,7 +7,7 @@ run with annealing, and so that all epochs together can be one CUDA graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,13 +40,6 @@ class UpdateState(NamedTuple):
     kl_limit: Tensor
     stop_kl: Tensor
     skipped: Tensor
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every tensor in it."""
-        params, optimizer, *rest = self
-        yield params
-        yield from optimizer
-        yield from rest
 
     def write(self, new: UpdateState, take: Tensor) -> None:
         """Copy `new` into these tensors; parameters and the optimiser's state only where `take` [] is True."""

@@ -140,6 +140,7 @@ class CheckpointWriter:
                 if self._world.is_main:
                     discard_checkpoint(folder)
                 return
+        self.failure = self._unmarked_best = None  # in every process: `has` must answer the same in all
 
     def _seal(self, folder: Path, step: int, best: float | None) -> None:
         seal_checkpoint(folder, self._world.size)

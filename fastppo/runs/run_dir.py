@@ -55,11 +55,7 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, be
 
 
 class RunLock:
-    """A lock that gives a run folder one trainer at a time; the kernel releases it when the process ends.
-
-    Attributes:
-        release: releases the lock; may be called more than once.
-    """
+    """A lock that gives a run folder one trainer at a time; the kernel releases it when the process ends."""
 
     def __init__(self, run_dir: Path) -> None:
         """Take the lock.
@@ -67,7 +63,7 @@ class RunLock:
         Raises:
             ConfigError: another process holds it (names machine and process id), or the folder isn't writable.
         """
-        self.release: Callable[[], object] = lambda: None
+        self._close: Callable[[], object] = lambda: None
         try:
             import fcntl
         except ImportError:  # Windows
@@ -75,7 +71,7 @@ class RunLock:
         path = run_dir / ".lock"
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            self.release = weakref.finalize(self, os.close, file)  # also if the owner is dropped without a release
+            self._close = weakref.finalize(self, os.close, file)  # also if the owner is dropped without a release
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.truncate(file, 0)
             os.write(file, f"pid {os.getpid()} on {platform.node()}\n".encode())
@@ -87,6 +83,10 @@ class RunLock:
             ) from None
         except OSError as error:
             raise ConfigError(f"{run_dir} can't be locked ({error.strerror}); is the folder writable?") from None
+
+    def release(self) -> None:
+        """Release the lock; may be called more than once."""
+        self._close()
 
 
 def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, RunLock | None]:

@@ -95,7 +95,7 @@ class RunSaver:
             EnvError: the environments can't give their state.
         """
         metadata = dict(self._run_metadata) | ({"way": "restart"} if env_lost else {})
-        model, model_metadata = snapshot(self._models), dict(self._model_metadata) | {"global_step": step}
+        model, model_metadata = snapshot(self._models), {"global_step": step, **self._model_metadata}
         mine = snapshot(self._parts if env_lost else {**self._parts, "env": self._env})
         self._writer.save(
             step,
@@ -123,7 +123,7 @@ class RunSaver:
     def save_result(self, result: Result) -> str | None:
         """Save the model and `result` into the run folder; returns why that failed, if it did."""
         try:
-            metadata = dict(self._model_metadata) | {"global_step": result.global_step}
+            metadata = {"global_step": result.global_step, **self._model_metadata}
             save_model(self._run_dir, self._spec, self._models, metadata)
             write_json(self._run_dir / "result.json", result.to_dict())
         except OSError as error:

@@ -84,11 +84,20 @@ def compile_graph(fn: Callable[..., Any], example: Sequence[Any]) -> Callable[..
     return call
 
 
-def flatten(tree: Any) -> list[Tensor]:  # noqa: ANN401 - a tree
-    """List the tensors of a tree, depth first."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    return [] if tree is None else [x for part in tree for x in flatten(part)]
+def flatten(trees: Sequence[Any]) -> list[Tensor]:
+    """List the tensors of some trees, depth first."""
+    tensors: list[Tensor] = []
+    _collect(trees, tensors)
+    return tensors
+
+
+def _collect(trees: Sequence[Any], tensors: list[Tensor]) -> None:
+    # into one list, since it runs at each call of a compiled function
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            tensors.append(tree)
+        elif tree is not None:
+            _collect(tree, tensors)
 
 
 def _rebuild(like: Any, tensors: Iterator[Tensor]) -> Any:  # noqa: ANN401 - trees

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fastppo.ppo.metrics import MEASURED, merge_ranks
+from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.run_dir import wait_for_folder
+from fastppo.runtime.distributed import World
 
 # Trains each case in turn: one start of Python, torch and torchrun for all of them
 TRAIN = """
@@ -208,3 +210,26 @@ def test_a_shared_folder_may_appear_late(tmp_path, monkeypatch):
     waits.clear()
     assert wait_for_folder(folder)
     assert len(waits) == 3
+
+
+def test_after_a_failed_save_and_a_good_one_every_process_knows_the_checkpoint(tmp_path, monkeypatch):
+    """Otherwise the main process ends the run while the others start another save, and wait for it."""
+    failures = iter([True, False, False, False])  # stage 0 fails in the main process; then all three succeed
+    monkeypatch.setattr(World, "any", lambda self, flag, device: flag or next(failures))
+    (tmp_path / "checkpoints" / "step-000000000256.tmp").mkdir(parents=True)  # as the main process makes it
+    said = []
+    writer = CheckpointWriter(
+        tmp_path,
+        keep=2,
+        every_steps=None,
+        every_minutes=0,
+        world=World(rank=1, size=2),
+        device=torch.device("cpu"),
+        say=said.append,
+    )
+    writer.save(128, dict, dict)
+    assert len(said) == 1
+    assert not writer.has(128)
+    writer.save(256, dict, dict)
+    assert writer.has(256)
+    assert writer.failure is None
