@@ -100,16 +100,16 @@ def test_the_callers_random_state_is_left_alone(tmp_path):
 def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(tmp_path):
     config = short(tmp_path, env_id="Pendulum-v1", n_steps=64, total_timesteps=640, update_epochs=1, n_minibatches=1)
     trainer = Trainer(config)
-    inner, worst = trainer.update.minibatch, []
+    inner, worst = trainer.update._step, []
 
-    def watch(data, rows, *rest):
-        batch = trainer.update._rows.take(data, rows)
+    def watch(state, minibatch, *rest):
+        batch = trainer.update._layout.gather(minibatch)
         with torch.no_grad():
             logprobs = trainer.policy.evaluate_actions(trainer.policy(batch.obs), batch.actions, batch.params).logprobs
         worst.append((logprobs - batch.logprobs).abs().max().item())
-        inner(data, rows, *rest)
+        inner(state, minibatch, *rest)
 
-    trainer.update.minibatch = watch
+    trainer.update._step = watch
     for _ in trainer.iterations():
         pass
     assert len(worst) == 5
@@ -358,7 +358,7 @@ def test_the_sign_of_rewards_is_the_learners_and_storage_stays_raw(tmp_path, sig
     r.rewards.copy_(torch.tensor([[5.0], [-7.0]]).repeat(4, 2))
     raw = r.rewards.clone()
     trainer.learner.anneal(0.0)
-    trainer.learner.set_targets()
+    trainer.learner.compute_advantages()
     assert torch.equal(r.advantages, raw.sign() if sign else raw)
     assert torch.equal(r.rewards, raw)
     trainer.request_stop()
