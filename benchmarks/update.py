@@ -108,15 +108,15 @@ def _time_plain_pytorch(policy: Any, batch: Any, coefs: Any, order: Any) -> dict
     """Time a minibatch with nn.Module, autograd and torch.optim.Adam, eager and with torch.compile."""
     import torch
 
-    from fastppo.functional.losses import Batch, normalize_advantages, ppo_loss
+    from fastppo.functional.losses import Batch, PPOLoss, normalize_advantages
 
     parameters = list(policy.network.parameters())
-    adam = torch.optim.Adam(parameters, 2.5e-4, eps=1e-5)
+    adam, ppo_loss = torch.optim.Adam(parameters, 2.5e-4, eps=1e-5), PPOLoss("off")
 
     def loss_of(part: Batch) -> torch.Tensor:
         part = part._replace(advantages=normalize_advantages(part.advantages))
-        now = policy.evaluate(part.obs, part.actions, part.params)
-        return ppo_loss(now.logprobs, now.entropy, now.values, now.exact_kl, part, coefs, "off")[0]
+        current = policy.evaluate_actions(policy(part.obs), part.actions, part.params)
+        return ppo_loss(current, part, coefs)[0]
 
     def step(loss: Any) -> None:
         part = Batch(*(None if x is None else x[order] for x in batch))

@@ -52,7 +52,7 @@ def main(options: Options) -> None:
                     SyncVectorEnv, [factory] * n, copy=False, autoreset_mode=AutoresetMode.SAME_STEP
                 )
             elif name != "async" or n <= 64:  # a process per environment
-                makers[name] = functools.partial(make_vectorized, env_info, n, name, 0, None, 1)
+                makers[name] = functools.partial(make_vectorized, env_info, n, name)
         speeds: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(options.rounds):
             for name, make in makers.items():

@@ -194,6 +194,6 @@ def _restart_envs(
     learner = {name: torch.zeros_like(x) for name, x in parts["learner"].state_dict().items()}
     parts["learner"].load_state_dict(learner)
     update = dict(parts["update"].state_dict())
-    device = update["mean"].device
+    device = update["streak"].device  # the optimiser's own fields depend on which it is
     update["shuffles"] = generator(c.seed, "shuffle", device, world.rank, iteration + 1).get_state()
     parts["update"].load_state_dict(update)

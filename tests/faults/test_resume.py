@@ -348,8 +348,14 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
 def test_resume_auto_starts_and_then_continues(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
+    before = Trainer._look_after_envs
+
+    def stop_after_3(trainer, stats):
+        before(trainer, stats)
+        trainer.stop_requested = stats.iteration == 3
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_must_stop", lambda trainer: trainer.progress.iteration == 3)
+        patch.setattr(Trainer, "_look_after_envs", stop_after_3)
         first = fastppo(*arguments)
     assert first.returncode == 0, first.stderr
     second = fastppo(*arguments)
@@ -358,7 +364,7 @@ def test_resume_auto_starts_and_then_continues(tmp_path):
     assert [row["iteration"] for row in rows_of(run)] == list(range(1, 9))
     third = fastppo(*arguments)
     assert third.returncode == 0
-    assert "is complete (2,048 steps)" in " ".join(third.stdout.split())
+    assert "has run all of its 2,048 steps" in " ".join(third.stdout.split())
     changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
     assert changed.returncode == 2
     assert "gamma was 0.99, is 0.5" in changed.stderr

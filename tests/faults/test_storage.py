@@ -401,8 +401,8 @@ def test_s10_training_continues_if_its_folder_is_deleted(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     trainer = Trainer(config)
     for stats in trainer.iterations():
-        if stats.iteration == 3:
-            shutil.rmtree(config.run_dir)
+        while stats.iteration == 3 and config.run_dir.exists():  # again, where a save adds files meanwhile
+            shutil.rmtree(config.run_dir, ignore_errors=True)
     assert trainer.result.ended == "finished"
     assert trainer.result.unsaved is None
     assert newest_checkpoint(config.run_dir)[0].name == "step-000000000512"
