@@ -29,8 +29,8 @@ from fastppo.errors import ConfigError
 from fastppo.presets import CLEANRL, TUNED, Kind
 
 Section = Literal[
-    "run",
     "environment",
+    "run",
     "rollout",
     "optimisation",
     "policy",
@@ -127,27 +127,6 @@ class Config:
         ConfigError: a value of the wrong type or outside its range, or settings that contradict each other.
     """
 
-    seed: Annotated[int, Setting(section="run", at_least=0, at_most=2**63 - 1, changes="noise")] = 1
-    """Seed of environments, initial weights, action noise and minibatch order."""
-    total_timesteps: Annotated[
-        int | None, Setting(section="run", at_least=1, at_most=10**15, unit="STEPS", resume_may_change=True)
-    ] = None
-    """Environment steps to train for, over all environments; rounded down to whole iterations."""
-    target_return: Annotated[
-        TargetReturn, Setting(section="run", unit="NUMBER|threshold", unset="none", resume_may_change=True)
-    ] = None
-    """Stop once the mean return of the last 100 episodes reaches this; `threshold`: the environment's reward_threshold,
-    if it has one."""
-    preset: Annotated[Literal["cleanrl", "tuned"], Setting(section="run", changes="nothing")] = "cleanrl"
-    """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
-    environment id, where available."""
-    init_from: Annotated[Path | None, Setting(section="run", unset="none", resume_may_change=True)] = None
-    """Run folder whose policy and normalisers the run starts from."""
-    name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
-    """Name of the run; its folder is runs/<env>/<name>-<seed>-<time>/."""
-    run_dir: Annotated[Path | None, Setting(section="run", unset="runs/...", changes="nothing")] = None
-    """Run folder, which must be new or empty."""
-
     env_id: Annotated[str, Setting(section="environment", unit="ID")] = "CartPole-v1"
     """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""
     env_kwargs: Annotated[EnvKwargs, Setting(section="environment", unit="JSON")] = dataclasses.field(
@@ -180,6 +159,27 @@ class Config:
     """Maximum duration of a step or reset of a pool worker's environments, or of all async ones, in seconds."""
     strict_obs: Annotated[bool, Setting(section="environment", changes="nothing")] = False
     """End the run when an observation lies outside its observation_space, instead of one warning."""
+
+    seed: Annotated[int, Setting(section="run", at_least=0, at_most=2**63 - 1, changes="noise")] = 1
+    """Seed of environments, initial weights, action noise and minibatch order."""
+    total_timesteps: Annotated[
+        int | None, Setting(section="run", at_least=1, at_most=10**15, unit="STEPS", resume_may_change=True)
+    ] = None
+    """Environment steps to train for, over all environments; rounded down to whole iterations."""
+    target_return: Annotated[
+        TargetReturn, Setting(section="run", unit="NUMBER|threshold", unset="none", resume_may_change=True)
+    ] = None
+    """Stop once the mean return of the last 100 episodes reaches this; `threshold`: the environment's reward_threshold,
+    if it has one."""
+    preset: Annotated[Literal["cleanrl", "tuned"], Setting(section="run", changes="nothing")] = "cleanrl"
+    """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
+    environment id, where available."""
+    init_from: Annotated[Path | None, Setting(section="run", unset="none", resume_may_change=True)] = None
+    """Run folder whose policy and normalisers the run starts from."""
+    name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
+    """Name of the run; its folder is runs/<env>/<name>-<seed>-<time>/."""
+    run_dir: Annotated[Path | None, Setting(section="run", unset="runs/...", changes="nothing")] = None
+    """Run folder, which must be new or empty."""
 
     n_envs: Annotated[int | None, Setting(section="rollout", at_least=1, alias="num_envs")] = None
     """Environments stepped together (N)."""

@@ -33,6 +33,7 @@ from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import clean_up
+from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.restore import Part, Progress, restore, run_metadata
 from fastppo.runs.run_dir import RunLock, claim_run_dir, create_run_dir
 from fastppo.runs.run_saver import RunSaver
@@ -192,18 +193,22 @@ def build_run(
             lock=lock,
             saver=RunSaver(
                 run_dir,
+                CheckpointWriter(
+                    run_dir,
+                    keep=c.keep_checkpoints,
+                    every_steps=c.checkpoint_every,
+                    every_minutes=c.checkpoint_minutes,
+                    world=world,
+                    device=device,
+                    say=logger.say,
+                ),
                 spec=models.spec,
                 models=models.saved(),
                 parts=parts,
                 env=env,
                 run_metadata=metadata | {"config": c.to_dict()},
                 model_metadata={"env": env_info.name, "make_env": make_env is not None},
-                keep=c.keep_checkpoints,
-                every_steps=c.checkpoint_every,
-                every_minutes=c.checkpoint_minutes,
                 world=world,
-                device=device,
-                say=logger.say,
             ),
             resumed=resume_from is not None,
             compile_seconds=compile_seconds,

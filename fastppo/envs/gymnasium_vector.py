@@ -152,7 +152,11 @@ class GymnasiumVecEnv(VecEnv):
         self._begin_step(group, self.action_spec.to_env(mine))
 
     def _begin_step(self, group: int, actions: _Array) -> None:
-        self._results[group] = self.venv.step(actions)
+        try:
+            self._results[group] = self.venv.step(actions)
+        except (EOFError, ConnectionError) as error:  # the only trace of a dead worker process
+            name = type(self.venv.unwrapped).__name__
+            raise EnvError(f"a worker process of {name} died in a step ({type(error).__name__}).") from error
 
     def store(self, t: int, group: int) -> Sequence[int]:
         """Write a step's results into the rollout and return the environments whose episode was truncated.

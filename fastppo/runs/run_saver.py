@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastppo.envs.vec_env import VecEnv
@@ -27,6 +26,7 @@ class RunSaver:
     def __init__(
         self,
         run_dir: Path,
+        writer: CheckpointWriter,
         *,
         spec: PolicySpec,
         models: Mapping[str, nn.Module],
@@ -34,41 +34,24 @@ class RunSaver:
         env: VecEnv,
         run_metadata: Mapping[str, Any],
         model_metadata: Mapping[str, Any],
-        keep: int,
-        every_steps: int | None,
-        every_minutes: float,
         world: World,
-        device: torch.device,
-        say: Callable[[str], None],
     ) -> None:
-        """Save into `run_dir`.
+        """Save into `run_dir`, checkpoints by `writer`.
 
         Args:
             run_dir: the run folder.
+            writer: of its checkpoints.
             spec: rebuilds the policy.
             models: parts of the model file.
             parts: all other parts of the run's state, the environments aside.
             env: the environments.
             run_metadata: what a checkpoint records of its run; see `restore.run_metadata`.
             model_metadata: what a model file records beside the global step.
-            keep: checkpoints to keep.
-            every_steps: steps between checkpoints; None: not by steps.
-            every_minutes: minutes between checkpoints; 0: not by time.
             world: the ranks that train together.
-            device: for decisions that the ranks share.
-            say: prints a line where a save fails.
         """
-        self._run_dir, self._spec, self._models, self._parts, self._env = run_dir, spec, models, parts, env
-        self._run_metadata, self._model_metadata, self._world = run_metadata, model_metadata, world
-        self._writer = CheckpointWriter(
-            run_dir,
-            keep=keep,
-            every_steps=every_steps,
-            every_minutes=every_minutes,
-            world=world,
-            device=device,
-            say=say,
-        )
+        self._run_dir, self._writer, self._world = run_dir, writer, world
+        self._spec, self._models, self._parts, self._env = spec, models, parts, env
+        self._run_metadata, self._model_metadata = run_metadata, model_metadata
 
     @property
     def failure(self) -> str | None:
