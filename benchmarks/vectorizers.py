@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from benchmarks import report
 from fastppo.envs.auto_vectorization import _speed
-from fastppo.envs.registry import inspect_env, make_vectorized
+from fastppo.envs.make_envs import inspect_env, make_vectorized
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from fastppo.config import CHOSEN_AT_START, Config
-from fastppo.envs.registry import Maker
+from fastppo.envs.make_envs import Maker
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
 from fastppo.runs.open_run import open_run, read_config

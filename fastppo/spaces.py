@@ -94,7 +94,8 @@ class ObsSpec:
     """An observation: a tree of arrays that is packed into one row where the environment is stepped.
 
     Storage, rollouts, checkpoints and minibatches see rows of `shape` and `dtype` and nothing of the tree. Only the
-    policy's encoder takes rows apart again, by `unpack`. A single array is a tree of one leaf, and is its own row.
+    policy's encoder takes rows apart again, by `unpack`. A single array is a tree of one leaf, and is its own row;
+    larger trees (Dict, Tuple) are not supported yet.
 
     Attributes:
         leaves: the arrays, in the order of the space.

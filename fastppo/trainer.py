@@ -14,7 +14,7 @@ from torch import nn
 from fastppo.builders.resolve import target_of
 from fastppo.builders.run import build_run
 from fastppo.config import Config
-from fastppo.envs.registry import Maker
+from fastppo.envs.make_envs import Maker
 from fastppo.errors import ConfigError, EnvError
 from fastppo.monitoring.open_sinks import open_sinks
 from fastppo.monitoring.sinks.trackers import check_trackers
@@ -78,7 +78,7 @@ class Trainer:
         self._run = run = build_run(config, make_env, policy, console, resume_from)
         self.config, self.notes, self.n_iterations, self.memory = run.config, run.notes, run.n_iterations, run.memory
         self.clock, self.device, self.world, self.logger = run.clock, run.device, run.world, run.logger
-        self.spec, self.policy, self.rewards, _ = run.models
+        self.spec, self.policy, self.reward_normalizer, _ = run.models
         self.env_info = run.env_info
         self.env, self.rollout, self.collect, self.progress = run.env, run.rollout, run.collect, run.progress
         self.update, self.metrics, self._statistics, self.learner, self._sampler = run.learning

@@ -71,7 +71,7 @@ def test_functional_imports_torch_alone():
             assert outside <= {"collections", "dataclasses", "functools", "importlib"} | kernel, path
 
 
-def test_the_layers_below_the_trainer_take_no_config():
+def test_layers_0_to_3_take_no_config():
     for path in FILES:
         if LAYERS[path.parts[0]] <= 3 and path.name != "config.py":
             assert "fastppo.config" not in set(imports(path)), path

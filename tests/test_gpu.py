@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastppo import Trainer
-from fastppo.envs.registry import TASKS, inspect_env, make_vec_env
+from fastppo.envs.make_envs import TASKS, inspect_env, make_vec_env
 from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.errors import CaptureError
 from fastppo.functional.gae import choose_gae, gae_loop

@@ -34,7 +34,7 @@ def test_planning_changes_nothing(tmp_path):
         trainer = Trainer(short(tmp_path, run_dir=tmp_path / str(i)), make_env=Counter)
         if i:
             c, world = trainer.config, trainer.world
-            models = Models(trainer.spec, trainer.policy, trainer.rewards, trainer.update.parameters)
+            models = Models(trainer.spec, trainer.policy, trainer.reward_normalizer, trainer.update.parameters)
             plan_run(c, _probe(), models, trainer.device, world, [])
         trainer.run()
         results.append(trainer.update.parameters.vector.clone())
@@ -42,7 +42,7 @@ def test_planning_changes_nothing(tmp_path):
 
 
 def _probe():
-    from fastppo.envs.registry import inspect_env
+    from fastppo.envs.make_envs import inspect_env
 
     return inspect_env("", {}, Counter)
 

@@ -436,7 +436,7 @@ def test_real_half_cheetah_runs_with_its_normalisers(tmp_path, monkeypatch):
     assert any("float64" in note for note in trainer.env.notes)
     trainer.run()
     assert all(math.isfinite(row["losses/value_loss"]) for row in rows_of(tmp_path / "run"))
-    assert trainer.rewards.count == 256
+    assert trainer.reward_normalizer.count == 256
 
 
 def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):

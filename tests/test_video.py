@@ -96,7 +96,7 @@ def test_a_recording_that_fails_does_not_stop_training(tmp_path):
 def test_long_episodes_keep_at_most_1000_frames():
     import gymnasium as gym
 
-    from fastppo.envs.registry import inspect_env
+    from fastppo.envs.make_envs import inspect_env
     from fastppo.evaluation.video import VideoRecorder
 
     def make():

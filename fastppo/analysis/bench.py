@@ -265,7 +265,7 @@ def _act(trainer: Trainer) -> None:
     for t in range(len(trainer.rollout.rewards)):
         for actor in collect.actors:
             actor.act(t)
-    collect.evaluate()
+    collect.compute_values()
 
 
 def _update(trainer: Trainer) -> None:

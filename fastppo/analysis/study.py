@@ -28,7 +28,7 @@ from fastppo.analysis.subprocesses import exit_reason
 from fastppo.builders.parts import policy_spec
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config
-from fastppo.envs.registry import EnvInfo, inspect_env
+from fastppo.envs.make_envs import EnvInfo, inspect_env
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
 from fastppo.runs.system_info import system_info
 from fastppo.runtime.cores import usable_cores

@@ -16,14 +16,18 @@ from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.backends import backend_of
 from fastppo.envs.factory import EnvFactory, find_spec
-from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vectorized
+from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vectorized
 from fastppo.errors import ConfigError, first_line
 
 _N = 4  # environments in the comparison of vectorizations
 _COMPARED: tuple[Vectorization, ...] = ("sync", "async", "pool")
 _AUTORESET_STEPS = 2000  # maximum wait for the end of an episode
 _UNSEEDED = "runs are not repeatable; draw all randomness from self.np_random"
-_RESUME_ADVICE = {"exact": "", "replay": "a resume replays the actions of open episodes", "restart": "see README"}
+_RESUME_ADVICE = {
+    "exact": "",
+    "replay": "a resume replays the actions of open episodes",
+    "restart": "see docs/long-runs.md",
+}
 _Array = np.ndarray[Any, Any]
 
 

@@ -17,7 +17,7 @@ import torch
 from fastppo.analysis.checks import CheckResult
 from fastppo.builders.resolve import resolve_config
 from fastppo.config import Config
-from fastppo.envs.registry import inspect_env
+from fastppo.envs.make_envs import inspect_env
 from fastppo.resume_run import resume
 from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runs.state_files import read_state, read_tensors

@@ -12,7 +12,7 @@ from fastppo.builders.resolve import known, schedule_of
 from fastppo.config import SCHEDULED, Config
 from fastppo.envs.backends import backend_of
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
-from fastppo.envs.registry import EnvInfo, make_vec_env
+from fastppo.envs.make_envs import EnvInfo, make_vec_env
 from fastppo.envs.sync import FaultPolicy
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
@@ -161,9 +161,9 @@ def plan_run(
 
 
 def build_envs(
-    c: Config, env_info: EnvInfo, device: torch.device, world: World, notes: list[str], *, times_begun: int
+    c: Config, env_info: EnvInfo, device: torch.device, world: World, notes: list[str], *, stream_offset: int
 ) -> VecEnv:
-    """Make the environments; `times_begun` gives each start of a run a random stream of its own."""
+    """Make the environments; `stream_offset` gives each start of a run a random stream of its own."""
     n_envs = known(c.n_envs)
     assert c.vectorization != "auto", "the config is resolved"
     backend = backend_of(env_info, c.vectorization)
@@ -180,7 +180,7 @@ def build_envs(
         n_envs,
         c.vectorization,
         # for backends that take a seed only when they are made; a resumed run gets another stream
-        seed=int(seed_stream(c.seed, "envs", world.rank, times_begun).generate_state(1)[0] >> 1),
+        seed=int(seed_stream(c.seed, "envs", world.rank, stream_offset).generate_state(1)[0] >> 1),
         n_workers=c.workers,
         half_batches=c.half_batches,
         device=device,

@@ -9,7 +9,7 @@ import torch
 
 from fastppo.config import Config, fill_defaults, parse_schedule
 from fastppo.envs.auto_vectorization import env_key, recall
-from fastppo.envs.registry import EnvInfo, choose_vectorization
+from fastppo.envs.make_envs import EnvInfo, choose_vectorization
 from fastppo.errors import ConfigError
 from fastppo.policies.policy_spec import default_network
 from fastppo.presets import TUNED

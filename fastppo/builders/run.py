@@ -23,7 +23,7 @@ from fastppo.builders.parts import (
 )
 from fastppo.builders.resolve import known, resolve_config, target_of
 from fastppo.config import Config
-from fastppo.envs.registry import EnvInfo, Maker, inspect_env
+from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError
 from fastppo.evaluation.periodic import PeriodicEvaluation
@@ -104,8 +104,8 @@ def build_run(
         c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
         set_threads(known(c.threads))
         memory = plan_run(c, env_info, models, device, world, notes)
-        starts = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
-        env = build_envs(c, env_info, device, world, notes, times_begun=starts)
+        stream_offset = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
+        env = build_envs(c, env_info, device, world, notes, stream_offset=stream_offset)
         undo.callback(env.close)
         # an iteration is one rollout of every rank; at least one is run
         n_iterations = max(1, known(c.total_timesteps) // (c.batch_size * world.size))

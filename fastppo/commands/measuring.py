@@ -77,7 +77,7 @@ class Bench(Train):
         configs = self.points()
         from fastppo.analysis import bench, bench_report
         from fastppo.envs.auto_vectorization import env_key, remember
-        from fastppo.envs.registry import inspect_env
+        from fastppo.envs.make_envs import inspect_env
         from fastppo.runs.run_dir import create_run_dir
         from fastppo.runs.system_info import system_info
         from fastppo.runtime.device import choose_device, machine_name

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo.envs.registry import EnvInfo, make_vec_env
+from fastppo.envs.make_envs import EnvInfo, make_vec_env
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
 from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats

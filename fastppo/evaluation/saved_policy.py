@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastppo.envs.registry import EnvInfo, Maker, inspect_env, make_vec_env
+from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
 from fastppo.evaluation.video import Video, VideoRecorder, check_video_name

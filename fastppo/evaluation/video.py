@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from fastppo.envs import factory
-from fastppo.envs.registry import EnvInfo
+from fastppo.envs.make_envs import EnvInfo
 from fastppo.errors import ConfigError, EnvError
 
 _Array = np.ndarray[Any, Any]

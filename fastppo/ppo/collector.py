@@ -166,10 +166,10 @@ class Collector:
                     with stepping:
                         env.send(t, group)
         with acting:
-            self.evaluate()
+            self.compute_values()
 
-    def evaluate(self) -> None:
-        """Fill in what acting left out of the rollout, and the values of the true successors."""
+    def compute_values(self) -> None:
+        """Fill in the values and log-probabilities that acting left out, and the values of the true successors."""
         r = self.rollout
         if not self.actors[0].complete:
             fill_values_and_logprobs(self._policy, self._decisions)

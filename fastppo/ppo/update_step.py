@@ -97,7 +97,7 @@ def update_step(
     gradient = gradient_fn(state.params, minibatch, coefs, constants)
     clipped, norm = clip_by_norm(gradient.flat, coefs.max_grad_norm)
     kl, limit, finite = gradient.diagnostics[kl_index], state.kl_limit, norm.isfinite()
-    within = (kl <= limit) | (limit == math.inf)  # "not <=", so that a NaN KL stops too
+    within = (kl <= limit) | (limit == math.inf)  # False for a NaN KL, which stops the update too
     take = within & finite
     params, optimizer_state = optimizer.step(state.params, clipped, state.optimizer, coefs.learning_rate)
     figures = torch.cat((gradient.diagnostics, norm.unsqueeze(0)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastppo.config import Config
-from fastppo.envs.registry import Maker
+from fastppo.envs.make_envs import Maker
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runs.model_files import read_spec
 from fastppo.runs.state_files import read_json

@@ -122,7 +122,7 @@ def restore(
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
         else:
             reason = f"{saved['world_size']} processes trained before, {world.size} now"
-        _restart_envs(config, iteration, parts, env, obs, world)
+        _begin_new_episodes(config, iteration, parts, env, obs, world)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} doesn't fit this run ({type(error).__name__}: {error}).") from None
     return False, [
@@ -180,7 +180,7 @@ def _restore_envs(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[s
     return None
 
 
-def _restart_envs(
+def _begin_new_episodes(
     c: Config, iteration: int, parts: Mapping[str, Part], env: VecEnv, obs: torch.Tensor, world: World
 ) -> None:
     """Start new episodes, with seeds and random streams derived from the run's seed and the iteration."""

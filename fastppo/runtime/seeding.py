@@ -14,25 +14,25 @@ import torch
 _STREAMS = ("envs", "weights", "noise", "shuffle", "eval")
 
 
-def seed_stream(seed: int, use: str, rank: int = 0, restart: int = 0) -> np.random.SeedSequence:
+def seed_stream(seed: int, use: str, rank: int = 0, offset: int = 0) -> np.random.SeedSequence:
     """Return the seed sequence of one purpose in one process.
 
     Args:
         seed: of the run.
         use: "envs", "weights", "noise", "shuffle" or "eval".
         rank: of the process.
-        restart: iteration from which a resumed run draws from new streams; 0 for the original ones.
+        offset: iteration from which a resumed run draws from new streams; 0 for the original ones.
 
     Raises:
         ValueError: unknown `use`.
     """
-    key = (rank, restart) if restart else (rank,) if rank else ()
+    key = (rank, offset) if offset else (rank,) if rank else ()
     return np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(use), *key))
 
 
-def generator(seed: int, use: str, device: torch.device, rank: int = 0, restart: int = 0) -> torch.Generator:
+def generator(seed: int, use: str, device: torch.device, rank: int = 0, offset: int = 0) -> torch.Generator:
     """Return a torch generator on `device`, seeded from `seed_stream`."""
-    state = int(seed_stream(seed, use, rank, restart).generate_state(1, np.uint64)[0])
+    state = int(seed_stream(seed, use, rank, offset).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state >> 1)
 
 

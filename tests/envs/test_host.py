@@ -7,7 +7,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from fastppo.envs import factory as single
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
-from fastppo.envs.registry import inspect_env, make_vec_env
+from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, Spaces, step

@@ -190,7 +190,7 @@ def test_e6_nan_and_non_numbers_end_the_run(tmp_path, kind, message, vectorizati
     with pytest.raises(EnvError, match=message):
         trainer.run()
     assert trainer.policy.encoder.normalizer.mean.isfinite().all()
-    assert trainer.rewards.var.isfinite()
+    assert trainer.reward_normalizer.var.isfinite()
 
 
 @pytest.mark.parametrize(

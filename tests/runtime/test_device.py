@@ -7,7 +7,7 @@ import torch
 
 from fastppo import Config
 from fastppo.builders.resolve import resolve_config
-from fastppo.envs.registry import inspect_env
+from fastppo.envs.make_envs import inspect_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.resume_run import resume
 from fastppo.runs.checkpoint import newest_checkpoint

@@ -67,7 +67,7 @@ def train(name, settings):
         logged.append(keep | {"steps": stats.global_step, "mean": stats.mean_return, "episodes": stats.episodes})
         vector = trainer.update.parameters.vector
         hashes.append(hashlib.sha256(vector.numpy().tobytes()).hexdigest())
-    normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.rewards) if m is not None]
+    normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.reward_normalizer) if m is not None]
     moments = [x.tolist() for m in normalizers for x in (m.mean, m.var, m.count)]
     out = {"logged": logged, "hashes": hashes, "vector": vector.tolist(), "moments": moments}
     out["result"] = trainer.result.global_step

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.envs.registry import TASKS, inspect_env, make_vec_env
+from fastppo.envs.make_envs import TASKS, inspect_env, make_vec_env
 from fastppo.envs.tensor.task import uniforms
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import Transitions, env_seeds, stepper
