@@ -92,7 +92,7 @@ class Trainer:
     def iterations(self) -> Iterator[Stats]:
         """Train, yielding the statistics of each iteration; leaving the loop early saves and closes as its end does."""
         if self.result is not None:
-            raise RuntimeError("this trainer has run already; fastppo.resume makes one that goes on")
+            raise RuntimeError("this trainer has run already; call fastppo.resume to continue the run")
         progress, clock = self.progress, self.clock
         try:
             self._open_sinks()

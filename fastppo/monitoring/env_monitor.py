@@ -14,7 +14,7 @@ from fastppo.runtime.distributed import World
 
 
 class EnvMonitor:
-    """Reports, after each iteration, what went wrong in the environments; too much of it is an error."""
+    """Reports environment failures after each iteration; raises EnvError once they exceed their limit."""
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ class ModuleActor:
     def __init__(self, policy: Policy, decisions: Decisions) -> None:
         """Act by `policy` in the rows of `decisions`."""
         self._policy, self._d = policy, decisions
-        # a replay finds its row by itself, so that a step is one launch
+        # the step index is a tensor that a replay increments, so that a step is one launch
         self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
         self._replay: Callable[[], None] | None = None
         self._decide: Callable[[Tensor, Tensor, PolicyState], ActionStep] = policy.act

@@ -142,7 +142,7 @@ class Policy(nn.Module):
         return ActionEvaluation(log_prob, entropy, output.values, exact_kl)
 
     def uncompilable(self) -> str | None:
-        """Return what keeps the network from being one graph of tensor operations without side effects, if anything."""
+        """Return the reason why the network is not one graph of tensor operations without side effects, or None."""
         for name, module in self.network.named_modules():
             if isinstance(module, nn.RNNBase):
                 return f"{type(module).__name__} ({name or 'the network'}) is one opaque operation"
