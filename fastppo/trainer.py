@@ -113,7 +113,7 @@ class Trainer:
                 with clock.phase("log"):
                     sample = self._sample() if sampled else None
                     self.metrics.count(metrics)
-                    stats = self._statistics(progress.iteration, metrics, self.learner.values, sample)
+                    stats = self._statistics(progress.iteration, metrics, self.learner.coef_values, sample)
                     progress.seconds = stats.seconds
                 self._stage = "between"
                 self._watch_envs(stats)

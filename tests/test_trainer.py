@@ -318,7 +318,7 @@ def test_schedules_reach_the_tensors_that_the_update_reads(tmp_path):
     for _ in trainer.iterations():
         c = trainer.learner.coefs
         seen.append([x.item() for x in (c.learning_rate, c.clip_coef, c.ent_coef, c.gamma, c.value_clip_coef)])
-        assert trainer.learner.values["target_kl"] == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
+        assert trainer.learner.coef_values["target_kl"] == pytest.approx(0.5 - 0.4 * (len(seen) - 1) / 3)
     assert seen[0] == pytest.approx([1e-3, 0.3, 0.1, 0.9, 0.3])
     assert seen[1] == pytest.approx([0.75e-3, 0.2, 0.1 * 2 / 3, 0.93, 0.2])
 

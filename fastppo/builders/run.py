@@ -214,7 +214,7 @@ def build_run(
             compile_seconds=compile_seconds,
         )
         if world.is_main:
-            _describe(run)
+            _prepare_folder(run)
         undo.pop_all()
     return run
 
@@ -236,7 +236,7 @@ def _refuse_finished(run_dir: Path, c: Config, learning: Learning, progress: Pro
         )
 
 
-def _describe(run: Run) -> None:
+def _prepare_folder(run: Run) -> None:
     """Clean up what a killed process left, write config.json and run.json, and print the notes."""
     clean_up(run.run_dir, run.learning.metrics.global_step if run.resumed else None)
     write_json(run.run_dir / "config.json", run.config.to_dict())

@@ -213,7 +213,9 @@ class Collector:
             for actor in self.actors:
                 actor.capture(device)
             return
-        roll = capture(self._roll, keep=[*env.capturable_state.values(), r.obs[-1]], fresh=[r.noise], device=device)
+        roll = capture(
+            self._roll, keep=[*env.capturable_state.values(), r.obs[-1], *r.state], fresh=[r.noise], device=device
+        )
 
         def replay() -> None:
             with self._clock.phase("rollout"):

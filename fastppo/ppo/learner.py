@@ -27,7 +27,7 @@ class Learner:
 
     Attributes:
         coefs: this iteration's coefficients, as tensors that are written in place.
-        values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
+        coef_values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
         gae: the kernel that computes advantages.
         update: the epochs.
         rewards: [T, N] that advantages were last computed from.
@@ -69,16 +69,16 @@ class Learner:
         self.gae = choose_gae(n_steps, n_envs, device)
         self._estimate: Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]] = self._estimate_eagerly
         self.coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
-        self.values: dict[str, float] = {}
+        self.coef_values: dict[str, float] = {}
         self._captured: Callable[[], Tensor] | None = None
 
     def anneal(self, progress: float) -> None:
         """Write the coefficients of an iteration that begins at `progress` in [0, 1], and draw its permutations."""
-        self.values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
+        self.coef_values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
         for name, tensor in self.coefs._asdict().items():
-            tensor.fill_(self.values[name])
+            tensor.fill_(self.coef_values[name])
         with self._clock.phase("update"):
-            self.values["kl_limit"] = limit = self.values["target_kl"] * self._kl_stop_factor
+            self.coef_values["kl_limit"] = limit = self.coef_values["target_kl"] * self._kl_stop_factor
             self.update.prepare(self._rollout.rewards.numel(), limit)
 
     def __call__(self, *, watch: bool = True, on_epoch: Callable[[], None] | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class Learner:
         with self._clock.phase("advantages"):
             self.compute_advantages()
         with self._clock.phase("update"):
-            watch = watch and self.values["target_kl"] != math.inf
+            watch = watch and self.coef_values["target_kl"] != math.inf
             report = self.update.run(self._rollout.batch(), self.coefs, watch=watch, on_epoch=on_epoch)
             return self._metrics.measure(report)
 

@@ -19,7 +19,7 @@ from fastppo.functional.optimizer import Optimizer
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.policy import Policy
 from fastppo.ppo.minibatches import BatchLayout, Minibatch
-from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, unweigh, update_step, weigh
+from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
 
@@ -118,11 +118,11 @@ class PPOUpdate:
         # the sum over ranks lies between two graphs
         n_params, n_diagnostics = self.parameters.vector.numel(), len(self.loss.diagnostics)
         gradient = compile_graph(
-            lambda *arguments: weigh(self._gradient(*arguments)), (self.state.params, minibatch, coefs, constants)
+            lambda *arguments: to_rank_sum(self._gradient(*arguments)), (self.state.params, minibatch, coefs, constants)
         )
         tail = compile_graph(
             lambda state, total, coefs: self._bound(
-                state, total, coefs, (), gradient_fn=lambda *_: unweigh(total, n_params)
+                state, total, coefs, (), gradient_fn=lambda *_: from_rank_sum(total, n_params)
             ),
             (self.state, self.state.sums.new_zeros(n_params + n_diagnostics + 1), coefs),
         )
@@ -246,8 +246,8 @@ class PPOUpdate:
         self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
     ) -> Gradient:
         """The gradient over the rows of all ranks: gradient and diagnostics are summed in one go."""
-        total = self.world.sum_(weigh(self._gradient(params, minibatch, coefs, constants)))
-        return unweigh(total, params.numel())
+        total = self.world.sum_(to_rank_sum(self._gradient(params, minibatch, coefs, constants)))
+        return from_rank_sum(total, params.numel())
 
     def _stopped(self) -> bool:
         return self.state.kl_limit.item() == -math.inf

@@ -151,13 +151,13 @@ class LossGradient:
         return Gradient(self._parameters.flatten(gradients), diagnostics, rows)
 
 
-def weigh(gradient: Gradient) -> Tensor:
+def to_rank_sum(gradient: Gradient) -> Tensor:
     """Return gradient and diagnostics times the rows that count, then their number, [P + D + 1]: to be summed."""
     n = gradient.n_rows
     return torch.cat((gradient.flat * n, gradient.diagnostics * n, n.unsqueeze(0)))
 
 
-def unweigh(total: Tensor, n_params: int) -> Gradient:
-    """Invert `weigh` after summing over ranks: means over the rows of all; zeros where all rows are fillers."""
+def from_rank_sum(total: Tensor, n_params: int) -> Gradient:
+    """Invert `to_rank_sum` after summing over ranks: means over the rows of all; zeros where all rows are fillers."""
     mean = total[:-1] / total[-1].clamp(min=1)
     return Gradient(mean[:n_params], mean[n_params:], total[-1])
