@@ -18,11 +18,11 @@ LONG = (
     "test_trainer.py",
     "faults/test_environment.py",
     "test_update.py",
-    "test_memory.py",
+    "test_memory_plan.py",
     "test_study.py",
     "test_report.py",
     "runtime/test_graphs.py",
-    "test_build.py",
+    "test_builders.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""Rows land where they belong: storage, final values, filler rows, time limits."""
+"""Rollout collection: alignment of rows, bootstrap values, filler rows, time limits, devices."""
 
 import copy
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Identifiable(nn.Module):
-    """V(s) = 10 * step + 100 * episode, so that a value in the wrong row shows; both actions alike."""
+    """A network with V(s) = 10 * step + 100 * episode, which exposes a value in the wrong row, and equal logits."""
 
     def __init__(self):
         super().__init__()
@@ -38,7 +38,7 @@ class Identifiable(nn.Module):
 
 
 def roll(mode, ends, n_steps, n=1, rollouts=1):
-    """(storage after each of several rollouts, the network)."""
+    """Collect several rollouts; return a copy of the storage after each, and the network."""
     env = GymnasiumVecEnv(SyncVectorEnv([lambda: Counter(ends)] * n, autoreset_mode=mode))
     spec = PolicySpec(env.obs_spec, env.action_spec, "custom", (), "", False, False, 10.0)
     network = Identifiable()
@@ -55,32 +55,32 @@ def roll(mode, ends, n_steps, n=1, rollouts=1):
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
-def test_rows_hold_what_happened_and_next_values_are_those_of_true_successors(mode):
+def test_rows_are_aligned_and_next_values_are_of_true_successors(mode):
     (r, second), _ = roll(mode, ((3, True), (2, False), (9, True)), 7, rollouts=2)
-    # episode 0: three steps, cut; episode 1: two steps, a real end; episode 2 goes on
+    # episode 0: three steps, time limit; episode 1: two steps, termination; episode 2 continues
     assert r["obs"][:, 0].tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [0, 2], [1, 2], [2, 2]]
     assert r["values"][:, 0].tolist() == [0, 10, 20, 100, 110, 200, 210]
     torch.testing.assert_close(r["rewards"][:, 0], torch.tensor([1.1, 1.2, 1.3, 1.1, 1.2, 1.1, 1.2]))
     assert r["truncated"][:, 0].tolist() == [False, False, True, False, False, False, False]
     assert r["terminated"][:, 0].tolist() == [False, False, False, False, True, False, False]
-    # row 2 was cut: V of its last observation (3, 0), not of the next episode's first
+    # row 2 reaches a time limit: V of its final observation (3, 0), not of the next episode's first
     assert r["next_values"][:, 0].tolist() == [10, 20, 30, 110, 200, 210, 220]
-    assert second["obs"][0, 0].tolist() == [2, 2], "the next rollout goes on where this one ended"
+    assert second["obs"][0, 0].tolist() == [2, 2], "the next rollout starts where this one ends"
     assert second["values"][0, 0] == 220
 
 
-def test_rows_of_next_step_mode():
+def test_next_step_autoreset_stores_a_filler_row_after_each_episode():
     (r,), _ = roll(AutoresetMode.NEXT_STEP, ((3, True), (2, False), (9, True)), 9)
     assert r["obs"][:, 0].tolist() == [[0, 0], [1, 0], [2, 0], [3, 0], [0, 1], [1, 1], [2, 1], [0, 2], [1, 2], [2, 2]]
     assert r["valid"][:, 0].tolist() == [True, True, True, False, True, True, False, True, True]
-    assert r["next_values"][2, 0] == 30, "the filler row's observation is the last one of the episode"
+    assert r["next_values"][2, 0] == 30, "the filler row holds the final observation of the episode"
 
 
 @pytest.mark.parametrize(
     "ends",
     [((3, True), (2, False), (4, True), (1, True), (1, False)), ((5, False),), ((1, True),), ((2, True), (30, True))],
 )
-def test_without_its_filler_rows_a_next_step_env_equals_its_same_step_twin_row_for_row(ends):
+def test_next_step_autoreset_without_filler_rows_equals_same_step(ends):
     steps = 40
     (same,), _ = roll(AutoresetMode.SAME_STEP, ends, steps, n=2)
     (next_,), _ = roll(AutoresetMode.NEXT_STEP, ends, 2 * steps, n=2)
@@ -91,31 +91,31 @@ def test_without_its_filler_rows_a_next_step_env_equals_its_same_step_twin_row_f
         )
     for n in range(2):
         keep = next_["valid"][:, n]
-        # the last episodes are left out: the two rollouts end at different points of them
+        # skip the last episodes: the two rollouts end at different steps of them
         last = int(same["done"][:, n].nonzero().max()) + 1
         for name in ("obs", "values", "rewards", "terminated", "truncated", "next_values", "advantages", "returns"):
             a, b = same[name][:steps, n][:last], next_[name][: 2 * steps, n][keep][:last]
-            if name == "next_values":  # of a real end: anything, it counts for nothing
+            if name == "next_values":  # unused after a termination, so any value is valid
                 real = same["terminated"][:last, n]
                 a, b = a[~real], b[~real]
             assert torch.equal(a, b), name
 
 
-def test_last_observations_are_valued_by_calls_of_one_shape_also_when_there_are_many():
+def test_final_observations_are_valued_in_batches_of_one_size():
     (r,), network = roll(AutoresetMode.SAME_STEP, ((1, True),), 50, n=2)
-    # each of 100 rows is cut: its successor is (1, episode), worth 10 + 100 * episode
+    # each of the 100 rows reaches a time limit: its successor is (1, episode) with V = 10 + 100 * episode
     assert r["next_values"].tolist() == [[10 + 100 * t] * 2 for t in range(50)]
     assert set(network.calls) == {2, 32}
     assert network.calls.count(32) == 4
 
 
-def test_blank_observations_can_be_read_by_any_policy():
+def test_blank_observations_are_valid_encoder_input():
     for start in (7, -9):
         spec = ObsSpec.from_space(spaces.MultiDiscrete([3, 4], start=[start, 0]))
         assert Encoder(spec)(spec.blank(2)).tolist() == [[1, 0, 0, 1, 0, 0, 0]] * 2
 
 
-def test_both_endings_at_once_count_as_a_real_one():
+def test_a_termination_at_the_time_limit_does_not_bootstrap():
     class Both(Counter):
         def step(self, action):
             obs, reward, _, _, info = super().step(action)
@@ -130,7 +130,7 @@ def test_both_endings_at_once_count_as_a_real_one():
     assert not list(out.with_final_obs)
 
 
-def test_the_storage_never_moves(tmp_path):
+def test_the_storage_keeps_its_addresses(tmp_path):
     trainer = Trainer(short(tmp_path, env_id="Pendulum-v1", total_timesteps=80))
     storage = trainer.rollout.tensors() | {"parameters": trainer.update.parameters.vector}
     places = {name: x.data_ptr() for name, x in storage.items()}
@@ -143,7 +143,7 @@ def test_the_storage_never_moves(tmp_path):
 
 
 def train(tmp_path, name, env_id, change, **settings):
-    """Parameters after a short run, `change` having been made to the trainer."""
+    """Apply `change` to a trainer, train briefly, and return its parameters, logged scalars and observations."""
     defaults = {"n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 4, "env_id": env_id, "learning_rate": 1e-3}
     trainer = Trainer(short(tmp_path, run_dir=tmp_path / name, compile="off", **(defaults | settings)))
     change(trainer)
@@ -159,11 +159,11 @@ def staged(trainer):
 
 
 def handed_over(trainer):
-    """As where the policy learns on a GPU and acts on the CPU: another policy, another storage."""
+    """Act with a second policy and storage, as a trainer does that learns on a GPU and acts on the CPU."""
     acting = copy.deepcopy(trainer.policy)
     with torch.no_grad():
         for parameter in acting.parameters():
-            parameter.fill_(torch.nan)  # they must come over
+            parameter.fill_(torch.nan)  # to be overwritten with the trainer's parameters
     here = Rollout.allocate(len(trainer.rollout.rewards), trainer.env, acting, CPU)
     here.obs[-1].copy_(trainer.rollout.obs[-1])
     trainer.rollout.obs.fill_(torch.nan)
@@ -181,11 +181,11 @@ def handed_over(trainer):
         ("CartPole-v1", {"vectorization": "native"}),
         ("CartPole-v1", {"vectorization": "pool", "half_batches": True}),
     ],
-    ids=["cut", "normalised", "fillers", "halves"],
+    ids=["time limit", "normalisers", "filler rows", "half batches"],
 )
-def test_the_way_to_another_device_changes_no_bit(tmp_path, change, env_id, settings):
+def test_transfer_to_another_device_is_bit_identical(tmp_path, change, env_id, settings):
     plain = train(tmp_path, "plain", env_id, lambda trainer: None, **settings)
     other = train(tmp_path, "other", env_id, change, **settings)
     assert torch.equal(plain[0], other[0])
-    assert str(plain[1]) == str(other[1]), "as text, in which NaN equals NaN"
+    assert str(plain[1]) == str(other[1]), "compared as text because NaN != NaN"
     assert torch.equal(plain[2], other[2])

@@ -1,4 +1,4 @@
-"""Whole runs: what they write, that they repeat, how they end."""
+"""Complete runs: the files they write, reproducibility, and how they end."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def timeless(rows):
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
-def test_a_run_writes_its_folder(tmp_path):
+def test_a_run_writes_config_metrics_result_and_events(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", total_timesteps=400)
     trainer = Trainer(config)
     result = trainer.run()
@@ -67,7 +67,7 @@ def test_a_run_writes_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "async", "native"])
-def test_the_same_seed_gives_the_same_bits_and_sync_equals_async(tmp_path, vectorization):
+def test_equal_seeds_give_bit_identical_runs_and_sync_matches_async(tmp_path, vectorization):
     seen = []
     for name, how in (("a", vectorization), ("b", "sync" if vectorization == "async" else vectorization)):
         changes = {"vectorization": how, "run_dir": tmp_path / name, "total_timesteps": 256, "normalize_obs": True}
@@ -79,7 +79,7 @@ def test_the_same_seed_gives_the_same_bits_and_sync_equals_async(tmp_path, vecto
     assert rows == other_rows
 
 
-def test_another_seed_gives_other_numbers(tmp_path):
+def test_different_seeds_give_different_weights(tmp_path):
     runs = [tmp_path / str(seed) for seed in (1, 2)]
     for seed, run in enumerate(runs, 1):
         Trainer(short(tmp_path, seed=seed, run_dir=run)).run()
@@ -87,7 +87,7 @@ def test_another_seed_gives_other_numbers(tmp_path):
     assert not torch.equal(a["policy.network.critic.weight"], b["policy.network.critic.weight"])
 
 
-def test_the_callers_random_state_is_left_alone(tmp_path):
+def test_a_run_does_not_change_the_global_random_state(tmp_path):
     torch.manual_seed(5)
     np.random.seed(5)
     expected = torch.rand(1, generator=torch.Generator().manual_seed(5))
@@ -97,7 +97,7 @@ def test_the_callers_random_state_is_left_alone(tmp_path):
     assert np.array_equal(np.random.get_state()[1], state)
 
 
-def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(tmp_path):
+def test_the_first_ratio_of_every_update_is_1_with_normalised_observations(tmp_path):
     config = short(tmp_path, env_id="Pendulum-v1", n_steps=64, total_timesteps=640, update_epochs=1, n_minibatches=1)
     trainer = Trainer(config)
     inner, worst = trainer.update._step, []
@@ -117,7 +117,7 @@ def test_the_first_ratio_of_every_update_is_1_also_with_normalised_observations(
     assert trainer.policy.encoder.normalizer.count == 640
 
 
-def test_iterations_give_figures_and_may_be_left_early(tmp_path):
+def test_iterations_yield_stats_and_a_break_saves_the_model(tmp_path):
     trainer = Trainer(short(tmp_path))
     for stats in trainer.iterations():
         assert stats.scalars["losses/epochs_run"] == 2
@@ -130,14 +130,14 @@ def test_iterations_give_figures_and_may_be_left_early(tmp_path):
         trainer.run()
 
 
-def test_what_the_caller_does_between_iterations_is_not_counted(tmp_path):
+def test_run_time_excludes_the_callers_work_between_iterations(tmp_path):
     trainer = Trainer(short(tmp_path))
     for _ in trainer.iterations():
         time.sleep(0.3)
     assert trainer.result.seconds < 0.3
 
 
-def test_episode_figures_are_raw_and_exact_over_rollout_boundaries(tmp_path):
+def test_episode_stats_use_raw_rewards_and_span_rollouts(tmp_path):
     # episodes of 5 steps, each worth 1.1 + ... + 1.5 = 6.5, in rollouts of 8
     trainer = Trainer(short(tmp_path, sign_rewards=True), make_env=Counter)
     result = trainer.run()
@@ -145,20 +145,20 @@ def test_episode_figures_are_raw_and_exact_over_rollout_boundaries(tmp_path):
     assert (result.mean_length, result.episodes) == (5, 2 * (24 // 5))
 
 
-def test_filler_rows_count_neither_as_steps_nor_in_episodes(tmp_path):
+def test_filler_rows_do_not_count_in_steps_or_episodes(tmp_path):
     def make():
         return SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
 
     trainer = Trainer(short(tmp_path, n_envs=None), make_env=make)
     assert trainer.config.n_envs == 2
     result = trainer.run()
-    # 24 rows of each environment: 5 steps, then one that only resets
+    # 24 rows per environment: 5 steps, then one row for the reset
     assert result.global_step == 2 * 20
     assert result.mean_return == pytest.approx(6.5, abs=1e-6)
     assert result.mean_length == 5
 
 
-def test_the_target_ends_a_run_only_with_100_episodes_behind_it(tmp_path):
+def test_the_target_return_ends_a_run_only_after_100_episodes(tmp_path):
     config = short(tmp_path, total_timesteps=16 * 200, target_return=6.4)
     trainer = Trainer(config, make_env=Counter)
     result = trainer.run()
@@ -167,9 +167,10 @@ def test_the_target_ends_a_run_only_with_100_episodes_behind_it(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["ended"] == "target"
 
 
-def test_a_time_limit_is_worth_the_future_and_a_real_end_is_not(tmp_path):
-    """One state that pays 1 a step for ever, cut every 5 steps: V = 1 / (1 - 0.9) = 10. Where the cut is taken for an
-    end, the mean over the 5 ages of the episode is sum over k of (1 - 0.9^k) / (1 - 0.9) / 5 = 2.63."""
+def test_a_time_limit_bootstraps_and_a_termination_does_not(tmp_path):
+    """The only state pays 1 per step, and episodes last 5 steps. A time limit gives V = 1 / (1 - 0.9) = 10. A
+    termination gives the mean over the 5 steps of an episode: sum over k = 1..5 of (1 - 0.9^k) / (1 - 0.9) / 5 = 2.63.
+    """
 
     class Endless(gym.Env):
         observation_space = spaces.Box(-1, 1, (1,), np.float32)
@@ -207,7 +208,7 @@ class Own(nn.Module):
         return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def test_your_own_environment_and_network_save_load_and_fine_tune(tmp_path):
+def test_a_custom_environment_and_network_train_load_and_fine_tune(tmp_path):
     def make():
         return Spaces(spaces.Box(-1, 1, (3,), np.float32), spaces.Box(-1, 1, (2,), np.float32))
 
@@ -233,23 +234,23 @@ def test_your_own_environment_and_network_save_load_and_fine_tune(tmp_path):
         Trainer(short(tmp_path, init_from=run, run_dir=tmp_path / "third"), make_env=make)
 
 
-def test_predict_refuses_another_shape(tmp_path):
+def test_predict_rejects_the_wrong_observation_shape(tmp_path):
     Trainer(short(tmp_path)).run()
     with pytest.raises(ValueError, match=r"shape \(2, 3\); this policy takes \(4,\)"):
         load_policy(tmp_path / "run").predict(np.zeros((2, 3)))
 
 
-def test_evaluation_plays_whole_episodes_and_repeats(tmp_path):
+def test_evaluation_runs_complete_episodes_and_is_repeatable(tmp_path):
     Trainer(short(tmp_path)).run()
     a, b = (evaluate(tmp_path / "run", 11, deterministic=False, seed=3) for _ in range(2))
     assert len(a.returns) == 11
     assert a == b
-    assert a.returns == a.lengths, "CartPole pays 1 a step"
+    assert a.returns == a.lengths, "CartPole pays 1 per step"
     assert evaluate(tmp_path / "run", 11, seed=4) != a
 
 
-def test_an_episode_that_never_ends_is_cut(tmp_path, monkeypatch):
-    """A policy without noise may stand still for ever, and training would wait for it."""
+def test_evaluation_truncates_an_endless_episode(tmp_path, monkeypatch):
+    """A deterministic policy may stand still for ever, and training would wait for its evaluation."""
 
     class Endless(Counter):
         def step(self, action):
@@ -261,7 +262,7 @@ def test_an_episode_that_never_ends_is_cut(tmp_path, monkeypatch):
     lengths = [stats.scalars["eval/length_mean"] for stats in trainer.iterations()]
     assert set(lengths) == {50}
     played = evaluate(tmp_path / "run", 11, make_env=Endless)
-    assert played.lengths == [50] * 8, "three of eight environments owed a second one"
+    assert played.lengths == [50] * 8, "the second episodes of three environments are dropped"
     assert played.remark == "; 8 of 8 episodes were cut after 50 steps"
 
 
@@ -302,16 +303,16 @@ def test_every_pair_of_spaces_trains(tmp_path, observation_space, action_space):
     assert action_space.contains(action if action_space.shape else action[()])
 
 
-def test_the_share_of_clipped_actions(tmp_path):
+def test_clipped_actions_is_the_share_of_components_outside_the_box(tmp_path):
     trainer = Trainer(short(tmp_path, n_steps=256, total_timesteps=512), make_env=lambda: Spaces(
         spaces.Box(-1, 1, (3,), np.float32), spaces.Box(np.float32([0, -9]), np.float32([np.inf, 9]))
     ))  # fmt: skip
     trainer.run()
-    # a standard normal is below 0 half the time, and never beyond 9: half of one component of two
+    # a standard normal is below 0 half the time and never beyond 9: half of one of the two components
     assert rows_of(tmp_path / "run")[0]["charts/clipped_actions"] == pytest.approx(0.25, abs=0.04)
 
 
-def test_schedules_reach_the_tensors_that_the_update_reads(tmp_path):
+def test_schedules_set_the_coefficients_of_every_update(tmp_path):
     changes = {"learning_rate": "cosine:1e-3:0", "clip_coef": 0.3, "anneal_clip": True, "ent_coef": "linear:0.1:0.0"}
     trainer = Trainer(short(tmp_path, **changes, gamma="linear:0.9:0.99", target_kl="linear:0.5:0.1"))
     seen = []
@@ -323,7 +324,7 @@ def test_schedules_reach_the_tensors_that_the_update_reads(tmp_path):
     assert seen[1] == pytest.approx([0.75e-3, 0.2, 0.1 * 2 / 3, 0.93, 0.2])
 
 
-def test_an_error_in_the_environment_keeps_the_model(tmp_path):
+def test_an_environment_error_saves_the_model(tmp_path):
     class Breaks(Counter):
         def step(self, action):
             if self.episode == 3:
@@ -337,8 +338,8 @@ def test_an_error_in_the_environment_keeps_the_model(tmp_path):
     assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32)) in (0, 1)
 
 
-def test_real_atari_runs_with_raw_returns(tmp_path):
-    # long enough for the first game to be lost
+def test_atari_trains_and_reports_raw_returns(tmp_path):
+    # long enough to finish the first game
     changes = {"n_envs": 2, "n_steps": 512, "total_timesteps": 2048, "update_epochs": 1, "n_minibatches": 8}
     trainer = Trainer(Config(env_id="ALE/Pong-v5", run_dir=tmp_path / "run", **changes))
     assert trainer.config.sign_rewards
@@ -352,7 +353,7 @@ def test_real_atari_runs_with_raw_returns(tmp_path):
 
 
 @pytest.mark.parametrize("sign", [True, False])
-def test_the_sign_of_rewards_is_the_learners_and_storage_stays_raw(tmp_path, sign):
+def test_sign_rewards_changes_advantages_and_keeps_stored_rewards_raw(tmp_path, sign):
     trainer = Trainer(short(tmp_path, gamma=0.0, sign_rewards=sign), make_env=Counter)
     r = trainer.rollout
     r.rewards.copy_(torch.tensor([[5.0], [-7.0]]).repeat(4, 2))
@@ -369,7 +370,7 @@ def test_the_sign_of_rewards_is_the_learners_and_storage_stays_raw(tmp_path, sig
     ("what", "message"),
     [("reward", "environment 1 returned a reward of nan at step 11"), ("obs", "environment 1 returned an observation")],
 )
-def test_a_value_that_is_no_number_stops_the_run_and_spoils_nothing(tmp_path, what, message):
+def test_a_nan_from_the_environment_stops_the_run_and_saves_finite_weights(tmp_path, what, message):
     class Sick(Counter):
         made = 0
 
@@ -381,7 +382,7 @@ def test_a_value_that_is_no_number_stops_the_run_and_spoils_nothing(tmp_path, wh
         def step(self, action):
             obs, reward, *rest = super().step(action)
             self.total = getattr(self, "total", 0) + 1
-            if self.total == 12 and self.index == 5:  # three are looked at before
+            if self.total == 12 and self.index == 5:  # the first three instances are probes
                 return (obs * np.nan, reward, *rest) if what == "obs" else (obs, np.nan, *rest)
             return obs, reward, *rest
 
@@ -393,7 +394,7 @@ def test_a_value_that_is_no_number_stops_the_run_and_spoils_nothing(tmp_path, wh
     assert trainer.progress.iteration == 1
 
 
-def test_a_dead_worker_costs_no_model(tmp_path):
+def test_a_dead_worker_stops_the_run_and_the_model_is_saved(tmp_path):
     class Dies(Counter):
         def step(self, action):
             if self.episode == 3:
@@ -407,7 +408,7 @@ def test_a_dead_worker_costs_no_model(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["iterations"] == 1
 
 
-def test_a_resolved_config_runs_again_also_with_ones_own_network(tmp_path):
+def test_a_stored_config_runs_again_with_a_custom_network(tmp_path):
     network = Own(2)
     trainer = Trainer(short(tmp_path), make_env=Counter, policy=network)
     trainer.run()
@@ -417,7 +418,7 @@ def test_a_resolved_config_runs_again_also_with_ones_own_network(tmp_path):
     again.run()
 
 
-def test_another_environment_is_never_played_in_place_of_ones_own(tmp_path):
+def test_evaluate_requires_make_env_for_a_custom_environment(tmp_path):
     make = lambda: Spaces(spaces.Box(-1, 1, (4,), np.float32), spaces.Discrete(2))  # noqa: E731
     Trainer(short(tmp_path), make_env=make).run()
     with pytest.raises(ConfigError, match=r"trained on Spaces from make_env; call resume or evaluate with make_env="):
@@ -425,7 +426,7 @@ def test_another_environment_is_never_played_in_place_of_ones_own(tmp_path):
     assert len(evaluate(tmp_path / "run", 2, make_env=make).returns) == 2
 
 
-def test_real_half_cheetah_runs_with_its_normalisers(tmp_path, monkeypatch):
+def test_half_cheetah_trains_with_normalisers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings into the working directory
     config = Config(env_id="HalfCheetah-v5", n_envs=2, n_steps=64, total_timesteps=256, run_dir=tmp_path / "run")
     trainer = Trainer(config)
@@ -439,14 +440,14 @@ def test_real_half_cheetah_runs_with_its_normalisers(tmp_path, monkeypatch):
     assert trainer.reward_normalizer.count == 256
 
 
-def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):
+def test_ctrl_c_stops_after_the_iteration_and_saves_the_model(tmp_path):
     command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "10000000", "--compile", "off"]
     command += ["--vectorization", "async", "--n-envs", "2", "--run-dir", str(tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
     while not (tmp_path / "run" / "metrics.jsonl").exists() or not rows_of(tmp_path / "run"):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal: the workers get the signal too
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     assert "interrupted; everything is saved" in output
@@ -455,7 +456,7 @@ def test_ctrl_c_ends_after_the_iteration_and_keeps_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["closed pipe", "full disk"])
-def test_training_goes_on_when_nobody_reads_its_output(tmp_path, where):
+def test_training_continues_when_its_output_cannot_be_written(tmp_path, where):
     command = f"{sys.executable} -m fastppo train --total-timesteps 1100 --run-dir {tmp_path / 'run'}"
     command += " | true" if where == "closed pipe" else " > /dev/full"
     done = subprocess.run(
@@ -466,7 +467,7 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path, where):
 
 
 @pytest.mark.parametrize(
-    ("mischief", "message"),
+    ("damage", "message"),
     [
         (lambda run: (run / "model.json").unlink(), "holds no saved model"),
         (lambda run: (run / "model.json").write_text("{"), "can't be understood"),
@@ -481,12 +482,12 @@ def test_training_goes_on_when_nobody_reads_its_output(tmp_path, where):
         (lambda run: (run / "config.json").write_text("[1]"), "can't be understood"),
     ],
 )
-def test_a_damaged_run_folder_is_refused_in_one_sentence(tmp_path, mischief, message):
+def test_a_damaged_run_folder_is_rejected_with_a_one_line_error(tmp_path, damage, message):
     Trainer(short(tmp_path)).run()
-    mischief(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=message) as told:
+    damage(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=message) as error:
         evaluate(tmp_path / "run", 1)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def replace(path, old, new):
@@ -495,7 +496,7 @@ def replace(path, old, new):
     path.write_text(text.replace(old, new))
 
 
-def test_what_is_no_config_and_no_maker_is_refused(tmp_path):
+def test_the_trainer_rejects_a_config_or_make_env_of_the_wrong_type(tmp_path):
     with pytest.raises(ConfigError, match="takes a Config, not str"):
         Trainer("CartPole-v1")
     with pytest.raises(ConfigError, match="must be a function that makes an environment"):
@@ -511,39 +512,39 @@ def test_what_is_no_config_and_no_maker_is_refused(tmp_path):
         ({"env_id": "Acrobot-v1"}, r"trained on CartPole-v1\) holds another policy: observations vector \(4,\) there"),
     ],
 )
-def test_a_start_from_another_kind_of_policy_is_refused(tmp_path, changes, message):
+def test_init_from_rejects_a_different_policy(tmp_path, changes, message):
     Trainer(short(tmp_path)).run()
     with pytest.raises(CheckpointError, match=message):
         Trainer(short(tmp_path, init_from=tmp_path / "run", run_dir=tmp_path / "second", **changes))
     assert not (tmp_path / "second").exists()
 
 
-def test_a_compiled_annealed_run_compiles_nothing_after_its_first_iteration(tmp_path):
+def test_a_compiled_run_with_schedules_never_recompiles(tmp_path):
     annealed = {"learning_rate": "linear:1e-3:0", "clip_coef": "cosine:0.2:0.05", "ent_coef": "linear:0.01:0"}
     trainer = Trainer(short(tmp_path, total_timesteps=160, compile="on", target_kl=0.01, **annealed), make_env=Counter)
     before = compiling.compilations
     result = trainer.run()
     assert result.iterations == 10
     assert compiling.compilations == before
-    assert result.compilations == 2, "the minibatch and the advantages"
+    assert result.compilations == 2, "one for the minibatch, one for the advantages"
     ended = json.loads((trainer.run_dir / "result.json").read_text())
     assert ended["compilations"] == 2
     assert ended["compile_seconds"] > 0
-    assert ended["sps_total"] < ended["sps_steady"], "compiling counts in the total alone"
+    assert ended["sps_total"] < ended["sps_steady"], "only the total includes compile time"
 
 
 @pytest.mark.filterwarnings("ignore:.*Box (low|high)'s precision")  # EnvPool's own spaces
-def test_envpool_trains_with_its_reset_rows_left_out(tmp_path):
+def test_envpool_trains_without_its_reset_rows(tmp_path):
     pytest.importorskip("envpool")
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1", n_steps=64, vectorization="envpool", total_timesteps=512))
     result = trainer.run()
     assert trainer.rollout.valid is not None
     assert result.episodes > 5
     assert result.global_step == 512 - result.episodes or result.global_step < 512
-    assert 8 < result.mean_return < 60, "random play of CartPole"
+    assert 8 < result.mean_return < 60, "the range of a random CartPole policy"
 
 
-def test_auto_measures_and_says_so(tmp_path, monkeypatch):
+def test_vectorization_auto_measures_and_reports_its_choice(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1", n_envs=64, vectorization="auto", n_steps=2))
     assert trainer.config.vectorization == "native"
@@ -553,7 +554,7 @@ def test_auto_measures_and_says_so(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-8), ("bf16", 1e-6)])
 @pytest.mark.parametrize(("env_id", "compile"), [("CartPole-v1", "off"), ("Pendulum-v1", "off"), ("CartPole-v1", "on")])
-def test_before_any_update_the_ratio_is_1(tmp_path, precision, bound, compile, env_id):
+def test_the_ratio_stays_1_at_zero_learning_rate(tmp_path, precision, bound, compile, env_id):
     settings = {"precision": precision, "compile": compile, "learning_rate": 0.0, "hidden_sizes": (32, 32)}
     trainer = Trainer(short(tmp_path, env_id=env_id, n_envs=16, **settings), policy=None)
     for stats in trainer.iterations():
@@ -562,7 +563,7 @@ def test_before_any_update_the_ratio_is_1(tmp_path, precision, bound, compile, e
     assert trainer.update.parameters.vector.dtype == trainer.rollout.logprobs.dtype == torch.float32
 
 
-def test_bf16_learns_what_fp32_does_within_its_rounding(tmp_path):
+def test_bf16_and_fp32_move_parameters_in_the_same_direction(tmp_path):
     vectors = {}
     for precision in ("fp32", "bf16"):
         config = short(tmp_path, run_dir=tmp_path / precision, precision=precision, compile="off", learning_rate=1e-3)

@@ -1,4 +1,4 @@
-"""One update against two others, and the KL early stop."""
+"""PPOUpdate against two reference implementations, the KL early stop, and compilation."""
 
 import copy
 import math
@@ -50,7 +50,7 @@ def make_batch(policy, seed=1, rows=B, valid=None):
     noise = torch.empty(rows, A)
     policy.distribution.fill_noise(noise, g)
     action = policy.act(obs, noise)
-    # old log-probabilities a little off, so that ratios differ from 1 and some rows are clipped
+    # perturb the old log-probabilities so that ratios differ from 1 and some rows are clipped
     logprobs = action.logprobs + 0.15 * torch.randn(rows, generator=g)
     advantages, returns = torch.randn(rows, generator=g), 2 * torch.randn(rows, generator=g)
     return Batch(obs, action.actions, logprobs, action.params, action.values, advantages, returns, valid)
@@ -63,13 +63,13 @@ def make_update(policy, **changes):
 
 
 def learn(update, batch, coefs, kl_limit, watch=True):
-    """The report of one whole update."""
+    """Run one update and return its report."""
     update.prepare(len(batch.logprobs), kl_limit)
     return update.run(batch, coefs, watch=watch and kl_limit != math.inf)
 
 
 def logprobs_now(policy, batch):
-    """Log-probabilities of the batch's actions under the policy as it is."""
+    """Return the log-probabilities of the batch's actions under the current policy."""
     return policy.evaluate_actions(policy(batch.obs), batch.actions, batch.params).logprobs.detach()
 
 
@@ -78,12 +78,12 @@ REPORT += ("stop_kl", "skipped_in_a_row")
 
 
 def named(report):
-    """An update's report by name."""
+    """Return an update's report as a dictionary."""
     return dict(zip(REPORT, report.tolist(), strict=True))
 
 
 def minibatches(batch, epochs, parts):
-    """The same permutations that an update with generator seed 5 draws."""
+    """Yield the minibatches that an update with generator seed 5 draws."""
     g = torch.Generator().manual_seed(5)
     for _ in range(epochs):
         for rows in torch.randperm(len(batch.obs), generator=g).view(parts, -1):
@@ -93,7 +93,7 @@ def minibatches(batch, epochs, parts):
 
 @pytest.mark.parametrize("value_clip", ["off", "max", "clipped_only"])
 @pytest.mark.parametrize("normalize", ["minibatch", "off"])
-def test_parameters_after_an_update_equal_plain_autograd_and_torchs_adam(value_clip, normalize):
+def test_an_update_matches_plain_autograd_and_torch_adam(value_clip, normalize):
     policy = make_policy()
     twin = copy.deepcopy(policy.network)
     before = torch.nn.utils.parameters_to_vector(twin.parameters()).detach().clone()
@@ -106,12 +106,12 @@ def test_parameters_after_an_update_equal_plain_autograd_and_torchs_adam(value_c
     ours = torch.nn.utils.parameters_to_vector(policy.network.parameters())
     theirs = torch.nn.utils.parameters_to_vector(twin.parameters())
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (theirs - before).abs().max() > 1e-3, "an update that moves nothing proves nothing"
+    assert (theirs - before).abs().max() > 1e-3, "the reference update must move the parameters"
     assert (stats["minibatches_run"], stats["epochs_run"], stats["stopped"]) == (8, 2, 0)
     assert 0.05 < stats["clipfrac"] < 0.5
 
 
-def test_parameters_after_an_update_equal_stable_baselines3s():
+def test_an_update_matches_stable_baselines3():
     sb3 = pytest.importorskip("stable_baselines3")
     from stable_baselines3.common.logger import configure
 
@@ -136,7 +136,7 @@ def test_parameters_after_an_update_equal_stable_baselines3s():
     for a, b in pairs:
         a.load_state_dict(b.state_dict())
 
-    # a rollout that both learn from
+    # one rollout for both updates
     g = torch.Generator().manual_seed(3)
     obs, noise = torch.randn(B, 4, generator=g), torch.empty(B, 2)
     policy.distribution.fill_noise(noise, g)
@@ -152,7 +152,7 @@ def test_parameters_after_an_update_equal_stable_baselines3s():
         array[:] = column.numpy().reshape(array.shape)
     buffer.full, buffer.pos = True, B
 
-    # its permutations come from numpy's global generator: hand both the same ones
+    # Stable-Baselines3 draws permutations from numpy's global generator: give both updates the same ones
     orders = [np.random.default_rng(i).permutation(B) for i in range(epochs)]
     queue = iter(orders)
     with pytest.MonkeyPatch.context() as patch:
@@ -162,14 +162,14 @@ def test_parameters_after_an_update_equal_stable_baselines3s():
     queue = iter(orders)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", lambda n, **_: torch.as_tensor(next(queue)))
-        # vf_coef: ours halves the squared error, theirs doesn't
+        # PPOLoss halves the squared error and Stable-Baselines3 does not, so vf_coef is twice as large here
         learn(update, batch, coefficients(vf_coef=0.7, value_clip_coef=0.3), math.inf)
     for a, b in pairs:
         torch.testing.assert_close(a.weight, b.weight, atol=1e-5, rtol=0)
         torch.testing.assert_close(a.bias, b.bias, atol=1e-5, rtol=0)
 
 
-def test_batch_normalisation_of_advantages_is_done_once():
+def test_batch_normalisation_scales_advantages_once_per_update():
     policy = make_policy()
     twin = copy.deepcopy(policy.network)
     batch = make_batch(policy)
@@ -182,7 +182,7 @@ def test_batch_normalisation_of_advantages_is_done_once():
     torch.testing.assert_close(ours, torch.nn.utils.parameters_to_vector(twin.parameters()), atol=1e-5, rtol=0)
 
 
-def test_filler_rows_do_not_touch_the_update():
+def test_filler_rows_do_not_affect_the_update():
     g = torch.Generator().manual_seed(0)
     valid = torch.rand(B, generator=g) < 0.7
     results = []
@@ -197,7 +197,7 @@ def test_filler_rows_do_not_touch_the_update():
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_each_epoch_has_a_permutation_of_its_own():
+def test_each_epoch_draws_a_new_permutation():
     policy = make_policy()
     update = make_update(policy, update_epochs=3, n_minibatches=1)
     seen = []
@@ -212,7 +212,7 @@ def test_each_epoch_has_a_permutation_of_its_own():
 
 @pytest.mark.parametrize("watch", [True, False])
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
-def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divide_by_what_ran(kl_stop, watch):
+def test_a_large_kl_stops_the_update_and_means_cover_only_its_steps(kl_stop, watch):
     policy = make_policy()
     batch = make_batch(policy)
     batch = batch._replace(logprobs=logprobs_now(policy, batch))
@@ -236,15 +236,15 @@ def test_a_large_learning_rate_is_stopped_in_the_first_epochs_and_averages_divid
     assert stats["minibatches_run"] == len(steps) < 40
     assert stats["grad_norm"] == pytest.approx(steps[-1] / len(steps), rel=1e-5)
     if not watch:
-        assert len(ran) == 40, "nobody looks, so everything runs and changes nothing"
+        assert len(ran) == 40, "without watch every minibatch runs, and those after the stop change nothing"
     elif kl_stop == "minibatch":
-        assert len(ran) == len(steps) + 1, "the minibatch that went too far is judged before its step"
+        assert len(ran) == len(steps) + 1, "the KL of a minibatch is checked before its step"
     if kl_stop == "epoch":
-        assert stats["minibatches_run"] == 4 * stats["epochs_run"], "an epoch is judged whole"
+        assert stats["minibatches_run"] == 4 * stats["epochs_run"], "the KL is checked once per epoch"
 
 
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
-def test_to_look_or_not_to_look_gives_the_same_bits(kl_stop):
+def test_watch_does_not_change_the_result(kl_stop):
     results = []
     for watch in (True, False):
         policy = make_policy()
@@ -261,7 +261,7 @@ def test_to_look_or_not_to_look_gives_the_same_bits(kl_stop):
 
 
 @pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
-def test_a_nan_kl_stops_too(kl_stop):
+def test_a_nan_kl_stops_the_update(kl_stop):
     policy = make_policy()
     batch = make_batch(policy)
     batch = batch._replace(logprobs=torch.full_like(batch.logprobs, torch.nan))
@@ -271,10 +271,10 @@ def test_a_nan_kl_stops_too(kl_stop):
     assert math.isnan(stats["stop_kl"])
     assert stats["minibatches_run"] == (0 if kl_stop == "minibatch" else 4)
     assert all(torch.equal(v, before[k]) for k, v in policy.network.state_dict().items())
-    assert math.isnan(stats["policy_loss"]), "nothing ran, so there is no mean"
+    assert math.isnan(stats["policy_loss"]), "no step was taken, so there is no mean"
 
 
-def test_a_minibatch_without_a_finite_gradient_is_left_out_of_steps_and_means():
+def test_a_minibatch_with_a_non_finite_gradient_is_skipped():
     results = []
     for spoil in (False, True):
         policy = make_policy()
@@ -289,7 +289,7 @@ def test_a_minibatch_without_a_finite_gradient_is_left_out_of_steps_and_means():
     assert all(x.isfinite().all() for x in weights.values())
 
 
-def test_a_generous_limit_stops_nothing():
+def test_a_high_kl_limit_does_not_stop_the_update():
     policy = make_policy()
     stats = named(
         learn(make_update(policy, update_epochs=3), make_batch(policy), coefficients(learning_rate=1e-4), 10.0)
@@ -297,7 +297,7 @@ def test_a_generous_limit_stops_nothing():
     assert (stats["epochs_run"], stats["minibatches_run"], stats["stopped"]) == (3, 12, 0)
 
 
-def test_every_coefficient_at_0_leaves_the_parameters_where_they_are():
+def test_a_zero_learning_rate_leaves_the_parameters_unchanged():
     policy = make_policy()
     before = copy.deepcopy(policy.network.state_dict())
     learn(make_update(policy), make_batch(policy), coefficients(learning_rate=0.0, clip_coef=0.0), math.inf)
@@ -306,7 +306,7 @@ def test_every_coefficient_at_0_leaves_the_parameters_where_they_are():
 
 def small_network(kind):
     class Small(torch.nn.Module):
-        """As a user would write it: not our MLP."""
+        """A custom network, as a user would write it."""
 
         def __init__(self):
             super().__init__()
@@ -325,7 +325,7 @@ def small_network(kind):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "own"])
-def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
+def test_a_compiled_update_matches_eager_and_compiles_once(kind):
     results = []
     for compiled in (False, True):
         policy = make_policy() if kind == "mlp" else small_network(kind)
@@ -334,9 +334,9 @@ def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
         before = update.parameters.vector.clone()
         if compiled:
             update.compile(batch, coefficients())
-            assert torch.equal(update.parameters.vector, before), "compiling takes no step"
+            assert torch.equal(update.parameters.vector, before), "compile() takes no step"
             count = compiling.compilations
-        for i in range(3):  # annealed, and with a limit that stops the last one
+        for i in range(3):  # with schedules, and a KL limit that stops the last update
             coefs = coefficients(learning_rate=1e-3 / (i + 1), clip_coef=0.2 / (i + 1))
             stats = learn(update, batch, coefs, (math.inf, 1.0, 1e-4)[i])
         results.append((update.parameters.vector.clone(), stats))
@@ -349,27 +349,27 @@ def test_compiled_gives_the_eager_numbers_and_compiles_once(kind):
 
 
 @pytest.mark.parametrize(("kind", "reason"), [("lstm", "LSTM .body. is one opaque"), ("counting", "the buffer calls")])
-def test_what_cannot_be_compiled_is_named(kind, reason):
+def test_a_compile_error_names_the_unsupported_part(kind, reason):
     policy = small_network(kind)
     with pytest.raises(compiling.CompileError, match=reason):
         make_update(policy).compile(make_batch(policy), coefficients())
 
 
-def test_no_compiler_is_one_line(monkeypatch):
+def test_a_compile_error_names_the_missing_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     policy = make_policy()
     with pytest.raises(compiling.CompileError, match=r"there is no C\+\+ compiler \(no-such-compiler\)"):
         make_update(policy).compile(make_batch(policy), coefficients())
 
 
-def test_rational_tanh_is_within_its_bound():
+def test_compiled_tanh_stays_within_its_error_bound():
     x = torch.linspace(-12, 12, 200_001)
     fast = compiling.compile_graph(torch.tanh, [x])(x)
     assert (fast - x.tanh()).abs().max() < 4e-7
     assert fast.abs().max() <= 1
 
 
-def test_loaded_weights_stay_in_the_vector():
+def test_loading_weights_writes_to_the_parameter_vector():
     policy, other = make_policy(), make_policy(seed=3)
     update = make_update(policy)
     policy.load_state_dict(other.state_dict())
@@ -377,7 +377,7 @@ def test_loaded_weights_stay_in_the_vector():
         assert torch.equal(view, theirs)
 
 
-def test_wide_observations_are_gathered_apart():
+def test_gather_returns_the_same_rows_of_every_column():
     g = torch.Generator().manual_seed(0)
     for shape, dtype in [((65,), torch.float32), ((3, 4), torch.uint8), ((5,), torch.float32), ((), torch.int64)]:
         obs = torch.randint(0, 9, (10, *shape), generator=g).to(dtype)

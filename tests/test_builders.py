@@ -1,4 +1,4 @@
-"""What a trainer is made of: cores, and what becomes of `--compile`."""
+"""Builders of a trainer's parts: compile modes, usable cores, custom networks, notes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fastppo.runtime.distributed import World
 
 
 class Parts:
-    """Stands for learner, collector and environments: compiles and records, or says why not."""
+    """A stand-in for learner, collector and environments that compiles and captures, or raises."""
 
     device = torch.device("cpu")
 
@@ -46,7 +46,7 @@ class Parts:
         ("off", 1, Parts(), "cpu", "off", None),
     ],
 )
-def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mode, note):
+def test_a_note_explains_the_compile_mode(wanted, minibatches, parts, device, mode, note):
     parts.device, notes, said = torch.device(device), [], []
     found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes=notes, say=said.append)
     assert found == mode
@@ -57,7 +57,7 @@ def test_what_becomes_of_compile_is_told(wanted, minibatches, parts, device, mod
     assert ("capture" in parts.done) == (mode == "graph")
 
 
-def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
+def test_the_update_stays_compiled_when_stepping_cannot_be(monkeypatch):
     def fail(env):
         raise CompileError("no such kernel")
 
@@ -68,7 +68,7 @@ def test_an_update_stays_compiled_where_stepping_cant_be(monkeypatch):
     assert notes[0] == "stepping is eager: it can't be compiled: no such kernel."
 
 
-def test_an_update_stays_compiled_where_acting_cant_be():
+def test_the_update_stays_compiled_when_acting_cannot_be():
     learner, notes = Parts(), []
     mode, _ = compile_parts("on", 1, learner, Parts(compiles=False), Parts(), World(), notes=notes, say=print)
     assert (mode, learner.done) == ("on", ["compile"])
@@ -76,7 +76,7 @@ def test_an_update_stays_compiled_where_acting_cant_be():
     assert notes[1].startswith("compile on: requested")
 
 
-def test_what_was_asked_for_and_cant_be_recorded_is_an_error():
+def test_a_requested_graph_that_cannot_be_captured_is_an_error():
     with pytest.raises(CaptureError, match="looks at values"):
         compile_parts("graph", 1, Parts(), Parts(records=False), Parts(), World(), notes=[], say=print)
     with pytest.raises(CaptureError, match="several processes on the CPU"):
@@ -85,7 +85,7 @@ def test_what_was_asked_for_and_cant_be_recorded_is_an_error():
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine of 64 cores whose control groups are files; returns a function that writes one."""
+    """Fake a machine with 64 cores; return a function that writes one of its control group files."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(64)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
@@ -96,33 +96,40 @@ def machine(tmp_path, monkeypatch):
     return write
 
 
-def test_a_quota_limits_cores(machine, tmp_path, monkeypatch):
+def test_a_cpu_quota_limits_usable_cores(machine, tmp_path, monkeypatch):
     assert usable_cores(tmp_path) == 64, "no control groups"
     machine("proc/self/cgroup", "0::/pods/mine\n")
     assert usable_cores(tmp_path) == 64
     machine("sys/fs/cgroup/pods/mine/cpu.max", "max 100000\n")
     assert usable_cores(tmp_path) == 64
     machine("sys/fs/cgroup/pods/cpu.max", "850000 100000\n")
-    assert usable_cores(tmp_path) == 8, "a group above counts"
+    assert usable_cores(tmp_path) == 8, "the quota of a parent group applies"
     machine("sys/fs/cgroup/pods/mine/cpu.max", "20000 100000\n")
-    assert usable_cores(tmp_path) == 1, "never none"
+    assert usable_cores(tmp_path) == 1, "at least one core"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     machine("sys/fs/cgroup/pods/mine/cpu.max", "max 100000\n")
-    assert usable_cores(tmp_path) == 2, "processes that train together share them"
+    assert usable_cores(tmp_path) == 2, "the ranks of one machine share its cores"
 
 
 @pytest.mark.parametrize(
     ("mine", "parents", "processes", "cores"),
     [(64, 64, 8, 8), (8, 64, 8, 8), (8, 8, 8, 1), (32, 64, 8, 8), (4, 64, 1, 4), (1, 64, 2, 1)],
-    ids=["all of one machine", "each bound to its own", "a container's cores", "a half", "taskset", "a core each"],
+    ids=[
+        "all of one machine",
+        "each bound to its own",
+        "a container's cores",
+        "half of one machine",
+        "taskset",
+        "a core each",
+    ],
 )
-def test_cores_that_each_process_was_bound_to_are_its_own(tmp_path, monkeypatch, mine, parents, processes, cores):
+def test_ranks_share_cores_unless_each_is_bound_to_its_own(tmp_path, monkeypatch, mine, parents, processes, cores):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(parents if pid else mine)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert usable_cores(tmp_path) == cores
 
 
-def test_a_quota_of_the_first_version_of_groups(machine, tmp_path):
+def test_a_cgroup_v1_quota_limits_usable_cores(machine, tmp_path):
     machine("proc/self/cgroup", "4:cpu,cpuacct:/docker/x\n3:memory:/docker/x\n")
     machine("sys/fs/cgroup/cpu/cpu.cfs_quota_us", "200000\n")  # a container sees its own group as the root
     machine("sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
@@ -143,7 +150,7 @@ class Own(torch.nn.Module):
 
 
 @pytest.mark.parametrize("half_batches", [False, True])
-def test_a_network_of_ones_own_acts_compiled_as_it_does_eagerly(tmp_path, half_batches):
+def test_a_custom_network_acts_the_same_compiled_and_eager(tmp_path, half_batches):
     how = {"vectorization": "pool", "workers": 2, "half_batches": True} if half_batches else {}
     runs = {}
     for mode in ("off", "on"):
@@ -158,8 +165,8 @@ def test_a_network_of_ones_own_acts_compiled_as_it_does_eagerly(tmp_path, half_b
         torch.testing.assert_close(runs["on"][name], runs["off"][name], rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_acting_is_not_recorded_over(tmp_path):
-    """On CUDA with a policy that acts on the CPU both happen; a recording of compiled code would repeat itself."""
+def test_compiled_acting_is_not_captured(tmp_path):
+    """A CUDA run whose policy acts on the CPU requests both; a capture of compiled code would repeat its outputs."""
     sizes = {"n_envs": 2, "n_steps": 8, "total_timesteps": 64}
     config = Config(**sizes, learning_rate=1e-12, compile="off", threads=1, run_dir=tmp_path / "run")
     trainer = Trainer(config, policy=Own())
@@ -177,7 +184,7 @@ def freeze(network):
     network.body.requires_grad_(False)
 
 
-def take_away(network):
+def remove(network):
     network.heads.bias = None
 
 
@@ -191,33 +198,33 @@ def assign(network):
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [(freeze, "body.0.weight"), (take_away, "heads.bias"), (add, "more.weight"), (assign, "body.0.weight")],
+    [(freeze, "body.0.weight"), (remove, "heads.bias"), (add, "more.weight"), (assign, "body.0.weight")],
 )
-def test_parameters_that_change_while_they_train_are_refused(change, name):
+def test_check_rejects_parameters_changed_after_flattening(change, name):
     network = Own()
     flat = FlatParameters(network)
     flat.check()
-    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies: fine
+    network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies in place
     flat.check()
     change(network)
     with pytest.raises(ConfigError, match=f"network parameter {name} was replaced, moved, frozen or added"):
         flat.check()
 
 
-def test_parameters_that_were_moved_are_refused(tmp_path):
+def test_a_run_stops_when_its_parameters_are_replaced(tmp_path):
     config = Config(n_envs=2, n_steps=8, total_timesteps=160, compile="off", run_dir=tmp_path / "run")
     trainer = Trainer(config, policy=Own())
     network = trainer.policy.network
     with pytest.raises(Exception, match=r"network parameter body.0.weight was replaced, moved, frozen or added"):
         for stats in trainer.iterations():
             if stats.iteration == 2:
-                network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies: fine
+                network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()})  # copies in place
             if stats.iteration == 4:
                 network.load_state_dict({k: v.clone() for k, v in network.state_dict().items()}, assign=True)
     assert trainer.progress.iteration == 4
 
 
-def test_what_a_setting_has_nothing_to_give_for_is_told(tmp_path):
+def test_a_note_reports_a_setting_without_a_value_for_the_environment(tmp_path):
     sizes = {"n_envs": 2, "n_steps": 8, "total_timesteps": 16, "compile": "off"}
     given = {"env_id": "Pendulum-v1", "target_return": "threshold", "preset": "cleanrl"}
     trainer = Trainer(Config(**sizes, **given, n_minibatches=1, run_dir=tmp_path / "a"))

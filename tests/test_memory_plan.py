@@ -1,4 +1,4 @@
-"""The memory plan: what is told beforehand is what is taken, and too much is refused with what would fit."""
+"""The memory plan: planned sizes match real ones, and the error for an oversized run names the n_envs that fits."""
 
 import json
 import subprocess
@@ -17,10 +17,10 @@ from fastppo.runtime.resources import free_memory
 from tests.worlds import Counter, Spaces, short
 
 
-def test_storage_is_counted_to_the_byte(tmp_path):
+def test_planned_storage_is_exact_to_the_byte(tmp_path):
     trainer = Trainer(short(tmp_path, n_envs=6, n_steps=10, n_minibatches=1), make_env=Counter)
     taken = sum(x.numel() * x.element_size() for x in trainer.rollout.tensors().values())
-    # a plan can't know yet whether there will be filler rows, and counts a flag for each
+    # the plan does not know yet whether there are filler rows, so it counts a flag for every row
     assert trainer.memory.storage == taken + 60
     assert trainer.memory.update > 0
     run = json.loads((trainer.run_dir / "run.json").read_text())
@@ -28,7 +28,7 @@ def test_storage_is_counted_to_the_byte(tmp_path):
     trainer.run()
 
 
-def test_planning_changes_nothing(tmp_path):
+def test_planning_does_not_change_training(tmp_path):
     results = []
     for i in range(2):
         trainer = Trainer(short(tmp_path, run_dir=tmp_path / str(i)), make_env=Counter)
@@ -47,13 +47,13 @@ def _probe():
     return inspect_env("", {}, Counter)
 
 
-def test_too_much_is_refused_with_what_fits(tmp_path):
+def test_an_oversized_run_is_rejected_with_the_n_envs_that_fits(tmp_path):
     with pytest.raises(ConfigError, match=r"n_envs=2000000000 with n_steps=128 needs [\d.]+ GiB .*; n_envs=\d+ fits"):
         Trainer(Config(n_envs=2_000_000_000, vectorization="native", run_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_the_largest_that_fits_is_found():
+def test_check_memory_finds_the_largest_n_envs_that_fits():
     def plan(n):
         return MemoryPlan(storage=100 * n, staging=10 * n, update=50 * n + 1000)
 
@@ -64,7 +64,7 @@ def test_the_largest_that_fits_is_found():
         check_memory(plan, 1000, 8, free=500)
 
 
-def test_normalising_wide_observations_is_in_the_plan(tmp_path):
+def test_the_plan_includes_normalisation_of_wide_observations(tmp_path):
     plans = []
     for i in range(2):
         config = short(tmp_path, run_dir=tmp_path / str(i), n_envs=64, n_minibatches=64, normalize_obs=bool(i))
@@ -72,7 +72,7 @@ def test_normalising_wide_observations_is_in_the_plan(tmp_path):
         plans.append(trainer.memory)
         trainer.run()
     batch = 64 * 8 * 3000
-    assert plans[1].update > 2 * 8 * batch > plans[0].update  # two copies in float64 at once
+    assert plans[1].update > 2 * 8 * batch > plans[0].update  # two float64 copies at once
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_normalising_wide_observations_is_in_the_plan(tmp_path):
         ("4:cpu,memory:/me", "memory/me", {"memory.limit_in_bytes": "1000", "memory.usage_in_bytes": "700"}),
     ],
 )
-def test_free_memory_is_limited_by_control_groups(tmp_path, line, folder, files):
+def test_control_groups_limit_free_memory(tmp_path, line, folder, files):
     device = torch.device("cpu")
     assert free_memory(device, tmp_path) > 10_000, "without control groups"
     group = tmp_path / "sys/fs/cgroup" / folder
@@ -122,18 +122,18 @@ print(json.dumps({"before": before, "ready": ready, "peak": peak, "storage": pla
 
 
 @pytest.mark.parametrize("compiled", ["off", "on"])
-def test_the_peak_is_as_planned_within_15_percent(tmp_path, compiled):
+def test_peak_memory_is_within_15_percent_of_the_plan(tmp_path, compiled):
     command = [sys.executable, "-c", MEASURE, "32768", "32", compiled, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     m = json.loads(done.stdout.splitlines()[-1])
     planned = m["before"] + m["total"]
-    assert m["total"] > 5e8, "a plan that is small beside Python itself proves nothing"
+    assert m["total"] > 5e8, "the plan must be large compared with Python itself"
     assert m["peak"] == pytest.approx(planned, rel=0.15), {k: v / 2**20 for k, v in m.items()}
 
 
 class Looking(torch.nn.Module):
-    """Looks at the values of its input."""
+    """A network whose control flow depends on the values of its input."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ class Looking(torch.nn.Module):
         return self.body(x), self.critic(x).squeeze(-1)
 
 
-def test_a_network_that_looks_at_values_trains_without_a_plan(tmp_path):
+def test_a_network_with_data_dependent_control_flow_trains_without_a_plan(tmp_path):
     trainer = Trainer(short(tmp_path), make_env=Counter, policy=Looking())
     assert "memory is not planned" in trainer.notes[0]
     assert trainer.run().iterations == 3
