@@ -348,14 +348,8 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
 def test_resume_auto_starts_and_then_continues(tmp_path):
     run = tmp_path / "run"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "2048", "--resume", "auto"]
-    before = Trainer._look_after_envs
-
-    def stop_after_3(trainer, stats):
-        before(trainer, stats)
-        trainer.stop_requested = stats.iteration == 3
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_look_after_envs", stop_after_3)
+        patch.setattr(Trainer, "_must_stop", lambda trainer: trainer.progress.iteration == 3)
         first = fastppo(*arguments)
     assert first.returncode == 0, first.stderr
     second = fastppo(*arguments)
