@@ -358,7 +358,7 @@ def test_resume_auto_starts_and_then_continues(tmp_path):
     assert [row["iteration"] for row in rows_of(run)] == list(range(1, 9))
     third = fastppo(*arguments)
     assert third.returncode == 0
-    assert "has run all of its 2,048 steps" in " ".join(third.stdout.split())
+    assert "is complete (2,048 steps)" in " ".join(third.stdout.split())
     changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
     assert changed.returncode == 2
     assert "gamma was 0.99, is 0.5" in changed.stderr
