@@ -1,6 +1,6 @@
 """Every setting of a run: one flat, frozen dataclass whose fields are the command line's flags.
 
-Each field of `Config` carries its metadata (`Setting`): section, range, unit, and what changing it means. Range checks,
+Each field of `Config` carries its metadata (`Setting`): section, range, unit, and effect on a run. Range checks,
 schedules, the settings a resume must keep, the grouping of seeds in reports, `--help` and docs/settings.md are derived
 from it.
 
@@ -156,9 +156,9 @@ class Config:
     env_timeout: Annotated[
         float | None, Setting(section="environment", above=0, unit="SECONDS", unset="none", changes="nothing")
     ] = None
-    """Maximum duration of a step or reset of a pool worker's environments, or of all async ones, in seconds."""
+    """Maximum seconds for a step or reset of one pool worker's environments, or of all async ones."""
     strict_obs: Annotated[bool, Setting(section="environment", changes="nothing")] = False
-    """End the run when an observation lies outside its observation_space, instead of one warning."""
+    """End the run when an observation is outside its observation_space, instead of warning once."""
 
     seed: Annotated[int, Setting(section="run", at_least=0, at_most=2**63 - 1, changes="noise")] = 1
     """Seed of environments, initial weights, action noise and minibatch order."""
@@ -175,7 +175,7 @@ class Config:
     """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
     environment id, where available."""
     init_from: Annotated[Path | None, Setting(section="run", unset="none", resume_may_change=True)] = None
-    """Run folder whose policy and normalisers the run starts from."""
+    """Start from the policy and normalisers of this run folder."""
     name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
     """Name of the run; its folder is runs/<env>/<name>-<seed>-<time>/."""
     run_dir: Annotated[Path | None, Setting(section="run", unset="runs/...", changes="nothing")] = None
@@ -195,7 +195,7 @@ class Config:
     update_epochs: Annotated[int | None, Setting(section="optimisation", at_least=1)] = None
     """Passes over each rollout, each in a new random order."""
     learning_rate: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
-    """Adam's step size. As every NUMBER|SCHEDULE, a number or linear:START:END, cosine:START:END, constant:VALUE."""
+    """Adam's step size. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or constant:VALUE."""
     anneal_lr: Annotated[bool | None, Setting(section="optimisation")] = None
     """Anneal the learning rate to 0: short for `--learning-rate linear:X:0`."""
     adam_eps: Annotated[float, Setting(section="optimisation", above=0)] = 1e-5
@@ -232,7 +232,7 @@ class Config:
     `fastppo replay`."""
 
     network: Annotated[Literal["auto", "mlp", "cnn"], Setting(section="policy", chosen_at_start=True)] = "auto"
-    """`cnn`: the Nature CNN, for uint8 images of at least 36x36; `mlp`: for all others."""
+    """`cnn`: the Nature CNN, for uint8 images of at least 36x36; `mlp`: for all other observations."""
     hidden_sizes: Annotated[tuple[int, ...], Setting(section="policy", at_least=1)] = (64, 64)
     """Widths of the MLP's hidden layers."""
     activation: Annotated[Literal["tanh", "relu", "elu", "gelu", "silu"], Setting(section="policy")] = "tanh"
@@ -243,11 +243,11 @@ class Config:
     normalize_obs: Annotated[bool | None, Setting(section="normalisation")] = None
     """Normalise vector observations to mean 0 and variance 1 by running moments."""
     obs_clip: Annotated[float, Setting(section="normalisation", above=0)] = 10.0
-    """Clip normalised observations to +- this."""
+    """Clip normalised observations to +- this value."""
     normalize_rewards: Annotated[bool | None, Setting(section="normalisation")] = None
     """Divide rewards by the running standard deviation of the discounted return."""
     reward_clip: Annotated[float, Setting(section="normalisation", above=0)] = 10.0
-    """Clip normalised rewards to +- this."""
+    """Clip normalised rewards to +- this value."""
     sign_rewards: Annotated[bool | None, Setting(section="normalisation", unset="True for ALE, else False")] = None
     """Train on the sign of rewards (Atari's reward clipping); logged returns stay raw."""
 
@@ -259,8 +259,8 @@ class Config:
         Literal["auto", "cpu", "cuda"],
         Setting(section="device and speed", changes="noise", chosen_at_start=True),
     ] = "auto"
-    """Device to act on when training on CUDA; `cpu` copies the policy before each rollout; `auto`: the faster one,
-    measured."""
+    """Device to act on when training on CUDA; `cpu` copies the policy before each rollout; `auto` takes the
+    faster one, by measurement."""
     threads: Annotated[
         int | None,
         Setting(
@@ -272,13 +272,13 @@ class Config:
             chosen_at_start=True,
         ),
     ] = None
-    """CPU threads of torch. Their number affects rounding; set it to repeat a run bit for bit elsewhere."""
+    """CPU threads of torch. The number affects rounding; set it to repeat a run bit for bit."""
     compile: Annotated[
         Literal["auto", "on", "off", "graph"],
         Setting(section="device and speed", changes="noise", chosen_at_start=True),
     ] = "auto"
-    """Compile update and advantages: several times faster after 10-20 s at the start; `graph`: capture rollout and
-    update too; `auto`: where the run is long enough to gain."""
+    """Compile the update and the advantages, which takes 10-20 s and makes them several times faster. `graph`: also
+    capture rollout and update; `auto`: compile if the run is long enough to gain time."""
     precision: Annotated[Literal["fp32", "bf16"], Setting(section="device and speed")] = "fp32"
     """`bf16`: networks under bfloat16 autocast, losses in float32; worthwhile for wide networks on hardware with
     bf16. `fp32` uses TF32 matrix products on CUDA."""
@@ -290,7 +290,7 @@ class Config:
     checkpoint_minutes: Annotated[
         float, Setting(section="checkpointing", at_least=0, unit="MINUTES", changes="nothing")
     ] = 10.0
-    """Minutes between checkpoints; 0 disables. The end of a run, Ctrl-C and SIGTERM always save one."""
+    """Minutes between checkpoints; 0 disables these. A run always saves one at its end, on Ctrl-C and on SIGTERM."""
     keep_checkpoints: Annotated[int, Setting(section="checkpointing", at_least=2, changes="nothing")] = 3
     """Checkpoints to keep, besides the best by evaluation."""
     resume: Annotated[Literal["never", "auto"], Setting(section="checkpointing", changes="nothing")] = "never"
@@ -318,7 +318,7 @@ class Config:
     ] = None
     """Environment steps between videos of an episode, for TensorBoard (extra `video`)."""
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], Setting(section="logging", changes="nothing")] = ()
-    """Log to these services too (extras `wandb`, `mlflow`); their environment variables configure them."""
+    """Also log to these services (extras `wandb`, `mlflow`), configured by their environment variables."""
 
     def __post_init__(self) -> None:
         """Check each field, and those combinations whose fields are given."""

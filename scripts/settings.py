@@ -14,17 +14,17 @@ INTRO = """\
 
 Written by `scripts/settings.py` from the metadata of `fastppo/config.py`; `fastppo train --help` shows the same texts.
 
-Each setting is a flag, a key of a TOML file (`--config`) and an argument of `Config`: `--n-envs`, `n_envs`. After its
-meaning come
+Each setting is a flag, a key of a TOML file (`--config`) and an argument of `Config`: `--n-envs`, `n_envs`. Each
+description is followed by
 
-* its default. Where it depends on the kind of environment, the first value is for vectors with discrete actions, the
+* its default. Where this depends on the kind of environment, the first value is for vectors with discrete actions, the
   others for images and for Box actions. `--preset tuned` has other defaults for some environments.
-* its range. A *schedule* may stand in place of a number: `linear:START:END` or `cosine:START:END` over the run, or
+* its range. A *schedule* may replace a number: `linear:START:END` or `cosine:START:END` over the run, or
   `constant:VALUE`.
-* what it changes. *Results*: what a run learns. *Noise*: random draws or rounding alone, so reports treat runs that
-  differ in nothing else as seeds of one experiment. *Nothing*: no number of any iteration, once its own defaults are
-  filled in and unless an environment fails.
-* whether a resumed run may have another value. Settings without that mark keep their value.
+* what it changes. *Results*: what a run learns. *Noise*: only random draws or rounding, so reports treat runs that
+  differ in nothing else as seeds of one experiment. *Nothing*: no number of any iteration, given the same resolved
+  values of all other settings and no environment failure.
+* whether a resume may change it. Settings without this note keep their value.
 """
 
 

@@ -240,7 +240,7 @@ MISTAKES = {
     "no steps": ('--env-kwargs {"max_episode_steps":0}', "Expect the `max_episode_steps` to be positive"),
     "acting elsewhere": ("--vectorization tensor --act-device cpu", "these environments run on the training device"),
     "run folder in use": ("--run-dir {tmp}", "is not empty and runs are never overwritten"),
-    "run folder through a file": ("--run-dir {tmp}/run.toml/x", "is, or lies in, a file; name a new folder"),
+    "run folder through a file": ("--run-dir {tmp}/run.toml/x", "is a file or is below one; name a new folder"),
     "no such run": ("--init-from {tmp}/nothing", "holds no saved model"),
     "no config file": ("--config {tmp}/nothing.toml", "can't be read (No such file or directory)"),
     "config no TOML": ("--config {tmp}/bad.toml", "not TOML"),

@@ -31,11 +31,11 @@ class EnvMonitor:
 
         Args:
             env: the environments.
-            metrics: of the run.
+            metrics: the run's metrics.
             world: the ranks that train together.
             device: for counts that the ranks share.
-            strict_obs: an observation outside its space is an error.
-            max_restarts: of environments in this run, over all ranks; None: environments are never restarted.
+            strict_obs: treat an observation outside its space as an error.
+            max_restarts: maximum environment restarts, over all ranks; None: environments are never restarted.
             say: prints a line.
         """
         self._env, self._metrics, self._world, self._device = env, metrics, world, device
@@ -46,14 +46,14 @@ class EnvMonitor:
         """Check the iteration of `stats`, and add `charts/env_restarts` to it.
 
         Raises:
-            EnvError: an observation left its space with `strict_obs`, or environments were restarted too often.
+            EnvError: an observation is outside its space and `strict_obs` is set, or `max_restarts` is exceeded.
         """
         if stats.scalars.get("charts/obs_outside_space") and not self._warned:
             self._warned = True
             where = self._metrics.outside() or "another process's environment left its observation_space"
             if self._strict_obs:
                 raise EnvError(f"{where} of its run (--strict-obs).")
-            self._say(f"warning: {where} of its run; charts/obs_outside_space counts the rest without a line each.")
+            self._say(f"warning: {where} of its run; charts/obs_outside_space counts further ones without a warning.")
         if self._max_restarts is None:
             return
         restarts = self._world.total(self._env.restarts, self._device)

@@ -16,7 +16,7 @@ _Array = np.ndarray[Any, Any]
 _Value = float | None
 
 POINTS = 512  # maximum length of a history; even, so that it can be halved
-_FIRST = 20  # number of first iterations that later ones are compared with
+_FIRST = 20  # number of initial iterations that later ones are compared with
 
 
 class History:
@@ -113,7 +113,7 @@ class HealthFinding:
     """A problem that a rule found.
 
     Attributes:
-        name: of the rule.
+        name: the rule's name.
         evidence: a sentence with the numbers.
         remedy: what to try, most likely first.
     """
@@ -213,7 +213,7 @@ def _gradient_always_clipped(history: History, threshold: float, _: int) -> _Val
 
 
 def _returns_flat(history: History, threshold: float, _: int) -> _Value:
-    """Return the largest rise of the returns over the first iterations, in standard deviations of those."""
+    """Return the largest rise of the returns above the first iterations, in standard deviations of the latter."""
     first, row = history.first("charts/episodic_return"), _finite(history["charts/episodic_return"])
     if len(first) < 5 or len(row) < 10:
         return None
@@ -315,7 +315,7 @@ RULES = (
         1.0,
         _returns_flat,
         "returns have risen by at most {value:.1f} initial standard deviations (below {threshold:g}).",
-        "Fix the other findings first; then try a higher ent_coef, normalize_rewards, another seed.",
+        "Fix the other findings first; then try a higher ent_coef, normalize_rewards or another seed.",
         after=100,
     ),
     Rule(

@@ -22,15 +22,15 @@ def open_sinks(
     n_iterations: int,
     resumed_at: tuple[int, int] | None,
 ) -> None:
-    """Have `logger` write to TensorBoard, JSON lines, samples, trackers and, if it has one, its console.
+    """Open sinks of `logger`: TensorBoard, JSON lines, samples, trackers and, if it has one, its console.
 
     Args:
-        logger: of the run.
+        logger: the run's logger.
         run_dir: the run folder.
-        settings: of the run, by name.
+        settings: the run's settings by name.
         track: names of trackers.
-        n_iterations: planned.
-        resumed_at: global step and iteration after which earlier rows are dropped; None: the folder has none.
+        n_iterations: planned number of iterations.
+        resumed_at: global step and iteration of the checkpoint; later rows in the folder are dropped. None: a new run.
     """
     step, iteration = resumed_at or (None, None)
     jsonl = JsonlSink(run_dir, step)

@@ -21,10 +21,10 @@ class RunLogger:
     """Passes statistics to sinks and checks the run's health; a sink that fails is removed, and training continues.
 
     Attributes:
-        console: where messages are printed; None prints nothing.
-        history: statistics of the run, thinned.
+        console: prints messages; None: none are printed.
+        history: the run's scalars, thinned.
         sinks: the open sinks.
-        findings: of the latest health check.
+        findings: findings of the latest health check.
     """
 
     def __init__(self, console: Console | None, action_size: int) -> None:
@@ -56,7 +56,7 @@ class RunLogger:
         for sink in list(self.sinks):
             try:
                 sink.write(stats)
-            except Exception as error:  # whatever a library raises, it must not stop the training
+            except Exception as error:  # no error of a library may stop the training
                 self.sinks.remove(sink)
                 _close(sink)
                 reason = getattr(error, "strerror", None) or first_line(error)
@@ -81,6 +81,6 @@ class RunLogger:
 
 
 def _close(sink: Sink) -> None:
-    """Close a sink; an error here was reported by a write before, or costs only the last lines."""
+    """Close a sink, ignoring errors: a failed write has reported them, or they cost only the last lines."""
     with contextlib.suppress(Exception):
         sink.close()

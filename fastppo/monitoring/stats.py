@@ -32,7 +32,7 @@ class Stats:
         scalars: all scalars by their TensorBoard tag.
         returns: returns of the episodes that ended in this iteration, latest last, at most 32.
         sample: the update sample, if one was taken in this iteration.
-        findings: of the latest health check.
+        findings: findings of the latest health check.
         images: animated GIFs by tag.
     """
 
@@ -62,8 +62,8 @@ class Statistics:
         """Read counters from `metrics` and times from `clock`.
 
         Args:
-            metrics: of the run.
-            clock: of the run.
+            metrics: the run's metrics.
+            clock: the run's clock.
             n_iterations: planned number of iterations.
             steps_per_iteration: environment steps per iteration, over all ranks.
             box_actions: whether actions are continuous and clipped to bounds.
@@ -80,9 +80,9 @@ class Statistics:
 
         Args:
             iteration: counted from 1.
-            named: the metrics by name, as `Metrics.read` returned them; `Metrics.count` has added them to the run.
+            named: the metrics by name, from `Metrics.read` and already counted by `Metrics.count`.
             coefs: values of the scheduled coefficients, and `kl_limit`.
-            sample: of this update, if one was taken.
+            sample: the sample of this update, if one was taken.
         """
         clock, metrics, measured = self._clock, self._metrics, dict(named)
         clock.tick(metrics.global_step)

@@ -36,12 +36,12 @@ TRAJECTORY = ("rewards", "values", "next_values", "terminated", "done", "advanta
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSample:
-    """A sample of one update; with several processes, of the first one's rows.
+    """A sample of one update; with several processes, of rank 0's rows.
 
     Attributes:
         iteration: counted from 1.
         coefs: clip_coef, gamma and gae_lambda of this iteration.
-        ratios: [E + 1, K] ratios of K rows, before the first epoch and after each of the E epochs that were run.
+        ratios: [E + 1, K] ratios of K rows, before the first epoch and after each of the E epochs.
         advantages: [K], normalised over the rollout if the update normalises.
         trajectory: the tensors TRAJECTORY of one environment, [T] each; rewards as the update uses them.
         histograms: values by TensorBoard tag; empty unless histograms are on.
@@ -56,7 +56,7 @@ class UpdateSample:
 
     @property
     def first_ratio_error(self) -> float:
-        """Largest |ratio - 1| before the first optimiser step; 0 up to rounding if all is well."""
+        """Largest |ratio - 1| before the first optimiser step; 0 up to rounding in a correct update."""
         return float(np.abs(self.ratios[0] - 1).max(initial=0.0))
 
     def write(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ def remove_samples(folder: Path, after: int) -> None:
 class UpdateSampler:
     """Samples the update of every N-th iteration.
 
-    The learner calls `measure` before the first epoch and after each; `sample` then returns what was measured.
+    The learner calls `measure` before the first epoch and after each; `sample` then returns the result.
     """
 
     def __init__(self, rollout: Rollout, update: PPOUpdate, *, every: int, histograms: bool) -> None:
@@ -178,7 +178,7 @@ def _first_env(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _unchanged(policy: Policy) -> Iterator[None]:
-    """Undo what a forward pass changes: random states and the network's buffers (custom networks may have both)."""
+    """Restore random states and the network's buffers on exit; a custom network's forward pass may change both."""
     buffers = [(buffer, buffer.clone()) for buffer in policy.network.buffers()]
     with preserve_global_random_state():
         yield

@@ -1,4 +1,4 @@
-"""From observations as they are stored to what a network reads."""
+"""Encode stored observations as input of a network."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Encoder(nn.Module):
         """Encode rows [B, *spec.shape].
 
         Returns:
-            What `encode_leaf` gives for an observation of one leaf.
+            The only leaf, encoded by `encode_leaf` and, if it is a vector, normalised.
         """
         (leaf,), (array,) = self.spec.leaves, self.spec.unpack(obs)
         encoded = encode_leaf(leaf, array)
@@ -51,7 +51,7 @@ def encode_leaf(leaf: ObsLeaf, x: Tensor) -> Tensor:
             x = x.movedim(-1, 1)
         return x.reshape(-1, *leaf.image_size).float() / 255
     if leaf.kind == "discrete":
-        flat = x.reshape(x.shape[0], -1)  # not len(): torch.export would take the batch for a constant
+        flat = x.reshape(x.shape[0], -1)  # not len(): torch.export would treat the batch size as a constant
         indices = zip(flat.unbind(1), leaf.nvec, leaf.start, strict=True)
         return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
     return x.unsqueeze(-1) if x.dim() == 1 else x  # an observation of shape () is a vector of one number

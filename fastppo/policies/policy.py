@@ -4,8 +4,8 @@ A network is any nn.Module with
 
     forward(x) -> (params [B, P], value [B])
 
-where P is the distribution's `n_params` and x is what `Encoder` makes of stored observations: float32 [B, *shape] for
-vectors (normalised if that is on), float32 in [0, 1], [B, C, H, W], for images, one-hot float32 [B, sum(nvec)] for
+where P is the distribution's `n_params` and x is the output of `Encoder` for stored observations: float32 [B, *shape]
+for vectors (normalised if enabled), float32 [B, C, H, W] in [0, 1] for images, one-hot float32 [B, sum(nvec)] for
 discrete observations. It must be deterministic (no dropout) and process each row independently (no batch
 normalisation).
 
@@ -30,12 +30,12 @@ PolicyState = tuple[Tensor, ...]  # each [N, ...], one row per environment; () w
 
 
 class PolicyOutput(NamedTuple):
-    """What the network gives for a batch of observations.
+    """Output of the network for a batch of observations.
 
     Attributes:
         params: [B, P] of the action distribution, float32.
         values: [B] V, float32.
-        state: what the next step starts from.
+        state: policy state before the next step.
     """
 
     params: Tensor
@@ -44,14 +44,14 @@ class PolicyOutput(NamedTuple):
 
 
 class ActionStep(NamedTuple):
-    """One step of N environments, as the policy decided it.
+    """The policy's decision for one step of N environments.
 
     Attributes:
-        actions: [N, *action] as the distribution makes them.
+        actions: [N, *action] as the distribution samples them.
         logprobs: [N] in nats.
         params: [N, P] of the distribution.
         values: [N] V.
-        state: what the next step starts from.
+        state: policy state before the next step.
     """
 
     actions: Tensor
@@ -65,15 +65,15 @@ class Policy(nn.Module):
     """Encodes observations, chooses actions, evaluates stored actions and estimates values.
 
     Attributes:
-        bf16: whether the network runs under bfloat16 autocast, in acting and updates alike. Its outputs become float32
-            before anything is computed from them: log-probabilities and losses are always float32.
+        bf16: whether the network runs under bfloat16 autocast, in acting and updates alike. Its outputs are
+            converted to float32, so log-probabilities and losses are always float32.
     """
 
     def __init__(self, encoder: Encoder, network: nn.Module, distribution: Distribution) -> None:
-        """Join the parts and try the network on two rows.
+        """Combine the parts and check the network on two rows.
 
         Raises:
-            ConfigError: the network's outputs are not (params [B, P], value [B]), or differ between equal calls.
+            ConfigError: the network's outputs are not (params [B, P], value [B]), or differ between identical calls.
         """
         super().__init__()
         self.encoder = encoder
@@ -83,7 +83,7 @@ class Policy(nn.Module):
         self._check()
 
     def initial_state(self, n_envs: int) -> PolicyState:
-        """Return the state [n_envs, ...] at the start of an episode: `()`, as no network here has memory yet."""
+        """Return the state [n_envs, ...] at the start of an episode: `()`, since no network has memory yet."""
         return ()
 
     def forward(self, obs: Tensor, state: PolicyState = ()) -> PolicyOutput:
@@ -103,8 +103,8 @@ class Policy(nn.Module):
 
         Args:
             obs: stored observations.
-            noise: [N, noise_size], drawn beforehand, to sample with; None: the most probable actions.
-            state: of the policy before this step.
+            noise: [N, noise_size] from `draw_noise`, to sample with; None: the most probable actions.
+            state: policy state before this step.
         """
         return self.decide(self(obs, state), noise)
 

@@ -1,4 +1,4 @@
-"""Restores a trainer's parts from a checkpoint: bit for bit where possible, with a note of the reason where not."""
+"""Restore a trainer's parts from a checkpoint: bit for bit where possible, else with a note of the reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Part(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         iteration: completed iterations.
@@ -55,7 +55,7 @@ class Progress:
 
 
 def run_metadata(c: Config, env: VecEnv, world: World, versions: Mapping[str, str], machine: str) -> dict[str, Any]:
-    """Return the description of a run that its checkpoints hold and `restore` compares."""
+    """Return the description of a run that checkpoints store and `restore` compares."""
     return {
         "config": c.to_dict(),
         "world_size": world.size,
@@ -88,14 +88,14 @@ def restore(
         models: policy, and reward normaliser if there is one.
         parts: all other parts; "update", "progress" and "metrics" are shared by all processes, the rest belongs to one.
         env: the environments, already reset.
-        obs: [N, *obs] the row of the rollout where the next one begins.
-        world: the processes that train now.
+        obs: [N, *obs] first observations of the next rollout; overwritten if the environments are reset.
+        world: the ranks that train together.
 
     Returns:
         Whether the environments continue too, and notes for the user on what is exact.
 
     Raises:
-        CheckpointError: the checkpoint can't be read, or is of another run.
+        CheckpointError: the checkpoint can't be read, or belongs to another run.
     """
     config = Config.from_dict(metadata["config"])
     first = read_state(path, 0)
@@ -126,8 +126,8 @@ def restore(
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} doesn't fit this run ({type(error).__name__}: {error}).") from None
     return False, [
-        f"resumed from {path.name} at iteration {iteration:,}: network, optimiser, normalisers, schedules are exact; "
-        f"the environments start new episodes with new seeds ({reason}).",
+        f"resumed from {path.name} at iteration {iteration:,}: network, optimiser, normalisers and schedules are "
+        f"exact; the environments start new episodes with new seeds ({reason}).",
         *notes,
     ]
 
@@ -160,12 +160,12 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
 
 
 def _meaning(name: str, value: object) -> object:
-    """Return the part of a setting that two runs must share: of a device its type, as indices differ per rank."""
+    """Return the part of a setting that must not change: of a device only its type, as indices differ by rank."""
     return str(value).partition(":")[0] if name == "device" else value
 
 
 def _restore_envs(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
-    """Restore the environments and the open episodes; return the reason if that is impossible, else None."""
+    """Restore the environments and the open episodes; return the reason if that fails, else None."""
     if env.resume_support.way == "restart":
         return env.resume_support.why
     if saved["way"] != env.resume_support.way or not own.part("env"):

@@ -23,9 +23,9 @@ _RUN_FILE = re.compile(
 
 
 def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, begin_again: bool = False) -> Path:
-    """Make a new folder, `wanted` or runs/<env>/<name>-<seed>-<time>, and return it.
+    """Create a new folder, `wanted` or runs/<env>/<name>-<seed>-<time>, and return it.
 
-    `begin_again` accepts a `wanted` that holds a run which ended before its first checkpoint.
+    `begin_again` accepts a `wanted` with a run that ended before its first checkpoint.
 
     Raises:
         ConfigError: `wanted` is in use, or the folder can't be made.
@@ -46,9 +46,9 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, be
                 return path
             except FileExistsError:
                 continue
-        raise ConfigError(f"{base} and its next 998 names are taken; use --run-dir.")
+        raise ConfigError(f"{base} and 998 numbered variants exist already; use --run-dir.")
     except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"run_dir={wanted} is, or lies in, a file; name a new folder.") from None
+        raise ConfigError(f"run_dir={wanted} is a file or is below one; name a new folder.") from None
     except OSError as error:
         where = wanted or Path("runs").resolve()
         raise ConfigError(f"run_dir: can't make {where} ({error.strerror}); name a writable folder.") from None
@@ -90,7 +90,7 @@ class RunLock:
 
 
 def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, RunLock | None]:
-    """Have the main rank make and lock the run folder; returns it and, on the main rank, its lock.
+    """Create and lock the run folder on the main rank; return it and, on the main rank, its lock.
 
     Raises:
         ConfigError: the folder can't be made, is in use, or can't be seen by this rank.
@@ -100,8 +100,8 @@ def claim_run_dir(make: Callable[[], Path], world: World) -> tuple[Path, RunLock
     world.shared(lambda: locks.append(RunLock(run_dir)))
     if not wait_for_folder(run_dir):
         raise ConfigError(
-            f"run_dir={run_dir} was made by process 0 and can't be seen by process {world.rank}: "
-            "machines that train together need one folder that all of them see."
+            f"run_dir={run_dir} was created by process 0, but can't be seen by process {world.rank}: "
+            "machines that train together need a shared folder."
         )
     return run_dir, locks[0] if locks else None
 

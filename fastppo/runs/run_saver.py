@@ -1,4 +1,4 @@
-"""Saving a run: checkpoints while it trains, the model and the result at its end."""
+"""Save a run: checkpoints during training, the model and the result at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastppo.runtime.files import write_json
 
 
 class RunSaver:
-    """Copies the state of a run's parts and has it written."""
+    """Saves a run's checkpoints, its model and its result."""
 
     def __init__(
         self,
@@ -36,17 +36,17 @@ class RunSaver:
         model_metadata: Mapping[str, Any],
         world: World,
     ) -> None:
-        """Save into `run_dir`, checkpoints by `writer`.
+        """Save into `run_dir`.
 
         Args:
             run_dir: the run folder.
-            writer: of its checkpoints.
+            writer: writes the checkpoints.
             spec: rebuilds the policy.
             models: parts of the model file.
-            parts: all other parts of the run's state, the environments aside.
+            parts: all other parts of the run's state, except the environments.
             env: the environments.
-            run_metadata: what a checkpoint records of its run; see `restore.run_metadata`.
-            model_metadata: what a model file records beside the global step.
+            run_metadata: description of the run in each checkpoint; see `restore.run_metadata`.
+            model_metadata: metadata of the model file, in addition to the global step.
             world: the ranks that train together.
         """
         self._run_dir, self._writer, self._world = run_dir, writer, world
@@ -55,11 +55,11 @@ class RunSaver:
 
     @property
     def failure(self) -> str | None:
-        """Why the last checkpoint could not be written; None: it was."""
+        """Why the last checkpoint could not be written, or None."""
         return self._writer.failure
 
     def start(self, step: int) -> None:
-        """Begin training at `step`."""
+        """Start counting checkpoint intervals at `step`."""
         self._writer.start(step)
 
     def due(self, step: int) -> bool:
@@ -67,15 +67,15 @@ class RunSaver:
         return self._writer.due(step)
 
     def checkpoint(self, step: int, best: float | None = None, *, env_lost: bool = False) -> None:
-        """Save a checkpoint; it may still be on its way to the disk on return.
+        """Save a checkpoint; writing may continue in the background.
 
         Args:
             step: global step.
-            best: mean return of an evaluation that was the best so far.
+            best: mean return of this step's evaluation if it is the best so far, else None.
             env_lost: leave the environments out; they restart in a resumed run.
 
         Raises:
-            EnvError: the environments can't give their state.
+            EnvError: the environments' state can't be saved.
         """
         metadata = dict(self._run_metadata) | ({"way": "restart"} if env_lost else {})
         model, model_metadata = snapshot(self._models), {"global_step": step, **self._model_metadata}
@@ -90,7 +90,7 @@ class RunSaver:
     def last_checkpoint(self, step: int, *, env_lost: bool) -> None:
         """Save a checkpoint at the end of a run, unless one of `step` exists, and wait for it.
 
-        Environments that can't give their state are left out, where there is one rank.
+        With one rank, environments whose state can't be saved are left out.
         """
         if not self._writer.has(step):
             try:
@@ -104,7 +104,7 @@ class RunSaver:
         self._writer.wait()
 
     def save_result(self, result: Result) -> str | None:
-        """Save the model and `result` into the run folder; returns why that failed, if it did."""
+        """Save the model and `result` into the run folder; return the reason if that fails, else None."""
         try:
             metadata = {"global_step": result.global_step, **self._model_metadata}
             save_model(self._run_dir, self._spec, self._models, metadata)

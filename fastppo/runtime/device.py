@@ -1,4 +1,4 @@
-"""The training device of this process, and the names of its hardware."""
+"""Choose the training device, and name the hardware."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def choose_device(name: str) -> torch.device:
     else:
         advice = f"use device={last} or lower"
     if device.index >= count:
-        raise ConfigError(f"device={name}: there is no {device} on this machine, whose last is {last}; {advice}.")
+        raise ConfigError(f"device={name}: this machine has no {device}, only devices up to {last}; {advice}.")
     return device
 
 

@@ -1,4 +1,4 @@
-"""Collective operations of the processes that train one model together, as torchrun starts them.
+"""Collective operations of the processes that train one model together, started by torchrun.
 
 Each process holds the whole model and its own environments. Averages are taken over the rows of all processes, so two
 processes of N environments compute the same as one process of 2 N, up to rounding.
@@ -37,7 +37,7 @@ class World:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, *, owned: bool = False) -> None:
-        """Describe a group that exists; with `owned`, `close` leaves it."""
+        """Wrap an existing group; if `owned`, `close` leaves it."""
         self.rank, self.size, self._owned = rank, size, owned
 
     @property
@@ -82,7 +82,7 @@ class World:
         return int(self.sum_(torch.full((), float(count), device=device))) if self.size > 1 else count
 
     def shared(self, make: Callable[[], T]) -> T:
-        """Call `make` in the main process alone, and return its result, or raise its FastPPOError, in every process."""
+        """Call `make` in the main process only, and return its result, or raise its FastPPOError, in every process."""
         if self.size == 1:
             return make()
         outcome: list[Any] = [None, None]  # result and error
@@ -100,13 +100,13 @@ class World:
 
     @contextlib.contextmanager
     def _naming_loss(self) -> Iterator[None]:
-        """Turn an error of a collective operation into one that says which process it was raised in and why."""
+        """Replace an error of a collective operation by a FastPPOError that names this process and the cause."""
         try:
             yield
         except RuntimeError as error:
             raise FastPPOError(
                 f"process {self.rank} of {self.size} lost another process: it exited (see its own message) or did not "
-                f"answer within {_TIMEOUT:.0f} s ({first_line(error)}). FASTPPO_PATIENCE sets that time-out."
+                f"answer within {_TIMEOUT:.0f} s ({first_line(error)}). FASTPPO_PATIENCE sets this time-out."
             ) from None
 
     def close(self) -> None:

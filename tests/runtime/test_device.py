@@ -77,9 +77,9 @@ def test_a_cuda_device_has_an_index(gpus, current, name, count, local_rank, size
             2,
             0,
             1,
-            "there is no cuda:2 on this machine, whose last is cuda:1; use device=cuda:1 or lower",
+            "this machine has no cuda:2, only devices up to cuda:1; use device=cuda:1 or lower",
         ),
-        ("cuda", 1, 1, 2, "there is no cuda:1 on this machine, whose last is cuda:0; start one process per GPU"),
+        ("cuda", 1, 1, 2, "this machine has no cuda:1, only devices up to cuda:0; start one process per GPU"),
         ("cuda:1", 2, 0, 2, "device=cuda:1 under torchrun: each process takes a GPU of its own; use device=cuda"),
     ],
 )
