@@ -1,4 +1,4 @@
-"""What only a GPU can show. scripts/test-gpu runs these."""
+"""Tests that need a GPU; `scripts/test-gpu` runs them."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 @pytest.mark.parametrize(("t", "n"), [(1, 1), (2, 37), (37, 2), (63, 31), (64, 32), (65, 33), (128, 4096), (2048, 5)])
-def test_triton_advantages_equal_the_recursion(t, n):
+def test_the_triton_kernel_matches_the_gae_recursion(t, n):
     kernel = choose_gae(t, n, CUDA)
     assert kernel.__name__ == "gae_triton"
     for pattern in PATTERNS:
@@ -30,7 +30,7 @@ def test_triton_advantages_equal_the_recursion(t, n):
 
 
 @pytest.mark.parametrize("env_id", list(TASKS))
-def test_tensor_environments_do_the_same_on_both_devices(env_id):
+def test_a_tensor_environment_gives_the_same_rollout_on_cpu_and_gpu(env_id):
     runs = []
     for device in (CPU, CUDA):
         env = make_vec_env(inspect_env(env_id, {}), 5, "tensor", device=device)
@@ -41,7 +41,7 @@ def test_tensor_environments_do_the_same_on_both_devices(env_id):
         for t in range(30):
             env.send(t, 0)
         runs.append([x.cpu() for x in (to.obs.float(), to.rewards, to.terminated, env.capturable_state["episode"])])
-    assert torch.equal(runs[0][0][0], runs[1][0][0]), "starts are the same bits"
+    assert torch.equal(runs[0][0][0], runs[1][0][0]), "initial observations are bit-identical on both devices"
     for a, b in zip(*runs, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
@@ -73,9 +73,18 @@ def train(tmp_path, name, **settings):
         {"vectorization": "native", "act_device": "cpu"},
         {"vectorization": "sync", "act_device": "cpu", "shared_trunk": True},
     ],
-    ids=["plain", "stop by epoch", "stop by minibatch", "normalised and cut", "images", "sync", "native", "compiled"],
+    ids=[
+        "plain",
+        "stop by epoch",
+        "stop by minibatch",
+        "normalised and truncated",
+        "images",
+        "sync",
+        "native",
+        "compiled",
+    ],
 )
-def test_graphs_train_as_eager_code_does(tmp_path, settings):
+def test_cuda_graphs_train_like_eager_code(tmp_path, settings):
     eager, a = train(tmp_path, "eager", compile="off", **settings)
     graph, b = train(tmp_path, "graph", compile="graph", **settings)
     assert graph.config.compile == "graph"
@@ -85,7 +94,7 @@ def test_graphs_train_as_eager_code_does(tmp_path, settings):
     assert difference < 5e-3, difference
 
 
-def test_rollout_and_update_never_wait_for_the_gpu(tmp_path):
+def test_rollout_and_update_never_synchronise_with_the_gpu(tmp_path):
     trainer, _ = train(tmp_path, "run", compile="graph", target_kl=0.01)
     trainer.learner.anneal(0.0)
     trainer.collect()
@@ -99,7 +108,7 @@ def test_rollout_and_update_never_wait_for_the_gpu(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_eager_update_never_waits_within_its_minibatches(tmp_path):
+def test_an_eager_update_never_synchronises_with_the_gpu(tmp_path):
     trainer, _ = train(tmp_path, "run", compile="off")
     trainer.learner.anneal(0.0)
     torch.cuda.set_sync_debug_mode("error")
@@ -109,14 +118,14 @@ def test_an_eager_update_never_waits_within_its_minibatches(tmp_path):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_reading_back_in_a_capture_is_named():
+def test_a_host_read_in_a_capture_raises_capture_error():
     x = torch.ones(2, device=CUDA)
     with pytest.raises(CaptureError, match="must not look at values on the host"):
         capture(lambda: x.mul_(x.sum().item()), keep=[x], fresh=[], device=CUDA)
 
 
 @pytest.mark.parametrize("act", ["cpu", "cuda"])
-def test_host_environments_learn_on_the_gpu(tmp_path, act):
+def test_truncated_host_episodes_bootstrap_from_their_final_observation_on_the_gpu(tmp_path, act):
     settings = {"vectorization": "sync", "env_kwargs": {"max_episode_steps": 7}, "act_device": act}
     on_gpu, _ = train(tmp_path, "gpu", compile="off", total_timesteps=8 * 16, **settings)
     r = on_gpu.rollout
@@ -124,10 +133,12 @@ def test_host_environments_learn_on_the_gpu(tmp_path, act):
     assert r.obs.device.type == "cuda"
     cut = r.truncated & ~r.terminated
     values = on_gpu.policy.value(r.obs[1:].flatten(0, 1)).view(r.values.shape)
-    assert not torch.allclose(r.next_values[cut], values[cut]), "V of the last observation, not of the next episode's"
+    assert not torch.allclose(r.next_values[cut], values[cut]), (
+        "bootstrap from the final observation, not from the first one of the next episode"
+    )
 
 
-def test_bf16_before_any_update_the_ratio_is_1(tmp_path):
+def test_the_ratio_is_1_in_bf16_before_any_update(tmp_path):
     for how in ("off", "graph"):
         _, rows = train(tmp_path, how, compile=how, precision="bf16", learning_rate=0.0, hidden_sizes=(256, 256))
         assert max(abs(row["losses/approx_kl"]) for row in rows) < 1e-4

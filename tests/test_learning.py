@@ -1,4 +1,4 @@
-"""It learns. Seeds run side by side, one thread each, so that two cores are used and the bits repeat."""
+"""Learning tests. Two seeds train in parallel with one thread each, which uses two cores and stays deterministic."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -16,8 +16,8 @@ def train(config):
     return Trainer(config).run()
 
 
-def over_seeds(tmp_path, seeds, enough, solved, **settings):
-    """Results of one seed after the other, two at a time, until `enough` of them are `solved`."""
+def train_seeds(tmp_path, seeds, enough, solved, **settings):
+    """Train seeds in order, two at a time, until `enough` results are `solved`; return all results."""
     configs = [Config(seed=s, threads=1, run_dir=tmp_path / str(s), preset="tuned", **settings) for s in seeds]
     results = []
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as pool:
@@ -32,27 +32,27 @@ def test_cartpole_is_solved_within_100k_steps_on_4_of_5_seeds(tmp_path):
         return result.ended == "target" and result.mean_return >= 475 and result.global_step <= 100_000
 
     settings = {"env_id": "CartPole-v1", "target_return": "threshold"}
-    results = over_seeds(tmp_path, range(1, 6), 4, solved, **settings)
+    results = train_seeds(tmp_path, range(1, 6), 4, solved, **settings)
     assert sum(map(solved, results)) >= 4, [(r.global_step, r.mean_return) for r in results]
     assert evaluate(next(filter(solved, results)).run_dir, 10).mean > 450
 
 
-def test_a_tensor_environment_is_learned_as_gymnasiums_is(tmp_path):
+def test_a_policy_trained_on_the_tensor_cartpole_solves_gymnasiums_cartpole(tmp_path):
     def solved(result):
         return result.ended == "target" and result.mean_return >= 475
 
     settings = {"env_id": "CartPole-v1", "vectorization": "tensor", "target_return": "threshold"}
-    results = over_seeds(tmp_path, range(1, 3), 2, solved, **settings)
+    results = train_seeds(tmp_path, range(1, 3), 2, solved, **settings)
     assert all(map(solved, results)), [r.global_step for r in results]
-    assert evaluate(results[0].run_dir, 10).mean > 450, "on Gymnasium's own environment"
+    assert evaluate(results[0].run_dir, 10).mean > 450, "the policy must also solve Gymnasium's environment"
 
 
-def test_pendulum_passes_minus_300_within_300k_steps_on_2_of_3_seeds(tmp_path):
+def test_pendulum_reaches_minus_300_within_300k_steps_on_2_of_3_seeds(tmp_path):
     def solved(result):
         return result.ended == "target" and result.global_step <= 300_000
 
     settings = {"env_id": "Pendulum-v1", "target_return": -300.0, "total_timesteps": 300_000}
-    results = over_seeds(tmp_path, range(1, 4), 2, solved, **settings)
+    results = train_seeds(tmp_path, range(1, 4), 2, solved, **settings)
     assert sum(map(solved, results)) >= 2, [(r.global_step, r.mean_return) for r in results]
 
 
@@ -64,7 +64,7 @@ BANDITS = {
 
 
 @pytest.mark.parametrize("name", BANDITS)
-def test_one_step_bandits(tmp_path, name):
+def test_a_one_step_bandit_is_solved(tmp_path, name):
     space, secret = BANDITS[name]
     settings = {"n_envs": 8, "n_steps": 16, "total_timesteps": 10_000, "learning_rate": 1e-2, "n_minibatches": 4}
     settings |= {"anneal_lr": False, "value_clip": "off"}
@@ -73,7 +73,7 @@ def test_one_step_bandits(tmp_path, name):
     assert evaluate(result.run_dir, 5, make_env=lambda: Bandit(space, secret)).mean == 1
 
 
-def test_a_small_image_environment_by_the_cnn(tmp_path):
+def test_the_cnn_solves_a_small_image_environment(tmp_path):
     settings = {"n_envs": 8, "n_steps": 32, "total_timesteps": 4_096, "learning_rate": 1e-3, "n_minibatches": 4}
     trainer = Trainer(short(tmp_path, **settings), make_env=BrightSide)
     assert trainer.config.network == "cnn"

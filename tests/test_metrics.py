@@ -1,4 +1,4 @@
-"""Episode statistics against a plain loop, over rollouts that split episodes anywhere."""
+"""Episode statistics compared with a plain loop, over rollouts that split episodes at any step."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ import torch
 from fastppo.ppo.metrics import WINDOW, EpisodeStats
 
 
-def by_hand(rewards, done, valid):
-    """Return and length of each episode, by time and then by environment."""
+def reference_episodes(rewards, done, valid):
+    """Return (return, length) of each finished episode, ordered by time step and then by environment."""
     n = rewards.shape[1]
     total, length, out = np.zeros(n), np.zeros(n, int), []
     for t in range(len(rewards)):
@@ -27,7 +27,7 @@ def by_hand(rewards, done, valid):
 @pytest.mark.parametrize(
     ("shape", "often"), [((1, 1), 0.5), ((7, 3), 0.4), ((40, 5), 0.02), ((50, 9), 0.5), ((3, 200), 1.0)]
 )
-def test_episodes_over_several_rollouts_match_a_plain_loop(shape, often, fillers):
+def test_episode_statistics_over_several_rollouts_match_a_plain_loop(shape, often, fillers):
     rng = np.random.default_rng(0)
     rollouts = 4
     steps, n = shape
@@ -42,13 +42,13 @@ def test_episodes_over_several_rollouts_match_a_plain_loop(shape, often, fillers
     for i in range(rollouts):
         part = slice(i * steps, (i + 1) * steps)
         mask = None if valid is None else torch.from_numpy(valid[part])
-        found = stats.measure(torch.from_numpy(rewards[part]), torch.from_numpy(done[part]), mask).numpy()
-        stats.add(int(found[0]), found[3:])
+        measured = stats.measure(torch.from_numpy(rewards[part]), torch.from_numpy(done[part]), mask).numpy()
+        stats.add(int(measured[0]), measured[3:])
         until = slice(0, part.stop)
-        expected = by_hand(rewards[until], done[until], None if valid is None else valid[until])
+        expected = reference_episodes(rewards[until], done[until], None if valid is None else valid[until])
         new = expected[seen:]
-        assert found[0] == len(new)
-        assert found[1:3] == pytest.approx([sum(r for r, _ in new), sum(k for _, k in new)], abs=1e-9)
+        assert measured[0] == len(new)
+        assert measured[1:3] == pytest.approx([sum(r for r, _ in new), sum(k for _, k in new)], abs=1e-9)
         seen = len(expected)
         assert stats.count == seen
         assert list(stats.recent_returns) == pytest.approx([r for r, _ in expected[-WINDOW:]], abs=1e-9)

@@ -1,4 +1,4 @@
-"""Small environments with known answers, and settings for short runs."""
+"""Small environments with known results, and settings for short runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SHORT = {
 
 
 def short(tmp_path, **changes):
-    """A config of a run that takes a moment, in a folder of its own."""
+    """Return the config of a very short run in `tmp_path / "run"`, with `changes` to its settings."""
     return Config(**(SHORT | {"run_dir": tmp_path / "run"} | changes))
 
 
 def step(env, actions):
-    """One step of a VecEnv by itself."""
+    """Step a VecEnv once, outside a rollout, and return a copy of the transition."""
     if not hasattr(env, "take_step"):
         env.take_step = stepper(env, torch.device("cpu"))
     out = env.take_step(actions)
@@ -34,10 +34,10 @@ def step(env, actions):
 
 
 class Counter(gym.Env):
-    """Observation = steps since the reset, and which episode it is; ends by time limit or really, as told by `ends`.
+    """The observation is (steps since the reset, number of the episode).
 
-    ends[k] is (length, truncated) of the k-th episode; the last one repeats. Reward = 1 + step / 10, so that a row in
-    the wrong place shows.
+    `ends[k]` is (length, truncated) of episode k; the last entry repeats. An episode ends by time limit if `truncated`,
+    else by termination. The reward is 1 + step / 10, so that a misplaced row shows.
     """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -62,7 +62,7 @@ class Counter(gym.Env):
 
 
 class Bandit(gym.Env):
-    """One step; the reward is the share of action components that match a secret."""
+    """Episodes of one step; the reward is the share of action components that match `secret`."""
 
     observation_space = spaces.Box(0, 1, (1,), np.float32)
 
@@ -80,7 +80,7 @@ class Bandit(gym.Env):
 
 
 class BrightSide(gym.Env):
-    """An image, one half of it bright; name the half (left 0, right 1). One step."""
+    """An image with one bright half; the right action is its side (left 0, right 1). Episodes of one step."""
 
     observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
     action_space = spaces.Discrete(2)
@@ -101,7 +101,10 @@ class BrightSide(gym.Env):
 
 
 class Spaces(gym.Env):
-    """Random observations of any space; checks that every action lies in its space; ends after 6 steps."""
+    """Random observations of any space; checks every action; truncates after 6 steps.
+
+    The reward is the sum of the action. With `reuse`, all observations share one buffer.
+    """
 
     def __init__(self, observation_space, action_space, reuse=False):
         self.observation_space, self.action_space, self.reuse = observation_space, action_space, reuse

@@ -1,4 +1,4 @@
-"""The table of vectorisation backends agrees with the checks of settings."""
+"""The table of vectorisation backends agrees with the checks in `Config`."""
 
 from typing import get_args
 
@@ -11,6 +11,7 @@ from fastppo.errors import ConfigError
 
 
 def accepts(**settings):
+    """Return whether `Config` accepts these settings."""
     try:
         Config(**settings)
     except ConfigError:
@@ -19,12 +20,12 @@ def accepts(**settings):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_settings_are_accepted_where_the_backend_supports_them(name):
+def test_config_accepts_a_setting_exactly_where_the_backend_supports_it(name):
     backend = BACKENDS[name]
     assert accepts(vectorization=name, env_timeout=1.0) == backend.has_timeout
     assert accepts(vectorization=name, on_env_error="restart") == backend.restarts_envs
     assert accepts(vectorization=name, workers=2) == (backend.workers == "workers")
 
 
-def test_every_vectorization_has_a_row():
+def test_every_vectorization_has_a_backend():
     assert set(BACKENDS) == set(get_args(Vectorization))

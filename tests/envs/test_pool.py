@@ -1,4 +1,4 @@
-"""The pool of worker processes: the same rollouts as one process, and its failures in words."""
+"""The pool of worker processes: rollouts equal to those of a single process, and errors that name the environment."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def steps(pool, count):
 
 
 @pytest.mark.parametrize(("n_workers", "n_groups"), [(0, 1), (1, 1), (2, 1), (3, 1), (2, 2)])
-def test_as_a_gymnasium_vector_env_it_equals_gymnasiums_sync(n_workers, n_groups):
+def test_our_vector_environments_match_gymnasiums_sync_vector_env(n_workers, n_groups):
     makers = [cartpole] * 7
     pool = PoolVectorEnv(makers, n_workers=n_workers, n_groups=n_groups) if n_workers else SerialVectorEnv(makers)
     sync = SyncVectorEnv([cartpole] * 7, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -60,29 +60,31 @@ def test_as_a_gymnasium_vector_env_it_equals_gymnasiums_sync(n_workers, n_groups
         sync.close()
 
 
-def curves(tmp_path, name, **changes):
+def trained_parameters(tmp_path, name, **changes):
     config = short(tmp_path, env_id="Pendulum-v1", n_envs=4, n_steps=64, total_timesteps=1024, **changes)
     trainer = Trainer(config.__class__(**{**config.__dict__, "run_dir": tmp_path / name}))
     trainer.run()
     return trainer.update.parameters.vector.clone()
 
 
-def test_training_is_the_same_to_the_bit_under_sync_async_and_pool(tmp_path):
+def test_training_is_bit_identical_under_sync_async_and_pool(tmp_path):
     runs = [
-        curves(tmp_path, "sync"),
-        curves(tmp_path, "async", vectorization="async"),
-        curves(tmp_path, "pool1", vectorization="pool", workers=1),
-        curves(tmp_path, "pool3", vectorization="pool", workers=3),
+        trained_parameters(tmp_path, "sync"),
+        trained_parameters(tmp_path, "async", vectorization="async"),
+        trained_parameters(tmp_path, "pool1", vectorization="pool", workers=1),
+        trained_parameters(tmp_path, "pool3", vectorization="pool", workers=3),
     ]
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
 
 
-def test_half_batches_agree_over_worker_counts(tmp_path):
-    one, two = (curves(tmp_path, f"half{k}", vectorization="pool", workers=k, half_batches=True) for k in (1, 2))
+def test_half_batches_give_the_same_training_for_any_number_of_workers(tmp_path):
+    one, two = (
+        trained_parameters(tmp_path, f"half{k}", vectorization="pool", workers=k, half_batches=True) for k in (1, 2)
+    )
     assert torch.equal(one, two)
 
 
-def test_a_failing_environment_is_named_with_its_error():
+def test_the_error_of_a_failing_environment_names_it():
     pool = PoolVectorEnv([Counter, Counter, Failing, Counter], n_workers=2)
     pool.reset(seed=0)
     with pytest.raises(
@@ -93,7 +95,7 @@ def test_a_failing_environment_is_named_with_its_error():
     assert "Traceback" in str(info.value.__cause__)
 
 
-def test_a_killed_worker_is_named():
+def test_the_error_of_a_killed_worker_names_its_environments_and_signal():
     pool = PoolVectorEnv([Counter] * 4, n_workers=2)
     pool.reset(seed=0)
     os.kill(pool._workers[1].process.pid, signal.SIGKILL)
@@ -101,7 +103,7 @@ def test_a_killed_worker_is_named():
         steps(pool, 5)
 
 
-def test_closing_leaves_no_process():
+def test_close_ends_every_worker():
     pool = PoolVectorEnv([Counter] * 2, n_workers=2)
     pids = [worker.process.pid for worker in pool._workers]
     begin = time.monotonic()
@@ -112,7 +114,7 @@ def test_closing_leaves_no_process():
             os.kill(pid, 0)
 
 
-def test_settings_of_the_pool_are_refused_without_it():
+def test_pool_settings_need_the_pool():
     with pytest.raises(ConfigError, match="workers needs vectorization=pool, but vectorization=sync"):
         Config(workers=2)
     with pytest.raises(ConfigError, match="half_batches needs vectorization=pool"):
@@ -129,15 +131,15 @@ def test_settings_of_the_pool_are_refused_without_it():
         ({"sync": 100.0}, "sync"),
     ],
 )
-def test_auto_takes_the_fastest_with_margins_and_says_the_figures(speeds, best):
+def test_auto_picks_the_fastest_backend_by_a_margin_and_reports_the_speeds(speeds, best):
     choice, reason = choose(8, speeds, {"pool": "too short"} if "pool" not in speeds else {}, MARGINS)
     assert choice == best
     assert f"sync {speeds['sync']:,.0f}" in reason
     assert "n_envs=8" in reason
 
 
-class Odd(Counter):
-    """Rewards as arrays of one number; observations of another shape from the first reset on, if asked."""
+class WrongShapes(Counter):
+    """Return each reward as an array of one number, and resize the observations of a reset to `shape`."""
 
     shape = (2,)
 
@@ -150,8 +152,8 @@ class Odd(Counter):
         return np.resize(obs, self.shape), info
 
 
-def test_one_process_names_what_fails():
-    env = SerialVectorEnv([Odd, Odd])
+def test_the_error_of_a_serial_environment_names_it():
+    env = SerialVectorEnv([WrongShapes, WrongShapes])
     env.reset(seed=0)
     with pytest.raises(EnvError, match=r"environment 0 .*reward array\(\[1\.1\]\) \(float64 of shape \(1,\)\)"):
         env.step(np.zeros(2, np.int64))
@@ -166,7 +168,7 @@ def test_one_process_names_what_fails():
 
 
 class SplitSerial(PoolVectorEnv):
-    """Two groups stepped in this process, in place of workers."""
+    """Step the groups in this process, without workers."""
 
     def __init__(self, factories, n_groups, **_):
         inner = self._inner = SerialVectorEnv(factories)
@@ -197,29 +199,29 @@ class SplitSerial(PoolVectorEnv):
         self._inner.close()
 
 
-def test_half_batches_equal_one_process_that_is_split_the_same_way(tmp_path, monkeypatch):
+def test_half_batches_match_a_single_process_with_the_same_groups(tmp_path, monkeypatch):
     settings = {"vectorization": "pool", "workers": 2, "half_batches": True}
-    pool = curves(tmp_path, "pool", **settings)
+    pool = trained_parameters(tmp_path, "pool", **settings)
     monkeypatch.setattr(backends, "PoolVectorEnv", SplitSerial)
-    assert torch.equal(curves(tmp_path, "split", **settings), pool)
+    assert torch.equal(trained_parameters(tmp_path, "split", **settings), pool)
 
 
 class Slow(Counter):
-    """Takes 20 ms a step and writes down when."""
+    """Each step takes 20 ms; its start and end are appended to a file."""
 
     def __init__(self, path):
         super().__init__(ends=((1000, False),))
         self.path = path
 
     def step(self, action):
-        begin = time.perf_counter()  # one clock for all processes, on Linux
+        begin = time.perf_counter()  # on Linux, all processes share this clock
         time.sleep(0.02)
         with open(self.path, "a") as file:
             file.write(f"{begin} {time.perf_counter()}\n")
         return super().step(action)
 
 
-def test_workers_step_one_half_while_the_policy_acts_on_the_other(tmp_path):
+def test_workers_step_one_half_while_the_policy_acts_for_the_other(tmp_path):
     makers = iter(range(99))
     config = short(tmp_path, n_envs=4, vectorization="pool", workers=2, half_batches=True, total_timesteps=32)
     trainer = Trainer(config, make_env=lambda: Slow(str(tmp_path / f"trace{next(makers)}")))
@@ -237,13 +239,13 @@ def test_workers_step_one_half_while_the_policy_acts_on_the_other(tmp_path):
     traces = [line.split() for path in tmp_path.glob("trace*") for line in path.read_text().splitlines()]
     stepped = [(float(begin), float(end)) for begin, end in traces]
     within = [any(begin < a and b < end for begin, end in stepped) for a, b in acted]
-    # all but the first of each rollout, which has nothing to wait for
+    # the first one of each rollout overlaps with no step, and timing may cost a few more
     assert len(acted) == 16
-    assert sum(within) >= len(acted) // 2, "acting lies within a step of the other half"
+    assert sum(within) >= len(acted) // 2, "the policy must act while the other half steps"
 
 
-class Careless(Odd):
-    """Observations of whole numbers, as its space says, and then floats."""
+class FloatPixels(WrongShapes):
+    """The observation space is uint8, but the observations are floats."""
 
     observation_space = gym.spaces.Box(0, 255, (2,), np.uint8)
 
@@ -252,18 +254,18 @@ class Careless(Odd):
         return obs + 0.7, info
 
 
-def test_floats_are_not_cut_to_whole_numbers():
+def test_float_observations_in_an_integer_space_are_refused():
     with pytest.raises(EnvError, match="environment 0 .*Cannot cast"):
-        SerialVectorEnv([Careless]).reset(seed=0)
+        SerialVectorEnv([FloatPixels]).reset(seed=0)
 
 
-class Talkative(Counter):
+class LongError(Counter):
     def step(self, action):
         raise ValueError("x" * 200_000)
 
 
-def test_a_long_complaint_does_not_block_and_a_failed_pool_says_so():
-    pool = PoolVectorEnv([Talkative] * 2, n_workers=1)
+def test_a_long_error_message_arrives_and_a_failed_pool_refuses_to_step():
+    pool = PoolVectorEnv([LongError] * 2, n_workers=1)
     pool.reset(seed=0)
     with pytest.raises(EnvError, match=r"environment 0 \(seed 0\) failed in step 1: ValueError: xxx"):
         steps(pool, 1)

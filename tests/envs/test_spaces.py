@@ -1,3 +1,5 @@
+"""Observation and action spaces as specs."""
+
 import json
 
 import numpy as np
@@ -36,7 +38,7 @@ ACTIONS = {
 
 
 @pytest.mark.parametrize("name", OBS)
-def test_observations(name):
+def test_an_observation_space_gives_its_kind_dtype_and_shape(name):
     space, kind, dtype = OBS[name]
     spec = ObsSpec.from_space(space)
     assert (spec.leaf.kind, spec.dtype) == (kind, dtype)
@@ -45,13 +47,13 @@ def test_observations(name):
     assert ObsSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
-def test_the_channels_of_an_image_are_found_on_either_side():
+def test_image_channels_may_come_first_last_or_be_absent():
     sizes = {name: ObsSpec.from_space(OBS[name][0]).leaf.image_size for name in ("image", "grey", "stacked")}
     assert sizes == {"image": (3, 84, 96), "grey": (1, 84, 96), "stacked": (4, 84, 96)}
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-def test_every_action_of_the_distribution_lies_in_the_space(name):
+def test_sampled_actions_lie_in_the_action_space(name):
     space = ACTIONS[name]
     spec = ActionSpec.from_space(space)
     dist = spec.distribution
@@ -66,7 +68,7 @@ def test_every_action_of_the_distribution_lies_in_the_space(name):
     assert ActionSpec.from_dict(json.loads(json.dumps(spec.to_dict(), allow_nan=False))) == spec
 
 
-def test_stored_box_actions_are_not_clipped_but_the_environments_are():
+def test_box_actions_are_clipped_for_the_environment_only():
     spec = ActionSpec.from_space(spaces.Box(-2, 2, (1,), np.float32))
     raw = torch.tensor([[5.0], [-7.0], [1.5]])
     assert spec.to_env(raw.numpy()).tolist() == [[2], [-2], [1.5]]
@@ -76,13 +78,13 @@ def test_stored_box_actions_are_not_clipped_but_the_environments_are():
 @pytest.mark.parametrize(
     "space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(3)]
 )
-def test_other_spaces_are_refused_with_a_way_out(space):
+def test_unsupported_spaces_are_refused_with_a_remedy(space):
     with pytest.raises(EnvError, match="FlattenObservation"):
         ObsSpec.from_space(space)
     with pytest.raises(EnvError, match="ActionWrapper"):
         ActionSpec.from_space(space)
 
 
-def test_a_box_of_integers_is_no_action_space():
+def test_an_integer_box_is_refused_as_an_action_space():
     with pytest.raises(EnvError, match="MultiDiscrete"):
         ActionSpec.from_space(spaces.Box(0, 9, (2,), np.int64))

@@ -1,3 +1,5 @@
+"""Networks, encoders, flat parameters and normalisers."""
+
 import pytest
 import torch
 from gymnasium import spaces
@@ -23,12 +25,12 @@ def spec(obs=None, action=None, **changes):
 
 
 def gains(layer):
-    """Singular values of a weight, all equal to the gain where it is orthogonal."""
+    """Return the singular values of a layer's weight; with orthogonal initialisation each equals the gain."""
     return torch.linalg.svdvals(layer.weight.detach().flatten(1))
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_mlp_is_initialised_as_cleanrls(shared):
+def test_the_mlp_is_initialised_like_cleanrls_mlp(shared):
     net = spec(shared_trunk=shared).build().network
     trunks = [net.critic_trunk] if shared else [net.critic_trunk, net.actor_trunk]
     for trunk in trunks:
@@ -40,7 +42,7 @@ def test_the_mlp_is_initialised_as_cleanrls(shared):
     assert (net.actor_trunk is None) is shared
 
 
-def test_the_nature_cnn_has_cleanrls_layers_for_either_order_of_channels():
+def test_the_nature_cnn_has_cleanrls_size_with_channels_first_or_last():
     for shape in ((4, 84, 84), (84, 84, 4)):
         policy = spec(spaces.Box(0, 255, shape, "uint8"), spaces.Discrete(6)).build()
         assert sum(p.numel() for p in policy.network.parameters()) == 1_687_719
@@ -49,7 +51,7 @@ def test_the_nature_cnn_has_cleanrls_layers_for_either_order_of_channels():
         assert values.shape == (5,)
 
 
-def test_images_are_scaled_on_their_way_into_the_network_only():
+def test_the_encoder_scales_images_and_puts_channels_first():
     encoder = Encoder(ObsSpec.from_space(spaces.Box(0, 255, (36, 40, 3), "uint8")))
     obs = torch.randint(0, 256, (2, 36, 40, 3), dtype=torch.uint8)
     out = encoder(obs)
@@ -57,14 +59,14 @@ def test_images_are_scaled_on_their_way_into_the_network_only():
     torch.testing.assert_close(out[1, 2, 5, 7], obs[1, 5, 7, 2] / 255)
 
 
-def test_discrete_observations_become_one_hot():
+def test_the_encoder_makes_discrete_observations_one_hot():
     encoder = Encoder(ObsSpec.from_space(spaces.Discrete(4, start=10)))
     assert encoder(torch.tensor([10, 13])).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
     encoder = Encoder(ObsSpec.from_space(spaces.MultiDiscrete([2, 3])))
     assert encoder(torch.tensor([[1, 2]])).tolist() == [[0, 1, 0, 0, 1]]
 
 
-def test_small_images_take_the_mlp_and_the_cnn_says_why_not():
+def test_small_images_use_the_mlp_and_the_cnn_refuses_unsuitable_observations():
     assert default_network(ObsSpec.from_space(spaces.Box(0, 255, (20, 20, 1), "uint8"))) == "mlp"
     with pytest.raises(ConfigError, match="at least 36x36, got 20x20; use network=mlp"):
         spec(spaces.Box(0, 255, (20, 20, 1), "uint8"), network="cnn").build()
@@ -73,19 +75,19 @@ def test_small_images_take_the_mlp_and_the_cnn_says_why_not():
 
 
 @pytest.mark.parametrize("activation", ["tanh", "relu", "elu", "gelu", "silu"])
-def test_any_width_depth_and_activation(activation):
+def test_the_mlp_takes_any_width_depth_and_activation(activation):
     policy = spec(hidden_sizes=(8, 16, 4), activation=activation).build()
     assert policy(torch.randn(7, 3))[0].shape == (7, 2)
 
 
-def test_a_gaussian_starts_with_unit_deviation_that_does_not_depend_on_the_state():
+def test_a_gaussian_policy_starts_with_a_state_independent_deviation_of_1():
     policy = spec(action=spaces.Box(-1, 1, (2,))).build()
     params = policy(torch.randn(9, 3)).params
     assert not params[:, 2:].any()
     assert policy.network.actor.log_std.requires_grad
 
 
-def test_a_spec_survives_json():
+def test_a_policy_spec_survives_json():
     import json
 
     one = spec(spaces.MultiDiscrete([2, 3]), spaces.Box(-1, float("inf"), (2,)), hidden_sizes=(5,))
@@ -104,7 +106,7 @@ class TwoHeads(nn.Module):
         return self.head(x), x.sum(-1).reshape(len(x), *self.values)
 
 
-def test_a_network_of_ones_own_is_checked_before_anything_starts():
+def test_a_custom_network_is_checked_when_the_policy_is_built():
     Policy(Encoder(VECTOR), TwoHeads(), Categorical(2))
     with pytest.raises(ConfigError, match=r"must return distribution parameters \(2, 5\) and values \(2,\)"):
         Policy(Encoder(VECTOR), TwoHeads(), Categorical(5))
@@ -118,7 +120,7 @@ def test_a_network_of_ones_own_is_checked_before_anything_starts():
         Policy(Encoder(VECTOR), nn.Linear(4, 2), Categorical(2))
 
 
-def test_flat_parameters_are_the_modules_own_aligned_and_gradients_lie_like_them():
+def test_flat_parameters_share_aligned_memory_with_the_module():
     net = TwoHeads()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     flat = FlatParameters(net)
@@ -135,7 +137,7 @@ def test_flat_parameters_are_the_modules_own_aligned_and_gradients_lie_like_them
     assert torch.equal(flat.views(flat.vector)[0], before["body.0.weight"])
 
 
-def test_frozen_parameters_stay_and_unusable_ones_are_refused():
+def test_flat_parameters_skip_frozen_ones_and_refuse_unusable_ones():
     net = TwoHeads()
     net.body.requires_grad_(False)
     assert len(FlatParameters(net).parameters) == 2
@@ -145,10 +147,12 @@ def test_frozen_parameters_stay_and_unusable_ones_are_refused():
         FlatParameters(TwoHeads().double())
 
 
-def test_normalised_observations_have_mean_0_and_deviation_1_within_the_clip():
+def test_normalised_observations_have_mean_0_deviation_1_and_stay_within_the_clip():
     normalizer = ObsNormalizer((2,), clip=3.0)
     rows = torch.tensor([5.0, -1e3]) + torch.tensor([2.0, 40.0]) * torch.randn(50_000, 2)
-    assert torch.equal(normalizer(torch.tensor([[2.5, -9.0]])), torch.tensor([[2.5, -3.0]])), "the identity at first"
+    assert torch.equal(normalizer(torch.tensor([[2.5, -9.0]])), torch.tensor([[2.5, -3.0]])), (
+        "before the first update, the normaliser only clips"
+    )
     for block in rows.split(10_000):
         normalizer.update(block)
     out = normalizer(rows)
@@ -158,7 +162,7 @@ def test_normalised_observations_have_mean_0_and_deviation_1_within_the_clip():
     assert out.abs().max() == 3.0
 
 
-def test_a_large_offset_costs_the_normaliser_no_digits():
+def test_the_normaliser_keeps_its_precision_with_a_large_offset():
     normalizer = ObsNormalizer((1,), clip=10.0)
     rows = 4096.0 + torch.arange(1000.0).reshape(-1, 1) / 1024
     normalizer.update(rows)
@@ -167,7 +171,7 @@ def test_a_large_offset_costs_the_normaliser_no_digits():
 
 
 def running_returns(rewards, done, valid, gamma):
-    """Discounted returns so far, environment by environment, one step after the other; valid rows only."""
+    """Return g_t = r_t + gamma g_{t-1} of all valid rows, environment by environment; g restarts at 0 per episode."""
     out = []
     for column in range(len(rewards[0])):
         g = 0.0
@@ -181,7 +185,7 @@ def running_returns(rewards, done, valid, gamma):
 
 
 @pytest.mark.parametrize("with_fillers", [False, True])
-def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts(with_fillers):
+def test_reward_scaling_over_several_rollouts_matches_its_step_by_step_definition(with_fillers):
     g = torch.Generator().manual_seed(0)
     rewards = torch.randn(60, 3, generator=g)
     done = torch.rand(60, 3, generator=g) < 0.1
@@ -191,7 +195,7 @@ def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts
         valid[1:] = ~done[:-1]
         done &= valid
         valid[1:] = ~done[:-1]
-        rewards = torch.where(valid, rewards, 50.0)  # what a filler row says counts for nothing
+        rewards = torch.where(valid, rewards, 50.0)  # rewards of filler rows must be ignored
     normalizer = RewardNormalizer(3, clip=10.0)
     for rows in torch.arange(60).split(20):
         v = None if valid is None else valid[rows]
@@ -199,7 +203,7 @@ def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts
     plain_valid = None if valid is None else valid.tolist()
     real = rewards if valid is None else torch.where(valid, rewards, 0.0)
     expected = running_returns(real.double().tolist(), done.tolist(), plain_valid, 0.9)
-    # gamma is a float32 scalar, as all coefficients are
+    # the tolerance allows for gamma, a float32 scalar like all coefficients
     torch.testing.assert_close(normalizer.var, expected.var(correction=0), rtol=1e-5, atol=0)
     assert normalizer.count == len(expected)
     torch.testing.assert_close(
@@ -207,7 +211,7 @@ def test_reward_scaling_equals_the_step_by_step_definition_over_several_rollouts
     )
 
 
-def test_rewards_that_never_vary_stay_finite():
+def test_constant_rewards_stay_finite():
     normalizer = RewardNormalizer(1, clip=10.0)
     zero = torch.zeros(5, 1)
     normalizer.update_from_rollout(zero, zero.bool(), None, torch.tensor(0.99))

@@ -1,13 +1,20 @@
-"""PPO's minibatch update written out with autograd and torch.optim, for two-network categorical policies.
+"""PPO's minibatch update with autograd and torch.optim, for categorical policies.
 
-Nothing of fastppo is used: not its losses, not its Adam, not its flat parameters.
+It is independent of fastppo's losses, Adam and flat parameters.
 """
 
 import torch
 
 
 def reference_update(module, batches, *, lr, clip, value_clip, vf_coef, ent_coef, max_grad_norm, normalize, eps=1e-5):
-    """Step `module`, x -> (logits, values), through batches: obs, actions, logprobs, values, advantages, returns."""
+    """Update `module` in place, with one Adam step per minibatch.
+
+    Args:
+        module: maps observations to (logits, values).
+        batches: minibatches of (obs, actions, logprobs, values, advantages, returns).
+        value_clip: "max", "clipped_only", or any other value for an unclipped value loss.
+        normalize: whether to normalise the advantages of each minibatch.
+    """
     optimizer = torch.optim.Adam(module.parameters(), lr=lr, eps=eps)
     for obs, actions, old_logprobs, old_values, advantages, returns in batches:
         if normalize:

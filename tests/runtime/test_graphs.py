@@ -1,4 +1,4 @@
-"""Recordings: what they promise, on the CPU; and training with them, which must give eager's numbers."""
+"""The contract of `capture` on the CPU, and training with captured graphs against training with eager code."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ from tests.worlds import Counter, short
 CPU = torch.device("cpu")
 
 
-def test_a_recording_repeats_operations_and_not_python():
+def test_a_replay_repeats_tensor_operations_but_not_python():
     x, total, calls = torch.ones(3), torch.zeros(3), []
 
     def work():
@@ -22,18 +22,18 @@ def test_a_recording_repeats_operations_and_not_python():
         return total * 2
 
     replay = capture(work, keep=[total], fresh=[], device=CPU)
-    assert total.tolist() == [0, 0, 0], "recording changes nothing that is kept"
+    assert total.tolist() == [0, 0, 0], "capturing leaves kept tensors unchanged"
     x.fill_(5.0)
     first = replay()
     assert first.tolist() == [10, 10, 10]
     x.fill_(1.0)
     second = replay()
-    assert second is first, "results stay where they are"
+    assert second is first, "each replay returns the same tensors"
     assert second.tolist() == [12, 12, 12]
     assert len(calls) == 1
 
 
-def test_inputs_that_are_not_written_again_show():
+def test_a_replay_without_new_inputs_gives_nan_or_fails():
     x, rows, out = torch.ones(2), torch.tensor([1, 0]), torch.zeros(2)
     replay = capture(lambda: out.copy_(x * 2), keep=[], fresh=[x], device=CPU)
     x.fill_(3.0)
@@ -60,7 +60,7 @@ def test_inputs_that_are_not_written_again_show():
     ],
     ids=["item", "item of an input", "if", "mask", "nonzero", "unique", "constant", "normal", "randperm"],
 )
-def test_reading_back_is_refused_with_what_to_change(work):
+def test_work_that_cannot_be_captured_raises_capture_error(work):
     x = torch.ones(2)
     with pytest.raises(CaptureError, match=r"can't be captured as a graph \(.*\); a network must not look at values"):
         capture(lambda: work(x), keep=[x], fresh=[], device=CPU)
@@ -92,9 +92,9 @@ def train(tmp_path, compile, **changes):
         },
         {"env_id": "fastppo/Catch-v0", "n_steps": 2, "total_timesteps": 2 * 2 * 3},
     ],
-    ids=["plain", "stop by epoch", "stop by minibatch", "normalised and cut", "images"],
+    ids=["plain", "stop by epoch", "stop by minibatch", "normalised and truncated", "images"],
 )
-def test_recorded_training_is_eager_training(tmp_path, changes):
+def test_training_with_graphs_matches_eager_training(tmp_path, changes):
     eager, a = train(tmp_path, "off", **changes)
     graph, b = train(tmp_path, "graph", **changes)
     assert graph.config.compile == "graph"
@@ -105,14 +105,16 @@ def test_recorded_training_is_eager_training(tmp_path, changes):
         assert one == pytest.approx(two, rel=2e-3, abs=2e-4, nan_ok=True)
         assert one.get("losses/minibatches_run") == two.get("losses/minibatches_run")
     if "target_kl" in changes:
-        assert any("losses/stop_kl" in row for row in a), "nothing was stopped, so nothing was compared"
+        assert any("losses/stop_kl" in row for row in a), (
+            "some update must stop early, so that the comparison covers it"
+        )
     torch.testing.assert_close(eager.update.parameters.vector, graph.update.parameters.vector, atol=2e-4, rtol=1e-3)
     if "normalize_obs" in changes:
         assert torch.equal(eager.rollout.truncated, graph.rollout.truncated)
         assert eager.rollout.truncated.any()
 
 
-def test_host_environments_learn_from_a_recording_too(tmp_path):
+def test_training_with_graphs_matches_eager_training_on_host_environments(tmp_path):
     vectors = []
     for compile in ("off", "graph"):
         trainer = Trainer(short(tmp_path, run_dir=tmp_path / compile, compile=compile), make_env=Counter)
@@ -122,8 +124,8 @@ def test_host_environments_learn_from_a_recording_too(tmp_path):
 
 
 @pytest.mark.parametrize("halves", [False, True], ids=["whole", "in halves"])
-def test_decisions_for_host_environments_are_recorded_too(tmp_path, halves):
-    """With an activation that the numpy actor doesn't know, torch decides: eagerly, or by a recording."""
+def test_acting_in_host_environments_with_a_graph_matches_eager_code(tmp_path, halves):
+    """The numpy actor does not support ELU, so the policy acts in torch: eagerly, or with a captured graph."""
     runs = []
     pool = {"vectorization": "pool", "workers": 2, "half_batches": True} if halves else {}
     for compile in ("off", "graph"):
@@ -140,8 +142,8 @@ def test_decisions_for_host_environments_are_recorded_too(tmp_path, halves):
     torch.testing.assert_close(*(run.update.parameters.vector for run in runs), atol=1e-5, rtol=0)
 
 
-class Deciding(torch.nn.Module):
-    """Looks at the values of its input."""
+class BranchOnValues(torch.nn.Module):
+    """A network that branches on the values of its activations."""
 
     def __init__(self):
         super().__init__()
@@ -153,8 +155,8 @@ class Deciding(torch.nn.Module):
         return self.body(x), self.critic(x).squeeze(-1)
 
 
-def test_a_network_that_looks_at_values_is_refused(tmp_path):
+def test_a_network_that_branches_on_values_raises_capture_error(tmp_path):
     config = dataclasses.replace(short(tmp_path), compile="graph", vectorization="tensor")
     with pytest.raises(CaptureError, match="must not look at values on the host"):
-        Trainer(config, policy=Deciding())
+        Trainer(config, policy=BranchOnValues())
     assert isinstance(config, Config)

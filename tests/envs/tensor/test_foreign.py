@@ -1,4 +1,4 @@
-"""Simulators that return tensors: a made-up one with known answers, and a real one, mujoco_warp on the CPU."""
+"""Simulators that return tensors: a toy one with known results, and mujoco_warp on the CPU."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,10 @@ BOX, TWO = spaces.Box(-np.inf, np.inf, (2,), np.float32), spaces.Discrete(2, sta
 
 
 class Counting:
-    """Observation: steps of the episode, and 10 times the environment's number. Cut after `limit + number` steps."""
+    """The observation is (steps of the episode, 10 * number of the environment).
+
+    An episode ends after `limit + number` steps: by termination in environment 1, by time limit in the others.
+    """
 
     def __init__(self, n=3, limit=4, final=True, mapping=False):
         self.num_envs, self.limit, self.final, self.mapping, self.closed = n, limit, final, mapping, False
@@ -28,11 +31,11 @@ class Counting:
         return (self._obs(self.steps), {}) if self.mapping else self._obs(self.steps)
 
     def step(self, actions):
-        assert set(actions.tolist()) <= {1, 2}, "actions as the space has them"
-        actions.mul_(0)  # its own copy
+        assert set(actions.tolist()) <= {1, 2}, "actions must lie in Discrete(2, start=1)"
+        actions.mul_(0)  # in place: the simulator must get its own copy
         self.steps = self.steps + 1
         last, over = self._obs(self.steps), self.steps >= self.limit + self.number
-        real = over & (self.number == 1)  # the second one really ends
+        real = over & (self.number == 1)  # environment 1 terminates, the others are truncated
         self.steps = torch.where(over, 0, self.steps)
         extras = {"final_obs": last} if self.final else {}
         return self._obs(self.steps), torch.full((self.num_envs,), 0.5), real, over, extras
@@ -41,8 +44,8 @@ class Counting:
         self.closed = True
 
 
-class Reading(torch.nn.Module):
-    """V = steps + number: says which observation it was asked about."""
+class SumValue(torch.nn.Module):
+    """V is the sum of the observation, so that a value identifies its observation."""
 
     def __init__(self):
         super().__init__()
@@ -54,11 +57,11 @@ class Reading(torch.nn.Module):
 
 @pytest.mark.parametrize("final", [True, False])
 @pytest.mark.parametrize("mapping", [True, False])
-def test_cut_episodes_are_valued_at_their_last_observation(tmp_path, final, mapping):
+def test_truncated_episodes_bootstrap_from_their_final_observation(tmp_path, final, mapping):
     simulator = Counting(final=final, mapping=mapping)
     env = SimulatorEnv(simulator, BOX, TWO, final_obs_key="final_obs" if final else None)
     settings = short(tmp_path, n_envs=None, n_steps=12, n_minibatches=1, total_timesteps=36)
-    trainer = Trainer(settings, make_env=lambda: env, policy=Reading())
+    trainer = Trainer(settings, make_env=lambda: env, policy=SumValue())
     assert trainer.config.n_envs == 3
     assert any("approximate" in note for note in trainer.notes) == (not final)
     trainer.collect()
@@ -77,7 +80,7 @@ def test_cut_episodes_are_valued_at_their_last_observation(tmp_path, final, mapp
     assert simulator.closed
 
 
-def test_what_is_wrong_with_a_simulator_is_one_line(tmp_path):
+def test_a_faulty_simulator_is_refused(tmp_path):
     def train(**changes):
         simulator, kwargs = Counting(), {"final_obs_key": "final_obs"}
         for name, value in changes.items():
@@ -107,7 +110,7 @@ def test_what_is_wrong_with_a_simulator_is_one_line(tmp_path):
         Trainer(short(tmp_path), make_env=Counting)
 
 
-def test_mujoco_warp_trains(tmp_path):
+def test_a_policy_trains_on_mujoco_warp(tmp_path):
     pytest.importorskip("mujoco_warp")
     from tests.envs.tensor.warp_pendulum import Pendulum
 
@@ -120,7 +123,7 @@ def test_mujoco_warp_trains(tmp_path):
     assert result.global_step == 16 * 30 * 4
     assert result.episodes == 16 * (30 * 4 // 25)
     assert not torch.equal(before, trainer.update.parameters.vector)
-    # physics: the angle's change over a step is the speed after it (semi-implicit Euler)
+    # semi-implicit Euler: the change of the angle over a step is the new speed times the time step
     r, whole = trainer.rollout, ~trainer.rollout.done
     angle = torch.atan2(r.obs[..., 1], r.obs[..., 0])
     moved = torch.remainder(angle[1:] - angle[:-1] + torch.pi, 2 * torch.pi) - torch.pi

@@ -1,4 +1,4 @@
-"""Tensor environments against Gymnasium's own, step by step from the same states, and against their promises."""
+"""Tensor environments: steps equal to Gymnasium's from the same states, time limits, seeds and compilation."""
 
 import math
 
@@ -24,7 +24,7 @@ def state_of(env):
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCarContinuous-v0"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 2e-5)])
-def test_a_step_from_the_same_state_is_gymnasiums(env_id, dtype, bound):
+def test_a_step_from_the_same_state_matches_gymnasium(env_id, dtype, bound):
     env, task = gym.make(env_id), TASKS[env_id]()
     env.action_space.seed(0)
     rng = np.random.default_rng(0)
@@ -32,10 +32,10 @@ def test_a_step_from_the_same_state_is_gymnasiums(env_id, dtype, bound):
     for episode in range(12):
         env.reset(seed=episode)
         if env_id == "MountainCarContinuous-v0":
-            # Gymnasium's state is float32 after the first step; starts near the goal reach it
+            # float32, like Gymnasium's state after the first step; starts near the goal let some episodes end there
             x = rng.uniform(0.2, 0.44) if episode % 3 == 0 else rng.uniform(-1.2, 0.4)
             env.unwrapped.state = np.array([x, rng.uniform(-0.07, 0.07)], np.float32)
-        elif episode % 3 == 0:  # fast ones: bounds and wrapped angles
+        elif episode % 3 == 0:  # high speeds reach the bounds and wrap the angles
             env.unwrapped.state = state_of(env) + rng.normal(
                 0, 3.0 if env_id != "CartPole-v1" else 0.3, len(state_of(env))
             )
@@ -62,7 +62,7 @@ def test_a_step_from_the_same_state_is_gymnasiums(env_id, dtype, bound):
     assert ends > 0 or env_id == "Pendulum-v1"
 
 
-def test_rewards_by_keyword_are_gymnasiums():
+def test_keyword_arguments_work_as_in_gymnasium():
     state, left = (
         (torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([0.5]), torch.tensor([0.0])),
         torch.tensor([0]),
@@ -73,7 +73,7 @@ def test_rewards_by_keyword_are_gymnasiums():
 
 
 class PlainCatch:
-    """The game in plain Python."""
+    """Catch in plain Python."""
 
     def __init__(self, column):
         self.ball, self.paddle = [0, column], 6
@@ -84,7 +84,7 @@ class PlainCatch:
         down = self.ball[0] == 11
         return (1 if self.ball[1] == self.paddle else -1) if down else 0, down
 
-    def picture(self):
+    def image(self):
         out = [[0] * 84 for _ in range(84)]
         for row, column in (self.ball, (11, self.paddle)):
             for y in range(7):
@@ -93,7 +93,7 @@ class PlainCatch:
         return out
 
 
-def test_catch_is_the_plain_game():
+def test_catch_matches_its_plain_python_version():
     env = gym.make("fastppo/Catch-v0", render_mode="rgb_array")
     rng = np.random.default_rng(1)
     rewards = []
@@ -102,7 +102,7 @@ def test_catch_is_the_plain_game():
         plain = PlainCatch(int(obs[0, 0].argmax()) // 7)
         down = False
         while not down:
-            assert obs[0].tolist() == plain.picture()
+            assert obs[0].tolist() == plain.image()
             action = rng.integers(3)
             obs, reward, terminated, _, _ = env.step(action)
             expected, down = plain.step(action)
@@ -117,7 +117,7 @@ def make(env_id="CartPole-v1", n=6, seed=3, **kwargs):
     return env, env.reset(env_seeds(np.random.SeedSequence(seed), env.n_envs)).clone()
 
 
-def test_a_rollout_is_what_single_environments_give_from_the_same_starts():
+def test_a_rollout_matches_single_gymnasium_environments_from_the_same_starts():
     env, obs = make("CartPole-v1", max_episode_steps=30)
     singles = [gym.make("CartPole-v1", max_episode_steps=30) for _ in range(env.n_envs)]
     for i, single in enumerate(singles):
@@ -126,7 +126,7 @@ def test_a_rollout_is_what_single_environments_give_from_the_same_starts():
     rng = np.random.default_rng(0)
     take, ended, cut = stepper(env, CPU), 0, 0
     for _ in range(200):
-        leans = obs[:, 2] + obs[:, 3] > 0  # a balancing policy, so that some reach the time limit
+        leans = obs[:, 2] + obs[:, 3] > 0  # a balancing policy, so that some episodes reach the time limit
         actions = torch.where(torch.from_numpy(rng.random(env.n_envs) < 0.5), leans.long(), 0)
         env.final_obs_buffer.clear(1)
         out = take(actions)
@@ -138,24 +138,25 @@ def test_a_rollout_is_what_single_environments_give_from_the_same_starts():
                 assert env.final_obs_buffer.end_steps[0, i] == 0
                 assert env.final_obs_buffer.obs[0, i].numpy() == pytest.approx(last, abs=1e-4)
             else:
-                assert env.final_obs_buffer.end_steps[0, i] == 1, "T: not cut"
+                assert env.final_obs_buffer.end_steps[0, i] == 1, "T marks an unused row"
             if terminated or truncated:
-                assert obs[i].abs().max() <= 0.05, "the successor starts in the same step"
+                assert obs[i].abs().max() <= 0.05, "the next episode starts in the same step"
                 single.reset()
                 single.unwrapped.state = obs[i].double().numpy()
             else:
                 assert obs[i].numpy() == pytest.approx(last, abs=1e-4)
-                single.unwrapped.state = obs[i].double().numpy()  # rounding must not add up
+                single.unwrapped.state = obs[i].double().numpy()  # keeps rounding errors from adding up
             ended, cut = ended + int(terminated), cut + int(truncated)
     assert ended > 10
     assert cut > 5
 
 
-def test_every_cut_of_a_rollout_is_kept():
+def test_a_rollout_keeps_the_final_observation_of_every_truncation():
     env, _ = make("Pendulum-v1", n=3, max_episode_steps=4)
     to = Transitions.allocate(10, env, CPU)
     env.attach(to)
-    env.capturable_state["steps"].copy_(torch.tensor([0, 1, 3]))  # so that they are cut at different steps
+    # different episode lengths so far, so that the environments reach the time limit at different steps
+    env.capturable_state["steps"].copy_(torch.tensor([0, 1, 3]))
     assert len(env.final_obs_buffer.end_steps) == 3
     env.final_obs_buffer.clear(10)
     for t in range(10):
@@ -166,13 +167,13 @@ def test_every_cut_of_a_rollout_is_kept():
         for k in range(int(env.final_obs_buffer.counts[n])):
             t = int(env.final_obs_buffer.end_steps[k, n])
             assert to.truncated[t, n]
-            # the last observation is one step on from the one before, not the start of the next episode
+            # the final observation is one step after the previous one, not the start of the next episode
             speed = env.final_obs_buffer.obs[k, n, 2] - to.obs[t, n, 2] if t else torch.tensor(0.0)
             assert speed.abs() <= 0.05 * (15 + 6) + 1e-5
             assert not torch.equal(env.final_obs_buffer.obs[k, n], to.obs[t + 1, n])
 
 
-def test_seeds_decide_everything_and_differ():
+def test_the_seed_determines_the_rollout_and_every_environment_starts_differently():
     def run(seed, n=4):
         env, obs = make(n=n, seed=seed)
         return torch.stack([obs, *(step(env, torch.ones(n, dtype=torch.int64)).obs for _ in range(40))])
@@ -183,7 +184,7 @@ def test_seeds_decide_everything_and_differ():
     assert len({tuple(row.tolist()) for row in first}) == 4
 
 
-def test_uniforms_are_uniform_and_equal_plain_splitmix64():
+def test_uniforms_are_uniform_and_match_splitmix64():
     seed, episode = torch.tensor([0, 5, -7]), torch.tensor([0, 3, 2**40])
 
     def plain(seed, k):
@@ -198,16 +199,16 @@ def test_uniforms_are_uniform_and_equal_plain_splitmix64():
         for row in range(2):
             expected = plain(int(seed[i]), int(episode[i]) * 2 + row + 1)
             assert got[row, i].item() == (expected >> 11) * 2.0**-53
-    assert plain(0, 1) == 0xE220A8397B1DCDAF, "the first output of SplitMix64 from 0, as published"
+    assert plain(0, 1) == 0xE220A8397B1DCDAF, "published first output of SplitMix64 with seed 0"
     many = uniforms(torch.arange(100_000), torch.zeros(100_000, dtype=torch.int64), 1, torch.float32)[0]
     assert 0 <= many.min() < 1e-3 < 0.999 < many.max() < 1
     counts = torch.histc(many, 20, 0, 1)
-    assert ((counts - 5000).square() / 5000).sum() < 43.8, "chi-squared, 19 degrees of freedom, 0.1 %"
+    assert ((counts - 5000).square() / 5000).sum() < 43.8, "99.9 % quantile of chi-squared with 19 degrees of freedom"
     assert abs(torch.corrcoef(torch.stack((many[:-1], many[1:])))[0, 1]) < 0.02
 
 
 @pytest.mark.parametrize("env_id", list(TASKS))
-def test_compiled_is_eager(env_id):
+def test_a_compiled_environment_matches_the_eager_one(env_id):
     runs = []
     for compiled in (False, True):
         env, _ = make(env_id, n=5)
@@ -227,21 +228,27 @@ def test_compiled_is_eager(env_id):
     (a, one), (b, two) = runs
     for name in ("seed", "episode", "steps"):
         assert torch.equal(one.capturable_state[name], two.capturable_state[name])
-    tolerance = 0.05 if env_id == "Acrobot-v1" else 1e-4  # chaotic: rounding doubles every few steps
+    tolerance = 0.05 if env_id == "Acrobot-v1" else 1e-4  # chaotic: a rounding error doubles every few steps
     torch.testing.assert_close(a.obs.float(), b.obs.float(), atol=tolerance, rtol=tolerance)
     assert torch.equal(a.terminated, b.terminated)
     assert torch.equal(one.final_obs_buffer.end_steps, two.final_obs_buffer.end_steps)
 
 
-def test_other_environments_are_refused_in_one_line():
+def test_an_environment_without_a_tensor_version_is_refused():
     with pytest.raises(ConfigError, match=r"vectorization=tensor knows Acrobot-v1, .*, not MountainCar-v0; use native"):
         make_vec_env(inspect_env("MountainCar-v0", {}), 4, "tensor")
 
 
-def test_float64_may_be_asked_for():
-    found = inspect_env("Pendulum-v1", {})
+def test_a_tensor_environment_supports_float64():
+    env_info = inspect_env("Pendulum-v1", {})
     env = TensorEnv(
-        TASKS["Pendulum-v1"](), 2, found.obs_spec, found.action_spec, max_steps=200, device=CPU, dtype=torch.float64
+        TASKS["Pendulum-v1"](),
+        2,
+        env_info.obs_spec,
+        env_info.action_spec,
+        max_steps=200,
+        device=CPU,
+        dtype=torch.float64,
     )
     obs = env.reset(env_seeds(np.random.SeedSequence(0), env.n_envs))
     assert obs.dtype == torch.float64

@@ -1,4 +1,4 @@
-"""README's simulator around mujoco_warp."""
+"""A pendulum in mujoco_warp, like the simulator example in docs/environments.md."""
 
 import mujoco
 import mujoco_warp

@@ -1,3 +1,5 @@
+"""The adapter for Gymnasium vector environments: autoreset modes, seeds, and checks of each transition."""
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from fastppo.envs import factory as single
+from fastppo.envs import factory
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.vec_env import env_seeds
@@ -15,34 +17,34 @@ from tests.worlds import Counter, Spaces, step
 SEED = np.random.SeedSequence(7)
 
 
-def host(mode, ends=((3, True),), n=2, vectoriser=SyncVectorEnv):
+def counter_env(mode, ends=((3, True),), n=2, vectoriser=SyncVectorEnv):
     return GymnasiumVecEnv(vectoriser([lambda: Counter(ends)] * n, autoreset_mode=mode))
 
 
-def act(n=2):
+def zero_actions(n=2):
     return torch.zeros(n, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED])
-def test_a_new_episode_begins_in_the_same_step_and_the_last_observation_is_kept(mode):
-    env = host(mode)
+def test_an_ended_episode_resets_in_the_same_step_and_its_final_observation_is_kept(mode):
+    env = counter_env(mode)
     env.reset(env_seeds(SEED, env.n_envs))
     for _ in range(2):
-        out = step(env, act())
+        out = step(env, zero_actions())
         assert (list(out.with_final_obs), out.valid) == ([], None)
-    out = step(env, act())
+    out = step(env, zero_actions())
     assert out.obs.tolist() == [[0, 1], [0, 1]]
     assert out.truncated.all()
     assert not out.terminated.any()
     assert list(out.with_final_obs) == [0, 1]
     assert out.final_obs.tolist() == [[3, 0], [3, 0]]
-    assert step(env, act()).obs.tolist() == [[1, 1], [1, 1]]
+    assert step(env, zero_actions()).obs.tolist() == [[1, 1], [1, 1]]
 
 
-def test_next_step_mode_marks_the_step_that_only_resets():
-    env = host(AutoresetMode.NEXT_STEP)
+def test_next_step_mode_marks_the_reset_step_as_filler():
+    env = counter_env(AutoresetMode.NEXT_STEP)
     env.reset(env_seeds(SEED, env.n_envs))
-    steps = [step(env, act()) for _ in range(5)]
+    steps = [step(env, zero_actions()) for _ in range(5)]
     assert [bool(s.valid[0]) for s in steps] == [True, True, True, False, True]
     assert [s.obs[0].tolist() for s in steps] == [[1, 0], [2, 0], [3, 0], [0, 1], [1, 1]]
     assert all(not list(s.with_final_obs) for s in steps)
@@ -53,20 +55,20 @@ def test_only_truncated_episodes_keep_their_final_observation(mode):
     envs = [lambda: Counter(((2, True),)), lambda: Counter(((2, False),)), lambda: Counter(((9, True),))]
     env = GymnasiumVecEnv(SyncVectorEnv(envs, autoreset_mode=mode))
     env.reset(env_seeds(SEED, env.n_envs))
-    step(env, act(3))
-    out = step(env, act(3))
+    step(env, zero_actions(3))
+    out = step(env, zero_actions(3))
     assert list(out.with_final_obs) == [0]
     assert out.terminated.tolist() == [False, True, False]
     assert out.obs.tolist() == [[0, 1], [0, 1], [2, 0]]
 
 
-def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
-    found = inspect_env("CartPole-v1", {})
+def test_sync_and_async_give_bit_identical_rollouts():
+    env_info = inspect_env("CartPole-v1", {})
     rng = np.random.default_rng(0)
     actions = torch.as_tensor(rng.integers(0, 2, (300, 3)))
     seen = []
     for vectorization in ("sync", "async"):
-        env = make_vec_env(found, 3, vectorization)
+        env = make_vec_env(env_info, 3, vectorization)
         rows = [env.reset(env_seeds(SEED, env.n_envs)).clone()]
         for row in actions:
             out = step(env, row)
@@ -77,18 +79,18 @@ def test_sync_and_async_give_the_same_rollouts_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
 
 
-def test_every_environment_has_a_seed_of_its_own():
+def test_every_environment_has_its_own_seed():
     env = make_vec_env(inspect_env("CartPole-v1", {}), 8, "sync")
     first = env.reset(env_seeds(SEED, env.n_envs)).clone()
     assert len({tuple(row) for row in first.tolist()}) == 8
-    # neighbouring seeds must not share lanes, as seed + i would have them do
+    # runs with neighbouring seeds must not share environment seeds, as they would with seed + i
     second = env.reset(env_seeds(np.random.SeedSequence(8), env.n_envs)).clone()
     assert not {tuple(row) for row in first.tolist()} & {tuple(row) for row in second.tolist()}
     assert torch.equal(env.reset(env_seeds(np.random.SeedSequence(7), env.n_envs)), first)
     env.close()
 
 
-def test_gymnasiums_vector_cartpole_says_that_it_has_one_random_stream():
+def test_the_native_cartpole_notes_that_its_environments_share_a_random_stream():
     env = make_vec_env(inspect_env("CartPole-v1", {}), 4, "native")
     env.reset(env_seeds(SEED, env.n_envs))
     assert env.fillers
@@ -96,7 +98,7 @@ def test_gymnasiums_vector_cartpole_says_that_it_has_one_random_stream():
     env.close()
 
 
-def test_a_native_version_that_does_not_exist_is_refused():
+def test_a_missing_native_version_is_refused():
     with pytest.raises(ConfigError, match="Pendulum-v1 has no vector version of its own; use sync or async"):
         make_vec_env(inspect_env("Pendulum-v1", {}), 2, "native")
 
@@ -108,8 +110,8 @@ def test_an_undeclared_autoreset_mode_is_refused():
         GymnasiumVecEnv(venv)
 
 
-def test_missing_or_overwritten_last_observations_are_refused():
-    class Forgetful(SyncVectorEnv):
+def test_missing_or_overwritten_final_observations_are_refused():
+    class Omitting(SyncVectorEnv):
         def step(self, actions):
             *rest, infos = super().step(actions)
             infos.pop("final_obs", None)
@@ -122,11 +124,11 @@ def test_missing_or_overwritten_last_observations_are_refused():
                 infos["final_obs"] = obs
             return obs, *rest, infos
 
-    for vectoriser, message in ((Forgetful, "does not hold its final"), (Overwriting, "overwritten")):
-        env = host(AutoresetMode.SAME_STEP, ((1, True),), vectoriser=vectoriser)
+    for vectoriser, message in ((Omitting, "does not hold its final"), (Overwriting, "overwritten")):
+        env = counter_env(AutoresetMode.SAME_STEP, ((1, True),), vectoriser=vectoriser)
         env.reset(env_seeds(SEED, env.n_envs))
         with pytest.raises(EnvError, match=message):
-            step(env, act())
+            step(env, zero_actions())
 
 
 @pytest.mark.parametrize(
@@ -138,33 +140,33 @@ def test_missing_or_overwritten_last_observations_are_refused():
         (0, lambda x: x[:, :1], r"observations of shape \(2, 1\)"),
     ],
 )
-def test_shapes_and_types_other_than_promised_are_refused(column, wrong, message):
+def test_wrong_shapes_and_dtypes_are_refused(column, wrong, message):
     class Broken(SyncVectorEnv):
         def step(self, actions):
             out = list(super().step(actions))
             out[column] = wrong(out[column])
             return tuple(out)
 
-    env = host(AutoresetMode.SAME_STEP, vectoriser=Broken)
+    env = counter_env(AutoresetMode.SAME_STEP, vectoriser=Broken)
     env.reset(env_seeds(SEED, env.n_envs))
     with pytest.raises(EnvError, match=message):
-        step(env, act())
+        step(env, zero_actions())
 
 
-def test_an_environment_that_reuses_its_buffer_is_found_and_its_last_observation_saved():
+def test_observations_are_copied_when_an_environment_reuses_its_buffer():
     space, actions = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
     finals = []
     for reuse in (False, True):
-        found = inspect_env("custom", {}, lambda reuse=reuse: Spaces(space, actions, reuse))
-        assert found.factory.copy_obs is reuse
-        env = make_vec_env(found, 2, "sync")
+        env_info = inspect_env("custom", {}, lambda reuse=reuse: Spaces(space, actions, reuse))
+        assert env_info.factory.copy_obs is reuse
+        env = make_vec_env(env_info, 2, "sync")
         env.reset(env_seeds(SEED, env.n_envs))
-        steps = [step(env, act()) for _ in range(6)]
+        steps = [step(env, zero_actions()) for _ in range(6)]
         finals.append(steps[-1].final_obs.clone())
     assert torch.equal(*finals)
 
 
-def test_a_vector_environment_whose_environments_reuse_their_buffer_is_refused():
+def test_a_vector_environment_is_refused_when_its_environments_reuse_their_buffer():
     space = spaces.Box(-1, 1, (3,), np.float32)
     venv = SyncVectorEnv([lambda: Spaces(space, spaces.Discrete(2), True)], autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(EnvError, match="one and the same array"):
@@ -181,16 +183,16 @@ def test_an_error_in_reset_is_raised_unchanged():
         env.reset(env_seeds(SEED, env.n_envs))
 
 
-def test_float64_observations_are_named():
-    found = inspect_env("custom", {}, lambda: Spaces(spaces.Box(-1, 1, (3,), np.float64), spaces.Discrete(2)))
-    assert make_vec_env(found, 2, "sync").notes == ["observations are float64; stored as float32, cast once."]
+def test_float64_observations_give_a_note():
+    env_info = inspect_env("custom", {}, lambda: Spaces(spaces.Box(-1, 1, (3,), np.float64), spaces.Discrete(2)))
+    assert make_vec_env(env_info, 2, "sync").notes == ["observations are float64; stored as float32, cast once."]
 
 
-def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
-    """The same game, pixel for pixel, once the random no-ops and sticky actions are off."""
-    monkeypatch.setattr(single, "ATARI_NOOP_MAX", 0)
-    found = inspect_env("ALE/Breakout-v5", {"repeat_action_probability": 0.0})
-    envs = [make_vec_env(found, 2, vectorization) for vectorization in ("sync", "native")]
+def test_atari_preprocessing_is_the_same_in_sync_and_native(monkeypatch):
+    """Without random no-ops and sticky actions, both play the same game, pixel for pixel."""
+    monkeypatch.setattr(factory, "ATARI_NOOP_MAX", 0)
+    env_info = inspect_env("ALE/Breakout-v5", {"repeat_action_probability": 0.0})
+    envs = [make_vec_env(env_info, 2, vectorization) for vectorization in ("sync", "native")]
     assert len({(env.obs_spec, env.action_spec.nvec, env.fillers) for env in envs}) == 1
     assert envs[0].obs_spec.shape == (4, 84, 84)
     frames = [env.reset(env_seeds(SEED, env.n_envs)).clone() for env in envs]
@@ -209,7 +211,7 @@ def test_one_atari_preprocessing_for_every_vectoriser(monkeypatch):
         env.close()
 
 
-def test_discrete_actions_count_from_their_start():
+def test_discrete_actions_begin_at_the_start_of_their_space():
     space = spaces.Discrete(3, start=5)
     env = make_vec_env(inspect_env("custom", {}, lambda: Spaces(spaces.Discrete(4), space)), 2, "sync")
     env.reset(env_seeds(SEED, env.n_envs))
@@ -217,15 +219,15 @@ def test_discrete_actions_count_from_their_start():
 
 
 def test_make_env_may_return_a_vector_environment():
-    found = inspect_env("custom", {}, lambda: gym.make_vec("CartPole-v1", 3, vectorization_mode="sync"))
-    assert make_vec_env(found, 3, "sync").n_envs == 3
+    env_info = inspect_env("custom", {}, lambda: gym.make_vec("CartPole-v1", 3, vectorization_mode="sync"))
+    assert make_vec_env(env_info, 3, "sync").n_envs == 3
     with pytest.raises(ConfigError, match="n_envs=4, but make_env returned a vector environment of 3"):
-        make_vec_env(found, 4, "sync")
+        make_vec_env(env_info, 4, "sync")
     with pytest.raises(ConfigError, match="make_env returned int"):
         inspect_env("custom", {}, lambda: 3)
 
 
-def test_async_workers_are_not_forked_from_a_process_with_threads():
+def test_async_workers_start_from_a_fork_server():
     env = make_vec_env(inspect_env("CartPole-v1", {}), 2, "async")
     assert isinstance(env.venv, AsyncVectorEnv)
     assert env.venv.context == "forkserver"

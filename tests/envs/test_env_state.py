@@ -1,4 +1,4 @@
-"""Environment state as plain data: round trips, and errors for anything else."""
+"""Environment state as plain data: round trips, and errors for other data."""
 
 import json
 import random
@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from fastppo.envs import env_state as snapshot
+from fastppo.envs import env_state
 from fastppo.envs.env_state import EpisodeLog, NotPlainError, decode, encode, probe_resume_support, set_state, state_of
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
@@ -59,19 +59,19 @@ def test_plain_data_survives_json(x):
     [np.random.default_rng(3), np.random.Generator(np.random.MT19937(4)), np.random.RandomState(5), random.Random(6)],
     ids=lambda stream: type(stream).__name__,
 )
-def test_random_streams_continue(stream):
+def test_a_random_stream_continues_after_a_round_trip(stream):
     stream.random()
     twin = decode(json.loads(json.dumps(encode(stream))))
     assert [stream.random() for _ in range(5)] == [twin.random() for _ in range(5)]
 
 
 @pytest.mark.parametrize("x", [object(), np.array([object()]), lambda: None, {"a": object()}, gym.spaces.Discrete(2)])
-def test_other_data_is_refused(x):
+def test_data_that_is_not_plain_is_refused(x):
     with pytest.raises(NotPlainError):
         encode(x)
 
 
-def test_an_invalid_encoding_is_an_error_and_runs_no_code():
+def test_an_invalid_encoding_raises_an_error_and_runs_no_code():
     for x in ({"array": ["O", [1], ""]}, {"generator": ["Generator", {}]}, {"eval": "1"}, {"a": 1, "b": 2}):
         with pytest.raises((ValueError, KeyError, TypeError)):
             decode(x)
@@ -79,7 +79,7 @@ def test_an_invalid_encoding_is_an_error_and_runs_no_code():
 
 @pytest.mark.parametrize("position", [-(10**9), 625, 10**9])
 def test_positions_outside_a_random_state_are_refused(position):
-    """numpy would read what lies there."""
+    """numpy does not check the position and would read outside its buffer."""
     streams = [np.random.Generator(np.random.MT19937(4)), np.random.RandomState(5)]
     for stream in streams:
         plain = json.loads(json.dumps(encode(stream)))
@@ -94,23 +94,23 @@ def test_positions_outside_a_random_state_are_refused(position):
         decode(json.loads(philox))
 
 
-def test_a_spec_that_was_asked_for_is_no_state():
-    asked, fresh = EnvFactory("CartPole-v1", {})(), EnvFactory("CartPole-v1", {})()
-    asked.reset(seed=0)
+def test_reading_the_spec_does_not_change_the_state():
+    used, fresh = EnvFactory("CartPole-v1", {})(), EnvFactory("CartPole-v1", {})()
+    used.reset(seed=0)
     fresh.reset(seed=0)
-    assert asked.spec is not None
-    set_state(fresh, state_of(asked))
-    set_state(asked, state_of(fresh))
+    assert used.spec is not None
+    set_state(fresh, state_of(used))
+    set_state(used, state_of(fresh))
 
 
-def test_another_kind_of_environment_is_refused():
+def test_the_state_of_another_environment_class_is_refused():
     state = state_of(EnvFactory("CartPole-v1", {})())
     with pytest.raises(EnvError, match="the saved environment is .*CartPoleEnv, this one .*AcrobotEnv"):
         set_state(EnvFactory("Acrobot-v1", {})(), state)
 
 
 class Clock(Counter):
-    """Keeps a helper object: no plain data."""
+    """An environment whose helper object is not plain data; unless `seeded`, it ignores its seed."""
 
     def __init__(self, seeded=True):
         super().__init__()
@@ -121,11 +121,11 @@ class Clock(Counter):
         return np.array([self.steps, stream.random()], np.float32)
 
 
-def test_the_probe_finds_each_way():
+def test_the_probe_tells_exact_replay_and_restart_apart():
     assert probe_resume_support(Counter).way == "exact"
-    found = probe_resume_support(Clock)
-    assert found.way == "replay"
-    assert "Clock.helper (object) is not plain data" in found.why
+    support = probe_resume_support(Clock)
+    assert support.way == "replay"
+    assert "Clock.helper (object) is not plain data" in support.why
     assert probe_resume_support(lambda: Clock(seeded=False)).way == "restart"
 
     def broken():
@@ -134,7 +134,7 @@ def test_the_probe_finds_each_way():
     assert probe_resume_support(broken) == ("restart", "the probe failed: RuntimeError: no display")
 
 
-def test_open_episodes_are_replayed():
+def test_unfinished_episodes_are_replayed():
     venv = SerialVectorEnv([Clock, Clock, Clock], FaultPolicy("replay"))
     twin = SerialVectorEnv([Clock, Clock, Clock], FaultPolicy("replay"))
     obs, _ = venv.reset(seed=3)
@@ -154,7 +154,7 @@ def test_open_episodes_are_replayed():
 
 
 def test_an_episode_that_never_ends_is_dropped_from_the_log(monkeypatch):
-    monkeypatch.setattr(snapshot, "_LONGEST", 1000)
+    monkeypatch.setattr(env_state, "_LONGEST", 1000)
     log, env = EpisodeLog(2), Counter()
     env.reset()
     for i in (0, 1):
@@ -170,7 +170,7 @@ def test_an_episode_that_never_ends_is_dropped_from_the_log(monkeypatch):
     assert len(decode(log.episode(0)["actions"])) == 0
 
 
-def test_counters_of_restarts_come_back_too():
+def test_seeding_returns_seeds_and_restart_counts():
     venv = SerialVectorEnv([Counter, Counter], FaultPolicy("exact", restarts=2))
     venv.reset(seed=1)
     seeds, restarts = venv.seeding
