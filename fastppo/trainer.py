@@ -1,4 +1,4 @@
-"""The trainer: builds the parts, owns them, runs the loop."""
+"""The trainer: builds and owns the parts, and runs the training loop."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Trainer:
     """PPO on one environment: `Trainer(config).run()`, or `for stats in trainer.iterations()`.
 
     Attributes:
-        config: with every field resolved.
+        config: the config with every field resolved.
         env_info: name, spaces and kind of the environment.
         policy: encoder, network, distribution.
         env: the environments.
-        rollout: the storage of one iteration; its tensors are the same from first to last.
+        rollout: the storage of one iteration; its tensors never move.
         collect: fills the rollout.
-        learner: learns from it.
-        update: the learner's epochs.
+        learner: learns from the rollout.
+        update: runs the learner's epochs.
         metrics: episode statistics and the step counter.
         progress: iterations, seconds and the best evaluation so far.
         run_dir: the run folder.
-        memory: planned bytes.
+        memory: the memory plan.
         world: the ranks that train together.
-        n_iterations: planned.
-        notes: choices with their reasons, and what the user should know of the environment.
-        compile_seconds: spent on compiling.
-        result: how the run ended; None until then.
+        n_iterations: planned iterations.
+        notes: choices with their reasons, and remarks on the environment.
+        compile_seconds: seconds spent on compilation.
+        result: outcome of the run; None until it ends.
     """
 
     def __init__(
@@ -57,18 +57,18 @@ class Trainer:
         console: Console | None = None,
         resume_from: Path | None = None,
     ) -> None:
-        """Make and reset the environments, build the policy and the storage, open the run folder, compile.
+        """Make and reset the environments, build policy and storage, open the run folder, and compile.
 
         Args:
-            config: settings; open fields are filled from the environment.
-            make_env: makes one gymnasium Env (vectorised here), or returns a VectorEnv; instead of config.env_id.
-            policy: your own network, x -> (params [B, P], value [B]); see fastppo.policies.policy.
-            console: for progress; None: silent.
+            config: settings; unset fields are filled in from the environment.
+            make_env: makes a gymnasium Env (vectorised here) or a VectorEnv; replaces config.env_id.
+            policy: custom network, x -> (params [B, P], value [B]); see fastppo.policies.policy.
+            console: shows progress; None: silent.
             resume_from: a verified checkpoint in its own run folder; see `fastppo.resume`.
 
         Raises:
             ConfigError: settings, network or run folder can't be used.
-            EnvError: the environment can't be made or used.
+            EnvError: the environment can't be created or used.
             CheckpointError: the checkpoint can't be used.
         """
         if not isinstance(config, Config):
@@ -90,7 +90,7 @@ class Trainer:
         self.result: Result | None = None
 
     def iterations(self) -> Iterator[Stats]:
-        """Train, yielding the statistics of each iteration; leaving the loop early saves and closes as its end does."""
+        """Train and yield the statistics of each iteration; leaving the loop early also saves and closes."""
         if self.result is not None:
             raise RuntimeError("this trainer has run already; call fastppo.resume to continue the run")
         progress, clock = self.progress, self.clock
@@ -129,20 +129,20 @@ class Trainer:
                 if self.metrics.episodes.reached(target_of(self.config)):
                     break
         except KeyboardInterrupt:
-            self._stage = "leaving"  # asked twice: what is saved is saved
+            self._stage = "leaving"  # the second signal: leave without saving
             raise
         except Exception:
-            if self.world.size > 1:  # a checkpoint takes all ranks, and the others don't know of this error
+            if self.world.size > 1:  # a checkpoint needs all ranks, and the others don't know of this error
                 self._stage = "failing"
             raise
         finally:
             self._finish()
 
     def run(self, signals: StopSignals | None = None) -> Result:
-        """Train to the end of the plan, the target, or the first Ctrl-C, SIGTERM or SIGUSR1, and save.
+        """Train until the planned steps, the target, or the first Ctrl-C, SIGTERM or SIGUSR1; then save.
 
         Args:
-            signals: listening since before this trainer was made; None: listen from now on.
+            signals: signal handlers installed before this trainer was made; None: install them now.
         """
         with contextlib.ExitStack() as stack:
             self._signals = signals or stack.enter_context(StopSignals())
@@ -164,7 +164,7 @@ class Trainer:
         return self.world.any(self.stop_requested or signalled, self.device)
 
     def _stop_if_stalled(self, metrics: Mapping[str, float]) -> None:
-        """Stop a run in which no gradient is finite any more, and keep the batch for `fastppo replay`."""
+        """Raise once `max_skipped` minibatches in a row were skipped; saves the batch for `fastppo replay`."""
         skipped = int(metrics["skipped_in_a_row"])
         if skipped >= self.config.max_skipped:
             folder = self.run_dir / f"capsule-{self.world.rank}-{self.progress.iteration:06d}"
@@ -182,7 +182,7 @@ class Trainer:
 
     def _open_sinks(self) -> None:
         if self.world.is_main:
-            # a run may have been begun before without a checkpoint
+            # an earlier start of this run may have ended before its first checkpoint
             earlier = self._run.resumed or any(self.run_dir.glob("events.*"))
             resumed_at = (self.metrics.global_step, self.progress.iteration) if earlier else None
             settings, track = self.config.to_dict(), self.config.track
@@ -191,7 +191,7 @@ class Trainer:
             )
 
     def _finish(self) -> None:
-        # in reverse order: saving first, closing the environments late, as that fails where a worker has died
+        # runs in reverse order: save first; close the environments late, because that fails if a worker has died
         with contextlib.ExitStack() as stack:
             stack.callback(self.world.close)
             if self._run.lock is not None:
@@ -203,10 +203,10 @@ class Trainer:
             self._save_the_end()
 
     def _save_the_end(self) -> None:
-        """Save a checkpoint where an iteration is complete, the model in any case, and the result."""
+        """Save a checkpoint if the last iteration is complete; then the model and the result, unless leaving."""
         clock, episodes = self.clock, self.metrics.episodes
         if self._stage in ("between", "rollout"):
-            # an error in a rollout leaves everything learned as the last iteration left it
+            # an error in a rollout leaves the learned state as of the last iteration
             self._saver.last_checkpoint(self.metrics.global_step, env_lost=self._stage == "rollout")
         self._saver.wait()
         reached, complete = episodes.reached(target_of(self.config)), self.progress.iteration == self.n_iterations

@@ -1,4 +1,4 @@
-"""fastppo bench: points in fresh processes, failures as rows, verdicts that follow from the figures."""
+"""fastppo bench: measurements in fresh processes, failures as rows, verdicts from the figures."""
 
 import csv
 import json
@@ -22,22 +22,22 @@ def point(n_envs=64, vectorization="sync", sps=1000.0, **changes):
     return Point(n_envs, vectorization, sps=sps, **values | changes)
 
 
-def test_a_gain_is_amdahls_law():
+def test_the_gain_follows_amdahls_law():
     p = point()
     assert p.gain("update") == pytest.approx(1 / 0.7 - 1)
     assert p.gain("env") == pytest.approx(1 / 0.9 - 1)
 
 
 def test_with_overlap_a_faster_environment_saves_only_the_wait():
-    # alone the environments take half an iteration, of which the trainer waits for 0.1: a faster one saves all of it
+    # the environments take half an iteration; the trainer waits for 0.1 of it, and faster environments save that wait
     ceilings = {"env": 2000.0, "act": 1e4, "update": 2e3}
     hidden = point(overlapped=True, phases=SHARES | {"env": 0.1}, ceilings=ceilings)
     assert hidden.gain("env") == pytest.approx(1 / 0.9 - 1)
-    # nothing is hidden: the same as without overlap
+    # nothing is hidden, so the gain is the same as without overlap
     assert point(overlapped=True).gain("env") == pytest.approx(1 / 0.9 - 1)
 
 
-def test_the_verdict_names_the_limiting_part_the_next_n_envs_and_the_faster_vectorization():
+def test_the_verdict_names_the_bottleneck_and_faster_settings():
     points = [point(64), point(512, sps=1300.0), point(64, "pool", sps=1100.0), Point(8, "native", failure="no such")]
     text = verdict(points[0], points)
     assert text.startswith("update-bound (60% of the time); update twice as fast: +43% steps/s (environments +11%, ")
@@ -50,7 +50,7 @@ def test_the_verdict_names_the_limiting_part_the_next_n_envs_and_the_faster_vect
     assert {n: p.vectorization for n, p in best_by_n_envs(points).items()} == {64: "pool", 512: "sync"}
 
 
-def test_files_hold_every_point_and_the_page_needs_no_network(tmp_path):
+def test_the_files_hold_every_point_and_the_page_works_offline(tmp_path):
     points = [point(), Point(8, "native", failure="killed by signal 9 (out of memory?)")]
     about = {"device_name": "a machine", "cpu_count": 2, "platform": "here"}
     page = bench_report.write_files(tmp_path, "Env<b>-v0", points, about).read_text()
@@ -62,11 +62,11 @@ def test_files_hold_every_point_and_the_page_needs_no_network(tmp_path):
     assert [row["failure"] for row in rows] == ["", "killed by signal 9 (out of memory?)"]
     assert float(rows[0]["share_update"]) == 0.6
     assert json.loads((tmp_path / "bench.json").read_text())["points"][0]["sps"] == 1000.0
-    # a bench with failures only also has a page
+    # a bench with nothing but failures has a page too
     assert "out of memory?" in bench_report.write_files(tmp_path, "Env-v0", points[1:], about).read_text()
 
 
-def test_a_bench_saves_the_choice_for_auto(tmp_path, monkeypatch, capsys):
+def test_save_stores_the_choice_for_auto(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     arguments = ["bench", "--env-id", "Acrobot-v1", "--n-envs", "2", "--vectorization", "sync", "native", "--n-steps"]
     arguments += ["16", "--seconds", "0.2", "--compile", "off", "--save", "--run-dir", str(tmp_path / "out")]
@@ -88,7 +88,7 @@ def test_a_bench_saves_the_choice_for_auto(tmp_path, monkeypatch, capsys):
     assert notes[0].startswith("vectorization sync: fastest by fastppo bench on ")
 
 
-def test_a_killed_process_is_a_row(tmp_path):
+def test_a_killed_process_becomes_a_failed_row(tmp_path):
     (tmp_path / "deadly.py").write_text(
         "import os, signal, gymnasium\n"
         "class Deadly(gymnasium.Env):\n"
@@ -110,7 +110,7 @@ def test_a_killed_process_is_a_row(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_damaged_file_of_choices_is_ignored(tmp_path, monkeypatch):
+def test_a_damaged_choices_file_is_ignored(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert choose.recall("Env-v0", "here", 8) is None
     path = choose.remember("Env-v0", "here", 8, {"vectorization": "pool", "reason": "why"})

@@ -1,4 +1,4 @@
-"""README and docs/: commands run, flags exist, Python runs, links resolve, figures are those of the measurements."""
+"""README and docs/: commands run, flags exist, Python runs, links resolve, figures match the measurements."""
 
 import argparse
 import ast
@@ -21,10 +21,10 @@ from fastppo.config import Config, load_toml
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = {page.name: page.read_text() for page in (README, *sorted((ROOT / "docs").glob("*.md")))}
-GENERATED = {"settings.md"}  # from Config's fields; its own test says whether it is there and up to date
+GENERATED = {"settings.md"}  # generated from Config's fields; its own test checks that it is up to date
 PEERS = max((ROOT / "benchmarks" / "results").glob("peers_2core-cpu_*.json"))
 
-# Makes a command short; these flags come last and win. Commands whose own tests run them are parsed only.
+# Flags that shorten a command (the last value of a flag wins). Commands in PARSED are parsed only: others test them.
 TRAIN = ["--total-timesteps", "256", "--n-envs", "4", "--n-steps", "32", "--compile", "off", "--threads", "1"]
 SHORT = {
     "train": TRAIN,
@@ -45,7 +45,7 @@ def blocks(page, language):
 
 
 def commands():
-    """Each command of every page once, with the page that has it first."""
+    """Return each distinct command of the pages, with the first page that has it."""
     found = {}
     for page in PAGES:
         for block in blocks(page, "bash"):
@@ -57,7 +57,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    """A small run with an evaluation, which stands in for every run that a page names."""
+    """A small run with an evaluation; stands in for every run that a page names."""
     folder = tmp_path_factory.mktemp("docs") / "run"
     assert main(["train", *TRAIN, "--total-timesteps", "128", "--eval-every", "128", "--run-dir", str(folder)]) == 0
     return folder
@@ -65,7 +65,7 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, finished_run):
-    """A working folder in which `prepare(words)` puts the runs that a command reads."""
+    """A working folder; the returned function copies the runs that a command reads into it."""
     monkeypatch.chdir(tmp_path)
 
     def prepare(words):
@@ -119,8 +119,8 @@ def test_a_command_runs(words, workplace, capfd):
 
 def test_every_flag_in_the_text_exists():
     known = {"--help", "--logdir", "--num-envs", "--num-steps", "--num-minibatches"}
-    known |= {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--node-rank"}  # torchrun's
-    known |= {"--master-addr", "--master-port", "--quick"}  # of scripts/bench-gpu
+    known |= {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--node-rank"}  # flags of torchrun
+    known |= {"--master-addr", "--master-port", "--quick"}  # --quick is a flag of scripts/bench-gpu
     for command in COMMANDS.values():
         known |= {f"--{name.replace('_', '-')}" for name in command.__dataclass_fields__}
     for page, text in PAGES.items():
@@ -136,12 +136,12 @@ def test_settings_files_are_valid(page, tmp_path):
 
 
 def shortened(code):
-    """Numbers of steps divided by 40."""
+    """Divide numbers of steps by 40, to at most 4096."""
     return re.sub(r"\b\d+(_\d{3})+\b", lambda number: str(min(int(number[0]) // 40, 4096)), code)
 
 
 def programs():
-    """A page's Python blocks are one program; those that need mujoco_warp are one each."""
+    """Yield a page's Python blocks as one program; blocks that need mujoco_warp are separate programs."""
     for page in PAGES:
         code = [shortened(block) for block in blocks(page, "python")]
         apart = [block for block in code if "mujoco_warp" in block]
@@ -158,13 +158,13 @@ def test_the_python_code_runs(program, tmp_path):
 
         (tmp_path / "pendulum.xml").write_text(XML)
     (tmp_path / "program.py").write_text(program)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # helpers that spin slow tests that run side by side
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # spinning OpenMP threads slow down parallel tests
     command = [sys.executable, "program.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_readme_is_short_and_leads_to_every_page():
+def test_the_readme_is_short_and_links_every_page():
     assert len(PAGES["README.md"].splitlines()) < 150
     for page in PAGES.keys() - {"README.md"}:
         assert f"(docs/{page})" in PAGES["README.md"], page
@@ -178,25 +178,25 @@ def test_links_resolve(page):
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - GENERATED))
-def test_a_page_begins_with_its_title_and_fits_a_screen(page):
+def test_a_page_starts_with_its_title_and_has_no_wide_lines(page):
     lines = PAGES[page].splitlines()
     assert lines[0].startswith("# ")
-    assert page == "README.md" or lines[2].startswith("This page "), "one sentence says what the page answers"
+    assert page == "README.md" or lines[2].startswith("This page "), "line 3 starts with: This page"
     wide = [line for line in lines if len(line) > (230 if line.startswith("|") else 130)]
     assert not wide
 
 
-def test_files_that_the_text_names_exist():
+def test_files_named_in_the_text_exist():
     for page, text in PAGES.items():
         for name in re.findall(r"`((?:fastppo|scripts|tests|benchmarks)/[\w./-]+)`", text):
-            if name == "fastppo/Catch-v0":  # an environment id
+            if name == "fastppo/Catch-v0":  # an environment id, not a file
                 continue
             assert (ROOT / name).exists(), f"{page}: {name}"
     for name in re.findall(r"results/[\w.-]+\.(?:json|svg|png)", (ROOT / "benchmarks" / "README.md").read_text()):
         assert (ROOT / "benchmarks" / name).exists(), name
 
 
-def test_architecture_draws_the_layers_that_are_enforced():
+def test_architecture_lists_the_enforced_layers():
     from tests.test_architecture import LAYERS
 
     rows = re.findall(r"^\| (`.*) \| (\d+)(?:-(\d+))? \|", PAGES["architecture.md"], re.M)
@@ -210,13 +210,13 @@ def test_architecture_draws_the_layers_that_are_enforced():
     assert all(LAYERS[name] in drawn[name] for name in LAYERS)
 
 
-def test_the_table_of_peers_is_that_of_the_committed_measurements():
+def test_the_peer_table_matches_the_committed_measurements():
     from benchmarks.peers import markdown
 
     assert markdown(json.loads(PEERS.read_text())) in PAGES["performance.md"]
 
 
-def test_the_readme_quotes_the_committed_measurements():
+def test_the_readme_matches_the_committed_measurements():
     from benchmarks.peers import OURS, speeds
 
     found = speeds(json.loads(PEERS.read_text()))
@@ -234,7 +234,7 @@ def test_the_readme_quotes_the_committed_measurements():
 
 
 def messages():
-    """Every text in the package, with {} where values are filled in."""
+    """Yield every string of the package, with {} for interpolated values."""
     for path in (ROOT / "fastppo").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
@@ -243,9 +243,9 @@ def messages():
                 yield node.value
 
 
-def test_messages_in_troubleshooting_are_the_programs_own():
+def test_messages_in_troubleshooting_exist_in_the_source():
     texts = list(messages())
     quoted = re.findall(r"^\| `([^`]+ [^`]+)`", PAGES["troubleshooting.md"], re.M)
     assert len(quoted) > 20
-    foreign = {"Expected a torch.device with a specified index"}  # torch's
+    foreign = {"Expected a torch.device with a specified index"}  # raised by torch
     assert not [text for text in quoted if text not in foreign and not any(text in m for m in texts)]

@@ -1,4 +1,4 @@
-"""nan_replay: reports on single tensors. tests/faults replays whole dumps."""
+"""nan_replay: reports on single tensors; tests/faults covers whole dumps."""
 
 import torch
 
@@ -10,6 +10,6 @@ def test_the_first_nan_or_infinity_is_located():
     assert _inspect("x", x) == TensorReport("x", (2, 2), bad=2, first=(1, 0), largest=3.0)
 
 
-def test_tensors_without_floats_are_finite():
+def test_integer_and_bool_tensors_are_finite():
     assert _inspect("valid", torch.tensor([True, False])) == TensorReport("valid", (2,), 0, (), 1.0)
     assert _inspect("actions", torch.zeros(0, dtype=torch.int64)) == TensorReport("actions", (0,), 0, (), 0.0)

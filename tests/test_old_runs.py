@@ -1,4 +1,4 @@
-"""Run folders that earlier versions wrote: they can be evaluated, resumed, reported and compared."""
+"""Run folders written by earlier versions can be evaluated, resumed, reported and compared."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def test_every_fixture_has_expected_results():
     assert sorted(path.name for path in FIXTURES.glob("run-*")) == sorted(EXPECTED)
 
 
-def test_the_policy_gives_the_same_numbers(name, run):
+def test_the_policy_gives_the_recorded_outputs(name, run):
     expected = EXPECTED[name]
     obs = np.array(expected["obs"], np.float32)
     saved = load_policy(run)
@@ -56,12 +56,12 @@ def test_a_checkpoint_can_be_evaluated(name, run):
     assert len(evaluate(last, 2).returns) == 2
 
 
-def test_evaluate_plays_the_same_episodes(name, run):
+def test_evaluate_plays_the_recorded_episodes(name, run):
     played = evaluate(run, 3, seed=1)
     assert list(played.returns) == pytest.approx(EXPECTED[name]["returns"], rel=1e-4)
 
 
-def test_resume_trains_to_the_end_of_a_longer_plan(name, run):
+def test_resume_trains_to_a_larger_total(name, run):
     before = rows_of(run)
     trainer = resume(run, total_timesteps=128 * 14)
     assert any("resumed" in note and "exact" in note for note in trainer.notes)
@@ -75,7 +75,7 @@ def test_resume_trains_to_the_end_of_a_longer_plan(name, run):
 
 
 def test_resume_continues_the_environments_and_the_optimiser(name, run):
-    """The next iteration has the losses and episodes that the old version had after its own resume."""
+    """The next iteration has the losses and episodes recorded from the old version's own resume."""
     expected = EXPECTED[name]["resumed"]
     stats = next(iter(resume(run).iterations()))
     assert (stats.iteration, stats.global_step) == (expected["iteration"], expected["global_step"])
@@ -84,7 +84,7 @@ def test_resume_continues_the_environments_and_the_optimiser(name, run):
     assert {tag: stats.scalars[tag] for tag in losses} == pytest.approx(losses, rel=1e-3, abs=1e-5)
 
 
-def test_another_run_may_start_from_its_policy(name, run, tmp_path):
+def test_a_new_run_can_start_from_the_policy(name, run, tmp_path):
     sizes = {"n_envs": 2, "n_steps": 8, "n_minibatches": 1, "total_timesteps": 16, "hidden_sizes": (8, 8)}
     stored = json.loads((run / "config.json").read_text())
     same = {key: stored[key] for key in ("env_id", "env_kwargs", "normalize_obs", "normalize_rewards")}
@@ -97,7 +97,7 @@ def test_another_run_may_start_from_its_policy(name, run, tmp_path):
         assert torch.equal(a, b)
 
 
-def test_the_commands_read_it(name, run, tmp_path, capsys):
+def test_the_commands_read_an_old_run(name, run, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main(["report", str(run), "-o", str(page)]) == 0
     assert name in page.read_text()
@@ -107,7 +107,7 @@ def test_the_commands_read_it(name, run, tmp_path, capsys):
     assert json.loads((run / "result.json").read_text())["global_step"] == 128 * 12
 
 
-def test_two_of_them_can_be_compared(tmp_path, capsys):
+def test_two_old_runs_can_be_compared(tmp_path, capsys):
     runs = [shutil.copytree(FIXTURES / name, tmp_path / name) for name in (CARTPOLE, PENDULUM)]
     assert main(["diff", *map(str, runs)]) == 0
     text = capsys.readouterr().out

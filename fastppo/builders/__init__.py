@@ -1,1 +1,1 @@
-"""From settings to the parts of a trainer: resolve the config, build the parts, compile them."""
+"""Build a trainer's parts from settings: resolve the config, build, compile."""

@@ -1,4 +1,4 @@
-"""Compile or capture the parts of a trainer, where that is wanted or pays."""
+"""Compile or capture the parts of a trainer, on request or if it pays."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def compile_parts(
     notes: list[str],
     say: Callable[[str], None],
 ) -> tuple[Mode, float]:
-    """Compile or capture rollout and update.
+    """Compile or capture rollout and update, and return the resulting mode.
 
     Args:
-        wanted: a mode; "auto" compiles where that pays for the minibatches ahead, and captures on CUDA.
-        minibatches: ahead in this run.
+        wanted: the requested mode; "auto" captures on CUDA, and on the CPU compiles if the minibatches ahead repay it.
+        minibatches: minibatches left in this run.
         learner: compiled first, since the update is most of the work.
-        collector: acting.
-        env: stepping, of tensor environments.
+        collector: its actors are compiled second.
+        env: compiled last, if it is a `TensorEnv`.
         world: the ranks that train together.
-        notes: gets a line about each choice.
+        notes: receives a line per choice.
         say: prints a line before the wait.
 
     Returns:
-        The mode that resulted, and the seconds that it took.
+        The resulting mode, and the seconds spent on it.
 
     Raises:
-        CaptureError: "graph" was wanted and is impossible.
+        CaptureError: "graph" was requested and the capture failed.
     """
     device = learner.device
     compiled_before = compiling.compilations
@@ -59,7 +59,7 @@ def compile_parts(
     if mode == "on" or device.type == "cuda":
         try:
             learner.compile()
-            # the update stays compiled even if these can't be
+            # if these fail, the update stays compiled
             for name, compile_part in (("acting", collector.compile), ("stepping", lambda: _compile_env(env))):
                 try:
                     compile_part()

@@ -1,4 +1,4 @@
-"""Build the parts that a trainer owns, from a resolved config. Choices made on the way are added to `notes`."""
+"""Build the parts that a trainer owns from a resolved config. Choices along the way are added to `notes`."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from fastppo.runtime.resources import check_descriptors, free_memory
 from fastppo.runtime.seeding import generator, seed_stream
 from fastppo.runtime.threads import set_threads
 
-_FEWEST_ITERATIONS_BETWEEN_SAMPLES = 30  # a sample takes up to a quarter of an iteration, and should cost under 1 %
+_FEWEST_ITERATIONS_BETWEEN_SAMPLES = 30  # a sample takes up to a quarter of an iteration; keeps it under 1 %
 
 
 class Models(NamedTuple):
     """The policy and the normalisers.
 
     Attributes:
-        spec: rebuilds the policy.
+        spec: description that rebuilds the policy.
         policy: encoder, network, distribution.
         reward_normalizer: None: rewards are not normalised.
-        parameters: of the network, as one vector.
+        parameters: the network's parameters, as one vector.
     """
 
     spec: PolicySpec
@@ -60,12 +60,12 @@ class Models(NamedTuple):
     parameters: FlatParameters
 
     def saved(self) -> dict[str, nn.Module]:
-        """Return the parts of a model file by name."""
+        """Return the modules of a model file by name."""
         return _saved(self.policy, self.reward_normalizer)
 
 
 def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
-    """Describe the policy that `c` asks for, or one around a `custom` network."""
+    """Return the spec of the policy in `c`; `custom`: it wraps the user's network."""
     return PolicySpec(
         obs=env_info.obs_spec,
         action=env_info.action_spec,
@@ -79,11 +79,11 @@ def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
 
 
 def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device: torch.device, world: World) -> Models:
-    """Build the policy around `network` (None: the config's), with fresh weights or those of `init_from`.
+    """Build policy and normalisers around `network` (None: the config's), with new weights or those of `init_from`.
 
     Raises:
-        ConfigError: the network doesn't fit, or needs more memory than is free.
-        CheckpointError: `init_from` holds another policy.
+        ConfigError: the network doesn't fit the spaces or the free memory.
+        CheckpointError: `init_from` holds a different policy.
     """
     spec = policy_spec(c, env_info, custom=network is not None)
     needed, free = 4 * 4 * spec.least_weights(), free_memory(device)  # weights, gradients, Adam's two moments
@@ -92,7 +92,7 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
             f"hidden_sizes={list(c.hidden_sizes)} on observations {spec.obs.shape} needs {needed / 2**30:,.1f} GiB for "
             f"weights, gradients and Adam; {free / 2**30:,.1f} GiB are free: make the network smaller."
         )
-    set_threads(1)  # initial weights must not depend on what this process ran before
+    set_threads(1)  # initial weights must not depend on earlier work of this process
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state alone
         torch.default_generator.manual_seed(int(seed_stream(c.seed, "weights").generate_state(1)[0]))
         policy = spec.build(network).to(device)
@@ -116,7 +116,7 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
 
 
 def build_update(c: Config, models: Models, device: torch.device, world: World) -> PPOUpdate:
-    """Build the update."""
+    """Build the PPO update."""
     return PPOUpdate(
         policy=models.policy,
         parameters=models.parameters,
@@ -134,10 +134,10 @@ def build_update(c: Config, models: Models, device: torch.device, world: World) 
 def plan_run(
     c: Config, env_info: EnvInfo, models: Models, device: torch.device, world: World, notes: list[str]
 ) -> MemoryPlan:
-    """Plan the bytes of storage, staging and update.
+    """Plan the memory of the run; a network that can't run on fake tensors gives a zero plan and a note.
 
     Raises:
-        ConfigError: they don't fit; says how many environments would.
+        ConfigError: the plan doesn't fit; the message names an n_envs that does.
     """
 
     def plan_for(n_envs: int) -> MemoryPlan:
@@ -155,7 +155,7 @@ def plan_run(
         return check_memory(plan_for, known(c.n_envs), known(c.n_steps), free)
     except ConfigError:
         raise
-    except Exception as error:  # a network whose forward reads values: a plan has none
+    except Exception as error:  # e.g. a forward pass that reads values, which fake tensors lack
         notes.append(f"memory is not planned: the network can't run on shapes alone ({type(error).__name__}).")
         return MemoryPlan(0, 0, 0)
 
@@ -163,7 +163,7 @@ def plan_run(
 def build_envs(
     c: Config, env_info: EnvInfo, device: torch.device, world: World, notes: list[str], *, stream_offset: int
 ) -> VecEnv:
-    """Make the environments; `stream_offset` gives each start of a run a random stream of its own."""
+    """Make the environments; `stream_offset` gives each start of a run its own random stream."""
     n_envs = known(c.n_envs)
     assert c.vectorization != "auto", "the config is resolved"
     backend = backend_of(env_info, c.vectorization)
@@ -179,7 +179,7 @@ def build_envs(
         env_info,
         n_envs,
         c.vectorization,
-        # for backends that take a seed only when they are made; a resumed run gets another stream
+        # for backends that are seeded only at construction; a resumed run gets another stream
         seed=int(seed_stream(c.seed, "envs", world.rank, stream_offset).generate_state(1)[0] >> 1),
         n_workers=c.workers,
         half_batches=c.half_batches,
@@ -190,7 +190,7 @@ def build_envs(
 
 
 def build_rollout(c: Config, env: VecEnv, models: Models, device: torch.device, world: World) -> Rollout:
-    """Allocate storage for one iteration, and reset the environments into it."""
+    """Allocate the storage of an iteration and reset the environments into it."""
     if env.obs_spec.shape != models.spec.obs.shape:
         raise EnvError(
             f"vectorization={c.vectorization} gives observations of shape {env.obs_spec.shape}, "
@@ -205,7 +205,7 @@ def build_rollout(c: Config, env: VecEnv, models: Models, device: torch.device, 
 def build_collector(
     c: Config, env: VecEnv, policy: Policy, rollout: Rollout, clock: Clock, world: World, *, notes: list[str]
 ) -> tuple[Collector, Literal["auto", "cpu", "cuda"]]:
-    """Build the collector, and choose the device to act on ("auto" where there is only one)."""
+    """Build the collector and choose the device to act on ("auto" if there is only one)."""
     acting, here, acting_copy, place = policy, rollout, None, c.act_device
     device = rollout.rewards.device
     if device.type == "cuda" and isinstance(env, GymnasiumVecEnv):
@@ -222,7 +222,7 @@ def build_collector(
 
 
 class Learning(NamedTuple):
-    """The parts that turn a rollout into an update and its statistics."""
+    """The parts that learn from a rollout and measure it."""
 
     update: PPOUpdate
     metrics: Metrics
@@ -234,7 +234,7 @@ class Learning(NamedTuple):
 def build_learning(
     c: Config, env: VecEnv, models: Models, rollout: Rollout, clock: Clock, world: World, *, n_iterations: int
 ) -> Learning:
-    """Build what learns from `rollout`, for a run of `n_iterations`."""
+    """Build the parts that learn from `rollout`, for a run of `n_iterations`."""
     device = rollout.rewards.device
     update = build_update(c, models, device, world)
     metrics = Metrics(rollout, env.action_spec, update.report_names, world=world, obs_bounds=env.obs_bounds)

@@ -1,4 +1,4 @@
-"""Resolve a config: choices that depend on the spaces, the machine and a measurement."""
+"""Resolve a config: make the choices that depend on the spaces, the machine and a measurement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 def resolve_config(
     config: Config, env_info: EnvInfo, device: torch.device, *, custom_policy: bool
 ) -> tuple[Config, list[str]]:
-    """Return the config with every choice made that comes before anything is built, and notes about the choices.
+    """Return the config with every choice that precedes building made, and notes about the choices.
 
     Raises:
         ConfigError: settings contradict each other.
@@ -30,7 +30,7 @@ def resolve_config(
         config = dataclasses.replace(config, n_envs=env_info.vector.num_envs)
     filled = fill_defaults(config, env_info.kind, atari=env_info.atari, reward_threshold=env_info.reward_threshold)
     changes: dict[str, Any] = {}
-    if config.device == "auto":  # a resumed run stays on this type; each rank chooses its own index
+    if config.device == "auto":  # a resumed run keeps the device type; each rank chooses its own index
         changes["device"] = device.type
     if config.network == "auto" and not custom_policy:
         changes["network"] = default_network(env_info.obs_spec)
@@ -52,7 +52,7 @@ def resolve_config(
     if c.vectorization != "auto":
         return c, notes
     n_envs = known(c.n_envs)
-    # what `fastppo bench --save` measured on this machine, or else a short measurement now
+    # use the result of `fastppo bench --save` on this machine, or else measure briefly now
     by_id = env_info.factory is not None and env_info.factory.make is None
     saved = recall(env_key(env_info.name, c.env_kwargs), machine_name(), n_envs) if by_id else None
     if saved is not None:
@@ -64,17 +64,17 @@ def resolve_config(
 
 
 def schedule_of(c: Config, name: str) -> tuple[str, float, float]:
-    """Return the coefficient `name` as shape, start and end."""
+    """Return the schedule of coefficient `name` as (shape, start, end)."""
     value = c.schedule(name)
     return parse_schedule(value, name) if isinstance(value, str) else ("constant", value, value)
 
 
 def target_of(c: Config) -> float | None:
-    """Return the mean return that ends the run, once "threshold" has become a number."""
+    """Return the mean return that ends the run; None if there is none."""
     return c.target_return if isinstance(c.target_return, (int, float)) else None
 
 
 def known(value: T | None) -> T:
-    """Return a setting that `resolve_config` has filled in."""
+    """Return `value`, a setting that `resolve_config` has filled in."""
     assert value is not None, "the config is resolved"
     return value

@@ -1,4 +1,4 @@
-"""Build a run: every part that a trainer owns, in the order in which the parts need each other."""
+"""Build a run: every part that a trainer owns, in order of dependency."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threa
 
 @dataclasses.dataclass
 class Run:
-    """The parts of a run; see `Trainer` for those that it shows.
+    """The parts of a run; see `Trainer` for the public ones.
 
     Attributes:
-        parts: whose state a checkpoint holds, by name; models and environments are apart.
-        lock: of the run folder, on the main rank; released when the object goes.
+        parts: stateful parts of a checkpoint by name, apart from models and environments.
+        lock: lock of the run folder, on the main rank; released with the object.
         resumed: whether the run continues a checkpoint.
     """
 
@@ -85,7 +85,7 @@ class Run:
 def build_run(
     config: Config, make_env: Maker | None, policy: nn.Module | None, console: Console | None, resume_from: Path | None
 ) -> Run:
-    """Build everything, and open the run folder; arguments and errors as for `Trainer`."""
+    """Build every part and open the run folder; arguments and errors as for `Trainer`."""
     clock, notes = Clock(), list[str]()
     keep_freed_memory()
     device = choose_device(config.device)
@@ -107,7 +107,7 @@ def build_run(
         stream_offset = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
         env = build_envs(c, env_info, device, world, notes, stream_offset=stream_offset)
         undo.callback(env.close)
-        # an iteration is one rollout of every rank; at least one is run
+        # an iteration is one rollout on every rank; run at least one
         n_iterations = max(1, known(c.total_timesteps) // (c.batch_size * world.size))
         rollout = build_rollout(c, env, models, device, world)
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)

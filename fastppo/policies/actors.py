@@ -1,7 +1,7 @@
-"""Acting: the action of each environment, written into the rollout's row, at the lowest cost the policy allows.
+"""Actors: write each environment's action into the rollout, as cheaply as the policy allows.
 
-Acting doesn't need the values and log-probabilities of a rollout. Where policy and value have layers of their own, they
-are computed afterwards, for all rows at once.
+Acting doesn't need values and log-probabilities. If actor and critic share no layers, they are computed after the
+rollout, for all rows at once.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from fastppo.runtime.graphs import capture
 from fastppo.spaces import ObsSpec
 
 _Array = np.ndarray[Any, Any]
-_CHUNK = 4096  # rows of one pass: they stay in a core's cache
+_CHUNK = 4096  # rows per pass; they fit a core's cache
 
 
 class Decisions(NamedTuple):
     """The tensors of a rollout that acting reads and writes, for N environments.
 
     Attributes:
-        obs: [T + 1, N, *obs] before each step; read.
-        noise: [T, N, noise_size]; read.
+        obs: [T + 1, N, *obs] observation before each step; read only.
+        noise: [T, N, noise_size]; read only.
         actions: [T, N, *action].
         logprobs: [T, N] of those actions.
-        params: [T, N, P] of the distribution.
+        params: [T, N, P] distribution parameters.
         values: [T, N] V(s_t).
-        state: of the policy, each [N, ...], read and written in each step.
+        state: the policy's recurrent state, [N, ...] each, read and written in each step.
     """
 
     obs: Tensor
@@ -50,7 +50,7 @@ class Decisions(NamedTuple):
     state: PolicyState = ()
 
     def of_group(self, group: slice) -> Decisions:
-        """Return the part of some environments."""
+        """Return the slices of the environments in `group`."""
         rows = {name: x[:, group] for name, x in self._asdict().items() if name != "state"}
         return Decisions(**rows, state=tuple(x[group] for x in self.state))
 
@@ -59,16 +59,16 @@ class Actor(Protocol):
     """Acts for one group of environments.
 
     Attributes:
-        complete: whether `act` fills log-probabilities and values too, or actions and parameters alone.
+        complete: whether `act` also fills log-probabilities and values, beside actions and parameters.
     """
 
     complete: bool
 
     def compile(self) -> None:
-        """Compile the decision, where it is torch."""
+        """Compile the decision, if it runs in torch."""
 
     def capture(self, device: torch.device) -> None:
-        """Capture the decision on `device`, where it is torch."""
+        """Capture the decision on `device`, if it runs in torch."""
 
     def begin(self) -> None:
         """Begin a rollout: parameters and moments may have changed."""
@@ -78,10 +78,11 @@ class Actor(Protocol):
 
 
 def make_actor(policy: Policy, decisions: Decisions, *, torch_only: bool = False) -> Actor:
-    """Make the cheapest actor for `policy` on the device of the rollout; `torch_only`: one that can be captured.
+    """Make the fastest actor for `policy` on the rollout's device; with `torch_only`, one that can be captured.
 
-    On the CPU, plain BLAS on numpy's views of the parameters beats torch, whose operations cost 3 us each: 13 us
-    instead of 35 at N=1, 32 instead of 59 at N=64, 150 instead of 145 at N=512 (two 64-wide layers; benchmarks/act.py).
+    On the CPU, BLAS on numpy views of the parameters avoids torch's overhead of 3 us per operation. A step of two
+    64-wide layers takes 13 us instead of 35 at N=1 and 32 instead of 59 at N=64; at N=512 it gains nothing (150 against
+    145; benchmarks/act.py).
     """
     if (
         not torch_only
@@ -96,9 +97,9 @@ def make_actor(policy: Policy, decisions: Decisions, *, torch_only: bool = False
 def choose_act_device(
     wanted: Literal["auto", "cpu", "cuda"], policy: Policy, obs_spec: ObsSpec, n_envs: int, device: torch.device
 ) -> tuple[Literal["cpu", "cuda"], str]:
-    """Choose where to act for environments on the host while `policy` learns on a GPU, and say why.
+    """Return the device to act on, for environments on the host and a `policy` that learns on a GPU, and the reason.
 
-    `auto` times a step on the CPU, and one on the GPU with the copies there and back.
+    `auto` times a step on the CPU, and a step on the GPU including both copies.
     """
     if wanted != "auto":
         return wanted, "asked for"
@@ -142,14 +143,14 @@ def fill_values_and_logprobs(policy: Policy, d: Decisions) -> None:
 
 
 class ModuleActor:
-    """Acts by any network: one forward pass gives everything."""
+    """Acts with any network; one forward pass fills every tensor."""
 
     complete = True
 
     def __init__(self, policy: Policy, decisions: Decisions) -> None:
-        """Act by `policy` in the rows of `decisions`."""
+        """Act with `policy`, writing into `decisions`."""
         self._policy, self._d = policy, decisions
-        # the step index is a tensor that a replay increments, so that a step is one launch
+        # the row index is on the device, so a replayed step is a single launch
         self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
         self._replay: Callable[[], None] | None = None
         self._decide: Callable[[Tensor, Tensor, PolicyState], ActionStep] = policy.act
@@ -160,7 +161,7 @@ class ModuleActor:
         self._row.zero_()
 
     def act(self, t: int) -> None:
-        """Decide step t; a replay takes the steps in their order."""
+        """Decide step t; a replay ignores t and takes the rows in order."""
         if self._replay is not None:
             self._replay()
             return
@@ -173,7 +174,7 @@ class ModuleActor:
         self._carry(step.state)
 
     def compile(self) -> None:
-        """Compile the decision; it reads parameters and buffers as they are when it is called."""
+        """Compile the decision; each call reads the current parameters and buffers."""
         policy, d = self._policy, self._d
         tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
         weights = tuple(x.detach() for x in tensors.values())
@@ -187,7 +188,7 @@ class ModuleActor:
         self._compiled = True
 
     def capture(self, device: torch.device) -> None:
-        """Capture the decision, unless it is compiled: a capture can't see into compiled code."""
+        """Capture the decision, unless it is compiled: compiled code can't be captured."""
         if not self._compiled:
             self._replay = capture(self._act_on_row, keep=[self._row, *self._d.state], fresh=[], device=device)
 
@@ -207,7 +208,7 @@ class ModuleActor:
 
 
 def plain_layers(policy: Policy) -> list[nn.Linear] | None:
-    """The actor's linear layers, if it has nothing but those with tanh or ReLU between, on vectors."""
+    """Return the actor's linear layers if it is a plain MLP with tanh or ReLU on vector observations, else None."""
     network = policy.network
     if type(network) is not MLP or network.actor_trunk is None or policy.encoder.spec.leaf.kind != "vector":
         return None
@@ -220,12 +221,12 @@ def plain_layers(policy: Policy) -> list[nn.Linear] | None:
 
 
 class NumpyActor:
-    """Acts by a multi-layer perceptron in preallocated numpy arrays that share memory with the network's parameters."""
+    """Acts with an MLP in preallocated numpy arrays, on views of the network's parameters."""
 
     complete = False
 
     def __init__(self, policy: Policy, layers: Sequence[nn.Linear], decisions: Decisions) -> None:
-        """Act by the actor's `layers` of `policy`, as `plain_layers` found them, in the rows of `decisions`."""
+        """Act with the actor `layers` of `policy` (see `plain_layers`), writing into `decisions`."""
         steps, n = decisions.noise.shape[:2]
         self._policy = policy
         obs = decisions.obs.numpy()
@@ -243,7 +244,7 @@ class NumpyActor:
         self.begin()
 
     def begin(self) -> None:
-        """Take the views of the parameters again, and compute what changes only between rollouts."""
+        """Refresh the views of the parameters and the constants of a rollout."""
         with torch.no_grad():
             self._weights = [layer.weight.numpy().T for layer in self._layers]
             self._biases = [layer.bias.numpy() for layer in self._layers]
@@ -268,7 +269,7 @@ class NumpyActor:
         x = self._obs[t]
         if self._moments is not None:
             mean, scale, clip = self._moments
-            # as ObsNormalizer: the difference in float64
+            # the difference is in float64, as in ObsNormalizer
             x = np.clip((x - mean) * scale, -clip, clip, out=self._scaled, casting="same_kind")
         last = len(self._outs) - 1
         for i, out in enumerate(self._outs):

@@ -1,4 +1,4 @@
-"""Collecting: the loop that fills a rollout by T steps of a policy in N environments."""
+"""Collect a rollout: T steps of a policy in N environments."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastppo.runtime.graphs import capture
 
 
 class FinalValues:
-    """V of the final observations of truncated episodes, by critic calls of one fixed shape.
+    """Evaluates V of the final observations of truncated episodes, in batches of one fixed shape.
 
-    Observations gather in a preallocated block; the critic is called when it is full, and once at the end.
+    Observations gather in a preallocated block; the critic is called when the block is full, and at the end.
     """
 
     def __init__(self, rollout: Rollout, value: Callable[[Tensor], Tensor]) -> None:
-        """Gather in `rollout.final_obs`, evaluate with `value`, write into `rollout.next_values`."""
+        """Gather in `rollout.final_obs`, evaluate by `value` and write into `rollout.next_values`."""
         self._rollout = rollout
         self._value = value
         self._rows: list[tuple[int, int]] = []
 
     def add(self, t: int, truncated: Sequence[int], final_obs: Tensor) -> None:
-        """Add the environments that step t truncated; their final observations are those rows of `final_obs` [N]."""
+        """Add the final observations `final_obs[truncated]` of the environments that step t truncated."""
         for i in truncated:
             self._rollout.final_obs[len(self._rows)].copy_(final_obs[i])
             self._rows.append((t, i))
@@ -45,16 +45,16 @@ class FinalValues:
 
 
 class ActingCopy:
-    """Acting on one device for learning on another: the policy is copied before a rollout, the rollout after it.
+    """Act on one device and learn on another: copies the policy before a rollout and the rollout after it.
 
-    A step of a small network on the CPU costs less than the way to a GPU and back.
+    A step of a small network on the CPU costs less than a round trip to the GPU.
     """
 
-    # each side has these of its own
+    # each side has its own
     _NOT_COPIED = ("advantages", "returns", "noise", "final_obs")
 
     def __init__(self, acting: Policy, here: Rollout, learning: Policy, there: Rollout) -> None:
-        """`acting` fills `here`; `learning` learns from `there`."""
+        """Copy `learning` to `acting` before a rollout, and `here` to `there` after it."""
         self._acting, self._learning = acting, learning
         self._there = {name: x for name, x in there.tensors().items() if name not in self._NOT_COPIED}
         self._here = here.tensors()
@@ -64,25 +64,25 @@ class ActingCopy:
                 setattr(here, name, x)
 
     def fetch_policy(self) -> None:
-        """Copy the learning policy's parameters and moments to the acting one."""
+        """Copy parameters and observation moments to the acting policy."""
         with torch.no_grad():
             pairs = zip(self._acting.state_dict().values(), self._learning.state_dict().values(), strict=True)
             for mine, theirs in pairs:
                 mine.copy_(theirs)
 
     def send_rollout(self) -> None:
-        """Copy the rollout to where it is learned from."""
+        """Copy the rollout to the learning device."""
         for name, there in self._there.items():
             there.copy_(self._here[name], non_blocking=True)
 
 
 class Collector:
-    """Fills a rollout by T steps of a policy in N environments.
+    """Fills a rollout with T steps of a policy in N environments.
 
     Attributes:
         rollout: the storage.
-        actors: one for each group of environments.
-        roll: takes the steps; `capture` replaces it by a replay of them.
+        actors: one per group of environments.
+        roll: takes the steps; after `capture`, replays them.
     """
 
     def __init__(
@@ -100,12 +100,12 @@ class Collector:
 
         Args:
             env: the environments.
-            policy: that acts.
+            policy: the acting policy.
             rollout: the storage.
             generator: draws the noise of actions.
             clock: times the phases.
-            torch_only: act by torch operations alone, so that `capture` can capture whole rollouts.
-            acting_copy: copies policy and rollout where learning happens on another device.
+            torch_only: use torch operations only, so that `capture` can capture whole rollouts.
+            acting_copy: copies policy and rollout between devices; None: acting and learning share one.
         """
         self._acting_copy = acting_copy
         r = self.rollout = rollout
@@ -119,13 +119,13 @@ class Collector:
         self.roll: Callable[[], None] = self._roll
 
     def __call__(self) -> None:
-        """Collect a rollout, from the observations in row T of the one before.
+        """Collect a rollout, starting from the observations in row T of the previous one.
 
-        Afterwards every tensor but advantages and returns holds this rollout's values. next_values is V of the true
-        successor of each row: of the final observation where an episode was truncated, of the next row otherwise. With
-        next-step autoreset the next row is that final observation already.
+        Fills every tensor except advantages and returns. next_values is V of each row's true successor: the final
+        observation where the episode was truncated, the next row otherwise. With next-step autoreset the next row is
+        the final observation already.
 
-        While one group of environments steps, the policy acts on the next.
+        While one group of environments steps, the policy acts for the next.
         """
         with self._clock.phase("act"):
             if self._acting_copy is not None:
@@ -137,7 +137,7 @@ class Collector:
                 self._acting_copy.send_rollout()
 
     def prepare(self) -> None:
-        """Draw the rollout's noise and give the actors the policy as it is now."""
+        """Draw the rollout's noise and pass the current parameters and moments to the actors."""
         self._policy.distribution.fill_noise(self.rollout.noise, self._generator)
         for actor in self.actors:
             actor.begin()
@@ -169,19 +169,19 @@ class Collector:
             self.compute_values()
 
     def compute_values(self) -> None:
-        """Fill in the values and log-probabilities that acting left out, and the values of the true successors."""
+        """Fill in values and log-probabilities where acting did not, and the values of the true successors."""
         r = self.rollout
         if not self.actors[0].complete:
             fill_values_and_logprobs(self._policy, self._decisions)
         if (final := self._env.final_obs_buffer) is None:
             self._final_values.flush()
-        elif self._env.capturable_state is None:  # not captured: the host may read who was truncated
+        elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated
             k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
             if len(k):
                 r.next_values[final.end_steps[k, n], n] = self._policy.value(final.obs[k, n])
         elif len(final.end_steps):
             values = self._policy.value(final.obs.flatten(0, 1)).view(final.end_steps.shape)
-            # one row more, for those that were not truncated
+            # the extra row takes the writes of unused slots
             padded = torch.cat((r.next_values, r.next_values[:1]))
             r.next_values.copy_(padded.scatter(0, final.end_steps, values)[:-1])
         last_values = self._policy.value(r.obs[-1])
@@ -192,7 +192,7 @@ class Collector:
         r.next_values.copy_(successors)
 
     def compile(self) -> None:
-        """Compile acting, on the CPU.
+        """Compile the actors, if they act on the CPU.
 
         Raises:
             CompileError: an actor can't be compiled.
@@ -202,10 +202,10 @@ class Collector:
                 actor.compile()
 
     def capture(self) -> None:
-        """Capture the whole rollout where the environment can be captured, else the policy's steps alone.
+        """Capture the whole rollout if the environment can be captured, and the actors' decisions otherwise.
 
         Raises:
-            CaptureError: it can't be captured.
+            CaptureError: the capture failed.
         """
         r, env = self.rollout, self._env
         device = r.rewards.device
@@ -224,7 +224,7 @@ class Collector:
         self.roll = replay
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the observations to act on next, the policy's state and the random stream of the noise."""
+        """Return the next observations, the policy's state and the random stream of the noise."""
         states = {f"state{i}": x for i, x in enumerate(self.rollout.state)}
         return {"obs": self.rollout.obs[-1], "noise": self._generator.get_state(), **states}
 

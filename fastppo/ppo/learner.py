@@ -1,4 +1,4 @@
-"""The learner: advantages, epochs and metrics of one iteration, as one function of static tensors."""
+"""Learn from a rollout: advantages, epochs and metrics of one iteration, on static tensors."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fastppo.runtime.graphs import capture
 
 
 class Learner:
-    """Learns from the rollout in storage: `anneal`, then call it.
+    """Learns from the stored rollout: call `anneal`, then the learner.
 
     Attributes:
         coefs: this iteration's coefficients, as tensors that are written in place.
         coef_values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
         gae: the kernel that computes advantages.
         update: the epochs.
-        rewards: [T, N] that advantages were last computed from.
+        rewards: [T, N] the rewards of the last advantages, after normalisation or sign.
         device: of all tensors.
     """
 
@@ -50,15 +50,15 @@ class Learner:
         """Bind the parts.
 
         Args:
-            rollout: to learn from.
-            policy: whose observation moments follow each update.
-            update: the epochs.
+            rollout: the storage.
+            policy: the policy; its observation moments change after each update.
+            update: runs the epochs.
             metrics: measures the iteration.
             clock: times the phases.
-            reward_normalizer: scales rewards by running moments; None: rewards stay as they are.
-            sign_rewards: learn from the sign of rewards.
-            schedules: shape, start and end of each coefficient.
-            kl_stop_factor: times target_kl is the KL that stops an update.
+            reward_normalizer: scales rewards by running moments; None: rewards are not scaled.
+            sign_rewards: learn from the signs of rewards.
+            schedules: (shape, start, end) of each coefficient.
+            kl_stop_factor: an update stops at a KL of kl_stop_factor * target_kl.
         """
         self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
         self._reward_normalizer, self._sign_rewards, self.rewards = reward_normalizer, sign_rewards, rollout.rewards
@@ -82,10 +82,9 @@ class Learner:
             self.update.prepare(self._rollout.rewards.numel(), limit)
 
     def __call__(self, *, watch: bool = True, on_epoch: Callable[[], None] | None = None) -> Tensor:
-        """Compute advantages, run the epochs and measure both; returns the metrics, on the device.
+        """Compute advantages, run the epochs and return the iteration's metrics, on the device.
 
-        A capture is replayed if there is one, unless `on_epoch` needs to be called. For the arguments see
-        `PPOUpdate.run`.
+        Replays the capture, if there is one and `on_epoch` is None. Arguments as for `PPOUpdate.run`.
         """
         if self._captured is not None and on_epoch is None:
             with self._clock.phase("update"):
@@ -98,7 +97,7 @@ class Learner:
             return self._metrics.measure(report)
 
     def compute_advantages(self) -> None:
-        """Write advantages and returns of the rollout, from normalised rewards."""
+        """Write the rollout's advantages and returns, from normalised rewards."""
         r, rewards = self._rollout, self._rollout.rewards
         if self._reward_normalizer is not None:
             self._reward_normalizer.update_from_rollout(rewards, r.done, r.valid, self.coefs.gamma)
@@ -111,12 +110,12 @@ class Learner:
         r.returns.copy_(returns)
 
     def update_obs_moments(self) -> None:
-        """Add the rollout to the observation moments, which the next rollout uses."""
+        """Add the rollout to the observation moments, for use in the next rollout."""
         batch = self._rollout.batch()
         self._policy.encoder.update_moments(batch.obs, batch.valid)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the discounted returns of open episodes, where rewards are normalised."""
+        """Return the discounted returns of open episodes, if rewards are normalised."""
         return {} if self._reward_normalizer is None else {"carry": self._reward_normalizer.carry}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
@@ -128,26 +127,26 @@ class Learner:
         """Compile the kernels; changes no state.
 
         Raises:
-            CompileError: one of them can't be compiled.
+            CompileError: a kernel can't be compiled.
         """
         estimate = self._estimate
-        if self.gae is gae_doubling:  # the loop wins where it was chosen, compiled doubling or not
+        if self.gae is gae_doubling:  # where the loop was chosen, it is faster than compiled doubling
             example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
             estimate = compile_graph(self._estimate_eagerly, example)
         self.update.compile(self._rollout.batch(), self.coefs)
         self._estimate = estimate
 
     def capture(self) -> None:
-        """Capture what a call does, to be replayed from then on.
+        """Capture a call; later calls replay it.
 
         Raises:
-            CaptureError: it can't be captured.
+            CaptureError: the capture failed.
         """
         if reason := self._policy.uncompilable():
             raise CaptureError(reason)
         shuffles = self.update.generator.get_state()
         self.anneal(0.0)
-        self.update.generator.set_state(shuffles)  # permutations must not depend on whether work is captured
+        self.update.generator.set_state(shuffles)  # permutations must not depend on capture
         rewards = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
         self._captured = capture(
             lambda: self(watch=False),

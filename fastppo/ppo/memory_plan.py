@@ -1,7 +1,7 @@
-"""Plan the memory of a training run before any of it is allocated.
+"""Plan the memory of a training run before allocating it.
 
-Rollout, advantages and one minibatch run on tensors that have shapes but no contents; the plan is the largest number of
-bytes alive at once. The environments' own memory is not included.
+Rollout, advantages and one minibatch run on fake tensors (shapes without contents); the plan is the peak of bytes alive
+at once. Memory of the environments themselves is not included.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class MemoryPlan:
     """Planned bytes.
 
     Attributes:
-        storage: of the rollout, for the whole run.
-        staging: of the buffers that environments write into.
-        update: largest number that advantages, update or statistics hold at once, beside the storage.
+        storage: the rollout, for the whole run.
+        staging: buffers that environments write into.
+        update: peak of advantages, update or statistics, in addition to storage.
     """
 
     storage: int
@@ -57,23 +57,23 @@ class MemoryPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The parts of N environments that storage depends on; stands in for a VecEnv that is not made yet."""
+    """The properties of N environments that determine storage; stands in for a VecEnv before it is made."""
 
     n_envs: int
     obs_spec: ObsSpec
     action_spec: ActionSpec
     fillers: bool = True
-    max_steps: int | None = None  # of environments on the device, which keep the final observations of a whole rollout
+    max_steps: int | None = None  # for environments on the device, which keep the final observations of a whole rollout
 
 
 def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: Callable[..., Any]) -> MemoryPlan:
-    """Plan the bytes of an iteration of `n_steps` in `env`.
+    """Plan the memory of an iteration of `n_steps` steps in `env`.
 
     Args:
         n_steps: T.
-        env: the environments to be made.
-        update: makes the update; its policy and parameters exist already.
-        gae: kernel that computes advantages.
+        env: the planned environments.
+        update: makes the update, on an existing policy and parameters.
+        gae: the kernel that computes advantages.
     """
     obs = env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
@@ -94,23 +94,23 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
         rows = order[: max(1, len(order) // learner.n_minibatches)]
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
-        learner.policy.encoder.update_moments(batch.obs, None)  # in float64, and so larger than what it reads
+        learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         highest = live.highest - storage
-        del cuts  # keeps it alive until here
+        del cuts  # counted as storage, so alive until here
     statistics = n_steps * env.n_envs * _STATISTICS
     return MemoryPlan(storage, 3 * obs, max(highest, statistics))
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, free: int) -> MemoryPlan:
-    """Return the plan for `n_envs`, if it fits into `free` bytes.
+    """Return the plan for `n_envs`, checked against `free` bytes.
 
     Raises:
-        ConfigError: it doesn't fit; says how many environments would.
+        ConfigError: the plan doesn't fit; the message names an n_envs that does.
     """
     wanted = plan(n_envs)
     if wanted.total <= free:
         return wanted
-    # nearly linear in n_envs
+    # memory is nearly linear in n_envs: interpolate, then correct
     least = plan(1)
     fits = int((free - least.total) / (wanted.total - least.total) * (n_envs - 1)) + 1 if free >= least.total else 0
     while fits and plan(fits).total > free:
@@ -123,11 +123,11 @@ def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, f
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of tensors that are made while it is on and are still alive.
+    """Counts the live bytes of tensors made while the mode is active.
 
     Attributes:
-        bytes: alive now.
-        highest: alive at the peak.
+        bytes: live bytes.
+        highest: their peak.
     """
 
     def __init__(self) -> None:

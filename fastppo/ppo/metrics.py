@@ -1,4 +1,4 @@
-"""The metrics of an iteration, measured on the device and read by the host in one transfer; episode statistics."""
+"""Episode statistics, and the metrics of an iteration: measured on the device, read by the host in one transfer."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from fastppo.spaces import ActionSpec
 
 _Array = np.ndarray[Any, Any]
 
-WINDOW = 100  # episodes that means are taken over
-# Measured beside the update's report; they follow it in the vector, and the latest episodes follow them
+WINDOW = 100  # episodes per mean
+# The measured vector holds the update's report, then these, then the latest episodes
 MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
 
 
 class EpisodeStats:
-    """Returns and lengths of episodes, from raw rewards, on the device of the rollout. Episodes may span rollouts.
+    """Returns and lengths of episodes, from raw rewards, on the rollout's device. Episodes may span rollouts.
 
     Attributes:
-        recent_returns: of the last episodes, WINDOW at most, latest last.
-        recent_lengths: of the same episodes.
+        recent_returns: returns of the last WINDOW episodes, latest last.
+        recent_lengths: lengths of the same episodes.
         count: episodes ended so far.
-        open: [2, N] float64, returns and lengths so far of episodes that have not ended.
+        open: [2, N] float64, returns and lengths so far of unfinished episodes.
     """
 
     def __init__(self, n_envs: int, device: torch.device) -> None:
-        """Start with no episode in each of `n_envs` environments."""
+        """Start with zero counts for `n_envs` environments."""
         self.open = torch.zeros(2, n_envs, dtype=torch.float64, device=device)
         self.recent_returns: deque[float] = deque(maxlen=WINDOW)
         self.recent_lengths: deque[int] = deque(maxlen=WINDOW)
         self.count = 0
 
     def measure(self, rewards: Tensor, done: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Add a rollout, [T, N] each; filler rows (`valid` False) have neither length nor reward.
+        """Measure the episodes that end in a rollout, [T, N] each; filler rows (`valid` False) do not count.
 
         Returns:
-            [3 + 3 K] float64: number of episodes that ended, sums of their returns and of their lengths; then returns,
-            lengths and last steps of the latest K, latest first, NaN where there are fewer.
+            [3 + 3 K] float64: number of ended episodes, sums of their returns and of their lengths; then returns,
+            lengths and last steps of the latest K, latest first, padded with NaN.
         """
         n_steps, n = rewards.shape
-        # running sums over the rollout, continuing the episodes that were open when it began
+        # running sums over the rollout, on top of the open episodes
         t = torch.arange(n_steps, device=done.device).unsqueeze(1)
         if valid is None:
             returns, lengths = rewards.cumsum(0, dtype=torch.float64), (t + 1).expand(n_steps, n)
@@ -56,13 +56,13 @@ class EpisodeStats:
             returns = torch.where(valid, rewards, 0.0).cumsum(0, dtype=torch.float64)
             lengths = valid.cumsum(0)
         totals = torch.stack((returns, lengths.double())).add_(self.open.unsqueeze(1))
-        ends = torch.where(done, t, -1).cummax(0).values  # the latest at t or before
+        ends = torch.where(done, t, -1).cummax(0).values  # the latest end at or before t
         env = torch.arange(n, device=done.device)
 
         def total_at(end: Tensor, env: Tensor) -> Tensor:
             return torch.where(end >= 0, totals[:, end.clamp(min=0), env], 0.0)
 
-        over = total_at(ends[-1], env)  # of all episodes of an environment that ended
+        over = total_at(ends[-1], env)  # per environment, over all episodes that ended
         self.open.copy_(totals[:, -1] - over)
         latest = torch.where(done, t * n + env, -1).flatten().topk(min(WINDOW, n_steps * n)).values
         at, whose = latest.clamp(min=0) // n, latest.clamp(min=0) % n
@@ -72,7 +72,7 @@ class EpisodeStats:
         return torch.cat((done.sum().double().unsqueeze(0), over.sum(1), chosen.flatten()))
 
     def add(self, count: int, latest: _Array) -> None:
-        """Add what `measure` returned: `count` episodes, and the latest [3 K]."""
+        """Add the result of `measure`: `count` episodes, and the latest [3 K]."""
         returns, lengths, _ = latest.reshape(3, -1)[:, : min(count, WINDOW)][:, ::-1]
         self.recent_returns.extend(returns.tolist())
         self.recent_lengths.extend(lengths.astype(int).tolist())
@@ -84,16 +84,16 @@ class EpisodeStats:
 
     @property
     def mean_return(self) -> float:
-        """Mean return of the last episodes (100 at most); NaN before the first ends."""
+        """Mean return of the last episodes (at most 100); NaN before the first one ends."""
         return float(np.mean(self.recent_returns)) if self.recent_returns else float("nan")
 
     @property
     def mean_length(self) -> float:
-        """Mean length of the last episodes; NaN before the first ends."""
+        """Mean length of the last episodes (at most 100); NaN before the first one ends."""
         return float(np.mean(self.recent_lengths)) if self.recent_lengths else float("nan")
 
     def reached(self, target: float | None) -> bool:
-        """Whether the mean of the last 100 episodes, no fewer, has reached `target`."""
+        """Return whether the mean of the last 100 episodes has reached `target`; False before 100 episodes ended."""
         full = len(self.recent_returns) == self.recent_returns.maxlen
         return target is not None and full and self.mean_return >= target
 
@@ -102,9 +102,9 @@ class Metrics:
     """Measures an iteration on the device and brings the metrics to the host in one transfer.
 
     Attributes:
-        names: of the metrics: the update's report, then MEASURED.
-        episodes: statistics of episodes.
-        global_step: real environment steps so far.
+        names: names of the metrics: the update's report, then MEASURED.
+        episodes: episode statistics.
+        global_step: environment steps so far, without filler rows.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class Metrics:
         world: World,
         obs_bounds: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Measure the rollouts in `rollout`, pooled over the ranks of `world`.
+        """Measure the rollouts stored in `rollout`, pooled over the ranks of `world`.
 
         Args:
             rollout: the storage that every iteration fills.
-            spec: of the actions.
-            report_names: of the values that an update reports.
+            spec: the action spec.
+            report_names: names of the values that an update reports.
             world: the ranks that train together.
-            obs_bounds: lowest and highest observation [*obs] that the space allows; None: any.
+            obs_bounds: low and high [*obs] of the observation space; None: unbounded.
         """
         self._rollout, self._world = rollout, world
         self.names: tuple[str, ...] = (*report_names, *MEASURED)
@@ -140,11 +140,11 @@ class Metrics:
         return self._obs_bounds is not None
 
     def kept(self) -> list[Tensor]:
-        """List the tensors that `measure` changes and the next iteration needs."""
+        """List the tensors that `measure` changes and the next iteration reads."""
         return [self.episodes.open]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the steps and episodes so far, open episodes included."""
+        """Return the steps and episodes so far, including open episodes."""
         e = self.episodes
         latest = {"returns": list(e.recent_returns), "lengths": list(e.recent_lengths)}
         return {"open": e.open, "global_step": self.global_step, "episodes": e.count, **latest}
@@ -163,7 +163,7 @@ class Metrics:
         """Measure the iteration: the values of `names`, then the latest episodes, as one float64 vector on the device.
 
         Args:
-            report: of the update.
+            report: the update's report.
         """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
@@ -177,13 +177,13 @@ class Metrics:
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, measured: Tensor) -> dict[str, float]:
-        """Bring what `measure` returned to the host, pooled over ranks, in the one transfer of an iteration.
+        """Transfer the result of `measure` to the host, pooled over ranks: the only transfer of an iteration.
 
         Returns:
             The metrics by name; `count` adds them to the run.
 
         Raises:
-            EnvError: a reward or an observation is not finite; names the first environment and step.
+            EnvError: a reward or an observation is not finite; the message names the first environment and step.
         """
         everyone: _Array = self._world.gather(measured).numpy(force=True)
         pooled = everyone[0] if len(everyone) == 1 else merge_ranks(everyone, self.names)
@@ -194,17 +194,17 @@ class Metrics:
         return metrics
 
     def count(self, metrics: Mapping[str, float]) -> None:
-        """Add the steps and episodes of an iteration, as `read` returned it, to those of the run."""
+        """Add an iteration's steps and episodes, as returned by `read`, to the run's totals."""
         self.global_step += int(metrics["steps"])
         self.episodes.add(int(metrics["episodes"]), self._latest)
 
     def outside(self) -> str | None:
-        """Describe the first environment of this rank that left its observation space in the last rollout, if any."""
+        """Describe this rank's first observation outside its space in the last rollout; None if there is none."""
         outside = self._outside()
         if not outside.any():
             return None
         t, n = outside.nonzero()[0].tolist()
-        # the rollout's steps are counted already
+        # global_step already includes this rollout
         return self._where(t - len(outside), n, "returned an observation outside its observation_space")
 
     def _raise_broken(self) -> NoReturn:
@@ -226,7 +226,7 @@ class Metrics:
         return f"environment {n}{rank} {did} at step {before + t}"
 
     def _outside(self) -> Tensor:
-        """Where the observation after a row lies outside its space: [T, N] bool."""
+        """Return where the observation after a row lies outside its space, [T, N] bool."""
         r = self._rollout
         if self._obs_bounds is None:
             return torch.zeros_like(r.done)
@@ -234,7 +234,7 @@ class Metrics:
         return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
 
     def _broken(self) -> Tensor:
-        """Where a real row's reward [0] or the observation after it [1] is not finite: [2, T, N] bool."""
+        """Return where a valid row's reward [0] or the observation after a row [1] is not finite, [2, T, N] bool."""
         r = self._rollout
         rewards = ~r.rewards.isfinite() if r.valid is None else ~r.rewards.isfinite() & r.valid
         obs = (
@@ -254,7 +254,7 @@ def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
     for name in ("broken", "outside", "steps", "episodes", "returns", "lengths"):
         merged[at(name)] = everyone[:, at(name)].sum()
     latest = everyone[:, len(names) :].reshape(len(everyone), 3, -1)
-    # latest first; of one step, later environments first, as if they were all in one process
+    # latest first; within a step, higher environments first, as in a single process
     columns = np.concatenate(list(latest[::-1]), axis=1)
     columns = columns[:, ~np.isnan(columns[2])]
     columns = columns[:, np.argsort(-columns[2], kind="stable")][:, :WINDOW]

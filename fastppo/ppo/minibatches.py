@@ -1,4 +1,4 @@
-"""Minibatches: how a rollout's rows are laid out so that gathering B of them is one operation."""
+"""Memory layout of minibatches: gathering B rows of a rollout is one operation."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from fastppo.functional.losses import Batch
 
-_WIDEST_PACKED_OBS = 64  # numbers; longer observations are gathered separately
+_WIDEST_PACKED_OBS = 64  # floats per row; longer observations are gathered separately
 
 
 class Minibatch(NamedTuple):
-    """Some rows of a packed batch.
+    """B rows of a packed batch.
 
     Attributes:
-        scale: [2] mean and divisor of its advantages; see `advantage_scale`.
+        scale: [2] mean and divisor of the advantages; see `advantage_scale`.
         rows: [B] int64 indices into `data`.
-        data: the whole batch, as `BatchLayout.pack` returned it.
+        data: the whole batch, as returned by `BatchLayout.pack`.
     """
 
     scale: Tensor
@@ -28,17 +28,16 @@ class Minibatch(NamedTuple):
 
 
 class BatchLayout:
-    """The rows of a batch side by side in one float32 array, so that a minibatch is a single gather.
+    """Packs the fields of a batch into one float32 array, so that a minibatch is a single gather.
 
-    Indices (discrete actions) are exact as float32 up to 2^24. Images and long vectors stay where they are and are
-    gathered separately.
+    Discrete actions are exact in float32 up to 2^24. Images and long vectors are not packed but gathered separately.
 
     Attributes:
-        packed: [R, W], R rows; its columns are Batch's fields one after the other, obs last where it is packed.
+        packed: [R, W], R rows; the columns are Batch's fields in order, with obs last if it is packed.
     """
 
     def __init__(self, batch: Batch) -> None:
-        """Lay out and allocate for batches with the shapes and dtypes of `batch`."""
+        """Allocate for batches with the shapes and dtypes of `batch`."""
         self._obs_apart = batch.obs.dtype != torch.float32 or batch.obs[0].numel() > _WIDEST_PACKED_OBS
         self._like = {name: x[:0] for name, x in self._columns(batch).items()}
         self._widths = [math.prod(x.shape[1:]) for x in self._like.values()]
@@ -50,14 +49,14 @@ class BatchLayout:
         return fields if self._obs_apart else fields | {"obs": obs}
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Write `batch` into `packed`; returns it, and obs where that is gathered separately."""
+        """Write `batch` into `packed`; return it, followed by obs if obs is gathered separately."""
         fields = self._columns(batch).values()
         for place, x in zip(torch.split(self.packed, self._widths, 1), fields, strict=True):
             place.copy_(x.reshape(place.shape))
         return (self.packed, batch.obs) if self._obs_apart else (self.packed,)
 
     def gather(self, minibatch: Minibatch) -> Batch:
-        """Return the rows [B] of a minibatch, their advantages as they are stored."""
+        """Return the rows [B] of a minibatch, with unscaled advantages."""
         data, rows = minibatch.data, minibatch.rows
         parts = torch.split(data[0].index_select(0, rows), self._widths, 1)
         fields: dict[str, Tensor | None] = {"valid": None}

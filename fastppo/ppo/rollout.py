@@ -1,4 +1,4 @@
-"""Rollouts: preallocated tensors [T, N, ...]."""
+"""Storage of a rollout: preallocated tensors [T, N, ...]."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class Rollout:
     """One rollout of T steps in N environments; every tensor is allocated once and written in place.
 
     Attributes:
-        obs: [T + 1, N, *obs] raw, as `ObsSpec` packs them; row T is where the next rollout begins.
-        actions: [T, N, *action] as the distribution made them (not clipped, counted from 0).
+        obs: [T + 1, N, *obs] raw, as packed by `ObsSpec`; row T is the start of the next rollout.
+        actions: [T, N, *action] as sampled (not clipped, counted from 0).
         logprobs: [T, N] in nats.
-        params: [T, N, P] of the distribution that acted.
+        params: [T, N, P] the acting distribution's parameters.
         values: [T, N] V(s_t).
         rewards: [T, N] raw.
         terminated: [T, N] bool.
         truncated: [T, N] bool.
-        done: [T, N] bool, either.
-        valid: [T, N] bool, False in filler rows; None where the environments make none.
-        next_values: [T, N] V of the true successor.
+        done: [T, N] bool, terminated or truncated.
+        valid: [T, N] bool, False in filler rows; None: the environments make none.
+        next_values: [T, N] V of each row's true successor.
         advantages: [T, N].
         returns: [T, N].
-        noise: [T, N, noise_size], drawn for each rollout.
+        noise: [T, N, noise_size], drawn once per rollout.
         final_obs: [K, *obs] staging for the final observations of truncated episodes; see `FinalValues`.
-        state: of the policy, each [N, ...], before the next step; `()` without memory.
+        state: the policy's recurrent state before the next step, [N, ...] each; `()` for a policy without one.
     """
 
     obs: Tensor
@@ -55,7 +55,7 @@ class Rollout:
 
     @classmethod
     def allocate(cls, n_steps: int, env: VecEnv, policy: Policy, device: torch.device) -> Rollout:
-        """Allocate zeroed storage for `n_steps` of `env`."""
+        """Allocate zeroed storage for `n_steps` steps of `env`."""
         dist, n = policy.distribution, env.n_envs
 
         def zeros(*shape: int) -> Tensor:
@@ -97,7 +97,7 @@ class Rollout:
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def batch(self) -> Batch:
-        """Return all T x N rows, flat, as views."""
+        """Return all T x N rows, flattened, as views."""
 
         def flat(x: Tensor) -> Tensor:
             return x.flatten(0, 1)

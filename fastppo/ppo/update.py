@@ -1,7 +1,7 @@
-"""The update: epochs over shuffled minibatches, with the KL early stop.
+"""The PPO update: epochs over shuffled minibatches, with KL early stopping.
 
-`PPOUpdate.run` is the loop; one minibatch is `update_step`. What the step decides stays on the device, the early stop
-included, so that all epochs together can be one CUDA graph.
+`PPOUpdate.run` is the loop; `update_step` takes one minibatch. Every decision, early stopping included, stays on the
+device, so all epochs can be one CUDA graph.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ class PPOUpdate:
 
     Attributes:
         policy: the policy that learns.
-        parameters: of its network, as one vector.
+        parameters: its network's parameters, as one vector.
         generator: draws the permutations.
-        update_epochs: E, passes over the rollout.
-        n_minibatches: M, minibatches per pass; divides the number of rows.
-        normalize: advantages are normalised in each "minibatch", once per "batch", or not ("off").
-        kl_stop: "epoch" stops after an epoch whose mean KL passed the limit; "minibatch" before the step of a minibatch
-            whose KL did.
-        world: the ranks whose rows make a minibatch together.
-        state: everything that a minibatch changes.
-        trained: names of the parameters that learn, in the policy.
-        report_names: names of the values that `run` returns: means of the loss's diagnostics and of the gradient norm
-            before clipping, over the steps taken; minibatches skipped because their gradient was not finite;
-            minibatches and epochs run; whether the KL stopped the update (0 or 1), and that KL; the longest row of
-            skipped minibatches, earlier updates included.
+        update_epochs: E, number of passes over the rollout.
+        n_minibatches: M, minibatches per epoch; divides the number of rows.
+        normalize: normalise advantages per "minibatch", per "batch", or not ("off").
+        kl_stop: "epoch" stops after an epoch whose mean KL exceeds the limit, "minibatch" before the step of a
+            minibatch whose KL does.
+        world: the ranks that share each minibatch.
+        state: the tensors that a minibatch changes.
+        trained: names of the trained parameters in the policy.
+        report_names: names of the values that `run` returns: the loss's diagnostics and the gradient norm before
+            clipping, averaged over the steps taken; minibatches skipped because their gradient was not finite;
+            minibatches and epochs run; whether the KL stopped the update (0 or 1), and that KL; the most minibatches
+            skipped in a row, continuing from earlier updates.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class PPOUpdate:
         kl_stop: Literal["epoch", "minibatch"],
         world: World | None = None,
     ) -> None:
-        """Start the optimiser at its initial state; arguments as the attributes.
+        """Allocate the state and initialise the optimiser.
 
         Args:
             policy: the policy that learns.
-            parameters: of its network.
+            parameters: its network's parameters.
             generator: draws the permutations, on the device of the parameters.
-            loss: of one minibatch.
-            optimizer: of the flat parameters.
+            loss: loss of a minibatch.
+            optimizer: optimiser of the flat parameters.
             update_epochs: E.
             n_minibatches: M.
-            normalize: where advantages are normalised.
-            kl_stop: where the KL is compared with its limit.
-            world: None: one rank.
+            normalize: see the attribute.
+            kl_stop: see the attribute.
+            world: None: a single rank.
         """
         self.policy, self.parameters, self.generator = policy, parameters, generator
         self.update_epochs, self.n_minibatches = update_epochs, n_minibatches
@@ -91,7 +91,7 @@ class PPOUpdate:
             stop_kl=vector.new_zeros(()),
             skipped=vector.new_zeros(2),
         )
-        # the KL that an epoch's mean may have
+        # largest mean KL of an epoch
         self._epoch_limit = vector.new_zeros(())
         self._orders = torch.zeros(0, 0, dtype=torch.int64, device=vector.device)
         self._layout: BatchLayout | None = None
@@ -102,10 +102,10 @@ class PPOUpdate:
         self._step: Step = functools.partial(self._bound, gradient_fn=self._gradient if alone else self._summed)
 
     def compile(self, batch: Batch, coefs: Coefficients) -> None:
-        """Compile the step for batches like `batch`; changes no state.
+        """Compile the step for batches with the shapes of `batch`; changes no state.
 
         Raises:
-            CompileError: it can't be compiled; the update stays as it was.
+            CompileError: the step can't be compiled; the update stays eager.
         """
         if reason := self.policy.uncompilable():
             raise CompileError(reason)
@@ -133,7 +133,7 @@ class PPOUpdate:
         self._step = step
 
     def prepare(self, n: int, kl_limit: float) -> None:
-        """Set the KL limit (inf: none), and draw the permutation of the `n` rows for every epoch, run or not."""
+        """Set the KL limit (inf: none) and draw a permutation of the `n` rows for each of the E epochs."""
         self.parameters.check()
         self.allocate(n)
         for order in self._orders:
@@ -143,23 +143,23 @@ class PPOUpdate:
         self.state.kl_limit.fill_(math.inf if by_epoch else kl_limit)
 
     def allocate(self, n: int) -> None:
-        """Allocate the permutations of `n` rows, once."""
+        """Allocate the permutations of `n` rows, unless they are allocated."""
         if self._orders.shape != (self.update_epochs, n):
             self._orders = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self.state.sums.device)
 
     def run(
         self, batch: Batch, coefs: Coefficients, *, watch: bool, on_epoch: Callable[[], None] | None = None
     ) -> Tensor:
-        """Run every epoch, as `prepare` set it up.
+        """Run the epochs that `prepare` set up.
 
         Every decision is made on the device: once the KL has stopped the update, further minibatches change nothing.
-        Reading the decision on the host to leave the loop saves time and changes no number.
+        With `watch`, the host reads the decision to leave the loop early; this saves time and changes no number.
 
         Args:
             batch: all rows of the rollout.
-            coefs: scheduled scalars.
-            watch: leave the loop where the KL has stopped the update.
-            on_epoch: called before the first epoch and after each that was run.
+            coefs: this iteration's coefficients.
+            watch: leave the loop once the KL has stopped the update.
+            on_epoch: called before the first epoch and after each epoch run.
 
         Returns:
             The values of `report_names`, on the device.
@@ -184,7 +184,7 @@ class PPOUpdate:
         return self._report()
 
     def gradient(self, batch: Batch, coefs: Coefficients) -> Tensor:
-        """Return the gradient [P] of the first minibatch that `prepare` drew, at the parameters as they are now."""
+        """Return the gradient [P] of the first minibatch drawn by `prepare`, at the current parameters."""
         data, scales = self._lay_out(batch)
         minibatch = Minibatch(scales[0, 0], self.orders[0, 0], data)
         return self._gradient(self.state.params, minibatch, coefs, self._gradient.constants).flat
@@ -194,7 +194,7 @@ class PPOUpdate:
         self._step(self.state, minibatch, coefs, self._gradient.constants)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the optimiser's state and the random stream of the permutations; the policy saves the parameters."""
+        """Return the optimiser's state and the random stream of the permutations, without the parameters."""
         state = self.state
         return {
             **state.optimizer._asdict(),
@@ -211,11 +211,11 @@ class PPOUpdate:
 
     @property
     def orders(self) -> Tensor:
-        """[E, M, B] rows of each minibatch of each epoch, as `prepare` drew them."""
+        """Rows of each minibatch of each epoch, [E, M, B], as drawn by `prepare`."""
         return self._orders.view(self.update_epochs, self.n_minibatches, -1)
 
     def kept(self) -> list[Tensor]:
-        """List the tensors that an update changes and the next one needs."""
+        """List the tensors that an update changes and the next one reads."""
         return [self.state.params, *self.state.optimizer, self.state.skipped]
 
     def prepared(self) -> list[Tensor]:
@@ -223,13 +223,13 @@ class PPOUpdate:
         return [self._orders, self.state.kl_limit, self._epoch_limit]
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Lay `batch` out for minibatches."""
+        """Pack `batch` for minibatches."""
         if self._layout is None:
             self._layout = self._gradient.layout = BatchLayout(batch)
         return self._layout.pack(batch)
 
     def scales(self, batch: Batch) -> Tensor:
-        """Return mean and divisor of the advantages of each minibatch that `prepare` drew, [E, M, 2]."""
+        """Return mean and divisor of the advantages of each minibatch drawn by `prepare`, [E, M, 2]."""
         orders = self.orders
         if self.normalize != "minibatch":
             return self.state.sums.new_zeros(*orders.shape[:2], 2)  # not used
@@ -237,7 +237,7 @@ class PPOUpdate:
         return torch.stack(advantage_scale(batch.advantages[orders], valid, self.world.pool), -1)
 
     def _lay_out(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return the packed batch, and the scales of its minibatches' advantages."""
+        """Return the packed batch and the advantage scales of its minibatches."""
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
         return self.pack(batch), self.scales(batch)
@@ -253,7 +253,7 @@ class PPOUpdate:
         return self.state.kl_limit.item() == -math.inf
 
     def _end_epoch(self) -> None:
-        """Compare the mean KL of the epoch's minibatches with its limit."""
+        """Compare the epoch's mean KL with its limit."""
         if self.kl_stop == "minibatch":
             return
         state = self.state
@@ -269,7 +269,7 @@ class PPOUpdate:
         figures, (taken, within, _) = state.sums[:n], state.sums[n:]
         stopped = (state.kl_limit == -math.inf).float()
         begun = within + stopped if self.kl_stop == "minibatch" else within
-        # less a half: on CUDA a division is a product with the rounded inverse, and may end above a whole number
+        # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
         epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
         rest = torch.stack((within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1]))
         return torch.cat((figures / taken, rest))

@@ -1,7 +1,7 @@
-"""One minibatch: gradient of the loss, clip by norm, optimiser step. A function of tensors that reads nothing back.
+"""One minibatch: gradient of the loss, clipping by norm, optimiser step; without host reads.
 
-Every scalar is a tensor and every decision is made on the device, so that the step can be compiled whole, once, for a
-run with annealing, and so that all epochs together can be one CUDA graph.
+Every scalar is a tensor and every decision is made on the device. So a run with annealing compiles the step once, and
+all epochs can be one CUDA graph.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from fastppo.ppo.minibatches import BatchLayout, Minibatch
 
 
 class UpdateState(NamedTuple):
-    """Everything that a minibatch changes.
+    """The tensors that a minibatch changes.
 
     Attributes:
-        params: [P] of the policy, flat.
+        params: [P] the policy's parameters, flat.
         optimizer: the optimiser's state, a NamedTuple of tensors.
-        sums: [D + 4]: diagnostics and gradient norm over the steps taken; the number of steps taken, of minibatches
-            within the KL limit, and the sum of the epoch's KLs.
-        kl_limit: [] largest KL that a minibatch may have; inf: any; -inf: the update has stopped.
+        sums: [D + 4]: sums of diagnostics and gradient norm over the steps taken; numbers of steps taken and of
+            minibatches within the KL limit; sum of the epoch's KLs.
+        kl_limit: [] largest KL of a minibatch; inf: no limit; -inf: the update has stopped.
         stop_kl: [] the KL that stopped the update.
-        skipped: [2] minibatches skipped in a row, now and at most in this update.
+        skipped: [2] minibatches skipped in a row: current count, and this update's maximum.
     """
 
     params: Tensor
@@ -42,7 +42,7 @@ class UpdateState(NamedTuple):
     skipped: Tensor
 
     def write(self, new: UpdateState, take: Tensor) -> None:
-        """Copy `new` into these tensors; parameters and the optimiser's state only where `take` [] is True."""
+        """Copy `new` into these tensors; parameters and the optimiser's state only if `take` [] is True."""
         learned = (self.params, *self.optimizer), (new.params, *new.optimizer)
         for old, value in zip(*learned, strict=True):
             old.copy_(torch.where(take, value, old))
@@ -56,9 +56,9 @@ class Gradient(NamedTuple):
     """The gradient of a minibatch's mean loss.
 
     Attributes:
-        flat: [P].
-        diagnostics: [D] of the loss.
-        n_rows: [] rows that count, fillers left out.
+        flat: [P] the gradient.
+        diagnostics: [D] diagnostics of the loss.
+        n_rows: [] number of valid rows.
     """
 
     flat: Tensor
@@ -80,24 +80,24 @@ def update_step(
     optimizer: Optimizer,
     kl_index: int,
 ) -> None:
-    """Learn from one minibatch, written into `state` at the end.
+    """Take one step on a minibatch and write the result into `state`.
 
-    The step is skipped where the gradient is not finite, and where the KL has passed its limit, now or before: from
-    then on minibatches change nothing.
+    A minibatch whose gradient is not finite is skipped. Once a KL exceeds its limit, this and all later minibatches
+    of the update leave parameters and optimiser unchanged.
 
     Args:
-        state: before the step, and after it.
+        state: updated in place.
         minibatch: the rows to learn from.
-        coefs: scheduled scalars.
-        constants: frozen parameters and buffers of the policy, as `LossGradient` takes them.
-        gradient_fn: computes the gradient; over several ranks, of the rows of all.
+        coefs: this iteration's coefficients.
+        constants: frozen parameters and buffers of the policy; see `LossGradient`.
+        gradient_fn: computes the gradient, over the rows of all ranks.
         optimizer: takes the step.
-        kl_index: of `approx_kl` among the diagnostics.
+        kl_index: index of `approx_kl` among the diagnostics.
     """
     gradient = gradient_fn(state.params, minibatch, coefs, constants)
     clipped, norm = clip_by_norm(gradient.flat, coefs.max_grad_norm)
     kl, limit, finite = gradient.diagnostics[kl_index], state.kl_limit, norm.isfinite()
-    within = (kl <= limit) | (limit == math.inf)  # False for a NaN KL, which stops the update too
+    within = (kl <= limit) | (limit == math.inf)  # False for NaN, so a NaN KL stops the update too
     take = within & finite
     params, optimizer_state = optimizer.step(state.params, clipped, state.optimizer, coefs.learning_rate)
     figures = torch.cat((gradient.diagnostics, norm.unsqueeze(0)))
@@ -116,13 +116,13 @@ class LossGradient:
     """Computes the gradient of a loss with respect to the policy's flat parameters.
 
     Attributes:
-        trained: names of the parameters that learn, in the policy.
-        constants: the policy's other parameters and its buffers, the normaliser's moments among them.
-        layout: of the batch; set before the first call.
+        trained: names of the trained parameters in the policy.
+        constants: the policy's frozen parameters and its buffers, including the normaliser's moments.
+        layout: layout of the batch; set before the first call.
     """
 
     def __init__(self, policy: Policy, parameters: FlatParameters, loss: Loss, *, scale_advantages: bool) -> None:
-        """Differentiate `loss` of `policy`; `scale_advantages`: apply each minibatch's `scale` first."""
+        """Differentiate `loss` of `policy`; with `scale_advantages`, apply each minibatch's `scale` first."""
         self._policy, self._parameters, self._loss, self._scale_advantages = policy, parameters, loss, scale_advantages
         trained = {id(p) for p in parameters.parameters}
         names = {id(p): name for name, p in policy.named_parameters()}
@@ -135,7 +135,7 @@ class LossGradient:
     def __call__(
         self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
     ) -> Gradient:
-        """Differentiate the mean loss of the minibatch at `params` [P]."""
+        """Return the gradient of the mean loss of `minibatch` at `params` [P]."""
         batch = self.layout.gather(minibatch)
         if self._scale_advantages:
             mean, divisor = minibatch.scale[0], minibatch.scale[1]

@@ -1,4 +1,4 @@
-"""Several processes of which one dies, stops or is asked to end. Rows D of the README here; and what listens."""
+"""Multi-process training when one rank dies, hangs or is signalled (faults D of the README); open ports (X6)."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def torchrun(run, *, restarts=0, total=200_000_000, patience=60):
 
 
 def ranks(process):
-    """The training processes, by rank."""
+    """Return the training processes, ordered by rank."""
     found = {}
     for child in psutil.Process(process.pid).children():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
@@ -58,7 +58,7 @@ def test_d1_a_killed_rank_ends_the_others_and_torchrun_resumes(tmp_path):
     assert read_state(path, 1) is not None
 
 
-def test_d3_a_stopped_rank_is_a_named_time_out(tmp_path):
+def test_d3_a_stopped_rank_ends_the_run_after_a_time_out(tmp_path):
     run = tmp_path / "run"
     process = torchrun(run, patience=3)
     wait_for(lambda: len(list_checkpoints(run)) > 0)
@@ -73,7 +73,7 @@ def test_d3_a_stopped_rank_is_a_named_time_out(tmp_path):
     assert time.monotonic() - begin < 60
 
 
-def test_d4_a_signal_to_one_rank_is_one_whole_checkpoint(tmp_path):
+def test_d4_a_signal_to_one_rank_saves_one_complete_checkpoint(tmp_path):
     run = tmp_path / "run"
     process = torchrun(run)
     wait_for(lambda: len(list_checkpoints(run)) > 1)
@@ -88,8 +88,8 @@ def test_d4_a_signal_to_one_rank_is_one_whole_checkpoint(tmp_path):
     assert {file.name for file in path.iterdir()} >= {"state-0.json", "state-1.json"}
 
 
-def test_x6_nothing_listens(tmp_path):
-    """In a process of its own: what other tests imported may listen."""
+def test_x6_no_port_is_open(tmp_path):
+    """Runs in its own process, because imports of other tests may open ports."""
     run = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run)], stdout=subprocess.DEVNULL
@@ -102,7 +102,7 @@ def test_x6_nothing_listens(tmp_path):
 
 
 @pytest.mark.parametrize("total", [4096])
-def test_two_processes_that_are_interrupted_are_the_two_that_were_not(tmp_path, total):
+def test_an_interrupted_run_on_two_ranks_equals_an_uninterrupted_one(tmp_path, total):
     from fastppo.analysis.verify_resume import run_hashes
 
     ends = []

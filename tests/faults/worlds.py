@@ -1,4 +1,4 @@
-"""Environments that break in one known way, at one known step. Imports no torch, so that workers start fast."""
+"""Environments that fail in a chosen way at a chosen step. Imports no torch, so that workers start fast."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from gymnasium import spaces
 
 
 class TwoArgumentsError(Exception):
-    """Can be pickled, but not unpickled."""
+    """An error that can be pickled, but not unpickled."""
 
     def __init__(self, first, second):
         super().__init__(f"{first} and {second}")
 
 
 class NoTextError(Exception):
-    """Can't be told."""
+    """An error whose text raises."""
 
     def __str__(self):
         raise RuntimeError("no text")
 
 
 class FaultEnv(gym.Env):
-    """Observation = steps since the reset, times 10, plus the environment's index; ends after 20 steps.
+    """Observes (10 * steps since reset + index, a random number); episodes end after 20 steps.
 
-    In environment `env_index`, after `at_step` steps of its life, `kind` happens. `once` names a file that is made when
-    it does, and then it doesn't happen again.
+    The environment with index `env_index` fails as `kind` says at its `at_step`-th step, counted over episodes. `once`
+    names a file that is created at the failure and prevents further ones.
     """
 
     observation_space = spaces.Box(-1e6, 1e6, (2,), np.float32)
@@ -79,7 +79,7 @@ class FaultEnv(gym.Env):
             case "sleeps":
                 time.sleep(1000)
             case "loops in C":
-                ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the lock: no Python thread runs either
+                ctypes.PyDLL(None).sleep(1000)  # PyDLL keeps the GIL, so no Python thread runs either
             case "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             case "segfault":
@@ -108,14 +108,14 @@ class FaultEnv(gym.Env):
 
 
 class Dice(FaultEnv):
-    """Draws from a stream that no seed reaches."""
+    """Observations from an unseeded random stream."""
 
     def _obs(self):
         return np.array([np.random.default_rng().random(), 0], np.float32)
 
 
 class Gravity(FaultEnv):
-    """Rewards that depend on the process."""
+    """Rewards that differ in worker processes."""
 
     def step(self, action):
         obs, reward, *rest = super().step(action)
@@ -123,7 +123,7 @@ class Gravity(FaultEnv):
 
 
 class Reusing(FaultEnv):
-    """Hands out one array."""
+    """Returns the same array in every step."""
 
     buffer = np.zeros(2, np.float32)
 
@@ -133,7 +133,7 @@ class Reusing(FaultEnv):
 
 
 class Growing(FaultEnv):
-    """Its info dict has new keys at each step."""
+    """Adds a new key to info in each step."""
 
     def step(self, action):
         *rest, _ = super().step(action)
@@ -141,7 +141,7 @@ class Growing(FaultEnv):
 
 
 class Odd(gym.Env):
-    """Two numbers observed, or three."""
+    """Observations of n numbers."""
 
     action_space = spaces.Discrete(2)
 
@@ -156,7 +156,7 @@ class Odd(gym.Env):
 
 
 def odd(n):
-    """A maker."""
+    """Return a function that makes an `Odd` of n numbers."""
     return lambda: Odd(n)
 
 
@@ -165,15 +165,15 @@ def _in_worker():
 
 
 def makers(n, **changes):
-    """A maker for each of n environments."""
+    """Return a function per environment that makes it, for n environments."""
     return [lambda i=i: FaultEnv(i, **changes) for i in range(n)]
 
 
 class Numbered:
-    """Makes FaultEnvs with indices 0, 1, ... in the order in which it is called; for make_env of a Trainer."""
+    """Makes FaultEnvs with indices 0, 1, ... in order of calls; for a Trainer's make_env."""
 
     def __init__(self, **changes):
-        self.changes, self.made = changes, -4  # one is made for a look, and two to probe how it resumes
+        self.changes, self.made = changes, -4  # inspection makes one more, the resume probe two
 
     def __call__(self):
         self.made += 1

@@ -1,4 +1,4 @@
-"""Acrobot as Gymnasium has it (classic_control/acrobot.py, the book's equations), after Sutton and Barto 2018."""
+"""Acrobot with the dynamics of Gymnasium's classic_control/acrobot.py ("book" equations; Sutton and Barto 2018)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fastppo.envs.tensor.task import State
 
 _DT, _GRAVITY = 0.2, 9.8
 _MASS = _LENGTH = _INERTIA = 1.0
-_CENTRE = 0.5  # of a link's mass, from its joint
+_CENTRE = 0.5  # distance of a link's centre of mass from its joint
 _FASTEST = (4 * math.pi, 9 * math.pi)
 
 
 @dataclasses.dataclass(frozen=True)
 class Acrobot:
-    """State: the angles of both joints and their speeds. Actions: torque -1, 0, +1 on the joint between the links."""
+    """Acrobot. State: angles and angular velocities of both joints. Actions: torque -1, 0, +1 on the second joint."""
 
     n_uniforms = 4
 
     def reset(self, u: Tensor) -> State:
-        """Everything within +-0.1."""
+        """Sample every state variable uniformly from [-0.1, 0.1)."""
         return (u * 0.2 - 0.1).unbind(0)
 
     def step(self, state: State, actions: Tensor) -> tuple[State, Tensor, Tensor]:
-        """One Runge-Kutta step of 0.2 s."""
+        """Take one Runge-Kutta (RK4) step of 0.2 s; reward -1 until the tip is one link above the base."""
         torque = (actions - 1).to(state[0].dtype)
 
         def moved(by: float, slope: State) -> State:
@@ -46,7 +46,7 @@ class Acrobot:
         return (theta1, theta2, speed1, speed2), reward, swung_up
 
     def observe(self, state: State) -> Tensor:
-        """Cosine and sine of both angles, and the speeds, [N, 6]."""
+        """Return cosine and sine of both angles, and the angular velocities, [N, 6]."""
         theta1, theta2, speed1, speed2 = state
         return torch.stack((theta1.cos(), theta1.sin(), theta2.cos(), theta2.sin(), speed1, speed2), 1)
 
@@ -71,7 +71,7 @@ def _slope(state: State, torque: Tensor) -> State:
 
 
 def _wrap(angle: Tensor) -> Tensor:
-    """Into [-pi, pi]: speeds are bounded, so that one step turns a joint by less than two circles."""
+    """Wrap into [-pi, pi]; two passes suffice because the velocity limits allow less than two turns per step."""
     for _ in range(2):
         angle = torch.where(angle > math.pi, angle - 2 * math.pi, angle)
         angle = torch.where(angle < -math.pi, angle + 2 * math.pi, angle)

@@ -1,4 +1,4 @@
-"""CartPole as Gymnasium has it (classic_control/cartpole.py), after Barto, Sutton and Anderson 1983."""
+"""CartPole with the dynamics of Gymnasium's classic_control/cartpole.py (Barto, Sutton and Anderson 1983)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _X_LIMIT, _ANGLE_LIMIT = 2.4, 12 * 2 * math.pi / 360
 
 @dataclasses.dataclass(frozen=True)
 class CartPole:
-    """State: x, its speed, the pole's angle, its speed. Actions: 0 left, 1 right."""
+    """CartPole. State: position, velocity, pole angle, angular velocity. Actions: 0 left, 1 right."""
 
     sutton_barto_reward: bool = False
     n_uniforms = 4
 
     def reset(self, u: Tensor) -> State:
-        """Everything within +-0.05."""
+        """Sample every state variable uniformly from [-0.05, 0.05)."""
         return (u * 0.1 - 0.05).unbind(0)
 
     def step(self, state: State, actions: Tensor) -> tuple[State, Tensor, Tensor]:
-        """One Euler step of 0.02 s."""
+        """Take one Euler step of 0.02 s; terminate beyond 2.4 units or 12 degrees."""
         x, x_dot, theta, theta_dot = state
         force = torch.where(actions == 1, _FORCE, -_FORCE).to(x.dtype)
         cos, sin = theta.cos(), theta.sin()
@@ -40,5 +40,5 @@ class CartPole:
         return (x, x_dot + _TAU * x_acc, theta, theta_dot + _TAU * theta_acc), reward.to(x.dtype), fallen
 
     def observe(self, state: State) -> Tensor:
-        """The state, [N, 4]."""
+        """Return the state, [N, 4]."""
         return torch.stack(state, 1)

@@ -1,4 +1,4 @@
-"""MountainCarContinuous as Gymnasium has it (classic_control/continuous_mountain_car.py), after Moore 1990."""
+"""MountainCarContinuous with the dynamics of Gymnasium's classic_control/continuous_mountain_car.py (Moore 1990)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _LEFT, _RIGHT, _FASTEST, _GOAL, _POWER, _SLOPE = -1.2, 0.6, 0.07, 0.45, 0.0015, 
 
 @dataclasses.dataclass(frozen=True)
 class MountainCarContinuous:
-    """State: position and speed. Action: force within +-1."""
+    """MountainCarContinuous. State: position and velocity. Action: force in [-1, 1]."""
 
     goal_velocity: float = 0.0
     n_uniforms = 1
 
     def reset(self, u: Tensor) -> State:
-        """At rest between -0.6 and -0.4."""
+        """Sample a position from [-0.6, -0.4), at rest."""
         position = u[0] * 0.2 - 0.6
         return position, torch.zeros_like(position)
 
     def step(self, state: State, actions: Tensor) -> tuple[State, Tensor, Tensor]:
-        """One step; 100 for the hilltop, less a tenth of the action's square."""
+        """Take one step; reward = 100 * goal reached - 0.1 * action^2."""
         position, speed = state
         push = actions[:, 0].to(position.dtype)
         speed = speed + (push.clamp(-1.0, 1.0) * _POWER - _SLOPE * (3 * position).cos())
@@ -36,5 +36,5 @@ class MountainCarContinuous:
         return (position, speed), torch.where(arrived, 100.0, 0.0) - push.square() * 0.1, arrived
 
     def observe(self, state: State) -> Tensor:
-        """The state, [N, 2]."""
+        """Return the state, [N, 2]."""
         return torch.stack(state, 1)

@@ -1,4 +1,4 @@
-"""Pendulum as Gymnasium has it (classic_control/pendulum.py)."""
+"""Pendulum with the dynamics of Gymnasium's classic_control/pendulum.py."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ _MAX_SPEED, _MAX_TORQUE, _DT, _MASS, _LENGTH = 8.0, 2.0, 0.05, 1.0, 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Pendulum:
-    """State: angle, 0 being upright, and its speed. Action: torque within +-2."""
+    """Pendulum. State: angle (0 is upright) and angular velocity. Action: torque in [-2, 2]."""
 
     g: float = 10.0
     n_uniforms = 2
 
     def reset(self, u: Tensor) -> State:
-        """Any angle, a speed within +-1."""
+        """Sample the angle from [-pi, pi) and the angular velocity from [-1, 1)."""
         angle, speed = (u * 2 - 1).unbind(0)
         return angle * math.pi, speed
 
     def step(self, state: State, actions: Tensor) -> tuple[State, Tensor, Tensor]:
-        """One semi-implicit Euler step of 0.05 s; nothing ends it but the time limit."""
+        """Take one semi-implicit Euler step of 0.05 s; never terminates, so only the time limit ends an episode.
+
+        Reward = -(angle^2 + 0.1 * velocity^2 + 0.001 * torque^2), with the angle wrapped into [-pi, pi).
+        """
         angle, speed = state
         torque = actions[:, 0].to(angle.dtype).clamp(-_MAX_TORQUE, _MAX_TORQUE)
         off = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi
@@ -36,6 +39,6 @@ class Pendulum:
         return (angle + speed * _DT, speed), -cost, torch.zeros_like(angle, dtype=torch.bool)
 
     def observe(self, state: State) -> Tensor:
-        """Cosine and sine of the angle, and the speed, [N, 3]."""
+        """Return cosine and sine of the angle, and the angular velocity, [N, 3]."""
         angle, speed = state
         return torch.stack((angle.cos(), angle.sin(), speed), 1)

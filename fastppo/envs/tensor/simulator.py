@@ -1,6 +1,6 @@
-"""Simulators that step many environments on the device and return torch tensors.
+"""Adapter for simulators that step many environments on the device and return torch tensors.
 
-Isaac Lab, mjlab and ManiSkill do so directly; Brax and MJX can through dlpack.
+Isaac Lab, mjlab and ManiSkill return them directly, Brax and MJX through dlpack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastppo.spaces import ActionSpec, ObsSpec
 
 
 class Simulator(Protocol):
-    """The interface of such simulators, with same-step autoreset.
+    """The interface that a simulator must have, with same-step autoreset.
 
     Attributes:
         num_envs: N.
@@ -29,7 +29,7 @@ class Simulator(Protocol):
     num_envs: int
 
     def reset(self) -> Any:  # noqa: ANN401 - obs, or (obs, extras)
-        """Return observations [N, *obs] or a mapping that holds them, alone or with extras."""
+        """Return observations ([N, *obs] or a mapping that holds them), or (observations, extras)."""
 
     def step(self, actions: Tensor) -> tuple[Any, Tensor, Tensor, Tensor, Mapping[str, Any]]:
         """Return observations, rewards [N], terminated [N], truncated [N] and extras."""
@@ -38,9 +38,9 @@ class Simulator(Protocol):
 class SimulatorEnv(VecEnv):
     """A simulator as a VecEnv: return it from `make_env`. It must run on the training device.
 
-    If the simulator gives no final observations, a truncated episode is bootstrapped from V of the observation before
-    the final one, and a note says so. Not supported: next-step autoreset, and per-environment seeds, for which
-    simulators have no common interface.
+    Without final observations, a truncated episode is bootstrapped from V of the observation before the final one,
+    and a note says so. Not supported: next-step autoreset, and per-environment seeds, for which simulators have no
+    common interface.
     """
 
     final_obs_buffer: FinalObsBuffer
@@ -58,14 +58,14 @@ class SimulatorEnv(VecEnv):
         """Wrap `simulator`.
 
         Args:
-            simulator: with N environments.
-            observation_space: of one environment.
-            action_space: of one environment.
-            obs_key: the key of the policy's observations, if they are a mapping.
-            final_obs_key: the key in extras of final observations [N, *obs], valid in rows that ended; None: no key.
+            simulator: the simulator, with N environments.
+            observation_space: space of one environment.
+            action_space: space of one environment.
+            obs_key: key of the policy's observations, where observations are a mapping.
+            final_obs_key: key of the final observations [N, *obs] in extras, valid in ended rows; None: no such key.
 
         Raises:
-            EnvError: an unsupported space.
+            EnvError: a space is not supported.
         """
         self._simulator, self._key, self._final_key = simulator, obs_key, final_obs_key
         self.n_envs = self.num_envs = simulator.num_envs
@@ -80,7 +80,7 @@ class SimulatorEnv(VecEnv):
         self._checked = False
 
     def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
-        """Reset every environment; the first seed seeds torch's generators, from which such simulators draw."""
+        """Reset every environment; the first seed seeds torch's global generators, which simulators draw from."""
         torch.manual_seed(int(seeds[0]))
         found = self._simulator.reset()
         return self._obs(found[0] if isinstance(found, tuple) else found, "reset")
@@ -89,7 +89,7 @@ class SimulatorEnv(VecEnv):
         """Use `transitions` as the storage of all later steps."""
         self._to = transitions
         device = transitions.rewards.device
-        # any step may truncate an episode: one row of final observations per step
+        # any step may truncate an episode, so keep one row of final observations per step
         self.final_obs_buffer = FinalObsBuffer.allocate(len(transitions.rewards), self.n_envs, self.obs_spec, 1, device)
         bounds = self.action_spec.bounds(device) if self.action_spec.kind == "box" else None
         self._bounds = bounds
@@ -99,7 +99,7 @@ class SimulatorEnv(VecEnv):
         """Take step t and write its results.
 
         Raises:
-            EnvError: wrong shapes, or missing final observations.
+            EnvError: shapes are wrong, or final observations are missing.
         """
         to, buffer = self._to, self.final_obs_buffer
         obs, rewards, terminated, truncated, extras = self._simulator.step(self._actions(to.actions[t]))
@@ -141,7 +141,7 @@ class SimulatorEnv(VecEnv):
             actions = actions.clamp(*self._bounds)
         elif any(self.action_spec.start):
             actions = actions + self._start
-        # a copy, so that a simulator that changes its actions in place does not change the rollout
+        # copied, because some simulators change their actions in place
         return actions.reshape(self.n_envs, *self.action_spec.shape).clone()
 
     def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them

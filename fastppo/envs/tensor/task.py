@@ -1,4 +1,4 @@
-"""What a task is, and random numbers that need no generator."""
+"""The interface of a task, and counter-based random numbers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ State = tuple[Tensor, ...]
 
 
 class Task(Protocol):
-    """Physics of one environment, for N of them at once: pure functions of tensors, no host reads, no randomness.
+    """Batched dynamics of N environments: pure functions of tensors, without host reads or random draws.
 
-    Floats are of the dtype that `reset`'s uniforms have.
+    Floats have the dtype of the uniforms passed to `reset`.
 
     Attributes:
-        n_uniforms: random numbers that a start takes.
+        n_uniforms: random numbers per reset.
     """
 
     n_uniforms: int
 
     def reset(self, u: Tensor) -> State:
-        """The first state of an episode from uniforms u [n_uniforms, N] in [0, 1): columns, [N] each."""
+        """Return the initial state, columns of [N] each, from uniforms u [n_uniforms, N] in [0, 1)."""
 
     def step(self, state: State, actions: Tensor) -> tuple[State, Tensor, Tensor]:
-        """The next state, rewards [N], and terminated [N] bool.
+        """Return the next state, rewards [N], and terminated [N] bool.
 
         Args:
             state: columns, [N] each.
@@ -33,7 +33,7 @@ class Task(Protocol):
         """
 
     def observe(self, state: State) -> Tensor:
-        """Observations [N, *obs] of a state."""
+        """Return the observations [N, *obs] of a state."""
 
 
 # Odd constants of SplitMix64 as signed 64-bit numbers; source: Steele, Lea and Flood 2014, "Fast splittable
@@ -42,16 +42,15 @@ _GAMMA, _MIX1, _MIX2 = (x - 2**64 for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5
 
 
 def uniforms(seed: Tensor, episode: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """Numbers [n, N] in [0, 1), the same on every device for the same (seed, episode).
+    """Return random numbers [n, N] in [0, 1), a pure function of (seed, episode) and equal on every device.
 
-    The state of a generator would have to be kept and could not be masked by environment; these are a hash, the k-th
-    output of SplitMix64 seeded by the environment's seed, with k = n * episode + row. 24 bits of each for float32, 53
-    for float64.
+    Row i (from 0) is the top 24 (float32) or 53 (float64) bits of output k = n * episode + i + 1 of SplitMix64 with
+    the environment's seed. A hash needs no generator state, which could not advance for some environments only.
 
     Args:
-        seed: [N] int64, any.
+        seed: [N] int64, any value.
         episode: [N] int64, counted from 0.
-        n: how many for each environment.
+        n: numbers per environment.
         dtype: float32 or float64.
     """
     k = episode * n + torch.arange(1, n + 1, device=seed.device).unsqueeze(1)
@@ -64,5 +63,5 @@ def uniforms(seed: Tensor, episode: Tensor, n: int, dtype: torch.dtype) -> Tenso
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Shift right with zeros coming in, which torch does for unsigned numbers only."""
+    """Shift right logically, filling with zeros; torch's >> on int64 repeats the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,4 +1,4 @@
-"""The tasks of vectorization=tensor."""
+"""Registry of the tasks of vectorization=tensor."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastppo.envs.tensor.task import Task
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.errors import ConfigError
 
-# By Gymnasium id; the environment's keyword arguments become the task's fields
+# By Gymnasium id; env_kwargs become the task's fields
 TASKS: dict[str, Callable[..., Task]] = {
     "Acrobot-v1": Acrobot,
     "CartPole-v1": CartPole,
@@ -27,17 +27,17 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 
 def make_tensor_env(env_info: EnvInfo, n_envs: int, device: torch.device) -> TensorEnv:
-    """Make N copies of the task with the environment's id.
+    """Make `n_envs` copies of the task with the environment's id.
 
     Raises:
-        ConfigError: there is no such task, or it refuses the keyword arguments.
+        ConfigError: the id has no task, or the task does not take the keyword arguments.
     """
     assert env_info.factory is not None
     factory = env_info.factory
     if factory.make is not None or factory.env_id not in TASKS:
         name = env_info.name if factory.make is not None else factory.env_id
         raise ConfigError(f"vectorization=tensor knows {', '.join(TASKS)}, not {name}; use native, sync or pool.")
-    # arguments of gymnasium.make itself; EnvInfo.max_steps already holds the time limit
+    # gymnasium.make consumes these itself; EnvInfo.max_steps holds the time limit
     kwargs = {k: v for k, v in factory.env_kwargs.items() if k not in ("max_episode_steps", "render_mode")}
     try:
         task = TASKS[factory.env_id](**kwargs)

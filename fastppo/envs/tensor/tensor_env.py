@@ -1,4 +1,4 @@
-"""N copies of a task as a VecEnv: seeds, episodes, time limits and same-step autoreset, all on the device."""
+"""Step N copies of a task on the device, with seeds, time limits and same-step autoreset."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class TensorEnv(VecEnv):
         return self._task.reset(uniforms(seed, episode, self._task.n_uniforms, self._dtype))
 
     def _advance_eagerly(self, *tensors: Tensor) -> None:
-        """Take a step as a function of `_arguments`; writes into all of them except actions and seeds."""
+        """Take a step, given `_arguments`; writes into all of them except actions and seeds."""
         (
             actions,
             obs,
