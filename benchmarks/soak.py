@@ -205,6 +205,12 @@ def _serve_turns(folder: Path) -> None:
         print(_turn(running), flush=True)
 
 
+def _shared_memory_files(process: psutil.Process) -> int:
+    """Count the files in /dev/shm that a process and its children map; other programs have files there too."""
+    tree = [process, *process.children(recursive=True)]
+    return len({m.path for p in tree for m in p.memory_maps() if m.path.startswith("/dev/shm/")})
+
+
 def _relative_speed(running: Iterator[Any], turns: int, folder: Path) -> list[float]:
     """Return the speed of `running` relative to a run that has just started, per turn."""
     command = [sys.executable, "-m", "benchmarks.soak", "--turns-in", str(folder)]
@@ -240,7 +246,7 @@ def soak(hours: float, folder: Path, turns: int = 30) -> dict[str, Any]:
                 "descriptors": this.num_fds(),
                 "threads": this.num_threads(),
                 "children": len(this.children(recursive=True)),
-                "shared_memory_files": len(list(Path("/dev/shm").iterdir())) if Path("/dev/shm").exists() else 0,
+                "shared_memory_files": _shared_memory_files(this),
                 "checkpoint_folders": len(list((folder / "run" / "checkpoints").glob("*"))),
             }
         )
