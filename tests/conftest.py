@@ -25,6 +25,9 @@ LONG = (
     "test_builders.py",
 )
 
+# Whole trainings and every command of the docs, which --quick leaves out
+NOT_QUICK = ("test_learning.py", "test_docs.py")
+
 
 def pytest_addoption(parser):
     parser.addoption("--quick", action="store_true", help="skip tests that compile, record a graph or start processes")
@@ -32,7 +35,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("quick"):
-        items[:] = [item for item in items if not item.get_closest_marker("browser")]
+        items[:] = [x for x in items if not x.get_closest_marker("browser") and x.path.name not in NOT_QUICK]
     tests = Path(__file__).parent
     order = {tests / name: k for k, name in enumerate(LONG)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
