@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastppo.runtime.sharing import bound_spinning
+
 if TYPE_CHECKING:
     from fastppo.config import Config as Config
     from fastppo.envs.tensor.simulator import SimulatorEnv as SimulatorEnv
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from fastppo.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
+
+bound_spinning()  # before anything imports torch
 
 # Imported on first use: torch takes seconds, and `fastppo --help` and worker processes have no use for it
 _HOMES = {

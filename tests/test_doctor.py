@@ -6,11 +6,15 @@ from fastppo.analysis import doctor
 from fastppo.cli import main
 from fastppo.functional.gae import gae_doubling
 from fastppo.policies.actors import choose_act_device
+from fastppo.runtime.cores import usable_cores
 from fastppo.spaces import ObsSpec
 from tests.test_update import make_policy
 
 
-def test_a_working_machine_passes(capsys):
+def test_a_working_machine_passes(capsys, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("fastppo.analysis.doctor.free_cores", lambda since: usable_cores())
+    monkeypatch.setattr("fastppo.analysis.doctor.spinning_is_bounded", lambda: True)
     assert main(["doctor", "--seconds", "0.3"]) == 0
     out = capsys.readouterr().out
     for name in (
@@ -28,6 +32,16 @@ def test_a_working_machine_passes(capsys):
         assert f" {name} " in out, name
     assert "steps/s on CartPole-v1" in out
     assert out.rstrip().endswith("this machine can train")
+
+
+def test_a_busy_machine_and_spinning_threads_are_noted(monkeypatch):
+    monkeypatch.setattr("fastppo.analysis.doctor.usable_cores", lambda: 8)
+    monkeypatch.setattr("fastppo.analysis.doctor.free_cores", lambda since: 3)
+    monkeypatch.setattr("fastppo.analysis.doctor.spinning_is_bounded", lambda: False)
+    checks = {check.name: check for check in doctor._machine(torch.device("cpu"))}
+    assert (checks["free cores"].value, checks["free cores"].state) == ("3 of 8", "note")
+    assert checks["waiting threads"].state == "note"
+    assert "import fastppo first" in checks["waiting threads"].advice
 
 
 def test_failures_are_reported_and_the_status_is_1(capsys, monkeypatch):

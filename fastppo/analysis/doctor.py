@@ -26,6 +26,7 @@ from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, cpu_name
 from fastppo.runtime.graphs import capture
 from fastppo.runtime.resources import free_memory
+from fastppo.runtime.sharing import AT_START, free_cores, spinning_is_bounded
 from fastppo.trainer import Trainer
 
 _GIB = 2**30
@@ -106,6 +107,23 @@ def _machine(device: torch.device) -> Iterator[CheckResult]:
         "note" if few else "ok",
         f"OMP_NUM_THREADS limits torch to {limit} of {cores} cores" if few else "",
     )
+    if cores > 1:
+        taken = cores - free_cores(AT_START)
+        yield CheckResult(
+            "free cores",
+            f"{cores - taken} of {cores}",
+            "note" if taken else "ok",
+            "other processes use the rest; a run that starts now takes fewer threads" if taken else "",
+        )
+        bounded = spinning_is_bounded()
+        yield CheckResult(
+            "waiting threads",
+            "sleep after a bounded spin" if bounded else "spin for a whole time slice",
+            "ok" if bounded else "note",
+            ""
+            if bounded
+            else "torch was imported before fastppo: import fastppo first, or export GOMP_SPINCOUNT=10000",
+        )
     yield CheckResult("free memory", f"{free_memory(torch.device('cpu')) / _GIB:.1f} GiB")
     if device.type == "cuda":
         yield CheckResult("free GPU memory", f"{free_memory(device) / _GIB:.1f} GiB")

@@ -240,14 +240,18 @@ def choose_jobs(plan: Plan) -> int:
 
 
 def run_study(plan: Plan, jobs: int) -> Iterator[tuple[Config, str | None]]:
-    """Run every config that has not ended, `jobs` at a time; yield each with its error, or None if it ended."""
+    """Run every config that has not ended, `jobs` at a time; yield each with its error, or None if it ended.
+
+    The runs of one time divide the cores among them: each takes at most cores / jobs threads, and at least one.
+    """
+    threads = max(1, usable_cores() // jobs)
     waiting = [config for config in plan.configs if not ended(config)]
     running: dict[subprocess.Popen[bytes], Config] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
                 config = waiting.pop(0)
-                running[_start(config)] = config
+                running[_start(config, threads)] = config
             for process in [p for p in running if p.poll() is not None]:
                 config = running.pop(process)
                 _close(process)
@@ -284,14 +288,24 @@ def _log(config: Config) -> Path:
     return config.run_dir.with_suffix(".log")
 
 
-def _start(config: Config) -> subprocess.Popen[bytes]:
-    """Start a training process; it ends when this process does, because its standard input then closes."""
+def _start(config: Config, threads: int) -> subprocess.Popen[bytes]:
+    """Start a training process that takes at most `threads` threads, unless its config says otherwise.
+
+    It ends when this process does, because its standard input then closes.
+    """
     _log(config).parent.mkdir(parents=True, exist_ok=True)
     with _log(config).open("wb") as log:
         command = [sys.executable, "-m", "fastppo.analysis.study", json.dumps(config.to_dict())]
         # A session of its own keeps Ctrl-C of the terminal from the process: it gets one signal, from `run_study`.
         # A second signal would end it before it has saved.
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        )
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

@@ -44,6 +44,7 @@ from fastppo.runtime.distributed import World, join_world
 from fastppo.runtime.files import write_json
 from fastppo.runtime.resources import check_disk
 from fastppo.runtime.seeding import GlobalRandomState
+from fastppo.runtime.sharing import AT_START, free_cores
 from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threads
 
 
@@ -101,7 +102,7 @@ def build_run(
         notes += choices
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
         models = build_models(c, env_info, policy, device, world)
-        c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
+        c = dataclasses.replace(c, threads=c.threads or _free_threads(c.minibatch_size * models.parameters.size, notes))
         set_threads(known(c.threads))
         memory = plan_run(c, env_info, models, device, world, notes)
         stream_offset = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
@@ -217,6 +218,18 @@ def build_run(
             _prepare_folder(run)
         undo.pop_all()
     return run
+
+
+def _free_threads(work: int, notes: list[str]) -> int:
+    """Return the threads for minibatches of `work` = rows x parameters, without the cores that other processes use."""
+    wanted = choose_threads(work)
+    threads = min(wanted, free_cores(AT_START)) if wanted > 1 else wanted
+    if threads < wanted:
+        notes.append(
+            f"threads {threads}: other processes use the other {wanted - threads} of {wanted} cores; "
+            f"--threads {wanted} repeats the bits of a run that has them all"
+        )
+    return threads
 
 
 def _run_dir(c: Config, env_info: EnvInfo, resume_from: Path | None) -> Path:
