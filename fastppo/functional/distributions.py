@@ -3,7 +3,8 @@
 A distribution is built from the action space. It states the length of the network's output and turns that output and
 pre-drawn noise into actions. Noise is additive, so the noise of a whole rollout is drawn at once, outside
 of compiled or captured code: Gumbel noise on logits, logistic noise on Bernoulli logits, standard normal noise times
-the standard deviation. Inputs are not validated.
+the standard deviation. Inputs are not validated. A logit of -inf is an action that can't be taken (and +inf, for a binary
+choice, one that can't be omitted): its probability is 0, and entropy, KL and gradients stay finite.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor
 
 LOG_STD_MIN, LOG_STD_MAX = -10.0, 2.0
 _SHARPNESS = 16.0  # k in `bound_log_std`
+# Stand in for -inf, so that a probability of 0 times its logarithm is 0 and not NaN
+_LOWEST_LOG_PROB = -1e9
+_LARGEST_BIT_LOGIT = 1e3
 
 
 def bound_log_std(raw: Tensor) -> Tensor:
@@ -88,7 +92,7 @@ def _split_blocks(params: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _categorical_entropy(logits: Tensor) -> Tensor:
     logp = logits.log_softmax(-1)
-    return -(logp.exp() * logp).sum(-1)
+    return -(logp.exp() * logp.clamp(min=_LOWEST_LOG_PROB)).sum(-1)
 
 
 def _select(table: Tensor, index: Tensor) -> Tensor:
@@ -98,8 +102,13 @@ def _select(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _categorical_kl(old: Tensor, new: Tensor) -> Tensor:
-    logp = old.log_softmax(-1)
-    return (logp.exp() * (logp - new.log_softmax(-1))).sum(-1)
+    logp, new_logp = (logits.log_softmax(-1) for logits in (old, new))
+    difference = logp.clamp(min=_LOWEST_LOG_PROB) - new_logp.clamp(min=_LOWEST_LOG_PROB)
+    return (logp.exp() * difference).sum(-1)
+
+
+def _bit_logits(logits: Tensor) -> Tensor:
+    return logits.clamp(-_LARGEST_BIT_LOGIT, _LARGEST_BIT_LOGIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,14 +241,16 @@ class Bernoulli:
 
     def log_prob(self, params: Tensor, actions: Tensor) -> Tensor:
         """Return the sum over components of log sigmoid(l) for a 1, log sigmoid(-l) for a 0."""
-        return F.logsigmoid(torch.where(actions > 0, params, -params)).sum(-1)
+        return F.logsigmoid(torch.where(actions > 0, _bit_logits(params), -_bit_logits(params))).sum(-1)
 
     def entropy(self, params: Tensor) -> Tensor:
         """Return the sum over components of softplus(l) - l sigmoid(l)."""
-        return (F.softplus(params) - params * params.sigmoid()).sum(-1)
+        logits = _bit_logits(params)
+        return (F.softplus(logits) - logits * logits.sigmoid()).sum(-1)
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Return the sum of p_old (l_old - l_new) - softplus(l_old) + softplus(l_new), p_old = sigmoid(l_old)."""
+        old, new = _bit_logits(old), _bit_logits(new)
         return (old.sigmoid() * (old - new) - F.softplus(old) + F.softplus(new)).sum(-1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ class FinalValues:
             t, i = torch.tensor(self._rows, device=values.device).unbind(1)
             self._rollout.next_values[t, i] = values[: len(self._rows)]
             self._rows.clear()
+
+
+def value_of_final(policy: Policy, obs: Tensor) -> Tensor:
+    """Return V [B] of final observations [B, *obs]: NaN where an observation is not finite.
+
+    Final observations are not stored, so a bad one must show in its value, which a bounded activation or the clipping of
+    a normaliser could hide.
+    """
+    values = policy.value(obs)
+    if not obs.is_floating_point():
+        return values
+    return torch.where(obs.flatten(1).isfinite().all(1), values, torch.nan)
 
 
 class ActingCopy:
@@ -112,7 +125,7 @@ class Collector:
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(r.transitions())
         self._decisions = r.decisions()
-        self._final_values = FinalValues(r, policy.value)
+        self._final_values = FinalValues(r, partial(value_of_final, policy))
         self.actors = [
             make_actor(policy, self._decisions.of_group(group), torch_only=torch_only) for group in env.groups
         ]
@@ -178,9 +191,9 @@ class Collector:
         elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated
             k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
             if len(k):
-                r.next_values[final.end_steps[k, n], n] = self._policy.value(final.obs[k, n])
+                r.next_values[final.end_steps[k, n], n] = value_of_final(self._policy, final.obs[k, n])
         elif len(final.end_steps):
-            values = self._policy.value(final.obs.flatten(0, 1)).view(final.end_steps.shape)
+            values = value_of_final(self._policy, final.obs.flatten(0, 1)).view(final.end_steps.shape)
             # the extra row takes the writes of unused slots
             padded = torch.cat((r.next_values, r.next_values[:1]))
             r.next_values.copy_(padded.scatter(0, final.end_steps, values)[:-1])

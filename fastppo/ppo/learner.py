@@ -104,6 +104,8 @@ class Learner:
             rewards = self._reward_normalizer(rewards)
         elif self._sign_rewards:
             rewards = rewards.sign()
+        if r.valid is not None:  # a filler row's reward must not reach the row before: 0 times NaN is NaN
+            rewards = torch.where(r.valid, rewards, 0.0)
         self.rewards = rewards
         advantages, returns = self._estimate(self._trajectory(rewards), self.coefs.gamma, self.coefs.gae_lambda)
         r.advantages.copy_(advantages)

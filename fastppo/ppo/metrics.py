@@ -214,7 +214,14 @@ class Metrics:
                 "another process stopped: its environment returned a value that is not finite; see its message."
             )
         t, n = broken.any(0).nonzero()[0].tolist()
-        value = f"a reward of {r.rewards[t, n].item()}" if broken[0, t, n] else "an observation that is not finite"
+        reward, obs, _ = broken[:, t, n].tolist()
+        value = (
+            f"a reward of {r.rewards[t, n].item()}"
+            if reward
+            else "an observation that is not finite"
+            if obs
+            else "a last observation that is not finite, at a time limit,"
+        )
         raise EnvError(
             f"{self._where(t, n, f'returned {value}')} of its run; the model so far is saved. "
             "Fix the environment, or wrap it to replace such values."
@@ -234,7 +241,11 @@ class Metrics:
         return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
 
     def _broken(self) -> Tensor:
-        """Return where a valid row's reward [0] or the observation after a row [1] is not finite, [2, T, N] bool."""
+        """Return where a number of the environment is not finite, [3, T, N] bool.
+
+        In a valid row's reward [0], in the observation after a row [1], in the last observation of an episode that a
+        time limit cut [2]. That observation is not stored; its value, which the advantage needs, shows it.
+        """
         r = self._rollout
         rewards = ~r.rewards.isfinite() if r.valid is None else ~r.rewards.isfinite() & r.valid
         obs = (
@@ -242,7 +253,8 @@ class Metrics:
             if r.obs.is_floating_point()
             else torch.zeros_like(rewards)
         )
-        return torch.stack((rewards, obs))
+        cut = r.truncated & ~r.terminated & r.values.isfinite() & ~r.next_values.isfinite()
+        return torch.stack((rewards, obs, cut))
 
 
 def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
