@@ -3,8 +3,8 @@
 A distribution is built from the action space. It states the length of the network's output and turns that output and
 pre-drawn noise into actions. Noise is additive, so the noise of a whole rollout is drawn at once, outside
 of compiled or captured code: Gumbel noise on logits, logistic noise on Bernoulli logits, standard normal noise times
-the standard deviation. Inputs are not validated. A logit of -inf is an action that can't be taken (and +inf, for a binary
-choice, one that can't be omitted): its probability is 0, and entropy, KL and gradients stay finite.
+the standard deviation. Inputs are not validated. A logit of -inf forbids an action (+inf forces a binary one): its
+probability is 0, and entropy, KL and gradients stay finite.
 """
 
 from __future__ import annotations

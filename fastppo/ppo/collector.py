@@ -48,8 +48,8 @@ class FinalValues:
 def value_of_final(policy: Policy, obs: Tensor) -> Tensor:
     """Return V [B] of final observations [B, *obs]: NaN where an observation is not finite.
 
-    Final observations are not stored, so a bad one must show in its value, which a bounded activation or the clipping of
-    a normaliser could hide.
+    Final observations are not stored, so a bad one must show in its value, which a bounded activation or a
+    normaliser's clipping could hide.
     """
     values = policy.value(obs)
     if not obs.is_floating_point():
