@@ -156,11 +156,11 @@ def test_a_network_with_data_dependent_control_flow_trains_without_a_plan(tmp_pa
     assert trainer.run().iterations == 3
 
 
-def plan_of(trainer, **options):
-    """Plan the trainer's run with the `options` of plan_memory."""
+def plan_of(trainer, max_steps=None, **options):
+    """Plan the trainer's run with the `options` of plan_memory, and environments with a time limit of `max_steps`."""
     c, info = trainer.config, _probe()
     models = Models(trainer.spec, trainer.policy, trainer.reward_normalizer, trainer.update.parameters)
-    shape = Shape(c.n_envs, info.obs_spec, info.action_spec)
+    shape = Shape(c.n_envs, info.obs_spec, info.action_spec, max_steps=max_steps)
     return plan_memory(c.n_steps, shape, lambda: build_update(c, models, CPU, trainer.world), gae_doubling, **options)
 
 
@@ -173,6 +173,9 @@ def test_the_plan_adds_eager_work_to_the_memory_that_graphs_hold(tmp_path):
     histograms = plan_of(trainer, graphs=True, histograms=True)
     assert graphs.update < histograms.update < 2 * eager.update
     assert plan_of(trainer, histograms=True) == eager
+    # a captured rollout evaluates the final observations of all its rows, and keeps the memory
+    assert plan_of(trainer, max_steps=1, graphs=True).update > graphs.update
+    assert plan_of(trainer, max_steps=1).update == eager.update
     trainer.run()
 
 

@@ -109,14 +109,16 @@ def plan_memory(
         peaks += [live.take_peak()] * (1 + histograms)
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         peaks.append(live.take_peak())
-        resting = live.bytes  # includes the packed batch and the optimiser's state
-        del cuts  # counted as storage, so alive until here
+        if cuts is not None:
+            learner.policy.value(cuts.obs.flatten(0, 1))  # cuts count as storage, so they live until here
+        rollout_peak, resting = live.take_peak(), live.bytes  # with the packed batch and the optimiser's state
     statistics = n_steps * env.n_envs * _STATISTICS
     if not graphs:
-        return MemoryPlan(storage, 3 * obs, max(max(peaks) - storage, statistics))
-    # one part runs eagerly, to warm up or uncaptured, while the pool holds the temporary tensors of another
+        return MemoryPlan(storage, 3 * obs, max(max(*peaks, rollout_peak) - storage, statistics))
+    # one part runs eagerly, to warm up or uncaptured, while the pool holds the temporary tensors of another; the graph
+    # of a rollout has a pool of its own
     second, first = sorted((*(peak - resting for peak in peaks), statistics))[-2:]
-    return MemoryPlan(storage, 3 * obs, resting - storage + first + second)
+    return MemoryPlan(storage, 3 * obs, first + second + rollout_peak - storage)
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, free: int) -> MemoryPlan:
