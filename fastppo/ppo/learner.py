@@ -94,17 +94,6 @@ class Learner:
             self.update.run_epochs(self.coefs, watch=watch, on_epoch=on_epoch)
             return self._finish()
 
-    def _begin_eagerly(self) -> Tensor:
-        """Compute the advantages and begin the update; return the rewards [T, N] that it uses."""
-        with self._clock.phase("advantages"):
-            rewards = self.compute_advantages()
-        with self._clock.phase("update"):
-            self.update.begin(self._rollout.batch())
-        return rewards
-
-    def _finish_eagerly(self) -> Tensor:
-        return self._metrics.measure(self.update.report())
-
     def compute_advantages(self) -> Tensor:
         """Write the rollout's advantages and returns; return the rewards after normalisation or sign."""
         r, rewards = self._rollout, self._rollout.rewards
@@ -171,6 +160,17 @@ class Learner:
                 return begin()
 
         self._begin, self._finish = replay_begin, finish
+
+    def _begin_eagerly(self) -> Tensor:
+        """Compute the advantages and begin the update; return the rewards [T, N] that it uses."""
+        with self._clock.phase("advantages"):
+            rewards = self.compute_advantages()
+        with self._clock.phase("update"):
+            self.update.begin(self._rollout.batch())
+        return rewards
+
+    def _finish_eagerly(self) -> Tensor:
+        return self._metrics.measure(self.update.report())
 
     def _trajectory(self, rewards: Tensor) -> Trajectory:
         r = self._rollout

@@ -223,6 +223,17 @@ class PPOUpdate:
             if watch and self._stopped():
                 break
 
+    def report(self) -> Tensor:
+        """Return the values of `report_names` for the epochs run since `begin`, on the device."""
+        state, n = self.state, self._n_figures
+        figures, (taken, within, _) = state.sums[:n], state.sums[n:]
+        stopped = (state.kl_limit == -math.inf).float()
+        begun = within + stopped if self.kl_stop == "minibatch" else within
+        # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
+        epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
+        rest = torch.stack((within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1]))
+        return torch.cat((figures / taken, rest))
+
     def gradient(self, batch: Batch, coefs: Coefficients) -> Tensor:
         """Return the gradient [P] of the first minibatch drawn by `prepare`, at the current parameters."""
         data, scales = self._lay_out(batch)
@@ -308,14 +319,3 @@ class PPOUpdate:
         state.stop_kl.copy_(torch.where(ends, kl, state.stop_kl))
         state.kl_limit.copy_(torch.where(ends, -math.inf, state.kl_limit))
         state.sums[-1].zero_()
-
-    def report(self) -> Tensor:
-        """Return the values of `report_names` for the epochs run since `begin`, on the device."""
-        state, n = self.state, self._n_figures
-        figures, (taken, within, _) = state.sums[:n], state.sums[n:]
-        stopped = (state.kl_limit == -math.inf).float()
-        begun = within + stopped if self.kl_stop == "minibatch" else within
-        # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
-        epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
-        rest = torch.stack((within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1]))
-        return torch.cat((figures / taken, rest))
