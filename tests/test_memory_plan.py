@@ -10,11 +10,16 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer
-from fastppo.builders.parts import Models, plan_run
+from fastppo.builders import parts
+from fastppo.builders.parts import Models, build_update, plan_run
 from fastppo.errors import ConfigError
-from fastppo.ppo.memory_plan import MemoryPlan, check_memory
+from fastppo.functional.gae import gae_doubling
+from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
+from fastppo.runtime.distributed import World
 from fastppo.runtime.resources import free_memory
 from tests.worlds import Counter, Spaces, short
+
+CPU = torch.device("cpu")
 
 
 def test_planned_storage_is_exact_to_the_byte(tmp_path):
@@ -149,3 +154,39 @@ def test_a_network_with_data_dependent_control_flow_trains_without_a_plan(tmp_pa
     trainer = Trainer(short(tmp_path), make_env=Counter, policy=Looking())
     assert "memory is not planned" in trainer.notes[0]
     assert trainer.run().iterations == 3
+
+
+def plan_of(trainer, max_steps=None, **options):
+    """Plan the trainer's run with the `options` of plan_memory, and environments with a time limit of `max_steps`."""
+    c, info = trainer.config, _probe()
+    models = Models(trainer.spec, trainer.policy, trainer.reward_normalizer, trainer.update.parameters)
+    shape = Shape(c.n_envs, info.obs_spec, info.action_spec, max_steps=max_steps)
+    return plan_memory(c.n_steps, shape, lambda: build_update(c, models, CPU, trainer.world), gae_doubling, **options)
+
+
+def test_the_plan_adds_eager_work_to_the_memory_that_graphs_hold(tmp_path):
+    trainer = Trainer(short(tmp_path, n_envs=512, n_minibatches=1, update_epochs=1), make_env=Counter)
+    eager, graphs = plan_of(trainer), plan_of(trainer, graphs=True)
+    assert graphs.storage == eager.storage
+    assert eager.update < graphs.update < 2 * eager.update
+    # the gradient of a histogram takes nearly the memory of a captured minibatch
+    histograms = plan_of(trainer, graphs=True, histograms=True)
+    assert graphs.update < histograms.update < 2 * eager.update
+    assert plan_of(trainer, histograms=True) == eager
+    # a captured rollout evaluates the final observations of all its rows, and keeps the memory
+    assert plan_of(trainer, max_steps=1, graphs=True).update > graphs.update
+    assert plan_of(trainer, max_steps=1).update == eager.update
+    trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("device", "compile", "graphs"),
+    [("cuda", "auto", True), ("cuda", "graph", True), ("cuda", "off", False), ("cpu", "graph", False)],
+)
+def test_the_plan_expects_graphs_where_a_run_captures_them_on_cuda(monkeypatch, device, compile, graphs):
+    asked = []
+    monkeypatch.setattr(parts, "free_memory", lambda device: 1)
+    monkeypatch.setattr(parts, "plan_memory", lambda *_, **options: (asked.append(options), MemoryPlan(0, 0, 0))[1])
+    config = Config(n_envs=1, n_steps=1, compile=compile, log_histograms=True)
+    plan_run(config, _probe(), None, torch.device(device), World(), [])
+    assert asked == [{"graphs": graphs, "histograms": True}]

@@ -270,9 +270,9 @@ def _act(trainer: Trainer) -> None:
 
 def _update(trainer: Trainer) -> None:
     """Run the epochs of an update on the rollout."""
-    if trainer.config.compile == "graph":  # one graph holds advantages and epochs
+    if trainer.config.compile == "graph":  # the advantages belong to the first graph of an update
         trainer.learner.anneal(0.0)
-        trainer.learner()
+        trainer.learner(watch=False)
     else:
         trainer.update.prepare(trainer.rollout.rewards.numel(), math.inf)
         trainer.update.run(trainer.rollout.batch(), trainer.learner.coefs, watch=False)

@@ -146,7 +146,14 @@ def plan_run(
         if c.vectorization == "tensor":
             max_steps = env_info.max_steps
         shape = Shape(n_envs, env_info.obs_spec, env_info.action_spec, max_steps=max_steps)
-        return plan_memory(known(c.n_steps), shape, lambda: build_update(c, models, device, world), gae_doubling)
+        return plan_memory(
+            known(c.n_steps),
+            shape,
+            lambda: build_update(c, models, device, world),
+            gae_doubling,
+            graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
+            histograms=c.log_histograms,
+        )
 
     free = free_memory(device)
     if device.type == "cpu":  # shared by the ranks on this machine

@@ -1,7 +1,7 @@
 """Samples of single updates, for plots of ratios and advantages, and for histograms.
 
 In a sampled iteration, the policy evaluates a few hundred rows of the rollout before the first epoch and after each
-one, which doesn't affect training. A captured update can't be interrupted: a sampled iteration runs it uncaptured.
+one, which doesn't affect training. Each epoch is a graph of its own, so captured updates are sampled between replays.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import compile_graph
-from fastppo.runtime.graphs import capture
+from fastppo.runtime.graphs import GraphPool, capture
 
 
 class Learner:
@@ -70,7 +70,8 @@ class Learner:
         self._estimate: Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]] = self._estimate_eagerly
         self.coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         self.coef_values: dict[str, float] = {}
-        self._captured: Callable[[], Tensor] | None = None
+        self._begin: Callable[[], Tensor] = self._begin_eagerly
+        self._finish: Callable[[], Tensor] = self._finish_eagerly
 
     def anneal(self, progress: float) -> None:
         """Write the coefficients of an iteration that begins at `progress` in [0, 1], and draw its permutations."""
@@ -84,20 +85,17 @@ class Learner:
     def __call__(self, *, watch: bool = True, on_epoch: Callable[[], None] | None = None) -> Tensor:
         """Compute advantages, run the epochs and return the iteration's metrics, on the device.
 
-        Replays the capture, if there is one and `on_epoch` is None. Arguments as for `PPOUpdate.run`.
+        After `capture`, replays the captures. Arguments as for `PPOUpdate.run_epochs`; nothing is read back unless
+        `watch` is True and a KL limit is set.
         """
-        if self._captured is not None and on_epoch is None:
-            with self._clock.phase("update"):
-                return self._captured()
-        with self._clock.phase("advantages"):
-            self.compute_advantages()
+        self.rewards = self._begin()
         with self._clock.phase("update"):
             watch = watch and self.coef_values["target_kl"] != math.inf
-            report = self.update.run(self._rollout.batch(), self.coefs, watch=watch, on_epoch=on_epoch)
-            return self._metrics.measure(report)
+            self.update.run_epochs(self.coefs, watch=watch, on_epoch=on_epoch)
+            return self._finish()
 
-    def compute_advantages(self) -> None:
-        """Write the rollout's advantages and returns, from normalised rewards."""
+    def compute_advantages(self) -> Tensor:
+        """Write the rollout's advantages and returns; return the rewards after normalisation or sign."""
         r, rewards = self._rollout, self._rollout.rewards
         if self._reward_normalizer is not None:
             self._reward_normalizer.update_from_rollout(rewards, r.done, r.valid, self.coefs.gamma)
@@ -106,10 +104,10 @@ class Learner:
             rewards = rewards.sign()
         if r.valid is not None:  # a filler row's reward must not reach the row before: 0 times NaN is NaN
             rewards = torch.where(r.valid, rewards, 0.0)
-        self.rewards = rewards
         advantages, returns = self._estimate(self._trajectory(rewards), self.coefs.gamma, self.coefs.gae_lambda)
         r.advantages.copy_(advantages)
         r.returns.copy_(returns)
+        return rewards
 
     def update_obs_moments(self) -> None:
         """Add the rollout to the observation moments, for use in the next rollout."""
@@ -139,7 +137,10 @@ class Learner:
         self._estimate = estimate
 
     def capture(self) -> None:
-        """Capture a call; later calls replay it.
+        """Capture a call in three graphs: before the epochs, an epoch, after the epochs; later calls replay them.
+
+        Between two graphs the host may read whether the KL stopped the update, or sample the policy. The graphs share
+        one memory pool: each replay's temporary tensors are dead before the next begins.
 
         Raises:
             CaptureError: the capture failed.
@@ -150,12 +151,28 @@ class Learner:
         self.anneal(0.0)
         self.update.generator.set_state(shuffles)  # permutations must not depend on capture
         rewards = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
-        self._captured = capture(
-            lambda: self(watch=False),
-            keep=[*self.update.kept(), *self._metrics.kept(), *rewards],
-            fresh=[*self.coefs, *self.update.prepared()],
-            device=self.device,
-        )
+        self.update.begin(self._rollout.batch())  # allocates what the graphs share
+        pool = GraphPool(self.device)
+        begin = capture(self._begin_eagerly, keep=rewards, fresh=[], device=self.device, pool=pool)
+        finish = capture(self._finish_eagerly, keep=self._metrics.kept(), fresh=[], device=self.device, pool=pool)
+        self.update.capture(self.coefs, pool)
+
+        def replay_begin() -> Tensor:
+            with self._clock.phase("update"):
+                return begin()
+
+        self._begin, self._finish = replay_begin, finish
+
+    def _begin_eagerly(self) -> Tensor:
+        """Compute the advantages and begin the update; return the rewards [T, N] that it uses."""
+        with self._clock.phase("advantages"):
+            rewards = self.compute_advantages()
+        with self._clock.phase("update"):
+            self.update.begin(self._rollout.batch())
+        return rewards
+
+    def _finish_eagerly(self) -> Tensor:
+        return self._metrics.measure(self.update.report())
 
     def _trajectory(self, rewards: Tensor) -> Trajectory:
         r = self._rollout

@@ -1,7 +1,8 @@
 """Plan the memory of a training run before allocating it.
 
 Rollout, advantages and one minibatch run on fake tensors (shapes without contents); the plan is the peak of bytes alive
-at once. Memory of the environments themselves is not included.
+at once. CUDA graphs hold the memory of their temporary tensors between replays, so eager work beside them adds to it.
+Memory of the environments themselves is not included.
 """
 
 from __future__ import annotations
@@ -66,7 +67,15 @@ class Shape:
     max_steps: int | None = None  # for environments on the device, which keep the final observations of a whole rollout
 
 
-def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: Callable[..., Any]) -> MemoryPlan:
+def plan_memory(
+    n_steps: int,
+    env: Shape,
+    update: Callable[[], PPOUpdate],
+    gae: Callable[..., Any],
+    *,
+    graphs: bool = False,
+    histograms: bool = False,
+) -> MemoryPlan:
     """Plan the memory of an iteration of `n_steps` steps in `env`.
 
     Args:
@@ -74,6 +83,8 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         env: the planned environments.
         update: makes the update, on an existing policy and parameters.
         gae: the kernel that computes advantages.
+        graphs: the update is captured as CUDA graphs, which share a memory pool.
+        histograms: a sampled update also computes the gradient of one minibatch, eagerly.
     """
     obs = env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
@@ -91,14 +102,23 @@ def plan_memory(n_steps: int, env: Shape, update: Callable[[], PPOUpdate], gae: 
         data = learner.pack(batch)
         learner.allocate(len(batch.logprobs))
         learner.scales(batch)
+        peaks = [live.take_peak()]
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
         rows = order[: max(1, len(order) // learner.n_minibatches)]
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
+        peaks += [live.take_peak()] * (1 + histograms)
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
-        highest = live.highest - storage
-        del cuts  # counted as storage, so alive until here
+        peaks.append(live.take_peak())
+        if cuts is not None:
+            learner.policy.value(cuts.obs.flatten(0, 1))  # cuts count as storage, so they live until here
+        rollout_peak, resting = live.take_peak(), live.bytes  # with the packed batch and the optimiser's state
     statistics = n_steps * env.n_envs * _STATISTICS
-    return MemoryPlan(storage, 3 * obs, max(highest, statistics))
+    if not graphs:
+        return MemoryPlan(storage, 3 * obs, max(max(*peaks, rollout_peak) - storage, statistics))
+    # one part runs eagerly, to warm up or uncaptured, while the pool holds the temporary tensors of another; the graph
+    # of a rollout has a pool of its own
+    second, first = sorted((*(peak - resting for peak in peaks), statistics))[-2:]
+    return MemoryPlan(storage, 3 * obs, first + second + rollout_peak - storage)
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, free: int) -> MemoryPlan:
@@ -127,13 +147,18 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Attributes:
         bytes: live bytes.
-        highest: their peak.
+        highest: their peak since the last `take_peak`.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.highest = 0
         self._known: set[int] = set()
+
+    def take_peak(self) -> int:
+        """Return the peak and begin to measure the next one."""
+        peak, self.highest = self.highest, self.bytes
+        return peak
 
     def __torch_dispatch__(
         self,

@@ -1,7 +1,7 @@
 """The PPO update: epochs over shuffled minibatches, with KL early stopping.
 
-`PPOUpdate.run` is the loop; `update_step` takes one minibatch. Every decision, early stopping included, stays on the
-device, so all epochs can be one CUDA graph.
+`PPOUpdate.run_epochs` is the loop; `update_step` takes one minibatch. Every decision, early stopping included, is made
+on the device, so an epoch can be one CUDA graph that every epoch replays.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from fastppo.ppo.minibatches import BatchLayout, Minibatch
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
+from fastppo.runtime.graphs import GraphPool, capture
 
 Step = Callable[[UpdateState, Minibatch, Coefficients, tuple[Tensor, ...]], None]
+# (rows [M, B], scales [M, 2], coefs, watch) of one epoch
+Epoch = Callable[[Tensor, Tensor, Coefficients, bool], None]
 
 
 class PPOUpdate:
@@ -94,12 +97,16 @@ class PPOUpdate:
         # largest mean KL of an epoch
         self._epoch_limit = vector.new_zeros(())
         self._orders = torch.zeros(0, 0, dtype=torch.int64, device=vector.device)
+        # mean and divisor of the advantages of each minibatch, and the packed batch; `begin` writes both
+        self._scales = vector.new_zeros(update_epochs, n_minibatches, 2)
+        self._data: tuple[Tensor, ...] = ()
         self._layout: BatchLayout | None = None
         self._gradient = LossGradient(policy, parameters, loss, scale_advantages=normalize == "minibatch")
         self.trained = self._gradient.trained
         self._bound = functools.partial(update_step, optimizer=optimizer, kl_index=loss.diagnostics.index("approx_kl"))
         alone = self.world.size == 1
         self._step: Step = functools.partial(self._bound, gradient_fn=self._gradient if alone else self._summed)
+        self._epoch: Epoch = self._run_epoch
 
     def compile(self, batch: Batch, coefs: Coefficients) -> None:
         """Compile the step for batches with the shapes of `batch`; changes no state.
@@ -132,6 +139,28 @@ class PPOUpdate:
 
         self._step = step
 
+    def capture(self, coefs: Coefficients, pool: GraphPool) -> None:
+        """Capture an epoch over the batch of the last `begin`; every later epoch replays it, with these `coefs`.
+
+        Raises:
+            CaptureError: the capture failed.
+        """
+        rows, scales = self.orders[0].clone(), self._scales[0].clone()
+        replay = capture(
+            lambda: self._run_epoch(rows, scales, coefs, False),
+            keep=self.kept(),
+            fresh=[rows, scales],
+            device=rows.device,
+            pool=pool,
+        )
+
+        def epoch(order: Tensor, scale: Tensor, coefs: Coefficients, watch: bool) -> None:
+            rows.copy_(order)
+            scales.copy_(scale)
+            replay()
+
+        self._epoch = epoch
+
     def prepare(self, n: int, kl_limit: float) -> None:
         """Set the KL limit (inf: none) and draw a permutation of the `n` rows for each of the E epochs."""
         self.parameters.check()
@@ -150,38 +179,60 @@ class PPOUpdate:
     def run(
         self, batch: Batch, coefs: Coefficients, *, watch: bool, on_epoch: Callable[[], None] | None = None
     ) -> Tensor:
-        """Run the epochs that `prepare` set up.
-
-        Every decision is made on the device: once the KL has stopped the update, further minibatches change nothing.
-        With `watch`, the host reads the decision to leave the loop early; this saves time and changes no number.
+        """Run the update that `prepare` set up: `begin`, `run_epochs` and `report`.
 
         Args:
             batch: all rows of the rollout.
             coefs: this iteration's coefficients.
-            watch: leave the loop once the KL has stopped the update.
-            on_epoch: called before the first epoch and after each epoch run.
+            watch: as for `run_epochs`.
+            on_epoch: as for `run_epochs`.
 
         Returns:
             The values of `report_names`, on the device.
         """
-        state, constants, (data, scales) = self.state, self._gradient.constants, self._lay_out(batch)
+        self.begin(batch)
+        self.run_epochs(coefs, watch=watch, on_epoch=on_epoch)
+        return self.report()
+
+    def begin(self, batch: Batch) -> None:
+        """Lay out `batch`, all rows of the rollout, for the epochs, and reset the figures of the report."""
+        self._data, scales = self._lay_out(batch)
+        self._scales.copy_(scales)
+        self.state.sums.zero_()
+        self.state.stop_kl.zero_()
+        self.state.skipped[1].zero_()
+
+    def run_epochs(self, coefs: Coefficients, *, watch: bool, on_epoch: Callable[[], None] | None = None) -> None:
+        """Run the epochs on the batch of the last `begin`.
+
+        Every decision is made on the device: once the KL has stopped the update, further minibatches change nothing.
+        With `watch`, the host reads the decision, 4 bytes after each epoch, to leave the loop early; this saves time
+        and changes no number.
+
+        Args:
+            coefs: this iteration's coefficients.
+            watch: leave the loop once the KL has stopped the update.
+            on_epoch: called before the first epoch and after each epoch run.
+        """
         if on_epoch is not None:
             on_epoch()
-        state.sums.zero_()
-        state.stop_kl.zero_()
-        state.skipped[1].zero_()
-        watch_minibatches = watch and self.kl_stop == "minibatch" and state.kl_limit.device.type == "cpu"
-        for order, scale in zip(self.orders, scales, strict=True):
-            for i in range(self.n_minibatches):
-                self._step(state, Minibatch(scale[i], order[i], data), coefs, constants)
-                if watch_minibatches and self._stopped():
-                    break
-            self._end_epoch()
+        for order, scale in zip(self.orders, self._scales, strict=True):
+            self._epoch(order, scale, coefs, watch)
             if on_epoch is not None:
                 on_epoch()
             if watch and self._stopped():
                 break
-        return self._report()
+
+    def report(self) -> Tensor:
+        """Return the values of `report_names` for the epochs run since `begin`, on the device."""
+        state, n = self.state, self._n_figures
+        figures, (taken, within, _) = state.sums[:n], state.sums[n:]
+        stopped = (state.kl_limit == -math.inf).float()
+        begun = within + stopped if self.kl_stop == "minibatch" else within
+        # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
+        epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
+        rest = torch.stack((within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1]))
+        return torch.cat((figures / taken, rest))
 
     def gradient(self, batch: Batch, coefs: Coefficients) -> Tensor:
         """Return the gradient [P] of the first minibatch drawn by `prepare`, at the current parameters."""
@@ -218,10 +269,6 @@ class PPOUpdate:
         """List the tensors that an update changes and the next one reads."""
         return [self.state.params, *self.state.optimizer, self.state.skipped]
 
-    def prepared(self) -> list[Tensor]:
-        """List the tensors that `prepare` writes before each update."""
-        return [self._orders, self.state.kl_limit, self._epoch_limit]
-
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Pack `batch` for minibatches."""
         if self._layout is None:
@@ -249,6 +296,15 @@ class PPOUpdate:
         total = self.world.sum_(to_rank_sum(self._gradient(params, minibatch, coefs, constants)))
         return from_rank_sum(total, params.numel())
 
+    def _run_epoch(self, rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
+        """Take a step on each minibatch: `rows` [M, B], `scales` [M, 2]; `watch` as for `run_epochs`."""
+        watch_minibatches = watch and self.kl_stop == "minibatch" and rows.device.type == "cpu"
+        for i in range(self.n_minibatches):
+            self.step(Minibatch(scales[i], rows[i], self._data), coefs)
+            if watch_minibatches and self._stopped():
+                break
+        self._end_epoch()
+
     def _stopped(self) -> bool:
         return self.state.kl_limit.item() == -math.inf
 
@@ -263,13 +319,3 @@ class PPOUpdate:
         state.stop_kl.copy_(torch.where(ends, kl, state.stop_kl))
         state.kl_limit.copy_(torch.where(ends, -math.inf, state.kl_limit))
         state.sums[-1].zero_()
-
-    def _report(self) -> Tensor:
-        state, n = self.state, self._n_figures
-        figures, (taken, within, _) = state.sums[:n], state.sums[n:]
-        stopped = (state.kl_limit == -math.inf).float()
-        begun = within + stopped if self.kl_stop == "minibatch" else within
-        # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
-        epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
-        rest = torch.stack((within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1]))
-        return torch.cat((figures / taken, rest))

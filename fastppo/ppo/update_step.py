@@ -1,7 +1,7 @@
 """One minibatch: gradient of the loss, clipping by norm, optimiser step; without host reads.
 
 Every scalar is a tensor and every decision is made on the device. So a run with annealing compiles the step once, and
-all epochs can be one CUDA graph.
+an epoch can be one CUDA graph.
 """
 
 from __future__ import annotations

@@ -25,8 +25,25 @@ Result = TypeVar("Result")
 _WARM_UP = 3  # runs before a capture: libraries and Inductor choose algorithms and allocate in the first ones
 
 
+class GraphPool:
+    """Memory that several CUDA graphs share, replayed one after another and never at once.
+
+    A replay overwrites the temporary tensors of the other graphs, but not results that were returned before its graph
+    was captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make an empty pool on `device`; on the CPU it has no effect."""
+        self.handle = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
 def capture(
-    work: Callable[[], Result], *, keep: Iterable[Tensor], fresh: Iterable[Tensor], device: torch.device
+    work: Callable[[], Result],
+    *,
+    keep: Iterable[Tensor],
+    fresh: Iterable[Tensor],
+    device: torch.device,
+    pool: GraphPool | None = None,
 ) -> Callable[[], Result]:
     """Capture `work`; returns a function that replays it and returns the same tensors with new contents.
 
@@ -35,6 +52,7 @@ def capture(
         keep: tensors that `work` changes and that capturing must leave unchanged.
         fresh: tensors that are written before each replay.
         device: of all tensors.
+        pool: memory that the graph shares with others; None: its own.
 
     Raises:
         CaptureError: `work` reads back to the host, or does something else that can't be captured.
@@ -42,7 +60,7 @@ def capture(
     kept = [(tensor, tensor.clone()) for tensor in keep]
     try:
         with torch.no_grad():
-            return _on_cuda(work) if device.type == "cuda" else _on_cpu(work, list(fresh))
+            return _on_cuda(work, pool) if device.type == "cuda" else _on_cpu(work, list(fresh))
     except (RuntimeError, NotImplementedError, ValueError) as error:
         raise CaptureError(
             f"it can't be captured as a graph ({first_line(error)}); a network must not look at values on the host "
@@ -53,7 +71,7 @@ def capture(
             tensor.copy_(before)
 
 
-def _on_cuda(work: Callable[[], Result]) -> Callable[[], Result]:
+def _on_cuda(work: Callable[[], Result], pool: GraphPool | None) -> Callable[[], Result]:
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -61,7 +79,7 @@ def _on_cuda(work: Callable[[], Result]) -> Callable[[], Result]:
             work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=None if pool is None else pool.handle):
         out = work()
 
     def replay() -> Result:

@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from fastppo import Config, Trainer
 from fastppo.errors import CaptureError
+from fastppo.monitoring.update_samples import read_samples
 from fastppo.runtime.graphs import capture
 from tests.worlds import Counter, short
 
@@ -160,3 +162,61 @@ def test_a_network_that_branches_on_values_raises_capture_error(tmp_path):
     with pytest.raises(CaptureError, match="must not look at values on the host"):
         Trainer(config, policy=BranchOnValues())
     assert isinstance(config, Config)
+
+
+def captured(tmp_path, **settings):
+    """Return a trainer with a captured update, and a list of 1s that grows with each replayed epoch."""
+    trainer = Trainer(short(tmp_path, compile="graph", update_epochs=5, **settings), make_env=Counter)
+    replays, epoch = [], trainer.update._epoch
+    trainer.update._epoch = lambda *arguments: (replays.append(1), epoch(*arguments))
+    return trainer, replays
+
+
+@pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
+def test_a_captured_update_that_stops_in_its_first_epoch_replays_one_epoch(tmp_path, kl_stop):
+    limits = {"target_kl": 1e-9, "kl_stop": kl_stop, "learning_rate": 0.01, "record_ratios": 0}
+    trainer, replays = captured(tmp_path, **limits)
+    for stats in trainer.iterations():
+        assert stats.scalars["losses/epochs_run"] == 1
+        assert len(replays) == 1
+        replays.clear()
+
+
+def test_a_captured_update_without_a_kl_limit_reads_nothing_between_epochs(tmp_path, monkeypatch):
+    trainer, replays = captured(tmp_path, record_ratios=0)
+    monkeypatch.setattr(trainer.update, "_stopped", lambda: pytest.fail("read the KL"))
+    assert trainer.run().iterations * 5 == len(replays)
+
+
+@pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
+def test_leaving_out_the_epochs_after_a_stop_changes_no_number(tmp_path, kl_stop):
+    results = []
+    for watch in (True, False):
+        limits = {"target_kl": 1e-9, "kl_stop": kl_stop, "learning_rate": 0.01}
+        trainer, replays = captured(tmp_path, run_dir=tmp_path / str(watch), **limits)
+        reports = []
+        for _ in range(3):
+            trainer.learner.anneal(0.0)
+            trainer.collect()
+            reports.append(trainer.learner(watch=watch).clone())
+        assert len(replays) == (3 if watch else 15)
+        results.append([*reports, trainer.update.parameters.vector, *trainer.update.state.optimizer])
+        trainer.request_stop()
+        trainer.run()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("changes", [{}, {"target_kl": 1e-9, "kl_stop": "epoch"}], ids=["all epochs", "stopped"])
+def test_a_sampled_update_replays_its_epochs_and_gives_the_samples_of_eager_training(tmp_path, changes):
+    settings = {"record_ratios": 1, "learning_rate": 0.01, "normalize_rewards": True, "log_histograms": True, **changes}
+    graph, replays = captured(tmp_path, run_dir=tmp_path / "graph", **settings)
+    result = graph.run()
+    assert len(replays) == result.iterations * (1 if changes else 5)
+    Trainer(short(tmp_path, run_dir=tmp_path / "off", update_epochs=5, **settings), make_env=Counter).run()
+    pairs = zip(*(read_samples(tmp_path / name / "samples") for name in ("graph", "off")), strict=True)
+    for ours, eager in list(pairs):
+        assert ours.coefs == eager.coefs
+        np.testing.assert_allclose(ours.ratios, eager.ratios, atol=1e-4)
+        for name, values in ours.trajectory.items():
+            np.testing.assert_allclose(values, eager.trajectory[name], atol=1e-4, err_msg=name)

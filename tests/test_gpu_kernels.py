@@ -1,0 +1,213 @@
+"""What a GPU would refuse, tested without one: device mistakes on torch's meta device, and the Triton kernels compiled.
+
+A meta tensor has a shape and no contents, so a read on the host fails as it would stall a GPU.
+"""
+
+import contextlib
+import importlib
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastppo
+from fastppo import Config
+from fastppo.builders import parts
+from fastppo.builders.resolve import resolve_config
+from fastppo.envs.make_envs import TASKS, inspect_env
+from fastppo.monitoring import update_samples
+from fastppo.policies.policy import Policy
+from fastppo.runtime.clock import Clock
+from fastppo.runtime.distributed import World
+
+META, WORLD = torch.device("meta"), World()
+
+
+class OnlyMeta(TorchDispatchMode):
+    """Refuses an operation that takes or returns a tensor on another device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, out)):
+            if isinstance(x, torch.Tensor) and x.device != META:
+                raise AssertionError(f"{func} on a tensor {list(x.shape)} on {x.device}")
+        return out
+
+
+def build(monkeypatch, **settings):
+    """Return collector, learner and sampler of a run on the meta device."""
+    # torch has neither generators nor autocast for meta tensors; captured code draws no random numbers
+    monkeypatch.setattr(parts, "generator", lambda *_: torch.Generator())
+    monkeypatch.setattr(Policy, "_precision", lambda *_: contextlib.nullcontext())
+    wanted = Config(vectorization="tensor", n_envs=6, n_steps=8, n_minibatches=2, update_epochs=3, **settings)
+    info = inspect_env(wanted.env_id, wanted.env_kwargs)
+    c, _ = resolve_config(wanted, info, torch.device("cpu"), custom_policy=False)
+    clock, models = Clock(), parts.build_models(c, info, None, META, WORLD)
+    env = parts.build_envs(c, info, META, WORLD, [], stream_offset=0)
+    rollout = parts.build_rollout(c, env, models, META, WORLD)
+    collector, _ = parts.build_collector(c, env, models.policy, rollout, clock, WORLD, notes=[])
+    learning = parts.build_learning(c, env, models, rollout, clock, WORLD, n_iterations=1)
+    return collector, learning.learner, learning.sampler
+
+
+def roll(collector):
+    """Collect a rollout, without its noise."""
+    for actor in collector.actors:
+        actor.begin()
+    collector.roll()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"env_id": env_id, "kl_stop": "epoch"} for env_id in TASKS),
+        {"env_id": "CartPole-v1", "kl_stop": "minibatch", "shared_trunk": True, "sign_rewards": True},
+        {
+            "env_id": "Pendulum-v1",
+            "env_kwargs": {"max_episode_steps": 3},  # several final observations in a rollout
+            "normalize_obs": True,
+            "normalize_rewards": True,
+            "normalize_advantages": "batch",
+            "value_clip": "off",
+        },
+    ],
+    ids=[*TASKS, "shared trunk", "normalised and truncated"],
+)
+def test_a_rollout_and_an_update_read_nothing_and_stay_on_the_device(monkeypatch, settings):
+    collector, learner, sampler = build(monkeypatch, target_kl=0.01, **settings)
+    monkeypatch.setattr(update_samples, "_unchanged", contextlib.nullcontext)  # saves random states, on the host
+    learner.anneal(0.0)
+    with OnlyMeta():
+        roll(collector)
+        measured = learner(watch=False, on_epoch=sampler.measure)
+        learner.update_obs_moments()
+    assert measured.device == META
+
+
+def test_an_early_stop_is_the_only_read_of_an_update(monkeypatch):
+    collector, learner, _ = build(monkeypatch, env_id="CartPole-v1", target_kl=0.01)
+    reads = []
+    monkeypatch.setattr(learner.update, "_stopped", lambda: reads.append(1))
+    learner.anneal(0.0)
+    with OnlyMeta():
+        roll(collector)
+        learner()
+    assert len(reads) == 3, "one after each epoch"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda x: x * x.sum().item(), "item"),
+        (lambda x: x * 2 if x.sum() > 0 else x, "meta"),
+        (lambda x: x.cpu().to(META), "meta"),
+        (lambda x: x * torch.tensor(2.0), "on cpu"),
+        (lambda x: x[torch.arange(len(x))], "on cpu"),
+    ],
+    ids=["item", "if", "cpu", "scalar on the CPU", "indices on the CPU"],
+)
+def test_the_meta_device_finds_reads_and_tensors_on_the_cpu(monkeypatch, mistake, message):
+    _, learner, _ = build(monkeypatch, env_id="CartPole-v1")
+    encoder = learner.update.policy.encoder
+    monkeypatch.setattr(encoder, "forward", lambda obs: mistake(obs))
+    learner.anneal(0.0)
+    with OnlyMeta(), pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=message):
+        learner(watch=False)
+
+
+class Kernel(NamedTuple):
+    """A Triton kernel as its caller launches it: types of pointers and numbers, and compile-time constants."""
+
+    module: str
+    name: str
+    types: dict[str, str]
+    constants: dict[str, int]
+
+
+GAE = Kernel(
+    "fastppo.functional.gae_triton",
+    "_kernel",
+    dict.fromkeys(("rewards", "values", "next_values", "gamma_at", "lambda_at", "advantages", "returns"), "*fp32")
+    | dict.fromkeys(("terminated", "done"), "*u8")
+    | dict.fromkeys(("n_steps", "n_envs"), "i32"),
+    {"BLOCK_T": 64, "BLOCK_N": 32},
+)
+KERNELS = [GAE]
+
+
+def compile_kernel(kernel, capability, case="any", **options):
+    """Compile for a GPU that need not be here, as Triton does for the arguments of a launch.
+
+    `case`: "any"; "aligned", where pointers and numbers are divisible by 16; "one environment", a constant to Triton.
+    """
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(kernel.module), kernel.name)
+    types, constants = dict(kernel.types), dict(kernel.constants)
+    if case == "one environment":
+        constants["n_envs"] = 1
+    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
+    divisible = [["tt.divisibility", 16]]
+    attributes = {
+        (i,): divisible for i, kind in enumerate(signature.values()) if case == "aligned" and kind != "constexpr"
+    }
+    source = ASTSource(function, signature, constants, attributes)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(compiled, folder):
+    """Return the resources of the machine code, listed by cuobjdump: REG, STACK (bytes of spilled registers), ..."""
+    from triton import knobs
+
+    file = folder / "kernel.cubin"
+    file.write_bytes(compiled.asm["cubin"])
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(file)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", listing)}
+
+
+@pytest.fixture
+def _triton(tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton has no version for this platform")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("_triton")
+@pytest.mark.parametrize("case", ["any", "aligned", "one environment"])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.module.rpartition(".")[2])
+def test_a_kernel_compiles_without_spilling_registers(tmp_path, kernel, capability, case):
+    compiled = compile_kernel(kernel, capability, case)
+    used = resources(compiled, tmp_path)
+    assert 0 < used["REG"] <= 255
+    assert used["STACK"] == used["LOCAL"] == 0, "registers are spilled to memory"
+    assert compiled.metadata.shared <= 48 * 1024, "more shared memory than a launch may use without asking"
+
+
+@pytest.mark.usefixtures("_triton")
+def test_spilled_registers_are_found(tmp_path):
+    assert resources(compile_kernel(GAE, 90, maxnreg=32), tmp_path)["STACK"] > 0
+
+
+@pytest.mark.usefixtures("_triton")
+def test_the_constants_of_a_compiled_kernel_are_those_of_its_launch():
+    from fastppo.functional import gae_triton
+
+    assert GAE.constants == {"BLOCK_T": gae_triton._BLOCK_T, "BLOCK_N": gae_triton._BLOCK_N}
+
+
+def test_every_triton_kernel_is_compiled_here():
+    package = Path(fastppo.__file__).parent
+    launched = set()
+    for file in package.rglob("*.py"):
+        if "@triton.jit" in (text := file.read_text()):
+            module = ".".join(("fastppo", *file.relative_to(package).with_suffix("").parts))
+            launched |= {(module, name) for name in re.findall(r"^ *(\w+)\[.+\]\($", text, re.MULTILINE)}
+    assert launched == {(kernel.module, kernel.name) for kernel in KERNELS}
