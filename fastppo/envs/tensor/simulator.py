@@ -16,7 +16,7 @@ from torch import Tensor
 from fastppo.envs.env_state import ResumeSupport
 from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
 from fastppo.errors import EnvError
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces import ActionSpec, ObsSpec, ToEnv
 
 
 class Simulator(Protocol):
@@ -91,9 +91,7 @@ class SimulatorEnv(VecEnv):
         device = transitions.rewards.device
         # any step may truncate an episode, so keep one row of final observations per step
         self.final_obs_buffer = FinalObsBuffer.allocate(len(transitions.rewards), self.n_envs, self.obs_spec, 1, device)
-        bounds = self.action_spec.bounds(device) if self.action_spec.kind == "box" else None
-        self._bounds = bounds
-        self._start = torch.tensor(self.action_spec.start, device=device)
+        self._to_env = ToEnv(self.action_spec).to(device)
 
     def send(self, t: int, group: int) -> None:
         """Take step t and write its results.
@@ -137,12 +135,9 @@ class SimulatorEnv(VecEnv):
             self._simulator.close()
 
     def _actions(self, actions: Tensor) -> Tensor:
-        if self._bounds is not None:
-            actions = actions.clamp(*self._bounds)
-        elif any(self.action_spec.start):
-            actions = actions + self._start
         # copied, because some simulators change their actions in place
-        return actions.reshape(self.n_envs, *self.action_spec.shape).clone()
+        converted: Tensor = self._to_env(actions)
+        return converted.reshape(self.n_envs, *self.action_spec.shape).clone()
 
     def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them
         if isinstance(found, Mapping):
@@ -157,6 +152,10 @@ class SimulatorEnv(VecEnv):
             raise EnvError(
                 f"{where} gave observations on {found.device}; the rollout lies on {self._to.rewards.device}."
             )
+        if self.obs_spec.leaf.kind == "discrete":  # read back, because one-hot encoding fails on the device
+            outside = self.obs_spec.leaf.outside(found.numpy(force=True))
+            if outside is not None:
+                raise EnvError(f"environment {outside[0]} returned in {where} observation {outside[1]}.")
         return found.detach()
 
     def _check(self, rewards: Tensor, terminated: Tensor, truncated: Tensor) -> None:
