@@ -123,20 +123,16 @@ class ObsLeaf:
             return f"{what} a vector, not scaled; for values far above 1 use --normalize-obs."
         return None
 
-    def outside(self, obs: _Array) -> tuple[int, str] | None:
-        """Return the first row of discrete obs [B, *shape] outside the space, and its value and space in words."""
+    def outside(self, obs: _Array) -> tuple[int, str, str] | None:
+        """Return the first row of discrete obs [B, *shape] outside the space, and its value and space as text."""
         obs = np.asarray(obs)
         flat, start = obs.reshape(len(obs), -1), np.asarray(self.start)
         rows = np.flatnonzero(((flat < start) | (flat >= start + np.asarray(self.nvec))).any(1))
         if not len(rows):
             return None
-        return int(rows[0]), f"{obs[rows[0]].tolist()} outside its observation_space, {self._discrete_space()}"
-
-    def _discrete_space(self) -> spaces.Space[Any]:
-        if not self.shape:
-            return spaces.Discrete(self.nvec[0], start=self.start[0])
         nvec, start = (np.asarray(x).reshape(self.shape) for x in (self.nvec, self.start))
-        return spaces.MultiDiscrete(nvec, start=start)
+        space = spaces.MultiDiscrete(nvec, start=start) if self.shape else spaces.Discrete(int(nvec), start=int(start))
+        return int(rows[0]), str(obs[rows[0]].tolist()), str(space)
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -264,8 +264,11 @@ class GymnasiumVecEnv(VecEnv):
     def _check_discrete(self, obs: _Array, start: int, where: str) -> None:
         """Refuse discrete observations outside their space: they have no one-hot vector."""
         if self.obs_spec.leaf.kind == "discrete" and (found := self.obs_spec.leaf.outside(obs)):
-            row, what = found
-            raise EnvError(f"environment {start + row} returned in {where} observation {what}.")
+            row, value, space = found
+            raise EnvError(
+                f"environment {start + row} returned observation {value} in {where}, outside its observation_space "
+                f"{space}."
+            )
 
     def _check(self, at: slice, obs: _Array, rewards: _Array, terminated: _Array, truncated: _Array) -> None:
         n = at.stop - at.start

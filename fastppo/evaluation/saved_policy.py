@@ -58,7 +58,8 @@ class SavedPolicy:
             raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
         array = array[None] if single else array
         if self.spec.obs.leaf.kind == "discrete" and (outside := self.spec.obs.leaf.outside(array)):
-            raise ValueError(f"obs row {outside[0]} is {outside[1]}.")
+            row, value, space = outside
+            raise ValueError(f"row {row} of obs is {value}, outside the observation_space {space}.")
         rows = torch.as_tensor(array).to(self.device, self.spec.obs.dtype)
         noise = None if deterministic else self.policy.draw_noise(len(rows), self._generator)
         step = self.policy.act(rows, noise, self.policy.initial_state(len(rows)))

@@ -152,10 +152,13 @@ class SimulatorEnv(VecEnv):
             raise EnvError(
                 f"{where} gave observations on {found.device}; the rollout lies on {self._to.rewards.device}."
             )
-        if self.obs_spec.leaf.kind == "discrete":  # read back, because one-hot encoding fails on the device
-            outside = self.obs_spec.leaf.outside(found.numpy(force=True))
-            if outside is not None:
-                raise EnvError(f"environment {outside[0]} returned in {where} observation {outside[1]}.")
+        leaf = self.obs_spec.leaf
+        # read back in each step, because one-hot encoding would fail on the device
+        if leaf.kind == "discrete" and (outside := leaf.outside(found.numpy(force=True))):
+            row, value, space = outside
+            raise EnvError(
+                f"environment {row} returned observation {value} in {where}, outside its observation_space {space}."
+            )
         return found.detach()
 
     def _check(self, rewards: Tensor, terminated: Tensor, truncated: Tensor) -> None:
