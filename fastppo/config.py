@@ -157,6 +157,9 @@ class Config:
         float | None, Setting(section="environment", above=0, unit="SECONDS", unset="none", changes="nothing")
     ] = None
     """Maximum seconds for a step or reset of one pool worker's environments, or of all async ones."""
+    rescale_actions: Annotated[bool, Setting(section="environment")] = False
+    """Let the policy act in [-1, 1] and map that to the bounds of the Box action space, as Gymnasium's RescaleAction
+    does; for bounds far from +-1."""
     strict_obs: Annotated[bool, Setting(section="environment", changes="nothing")] = False
     """End the run when an observation is outside its observation_space, instead of warning once."""
 
@@ -232,7 +235,7 @@ class Config:
     `fastppo replay`."""
 
     network: Annotated[Literal["auto", "mlp", "cnn"], Setting(section="policy", chosen_at_start=True)] = "auto"
-    """`cnn`: the Nature CNN, for uint8 images of at least 36x36; `mlp`: for all other observations."""
+    """`cnn`: the Nature CNN, for images of at least 36x36; `mlp`: for all other observations."""
     hidden_sizes: Annotated[tuple[int, ...], Setting(section="policy", at_least=1)] = (64, 64)
     """Widths of the MLP's hidden layers."""
     activation: Annotated[Literal["tanh", "relu", "elu", "gelu", "silu"], Setting(section="policy")] = "tanh"
@@ -305,6 +308,9 @@ class Config:
     """Environment steps between evaluations, which use their own environments and keep the best checkpoint."""
     eval_episodes: Annotated[int, Setting(section="evaluation", at_least=1, unit="EPISODES", changes="nothing")] = 10
     """Episodes per evaluation."""
+    eval_max_steps: Annotated[int, Setting(section="evaluation", at_least=1, unit="STEPS", changes="nothing")] = 100_000
+    """Maximum steps of an evaluation's episode, which is then cut; lower it for environments whose episodes never
+    end."""
 
     record_ratios: Annotated[
         int | None,

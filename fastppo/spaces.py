@@ -15,13 +15,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastppo.errors import EnvError
+from fastppo.errors import ConfigError, EnvError
 from fastppo.functional.distributions import Bernoulli, Categorical, Distribution, Gaussian, MultiCategorical
 
 ObsKind = Literal["vector", "image", "discrete"]
 ActionKind = Literal["discrete", "multidiscrete", "multibinary", "box"]
+_Array = np.ndarray[Any, Any]
+
+MIN_IMAGE_SIDE = 36  # smallest height and width for which every convolution of the Nature CNN has an output
+_UNBOUNDED = 1e30  # bounds of this size, such as the largest float32, mean that there are none
+_FARTHEST_SCALE = 10.0  # of Box actions, from the Gaussian's initial standard deviation of 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +34,13 @@ class ObsLeaf:
     """One array of an observation.
 
     Attributes:
-        kind: "vector" (float32; any Box that is not an image, MultiBinary), "image" (uint8 [C, H, W], [H, W, C] or
-            [H, W]) or "discrete" (int64 indices, one-hot for the network).
+        kind: "vector" (any Box that is not an image, MultiBinary), "image" ([C, H, W], [H, W, C], [H, W], or a stack of
+            these; see `reads_as_image`) or "discrete" (int64 indices, one-hot for the network).
         shape: of the array.
         source_dtype: NumPy name of the space's own dtype; float64 and integers are cast to float32 when stored.
         nvec: number of values of each index, for "discrete".
         start: first value of each index, for "discrete".
+        high: number by which the network's input is divided; None: 255 for images, 1 for vectors.
     """
 
     kind: ObsKind
@@ -42,11 +48,14 @@ class ObsLeaf:
     source_dtype: str
     nvec: tuple[int, ...] = ()
     start: tuple[int, ...] = ()
+    high: float | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype in storage."""
-        return {"vector": torch.float32, "image": torch.uint8, "discrete": torch.int64}[self.kind]
+        if self.kind == "image":
+            return torch.float32 if self.source_dtype.startswith("float") else torch.uint8
+        return torch.float32 if self.kind == "vector" else torch.int64
 
     @property
     def features(self) -> int:
@@ -54,28 +63,36 @@ class ObsLeaf:
         return sum(self.nvec) if self.kind == "discrete" else math.prod(self.shape)
 
     @property
-    def image_size(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image, wherever its channels are."""
-        if len(self.shape) == 2:
-            return (1, *self.shape)
-        return (self.shape[2], *self.shape[:2]) if self.channels_last else self.shape  # type: ignore[return-value]
+    def divisor(self) -> float:
+        """Number by which stored images and vectors are divided for the network."""
+        return self.high or (255.0 if self.kind == "image" else 1.0)
 
     @property
-    def channels_last(self) -> bool:
-        """Whether an image is [H, W, C]: the smaller of the outer dimensions counts as the channels."""
-        return len(self.shape) == 3 and self.shape[2] < self.shape[0]
+    def image_axes(self) -> tuple[int, ...]:
+        """Axes of an image, its height and width last; all others are channels."""
+        sides = _sides(self.shape)
+        return (*(axis for axis in range(len(self.shape)) if axis not in sides), *sides)
+
+    @property
+    def image_size(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image, wherever its channels are; the channels of a stack are those of all its images."""
+        height, width = (self.shape[axis] for axis in self.image_axes[-2:])
+        return math.prod(self.shape) // max(1, height * width), height, width
 
     @classmethod
     def from_space(cls, space: spaces.Space[Any]) -> ObsLeaf:
         """Describe a space whose elements are single arrays.
 
         Raises:
-            EnvError: the space is neither Box, Discrete, MultiDiscrete nor MultiBinary.
+            EnvError: the space is neither Box, Discrete, MultiDiscrete nor MultiBinary, or an image of five or more
+                dimensions.
         """
         if isinstance(space, spaces.Box):
-            if space.dtype == np.uint8 and len(space.shape) in (2, 3):
-                return cls("image", space.shape, "uint8")
-            return cls("vector", space.shape, str(space.dtype))
+            high = float(space.high.max(initial=0))
+            if reads_as_image(space):
+                return cls("image", space.shape, str(space.dtype), high=None if high in (0, 255) else high)
+            scaled = space.dtype == np.uint8 and 1 < high < 255
+            return cls("vector", space.shape, str(space.dtype), high=high if scaled else None)
         if isinstance(space, spaces.Discrete):
             return cls("discrete", (), str(space.dtype), (int(space.n),), (int(space.start),))
         if isinstance(space, spaces.MultiDiscrete):
@@ -85,8 +102,89 @@ class ObsLeaf:
             return cls("vector", space.shape, str(space.dtype))
         raise EnvError(
             f"observation space {type(space).__name__} is not supported (Box, Discrete, MultiDiscrete and MultiBinary "
-            "are); wrap the environment in gymnasium.wrappers.FlattenObservation."
+            f"are); {_remedy(space)}"
         )
+
+    @property
+    def note(self) -> str | None:
+        """One line on how integers and images are read; None for spaces that can be read in one way only."""
+        what = f"observations: {self.source_dtype} {self.shape} is read as"
+        if self.kind == "image":
+            channels, height, width = self.image_size
+            stack = "a stack of images, folded into" if len(self.shape) == 4 else "an image with"
+            plural = "s" if channels > 1 else ""
+            text = f"{what} {stack} {channels} channel{plural} of {height}x{width}, divided by {self.divisor:g}"
+            if min(height, width) < MIN_IMAGE_SIDE:
+                text += "; if its values are codes and not pixels, give the space their largest value as its high"
+            return f"{text}."
+        if self.kind == "vector" and self.source_dtype == "uint8":
+            if self.divisor > 1:
+                return f"{what} a vector, divided by {self.divisor:g}, the high of its space."
+            return f"{what} a vector, not scaled; for values far above 1 use --normalize-obs."
+        return None
+
+    def outside(self, obs: _Array) -> tuple[int, str, str] | None:
+        """Return the first row of discrete obs [B, *shape] outside the space, and its value and space as text."""
+        obs = np.asarray(obs)
+        flat, start = obs.reshape(len(obs), -1), np.asarray(self.start)
+        rows = np.flatnonzero(((flat < start) | (flat >= start + np.asarray(self.nvec))).any(1))
+        if not len(rows):
+            return None
+        nvec, start = (np.asarray(x).reshape(self.shape) for x in (self.nvec, self.start))
+        space = spaces.MultiDiscrete(nvec, start=start) if self.shape else spaces.Discrete(int(nvec), start=int(start))
+        return int(rows[0]), str(obs[rows[0]].tolist()), str(space)
+
+
+def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the axes of height and width in the shape of an image or a stack of images."""
+    if len(shape) == 3:  # the smaller of the outer dimensions counts as the channels
+        return (0, 1) if shape[2] < shape[0] else (1, 2)
+    # [S, C, H, W], [S, H, W, C] or [H, W, C, S]
+    return max(((i, i + 1) for i in reversed(range(len(shape) - 1))), key=lambda axes: min(shape[i] for i in axes))
+
+
+def reads_as_image(space: spaces.Box) -> bool:
+    """Return whether a Box is an image, or a stack of images, by dtype, bounds and shape.
+
+    An image has 2 or 3 dimensions, a stack 4, and its values are
+        uint8, with 255 as the highest or sides of at least 36;
+        any other integer from 0 to 255, with sides of at least 36;
+        floats from 0 to 1, -1 to 1 or 0 to 255, with sides of at least 36.
+
+    Raises:
+        EnvError: values and sides of an image, but five or more dimensions.
+    """
+    shape, dtype = space.shape, space.dtype
+    if len(shape) < 2 or dtype.kind not in "uif" or not math.prod(shape):
+        return False
+    bounds = float(space.low.min()), float(space.high.max())
+    large = min(shape[axis] for axis in _sides(shape)) >= MIN_IMAGE_SIDE
+    if dtype == np.uint8:
+        pixels = bounds[1] == 255 or large
+    else:
+        pixels = large and bounds in (((0, 1), (-1, 1), (0, 255)) if dtype.kind == "f" else ((0, 255),))
+    if len(shape) <= 4:
+        return pixels
+    if pixels and large:
+        raise EnvError(
+            f"observations of shape {shape} look like images, but an image has 2 or 3 dimensions and a stack of images "
+            "4; merge the others with gymnasium.wrappers.ReshapeObservation."
+        )
+    return False
+
+
+def _remedy(space: spaces.Space[Any]) -> str:
+    """Return the wrapper that turns `space` into a supported one."""
+    try:
+        flat = spaces.utils.flatten_space(space)
+    except NotImplementedError:  # a space of the user's own, or one within
+        flat = None
+    if isinstance(flat, spaces.Box):
+        return "wrap the environment in gymnasium.wrappers.FlattenObservation."
+    return (
+        "elements of this one have no fixed length, so wrap the environment in "
+        "gymnasium.wrappers.TransformObservation with a function that returns an array."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +254,11 @@ class ObsSpec:
         """Split rows [B, *shape] into the leaves' arrays [B, *leaf.shape]."""
         return (rows,)
 
+    def read_as(self, other: ObsSpec) -> ObsSpec:
+        """Return the same arrays with kind and divisor as in `other`; unchanged if `other` describes other arrays."""
+        read = dataclasses.replace(self.leaf, kind=other.leaf.kind, high=other.leaf.high)
+        return other if read == other.leaf else self
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-able values."""
         return dataclasses.asdict(self.leaf)
@@ -178,6 +281,7 @@ class ActionSpec:
         start: first value of each component ("discrete", "multidiscrete").
         low: lower bounds, flat ("box"); None where infinite.
         high: upper bounds, flat ("box"); None where infinite.
+        rescale: whether the distribution acts in [-1, 1], which is mapped to [low, high] ("box").
     """
 
     kind: ActionKind
@@ -187,6 +291,7 @@ class ActionSpec:
     start: tuple[int, ...] = ()
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
+    rescale: bool = False
 
     @classmethod
     def from_space(cls, space: spaces.Space[Any]) -> ActionSpec:
@@ -224,25 +329,68 @@ class ActionSpec:
         size = math.prod(self.shape)
         return Bernoulli(size) if self.kind == "multibinary" else Gaussian(size)
 
+    def rescaled(self) -> ActionSpec:
+        """Return the spec of actions in [-1, 1] that are mapped to the bounds of this Box.
+
+        Raises:
+            ConfigError: the space is no Box, or has a component without finite bounds.
+        """
+        if self.kind != "box":
+            raise ConfigError(f"rescale_actions needs Box actions, but the action space is {self.kind}; leave it out.")
+        for i, bounds in enumerate(zip(self.low, self.high, strict=True)):
+            if not _bounded(*bounds):
+                low, high = (math.inf * sign if x is None else x for x, sign in zip(bounds, (-1, 1), strict=True))
+                raise ConfigError(
+                    f"rescale_actions needs finite bounds, but component {i} of the action space has {low:g} to "
+                    f"{high:g}; give the space finite bounds, or leave it out."
+                )
+        return dataclasses.replace(self, rescale=True)
+
+    @property
+    def note(self) -> str | None:
+        """One line on bounds far from the scale at which a Gaussian starts to act, mean 0 and deviation 1, or None."""
+        for i, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
+            if self.rescale or low is None or high is None or not _bounded(low, high):
+                continue
+            half = (high - low) / 2
+            if low > 1 or high < -1 or not (half == 0 or 1 / _FARTHEST_SCALE <= half <= _FARTHEST_SCALE):
+                return (
+                    f"actions: component {i} has bounds {low:g} to {high:g}, but the policy starts with actions around "
+                    "0 with deviation 1; use --rescale-actions, or gymnasium.wrappers.RescaleAction."
+                )
+        return None
+
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return lower and upper bounds of a Box action, [D] float32 each, on `device`."""
-        low = [-math.inf if x is None else x for x in self.low]
-        high = [math.inf if x is None else x for x in self.high]
-        return torch.tensor(low, device=device), torch.tensor(high, device=device)
+        """Return lower and upper bounds of the distribution's Box actions, [D] float32 each, on `device`."""
+        low, high = (np.full(len(self.low), -1.0), np.full(len(self.low), 1.0)) if self.rescale else self._box
+        return tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in (low, high))  # type: ignore[return-value]
 
     @functools.cached_property
-    def _box(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def _box(self) -> tuple[_Array, _Array]:
+        """Bounds of the environment's Box actions, [D] float64 each."""
         low = [-np.inf if x is None else x for x in self.low]
         return np.array(low), np.array([np.inf if x is None else x for x in self.high])
+
+    @functools.cached_property
+    def _scaling(self) -> tuple[_Array, _Array]:
+        """Centre and half the width of the bounds, [D] float64 each."""
+        low, high = self._box
+        return low / 2 + high / 2, high / 2 - low / 2
 
     @property
     def dimensions(self) -> int:
         """Components of a continuous action; 0 for discrete actions."""
         return math.prod(self.shape) if self.kind == "box" else 0
 
-    def to_env(self, actions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Convert the distribution's actions [N, ...] to the environment's [N, *shape]: clip, or shift by start."""
+    def to_env(self, actions: _Array) -> _Array:
+        """Convert the distribution's actions [N, ...] to the environment's [N, *shape].
+
+        Box actions are rescaled, if `rescale`, and clipped; discrete ones are shifted by start.
+        """
         if self.kind == "box":
+            if self.rescale:
+                centre, half_width = self._scaling
+                actions = centre + half_width * actions
             actions = np.clip(actions, *self._box)
         elif any(self.start):
             actions = actions + (self.start[0] if self.kind == "discrete" else np.asarray(self.start))
@@ -256,6 +404,41 @@ class ActionSpec:
     def from_dict(cls, values: dict[str, Any]) -> ActionSpec:
         """Invert `to_dict`."""
         return cls(**_tuples(values))
+
+
+class ToEnv(nn.Module):
+    """`ActionSpec.to_env` for tensors on a device, without the change of shape and dtype; can be captured."""
+
+    start: Tensor | None
+    low: Tensor | None
+    high: Tensor | None
+    centre: Tensor | None
+    half_width: Tensor | None
+
+    def __init__(self, spec: ActionSpec) -> None:
+        """Convert actions of `spec`."""
+        super().__init__()
+        constants = {"start": np.asarray(spec.start, np.int64)} if any(spec.start) else {}
+        if spec.kind == "box":
+            constants |= dict(zip(("low", "high"), spec._box, strict=True))
+        if spec.rescale:
+            constants |= dict(zip(("centre", "half_width"), spec._scaling, strict=True))
+        for name in ("start", "low", "high", "centre", "half_width"):
+            value = constants.get(name)
+            tensor = None if value is None else torch.from_numpy(value)
+            self.register_buffer(name, tensor.float() if tensor is not None and name != "start" else tensor)
+
+    def forward(self, actions: Tensor) -> Tensor:
+        """Convert the distribution's actions [N, ...]: rescale and clip, or shift by start."""
+        if self.centre is not None and self.half_width is not None:
+            actions = self.centre + self.half_width * actions
+        if self.low is not None:
+            actions = actions.clamp(self.low, self.high)
+        return actions if self.start is None else actions + self.start
+
+
+def _bounded(low: float | None, high: float | None) -> bool:
+    return low is not None and high is not None and max(abs(low), abs(high)) < _UNBOUNDED
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ BASE = Config(n_envs=2, n_steps=32, total_timesteps=256, compile="off", threads=
 RUNS = {
     "discrete": {"env_id": "CartPole-v1", "normalize_obs": True},
     "box": {"env_id": "Pendulum-v1", "normalize_obs": True, "learning_rate": 0.1},
+    "rescaled": {"env_id": "Pendulum-v1", "rescale_actions": True, "learning_rate": 0.1},
     "index": {"env_id": "FrozenLake-v1"},
     "starts": {"env_id": "Starts-v0"},
     "bits": {"env_id": "Bits-v0"},

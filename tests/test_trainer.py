@@ -249,7 +249,7 @@ def test_evaluation_runs_complete_episodes_and_is_repeatable(tmp_path):
     assert evaluate(tmp_path / "run", 11, seed=4) != a
 
 
-def test_evaluation_truncates_an_endless_episode(tmp_path, monkeypatch):
+def test_evaluation_truncates_an_endless_episode(tmp_path):
     """A deterministic policy may stand still for ever, and training would wait for its evaluation."""
 
     class Endless(Counter):
@@ -257,11 +257,12 @@ def test_evaluation_truncates_an_endless_episode(tmp_path, monkeypatch):
             obs, reward, _, _, info = super().step(action)
             return obs, reward, False, False, info
 
-    monkeypatch.setattr("fastppo.evaluation.episodes._MAX_STEPS", 50)
-    trainer = Trainer(short(tmp_path, eval_every=16, eval_episodes=11), make_env=Endless)
-    lengths = [stats.scalars["eval/length_mean"] for stats in trainer.iterations()]
-    assert set(lengths) == {50}
+    trainer = Trainer(short(tmp_path, eval_every=16, eval_episodes=11, eval_max_steps=50), make_env=Endless)
+    rows = [stats.scalars for stats in trainer.iterations()]
+    assert {row["eval/length_mean"] for row in rows} == {50}
+    assert [row["charts/reward_per_step"] for row in rows] == pytest.approx([1.45, 2.25, 3.05]), "no episode ends"
     played = evaluate(tmp_path / "run", 11, make_env=Endless)
+    assert evaluate(tmp_path / "run", 3, make_env=Endless, max_steps=7).lengths == [7] * 3
     assert played.lengths == [50] * 8, "the second episodes of three environments are dropped"
     assert played.remark == "; 8 of 8 episodes were cut after 50 steps"
 

@@ -49,6 +49,7 @@ class Diagnostic(NamedTuple):
 
 
 DIAGNOSTICS = (
+    Diagnostic("Reward per step", (("charts/reward_per_step", ""),)),
     Diagnostic("Policy loss", (("losses/policy_loss", ""),)),
     Diagnostic("Value loss", (("losses/value_loss", ""),), log=True),
     Diagnostic("Entropy", (("losses/entropy", ""),)),

@@ -28,6 +28,8 @@ def resolve_config(
     """
     if env_info.vector is not None and config.n_envs is None:
         config = dataclasses.replace(config, n_envs=env_info.vector.num_envs)
+    if not env_info.from_id:  # so that neither the default id nor its preset is taken for make_env's environment
+        config = dataclasses.replace(config, env_id=env_info.name)
     filled = fill_defaults(config, env_info.kind, atari=env_info.atari, reward_threshold=env_info.reward_threshold)
     changes: dict[str, Any] = {}
     if config.device == "auto":  # a resumed run keeps the device type; each rank chooses its own index
@@ -44,7 +46,7 @@ def resolve_config(
             "return a single environment from make_env, or leave eval_every out."
         )
     c = dataclasses.replace(filled, **changes)
-    notes = []
+    notes = [note for note in (env_info.obs_spec.leaf.note, env_info.action_spec.note) if note is not None]
     if config.target_return == "threshold" and c.target_return is None:
         notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
     if config.preset == "tuned" and config.env_id not in TUNED:
@@ -53,8 +55,7 @@ def resolve_config(
         return c, notes
     n_envs = known(c.n_envs)
     # use the result of `fastppo bench --save` on this machine, or else measure briefly now
-    by_id = env_info.factory is not None and env_info.factory.make is None
-    saved = recall(env_key(env_info.name, c.env_kwargs), machine_name(), n_envs) if by_id else None
+    saved = recall(env_key(env_info.name, c.env_kwargs), machine_name(), n_envs) if env_info.from_id else None
     if saved is not None:
         kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
         c = dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))

@@ -34,6 +34,7 @@ from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import clean_up
 from fastppo.runs.checkpoint_writer import CheckpointWriter
+from fastppo.runs.model_files import read_spec
 from fastppo.runs.restore import Part, Progress, restore, run_metadata
 from fastppo.runs.run_dir import RunLock, claim_run_dir, create_run_dir
 from fastppo.runs.run_saver import RunSaver
@@ -95,7 +96,9 @@ def build_run(
     world = join_world(device)
     with contextlib.ExitStack() as undo:
         undo.callback(world.close)
-        env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
+        env_info = inspect_env(config.env_id, config.env_kwargs, make_env, rescale_actions=config.rescale_actions)
+        if resume_from is not None:  # an earlier version may have read this space in another way
+            env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
@@ -122,6 +125,7 @@ def build_run(
             seed=c.seed,
             eval_every=c.eval_every,
             eval_episodes=c.eval_episodes,
+            eval_max_steps=c.eval_max_steps,
             video_every=c.video_every,
             world=world,
             say=logger.say,

@@ -99,6 +99,10 @@ class Eval:
     """Seed of environments and action sampling."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Allow an environment id of the form module:Env-v0 to import its module."""
+    max_steps: Annotated[
+        int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: the run's --eval-max-steps)")
+    ] = None
+    """Maximum steps of an episode, which is then cut."""
     best: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Evaluate the checkpoint with the best evaluation during training, not the last one."""
     video: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
@@ -115,7 +119,7 @@ class Eval:
             check_video_name(self.video)
         which: dict[str, Any] = {"seed": self.seed, "allow_import": self.allow_import, "best": self.best}
         which["deterministic"] = not self.sampled
-        played = evaluate(self.run, self.episodes, **which)
+        played = evaluate(self.run, self.episodes, max_steps=self.max_steps, **which)
         console = open_console()
         how = "sampled" if self.sampled else "greedy"
         lengths = played.lengths

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs import factory as single
@@ -29,7 +30,7 @@ class EnvInfo:
         reward_threshold: the registered one, or None.
         factory: makes one environment; None if make_env returned a vector environment or simulator.
         vector: that vector environment or simulator.
-        name: its registered id, or else its class.
+        name: its registered id (of the first one in a vector environment), or else its class.
         max_steps: the registered time limit, or None.
     """
 
@@ -43,6 +44,11 @@ class EnvInfo:
     max_steps: int | None = None
 
     @property
+    def from_id(self) -> bool:
+        """Whether the environment was made by its id, not by the user's make_env."""
+        return self.factory is not None and self.factory.make is None
+
+    @property
     def kind(self) -> Literal["discrete", "image", "continuous"]:
         """The CleanRL script whose defaults fit."""
         if self.obs_spec.leaf.kind == "image":
@@ -50,13 +56,28 @@ class EnvInfo:
         return "continuous" if self.action_spec.kind == "box" else "discrete"
 
 
-def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None) -> EnvInfo:
+def inspect_env(
+    env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None, *, rescale_actions: bool = False
+) -> EnvInfo:
     """Make one environment, read its properties and close it.
 
+    Args:
+        env_id: Gymnasium id, unless `make_env` is given.
+        env_kwargs: the environment's keyword arguments.
+        make_env: the user's own constructor.
+        rescale_actions: map actions in [-1, 1] to the bounds of the Box action space.
+
     Raises:
-        ConfigError: it can't be made.
+        ConfigError: it can't be made, or its actions can't be rescaled.
         EnvError: its spaces aren't supported.
     """
+    env_info = _inspect(env_id, env_kwargs, make_env)
+    if rescale_actions:
+        env_info.action_spec = env_info.action_spec.rescaled()
+    return env_info
+
+
+def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) -> EnvInfo:
     atari = False
     if make_env is None:
         spec = single.find_spec(env_id)
@@ -75,7 +96,7 @@ def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None 
         return EnvInfo(
             obs_spec=ObsSpec.from_space(env.single_observation_space),
             action_spec=ActionSpec.from_space(env.single_action_space),
-            name=type(env.unwrapped).__name__,
+            name=_vector_name(env),
             vector=env,
         )
     if isinstance(env, SimulatorEnv):
@@ -99,3 +120,12 @@ def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None 
         factory=factory,
         max_steps=env.spec.max_episode_steps if env.spec else None,
     )
+
+
+def _vector_name(venv: VectorEnv[Any, Any, Any]) -> str:
+    """Return the registered id of a vector environment or of its first environment, or else the class of that."""
+    inner: Any = getattr(venv.unwrapped, "envs", None) or [venv]
+    for env in (venv, inner[0]):
+        if isinstance(env.spec, EnvSpec):
+            return env.spec.id
+    return type(inner[0].unwrapped).__name__

@@ -118,7 +118,7 @@ class GymnasiumVecEnv(VecEnv):
         self._final = np.zeros((self.n_envs, *self.obs_spec.shape), self.obs_spec.source_dtype)
         self.final_obs = torch.from_numpy(self._final)
         self._results: list[StepResult] = [() for _ in self.groups]  # type: ignore[misc]
-        self._checked = False
+        self._checked, self._steps = False, 0
 
     def reset(self, seeds: _Array) -> Tensor:
         """Reset every environment with its own seed, as far as the vector environment takes seeds."""
@@ -132,6 +132,7 @@ class GymnasiumVecEnv(VecEnv):
         expected = (self.n_envs, *self.obs_spec.shape)
         if np.shape(obs) != expected:
             raise EnvError(f"reset returned observations of shape {np.shape(obs)}; its space says {expected}.")
+        self._check_discrete(obs, 0, "reset")
         return torch.from_numpy(obs)
 
     def attach(self, transitions: Transitions, *, staged: bool | None = None) -> None:
@@ -168,6 +169,8 @@ class GymnasiumVecEnv(VecEnv):
         obs, rewards, terminated, truncated, infos = self._results[group]
         if not self._checked:
             self._check(at, obs, rewards, terminated, truncated)
+        self._steps += group == 0
+        self._check_discrete(obs, at.start, f"step {self._steps}")
         truncations: Sequence[int] = ()
         real = None
         if self.fillers:
@@ -183,6 +186,7 @@ class GymnasiumVecEnv(VecEnv):
             # the vector environment may clear its own flags in place
             terminated, truncated = terminated.copy(), truncated.copy()
             obs, _ = self.venv.reset(options={"reset_mask": done})
+            self._check_discrete(obs, at.start, f"the reset after step {self._steps}")
         if self._stages is None:
             to_obs, _, to_rewards, to_terminated, to_truncated, to_valid = self._rows
             to_obs[t + 1, at], to_rewards[t, at] = obs, rewards
@@ -254,7 +258,17 @@ class GymnasiumVecEnv(VecEnv):
                     f"infos['final_obs'][{i}] shares memory with the next observation and is overwritten by it; "
                     "copy it in the vector environment."
                 )
+            self._check_discrete(np.asarray(final[i])[None], start + int(i), f"step {self._steps}")
             self._final[start + i] = final[i]
+
+    def _check_discrete(self, obs: _Array, start: int, where: str) -> None:
+        """Refuse discrete observations outside their space: they have no one-hot vector."""
+        if self.obs_spec.leaf.kind == "discrete" and (found := self.obs_spec.leaf.outside(obs)):
+            row, value, space = found
+            raise EnvError(
+                f"environment {start + row} returned observation {value} in {where}, outside its observation_space "
+                f"{space}."
+            )
 
     def _check(self, at: slice, obs: _Array, rewards: _Array, terminated: _Array, truncated: _Array) -> None:
         n = at.stop - at.start

@@ -67,7 +67,12 @@ def make_vec_env(
         fault_policy=fault_policy,
         resume_support=resume_support,
     )
-    return backend_of(env_info, vectorization).make(env_info, options)
+    env = backend_of(env_info, vectorization).make(env_info, options)
+    # `env_info` decides how the policy reads observations and scales actions; a backend may declare other bounds
+    env.obs_spec = env.obs_spec.read_as(env_info.obs_spec)
+    if env_info.action_spec.rescale:
+        env.action_spec = env.action_spec.rescaled()
+    return env
 
 
 def make_vectorized(

@@ -137,7 +137,7 @@ class EnvGroup:
             self._arrays[name]
             for name in ("obs", "final_obs", "actions", "rewards", "terminated", "truncated", "seeds")
         )
-        # like Gymnasium, accept floats of any width; integers must fit, or they would wrap
+        # like Gymnasium, accept floats of any width; the values of integers must fit, or they would wrap
         self._casting: Any = "same_kind" if self._obs.dtype.kind == "f" else "safe"
         self._log = EpisodeLog(len(makers)) if fault_policy.way == "replay" else None
 
@@ -178,16 +178,16 @@ class EnvGroup:
 
     def _step_on(self, actions: _Array, rewards: list[Any], terminated: list[Any], truncated: list[Any]) -> None:
         """Step the environments that have no entry in the lists yet."""
-        rows, shape, casting = self._obs, self._obs.shape[1:], self._casting
+        rows, shape = self._obs, self._obs.shape[1:]
         for i in range(len(rewards), len(self.envs)):
             self.at = i
             obs, reward, terminal, truncation, _ = self.envs[i].step(actions[i])
             if getattr(obs, "shape", None) != shape:
                 self._check_shape("step", obs)
             if terminal or truncation:
-                np.copyto(self._final_obs[i, ...], obs, casting)
+                self._write(self._final_obs[i, ...], obs)
                 obs = self._reset(i, None)
-            np.copyto(rows[i, ...], obs, casting)
+            self._write(rows[i, ...], obs)
             rewards.append(reward)
             terminated.append(terminal)
             truncated.append(truncation)
@@ -207,7 +207,13 @@ class EnvGroup:
         return EnvError(f"{which} failed in {doing}: {kind}{error_text(error)}")
 
     def _put(self, i: int, obs: Any) -> None:  # noqa: ANN401 - an observation
-        np.copyto(self._obs[i, ...], obs, self._casting)
+        self._write(self._obs[i, ...], obs)
+
+    def _write(self, row: _Array, obs: Any) -> None:  # noqa: ANN401 - an observation
+        try:
+            np.copyto(row, obs, self._casting)
+        except TypeError:
+            np.copyto(row, _fitting(np.asarray(obs), row.dtype), "unsafe")
 
     def _check_shape(self, where: str, obs: Any) -> None:  # noqa: ANN401 - an observation
         shape = self._obs.shape[1:]
@@ -270,6 +276,24 @@ class EnvGroup:
                 set_state(env, state)
             else:
                 self._put(i, replay_episode(env, state))
+
+
+def _fitting(obs: _Array, dtype: np.dtype[Any]) -> _Array:
+    """Return integer observations of a wider dtype than their space's `dtype`, if that can hold their values.
+
+    Raises:
+        EnvError: it can't, or they are no integers.
+    """
+    if obs.dtype.kind not in "iu" or dtype.kind not in "iu":
+        raise EnvError(f"an observation of {obs.dtype} doesn't fit its space of {dtype}; return {dtype}.")
+    limits = np.iinfo(dtype)
+    for value in (int(obs.min()), int(obs.max())):
+        if not limits.min <= value <= limits.max:
+            raise EnvError(
+                f"the value {value} of an observation doesn't fit its space of {dtype}, which holds {limits.min} to "
+                f"{limits.max}; give the space a wider dtype."
+            )
+    return obs
 
 
 def copy_actions(place: _Array, actions: _Array) -> None:

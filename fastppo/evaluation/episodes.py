@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastppo.config import Config
 from fastppo.envs.vec_env import Step, VecEnv, env_seeds, stepper
 from fastppo.policies.policy import Policy
-
-_MAX_STEPS = 100_000  # per episode; Atari episodes end after 27,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +21,15 @@ class Evaluation:
     Attributes:
         returns: undiscounted return of each episode, from unnormalised rewards.
         lengths: steps of each episode.
-        cut: number of episodes that were cut after 100,000 steps, with their return so far: without a time limit, a
+        cut: number of episodes that were cut after `max_steps`, with their return so far: without a time limit, a
             deterministic policy may never finish. An environment whose episode was cut plays no further ones.
+        max_steps: maximum steps of an episode.
     """
 
     returns: list[float]
     lengths: list[int]
     cut: int = 0
+    max_steps: int = Config.eval_max_steps
 
     @property
     def mean(self) -> float:
@@ -38,7 +39,9 @@ class Evaluation:
     @property
     def remark(self) -> str:
         """A remark on the episodes that were cut, or ""."""
-        return f"; {self.cut} of {len(self.returns)} episodes were cut after {_MAX_STEPS:,} steps" if self.cut else ""
+        if not self.cut:
+            return ""
+        return f"; {self.cut} of {len(self.returns)} episodes were cut after {self.max_steps:,} steps"
 
     @property
     def std(self) -> float:
@@ -49,9 +52,11 @@ class Evaluation:
 class EpisodePlayer:
     """Plays complete episodes in a vector environment; every call starts from the same seeds."""
 
-    def __init__(self, env: VecEnv, policy: Policy, device: torch.device, stream: np.random.SeedSequence) -> None:
-        """Play `policy`, which is on `device`, in `env`, seeded from `stream`."""
-        self._env, self._policy, self._device = env, policy, device
+    def __init__(
+        self, env: VecEnv, policy: Policy, device: torch.device, stream: np.random.SeedSequence, *, max_steps: int
+    ) -> None:
+        """Play `policy`, which is on `device`, in `env`, seeded from `stream`; cut episodes after `max_steps`."""
+        self._env, self._policy, self._device, self._max_steps = env, policy, device, max_steps
         self._seeds = env_seeds(stream, env.n_envs)
         self._step: Callable[[Tensor], Step] | None = None
 
@@ -82,14 +87,14 @@ class EpisodePlayer:
             for i in np.flatnonzero((step.terminated | step.truncated).numpy(force=True)):
                 played[i].append((float(total[i]), int(length[i])))
                 total[i] = length[i] = 0
-            for i in np.flatnonzero(length >= _MAX_STEPS):
+            for i in np.flatnonzero(length >= self._max_steps):
                 if len(played[i]) < quota[i]:
                     played[i].append((float(total[i]), int(length[i])))
                     quota[i], cut = len(played[i]), cut + 1
                 length[i] = 0
             obs = step.obs
         kept = [episode for own, k in zip(played, quota, strict=True) for episode in own[:k]]
-        return Evaluation([r for r, _ in kept], [k for _, k in kept], cut)
+        return Evaluation([r for r, _ in kept], [k for _, k in kept], cut, self._max_steps)
 
     def close(self) -> None:
         """Close the environment."""

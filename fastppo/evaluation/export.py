@@ -15,7 +15,7 @@ from fastppo.errors import ConfigError, first_line
 from fastppo.evaluation.saved_policy import load_policy
 from fastppo.policies.policy import Policy
 from fastppo.runtime.files import replace_file
-from fastppo.spaces import ActionSpec
+from fastppo.spaces import ActionSpec, ToEnv
 
 Format = Literal["onnx", "pt2"]
 
@@ -29,22 +29,12 @@ class ExportedPolicy(nn.Module):
         self.policy = policy
         self._action = action
         self._dtype: torch.dtype = getattr(torch, action.dtype)
-        low, high = action.bounds(torch.device("cpu")) if action.kind == "box" else (torch.zeros(0), torch.zeros(0))
-        self.low: Tensor
-        self.high: Tensor
-        self.start: Tensor
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-        self.register_buffer("start", torch.tensor(action.start, dtype=torch.int64))
+        self.to_env = ToEnv(action)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the environment's actions [B, *action], parameters [B, P] and values [B] for raw obs [B, *obs]."""
         params, values, _ = self.policy(obs)
-        actions = self.policy.distribution.mode(params)
-        if self._action.kind == "box":
-            actions = torch.minimum(torch.maximum(actions, self.low), self.high)
-        elif any(self._action.start):
-            actions = actions + (self.start[0] if self._action.kind == "discrete" else self.start)
+        actions = self.to_env(self.policy.distribution.mode(params))
         return actions.reshape(-1, *self._action.shape).to(self._dtype), params, values
 
 

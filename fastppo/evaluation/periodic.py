@@ -41,6 +41,7 @@ class PeriodicEvaluation:
         seed: int,
         eval_every: int | None,
         eval_episodes: int,
+        eval_max_steps: int,
         video_every: int | None,
         world: World,
         say: Callable[[str], None],
@@ -54,6 +55,7 @@ class PeriodicEvaluation:
             seed: of the run.
             eval_every: environment steps between evaluations; None disables them.
             eval_episodes: episodes per evaluation.
+            eval_max_steps: maximum steps of each of them.
             video_every: environment steps between videos; None disables them.
             world: the ranks that train together; the main one evaluates.
             say: prints a line about each evaluation, and when recording fails.
@@ -68,7 +70,7 @@ class PeriodicEvaluation:
         with contextlib.ExitStack() as undo:
             if world.is_main and eval_every is not None:
                 env = make_vec_env(env_info, min(eval_episodes, _MAX_ENVS), "sync")
-                self._player = EpisodePlayer(env, policy, device, seed_stream(seed, "eval"))
+                self._player = EpisodePlayer(env, policy, device, seed_stream(seed, "eval"), max_steps=eval_max_steps)
                 undo.callback(self._player.close)
             if world.is_main and video_every is not None:
                 act = _greedy(policy, env_info.obs_spec, env_info.action_spec, device)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
@@ -49,13 +50,17 @@ class SavedPolicy:
             Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action].
 
         Raises:
-            ValueError: `obs` has another shape.
+            ValueError: `obs` has another shape, or a discrete one is outside its space.
         """
         array, shape = np.asarray(obs, order="C"), self.spec.obs.shape
         single = array.shape == shape
         if not single and array.shape[1:] != shape:
             raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
-        rows = torch.as_tensor(array[None] if single else array).to(self.device, self.spec.obs.dtype)
+        array = array[None] if single else array
+        if self.spec.obs.leaf.kind == "discrete" and (outside := self.spec.obs.leaf.outside(array)):
+            row, value, space = outside
+            raise ValueError(f"row {row} of obs is {value}, outside the observation_space {space}.")
+        rows = torch.as_tensor(array).to(self.device, self.spec.obs.dtype)
         noise = None if deterministic else self.policy.draw_noise(len(rows), self._generator)
         step = self.policy.act(rows, noise, self.policy.initial_state(len(rows)))
         out = self.spec.action.to_env(step.actions.numpy(force=True))
@@ -101,6 +106,7 @@ def evaluate(
     policy: nn.Module | None = None,
     allow_import: bool = False,
     best: bool = False,
+    max_steps: int | None = None,
 ) -> Evaluation:
     """Play complete episodes of the environment that `run` was trained on.
 
@@ -113,15 +119,18 @@ def evaluate(
         policy: your own network; needed if the run trained one.
         allow_import: allow an env id that names a module to import.
         best: use the checkpoint with the best evaluation instead of the last model.
+        max_steps: cut an episode after this many steps; None: after the run's `eval_max_steps`.
 
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
     """
-    if episodes < 1:
-        raise ConfigError(f"episodes={episodes} must be at least 1.")
-    saved, env_info = _open(Path(run), seed, make_env, policy, allow_import, best)
+    for name, value in (("episodes", episodes), ("max_steps", max_steps)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be at least 1.")
+    saved, env_info, config = _open(Path(run), seed, make_env, policy, allow_import, best)
     n = env_info.vector.num_envs if env_info.vector else min(episodes, 8)
-    player = EpisodePlayer(make_vec_env(env_info, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
+    env, steps = make_vec_env(env_info, n, "sync"), max_steps or config.eval_max_steps
+    player = EpisodePlayer(env, saved.policy, saved.device, seed_stream(seed, "eval"), max_steps=steps)
     try:
         return player(episodes, None if deterministic else saved._generator)
     finally:
@@ -150,7 +159,7 @@ def record_video(
         ConfigError, EnvError, CheckpointError: see their texts.
     """
     check_video_name(output)
-    saved, env_info = _open(Path(run), seed, make_env, policy, allow_import, best)
+    saved, env_info, _ = _open(Path(run), seed, make_env, policy, allow_import, best)
     recorder = VideoRecorder(env_info, lambda obs: saved.predict(obs, deterministic))
     try:
         video = recorder.record_episode(seed)
@@ -161,8 +170,8 @@ def record_video(
 
 def _open(
     folder: Path, seed: int, make_env: Maker | None, policy: nn.Module | None, allow_import: bool, best: bool
-) -> tuple[SavedPolicy, EnvInfo]:
-    """Load a run's policy and inspect the environment that it was trained on."""
+) -> tuple[SavedPolicy, EnvInfo, Config]:
+    """Load a run's policy and settings, and inspect the environment that it was trained on."""
     if best:
         best_folder = best_checkpoint(folder)
         if best_folder is None:
@@ -171,7 +180,8 @@ def _open(
         folder = best_folder
     saved = load_policy(folder, policy, seed=seed)
     config = open_run(folder, make_env, allow_import)
-    env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
+    env_info = inspect_env(config.env_id, config.env_kwargs, make_env, rescale_actions=config.rescale_actions)
+    env_info.obs_spec = env_info.obs_spec.read_as(saved.spec.obs)
     if (env_info.obs_spec, env_info.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {folder}; give its make_env.")
-    return saved, env_info
+    return saved, env_info, config

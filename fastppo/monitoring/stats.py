@@ -91,13 +91,15 @@ class Statistics:
         episodes, outside = int(measured.pop("episodes")), int(measured.pop("outside"))
         clipped, returns, lengths = (measured.pop(name) for name in ("clipped_actions", "returns", "lengths"))
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
-        for name in ("steps", "broken", "skipped_in_a_row"):
+        reward_per_step = measured.pop("rewards") / max(1.0, measured.pop("steps"))
+        for name in ("broken", "skipped_in_a_row"):
             del measured[name]
         scalars = {f"losses/{name}": value for name, value in measured.items()}
         scalars |= {
             "charts/SPS": clock.sps_cumulative,
             "charts/sps_window": clock.sps_window,
             "charts/sps_steady": clock.sps_steady,
+            "charts/reward_per_step": reward_per_step,
             "charts/learning_rate": coefs["learning_rate"],
             "charts/clip_coef": coefs["clip_coef"],
             "charts/max_grad_norm": coefs["max_grad_norm"],

@@ -241,6 +241,7 @@ class NumpyActor:
         assert isinstance(policy.network, MLP)
         self._log_std = policy.network.actor.log_std
         self._scaled = np.empty(self._obs.shape[1:], np.float32)
+        self._divisor = np.float32(policy.encoder.spec.leaf.divisor)
         self.begin()
 
     def begin(self) -> None:
@@ -271,6 +272,8 @@ class NumpyActor:
             mean, scale, clip = self._moments
             # the difference is in float64, as in ObsNormalizer
             x = np.clip((x - mean) * scale, -clip, clip, out=self._scaled, casting="same_kind")
+        elif self._divisor != 1:
+            x = np.divide(x, self._divisor, out=self._scaled)
         last = len(self._outs) - 1
         for i, out in enumerate(self._outs):
             np.dot(x, self._weights[i], out=out)

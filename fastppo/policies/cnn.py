@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from fastppo.errors import ConfigError
 from fastppo.policies.mlp import ActionHead, orthogonal
-
-MIN_SIZE = 36  # smallest height and width for which every convolution has an output
+from fastppo.spaces import MIN_IMAGE_SIDE
 
 
 class NatureCNN(nn.Module):
@@ -27,9 +26,9 @@ class NatureCNN(nn.Module):
         """
         super().__init__()
         channels, height, width = image_size
-        if min(height, width) < MIN_SIZE:
+        if min(height, width) < MIN_IMAGE_SIDE:
             raise ConfigError(
-                f"network=cnn needs images of at least {MIN_SIZE}x{MIN_SIZE}, got {height}x{width}; "
+                f"network=cnn needs images of at least {MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE}, got {height}x{width}; "
                 "use network=mlp, or enlarge the images with gymnasium.wrappers.ResizeObservation."
             )
         self.trunk = nn.Sequential(

@@ -23,14 +23,10 @@ class Encoder(nn.Module):
         """Encode rows [B, *spec.shape].
 
         Returns:
-            The only leaf, encoded by `encode_leaf` and, if it is a vector, normalised.
+            The only leaf, encoded by `encode_leaf`.
         """
         (leaf,), (array,) = self.spec.leaves, self.spec.unpack(obs)
-        encoded = encode_leaf(leaf, array)
-        if self.normalizer is None or leaf.kind != "vector":
-            return encoded
-        normalized: Tensor = self.normalizer(encoded)
-        return normalized
+        return encode_leaf(leaf, array, self.normalizer)
 
     def update_moments(self, obs: Tensor, valid: Tensor | None) -> None:
         """Add rows [B, *spec.shape], except where `valid` [B] is False, to the normaliser's moments."""
@@ -38,20 +34,23 @@ class Encoder(nn.Module):
             self.normalizer.update(self.spec.unpack(obs)[0], valid)
 
 
-def encode_leaf(leaf: ObsLeaf, x: Tensor) -> Tensor:
-    """Encode one array [B, *leaf.shape] of an observation, without normalisation.
+def encode_leaf(leaf: ObsLeaf, x: Tensor, normalizer: ObsNormalizer | None = None) -> Tensor:
+    """Encode one array [B, *leaf.shape] of an observation.
 
     Returns:
-        vector: float32 [B, *leaf.shape], at least [B, 1].
-        image: float32 in [0, 1], [B, C, H, W].
+        vector: float32 [B, *leaf.shape], at least [B, 1], normalised or divided by the leaf's divisor.
+        image: float32 divided by the leaf's divisor, so within [-1, 1], [B, C, H, W].
         discrete: one-hot float32 [B, sum(nvec)].
     """
     if leaf.kind == "image":
-        if leaf.channels_last:
-            x = x.movedim(-1, 1)
-        return x.reshape(-1, *leaf.image_size).float() / 255
+        x = x.permute(0, *(1 + axis for axis in leaf.image_axes))
+        return x.reshape(-1, *leaf.image_size).float() / leaf.divisor
     if leaf.kind == "discrete":
         flat = x.reshape(x.shape[0], -1)  # not len(): torch.export would treat the batch size as a constant
         indices = zip(flat.unbind(1), leaf.nvec, leaf.start, strict=True)
         return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
-    return x.unsqueeze(-1) if x.dim() == 1 else x  # an observation of shape () is a vector of one number
+    x = x.unsqueeze(-1) if x.dim() == 1 else x  # an observation of shape () is a vector of one number
+    if normalizer is not None:
+        normalized: Tensor = normalizer(x)
+        return normalized
+    return x if leaf.divisor == 1 else x / leaf.divisor

@@ -162,6 +162,12 @@ class Policy(nn.Module):
         x = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
         x = torch.linspace(0, 1, x.numel(), device=device).view_as(x)  # dropout of zeros would go unnoticed
         name = type(self.network).__name__
+        for at, module in self.network.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+                raise ConfigError(
+                    f"network {name} has {type(module).__name__} ({at or name}), which mixes the rows of a batch; use "
+                    "LayerNorm or GroupNorm, or freeze it with eval()."
+                )
         try:
             out, again = self.network(x), self.network(x)
         except Exception as error:
@@ -178,4 +184,10 @@ class Policy(nn.Module):
         if not all(map(torch.equal, out, again)):
             raise ConfigError(
                 f"network {name} gives different outputs for equal observations; remove dropout or noise."
+            )
+        beside_itself = self.network(torch.cat((x[:1], x[:1])))
+        if not all(torch.allclose(a[0], b[0], 1e-3, 1e-5) for a, b in zip(out, beside_itself, strict=True)):
+            raise ConfigError(
+                f"network {name} mixes the rows of a batch: its output for an observation depends on the others; "
+                "process each row independently."
             )

@@ -11,12 +11,12 @@ from torch import nn
 
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.distributions import Gaussian
-from fastppo.policies.cnn import MIN_SIZE, NatureCNN
+from fastppo.policies.cnn import NatureCNN
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
 from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.policies.policy import Policy
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces import MIN_IMAGE_SIDE, ActionSpec, ObsLeaf, ObsSpec
 
 _ALWAYS_BUILT = 4_000_000  # weights; a network of this size is built in an instant, so its size is not checked
 
@@ -24,11 +24,16 @@ _ALWAYS_BUILT = 4_000_000  # weights; a network of this size is built in an inst
 def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
     """Return "cnn" for images of at least 36 x 36, else "mlp"."""
     leaf = obs.leaf
-    return "cnn" if leaf.kind == "image" and min(leaf.image_size[1:]) >= MIN_SIZE else "mlp"
+    return "cnn" if leaf.kind == "image" and min(leaf.image_size[1:]) >= MIN_IMAGE_SIDE else "mlp"
 
 
 def _plain(kind: str, shape: tuple[int, ...], nvec: tuple[int, ...]) -> str:
     return " ".join([kind, *(str(x) for x in (shape, nvec) if x)])
+
+
+def _reading(leaf: ObsLeaf) -> str:
+    scale = "" if leaf.high is None else f" divided by {leaf.high:g}"
+    return f"{_plain(leaf.kind, leaf.shape, leaf.nvec)}{scale}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,11 @@ class PolicySpec:
             network = custom
         elif self.network == "cnn":
             if leaf.kind != "image":
-                raise ConfigError("network=cnn needs uint8 images; use network=mlp for this environment.")
+                raise ConfigError(
+                    f"network=cnn needs images, but observations are {_plain(leaf.kind, leaf.shape, leaf.nvec)}; use "
+                    f"network=mlp, or give images of at least {MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE} a Box of uint8, or of "
+                    "floats from 0 to 1, -1 to 1 or 0 to 255."
+                )
             network = NatureCNN(leaf.image_size, distribution.n_params, gaussian=gaussian)
         else:
             network = MLP(
@@ -119,14 +128,12 @@ class PolicySpec:
     def differences(self, saved: PolicySpec) -> list[str]:
         """Describe each difference that makes weights saved under `saved` unusable here."""
         pairs = {
-            "observations": (
-                _plain(saved.obs.leaf.kind, saved.obs.shape, saved.obs.leaf.nvec),
-                _plain(self.obs.leaf.kind, self.obs.shape, self.obs.leaf.nvec),
-            ),
+            "observations": (_reading(saved.obs.leaf), _reading(self.obs.leaf)),
             "actions": (
                 _plain(saved.action.kind, saved.action.shape, saved.action.nvec),
                 _plain(self.action.kind, self.action.shape, self.action.nvec),
             ),
+            "rescale_actions": (saved.action.rescale, self.action.rescale),
             "network": (saved.network, self.network),
             "normalize_obs": (saved.normalize_obs, self.normalize_obs),
         }

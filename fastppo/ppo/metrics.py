@@ -20,7 +20,17 @@ _Array = np.ndarray[Any, Any]
 
 WINDOW = 100  # episodes per mean
 # The measured vector holds the update's report, then these, then the latest episodes
-MEASURED = ("explained_variance", "clipped_actions", "broken", "outside", "steps", "episodes", "returns", "lengths")
+MEASURED = (
+    "explained_variance",
+    "clipped_actions",
+    "broken",
+    "outside",
+    "steps",
+    "rewards",
+    "episodes",
+    "returns",
+    "lengths",
+)
 
 
 class EpisodeStats:
@@ -172,8 +182,9 @@ class Metrics:
             low, high = self._bounds
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
         steps = torch.full_like(variance, r.rewards.numel()) if r.valid is None else r.valid.sum()
+        rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
         # float64: float32 can't count beyond 2^24
-        scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps)]
+        scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps, rewards)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, measured: Tensor) -> dict[str, float]:
@@ -263,7 +274,7 @@ def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
     merged: _Array = everyone[0].copy()
     steps = everyone[:, at("steps")]
     merged[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
-    for name in ("broken", "outside", "steps", "episodes", "returns", "lengths"):
+    for name in ("broken", "outside", "steps", "rewards", "episodes", "returns", "lengths"):
         merged[at(name)] = everyone[:, at(name)].sum()
     latest = everyone[:, len(names) :].reshape(len(everyone), 3, -1)
     # latest first; within a step, higher environments first, as in a single process

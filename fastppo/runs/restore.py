@@ -134,11 +134,14 @@ def restore(
 
 def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], spec: PolicySpec) -> list[str]:
     """Refuse a checkpoint of another run; return notes on differences that may change numbers."""
-    saved_spec, _ = read_spec(path)
+    saved_spec, about = read_spec(path)
     if differing := spec.differences(saved_spec):
         raise CheckpointError(f"{path} holds another policy: {'; '.join(differing)}.")
     try:
-        before, now = dict(saved["config"]), metadata["config"]
+        # as a config, so that settings which the saved version didn't know have their defaults
+        before, now = Config.from_dict(saved["config"]).to_dict(), metadata["config"]
+        if about.get("make_env"):  # env_id has no effect, and earlier versions saved the default one
+            before["env_id"] = now["env_id"]
         differing = [
             f"{name} was {before.get(name)!r}, is {now[name]!r}"
             for name in now

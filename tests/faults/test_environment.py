@@ -224,8 +224,22 @@ class Whole(gym.Env):
 
 def test_e7_whole_numbers_never_wrap():
     venv = SerialVectorEnv([Whole])
-    with pytest.raises(EnvError, match="environment 0 .*Cannot cast.*uint16.*uint8"):
+    with pytest.raises(EnvError, match="environment 0 .*value 300 .*uint8"):
         drive(venv, 1)
+
+
+class WideIntegers(Whole):
+    """int64 observations in a uint8 space, whose values fit."""
+
+    def step(self, action):
+        return np.array([0, 7, 255]), 0.0, True, False, {}
+
+
+def test_e7_integers_that_fit_their_space_are_cast():
+    venv = SerialVectorEnv([WideIntegers])
+    venv.reset(seed=0)
+    obs, *_, infos = venv.step(np.zeros(1, np.int64))
+    assert (obs.dtype, infos["final_obs"].tolist()) == (np.uint8, [[0, 7, 255]])
 
 
 def test_e7_wider_floats_are_cast_as_gymnasium_casts_them():

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastppo.errors import ConfigError
 from fastppo.functional.distributions import Categorical
+from fastppo.policies.actors import Decisions, NumpyActor, make_actor
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import ObsNormalizer, RewardNormalizer
@@ -59,6 +60,39 @@ def test_the_encoder_scales_images_and_puts_channels_first():
     torch.testing.assert_close(out[1, 2, 5, 7], obs[1, 5, 7, 2] / 255)
 
 
+@pytest.mark.parametrize("channels", ["stack last", "first", "last"])
+def test_the_encoder_folds_a_stack_of_images_into_the_channels(channels):
+    x = torch.arange(2 * 3 * 40 * 38).reshape(1, 2, 3, 40, 38) % 251  # [B, S, C, H, W]
+    order = {"first": (0, 1, 2, 3, 4), "last": (0, 1, 3, 4, 2), "stack last": (0, 3, 4, 1, 2)}[channels]
+    obs = x.permute(order).to(torch.uint8)
+    encoded = Encoder(ObsSpec.from_space(spaces.Box(0, 255, obs.shape[1:], "uint8")))(obs)
+    assert encoded.shape == (1, 6, 40, 38)
+    assert torch.equal(encoded, x.reshape(1, 6, 40, 38).float() / 255)
+
+
+def test_the_encoder_divides_by_the_high_of_the_space_or_normalises():
+    board = ObsSpec.from_space(spaces.Box(0, 2, (2, 3), "uint8"))
+    x = torch.tensor([[[0.0, 1, 2], [2, 1, 0]]])
+    assert torch.equal(Encoder(board)(x), x / 2)
+    normalizer = ObsNormalizer((2, 3), 10.0)
+    assert torch.equal(Encoder(board, normalizer)(x), normalizer(x)), "its moments are those of raw observations"
+    scaled = ObsSpec.from_space(spaces.Box(0, 1, (40, 40), "float32"))
+    assert torch.equal(Encoder(scaled)(torch.full((1, 40, 40), 0.5)), torch.full((1, 1, 40, 40), 0.5))
+
+
+def test_acting_in_numpy_divides_as_the_encoder_does():
+    policy = spec(spaces.Box(0, 9, (5,), "uint8"), hidden_sizes=(8,)).build()
+    decisions = Decisions(
+        torch.arange(2 * 4 * 5).reshape(2, 4, 5).remainder(10).float(),
+        torch.zeros(1, 4, policy.distribution.noise_size),
+        *(torch.zeros(1, 4, *shape) for shape in ((), (), (policy.distribution.n_params,), ())),
+    )._replace(actions=torch.zeros(1, 4, dtype=torch.int64))
+    actor = make_actor(policy, decisions)
+    assert isinstance(actor, NumpyActor)
+    actor.act(0)
+    torch.testing.assert_close(decisions.params[0], policy(decisions.obs[0]).params)
+
+
 def test_the_encoder_makes_discrete_observations_one_hot():
     encoder = Encoder(ObsSpec.from_space(spaces.Discrete(4, start=10)))
     assert encoder(torch.tensor([10, 13])).tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
@@ -70,7 +104,7 @@ def test_small_images_use_the_mlp_and_the_cnn_refuses_unsuitable_observations():
     assert default_network(ObsSpec.from_space(spaces.Box(0, 255, (20, 20, 1), "uint8"))) == "mlp"
     with pytest.raises(ConfigError, match="at least 36x36, got 20x20; use network=mlp"):
         spec(spaces.Box(0, 255, (20, 20, 1), "uint8"), network="cnn").build()
-    with pytest.raises(ConfigError, match="network=cnn needs uint8 images"):
+    with pytest.raises(ConfigError, match="network=cnn needs images, but observations are vector"):
         spec(network="cnn").build()
 
 
@@ -118,6 +152,23 @@ def test_a_custom_network_is_checked_when_the_policy_is_built():
         Policy(Encoder(VECTOR), nn.Linear(3, 2), Categorical(2))
     with pytest.raises(ConfigError, match=r"Linear fails on observations of shape \(2, 3\)"):
         Policy(Encoder(VECTOR), nn.Linear(4, 2), Categorical(2))
+
+
+class Mixing(TwoHeads):
+    """Subtracts the mean of the batch."""
+
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def test_a_network_that_mixes_rows_is_refused_when_the_policy_is_built():
+    normed = TwoHeads()
+    normed.body.append(nn.BatchNorm1d(8))
+    with pytest.raises(ConfigError, match=r"TwoHeads has BatchNorm1d \(body.2\).*LayerNorm"):
+        Policy(Encoder(VECTOR), normed, Categorical(2))
+    Policy(Encoder(VECTOR), normed.eval(), Categorical(2))
+    with pytest.raises(ConfigError, match="Mixing mixes the rows of a batch"):
+        Policy(Encoder(VECTOR), Mixing(), Categorical(2))
 
 
 def test_flat_parameters_share_aligned_memory_with_the_module():

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastppo.envs.env_state import ResumeSupport
 from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
 from fastppo.errors import EnvError
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces import ActionSpec, ObsSpec, ToEnv
 
 
 class Simulator(Protocol):
@@ -91,9 +91,7 @@ class SimulatorEnv(VecEnv):
         device = transitions.rewards.device
         # any step may truncate an episode, so keep one row of final observations per step
         self.final_obs_buffer = FinalObsBuffer.allocate(len(transitions.rewards), self.n_envs, self.obs_spec, 1, device)
-        bounds = self.action_spec.bounds(device) if self.action_spec.kind == "box" else None
-        self._bounds = bounds
-        self._start = torch.tensor(self.action_spec.start, device=device)
+        self._to_env = ToEnv(self.action_spec).to(device)
 
     def send(self, t: int, group: int) -> None:
         """Take step t and write its results.
@@ -137,12 +135,9 @@ class SimulatorEnv(VecEnv):
             self._simulator.close()
 
     def _actions(self, actions: Tensor) -> Tensor:
-        if self._bounds is not None:
-            actions = actions.clamp(*self._bounds)
-        elif any(self.action_spec.start):
-            actions = actions + self._start
         # copied, because some simulators change their actions in place
-        return actions.reshape(self.n_envs, *self.action_spec.shape).clone()
+        converted: Tensor = self._to_env(actions)
+        return converted.reshape(self.n_envs, *self.action_spec.shape).clone()
 
     def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them
         if isinstance(found, Mapping):
@@ -156,6 +151,13 @@ class SimulatorEnv(VecEnv):
         if hasattr(self, "_to") and found.device != self._to.rewards.device:
             raise EnvError(
                 f"{where} gave observations on {found.device}; the rollout lies on {self._to.rewards.device}."
+            )
+        leaf = self.obs_spec.leaf
+        # read back in each step, because one-hot encoding would fail on the device
+        if leaf.kind == "discrete" and (outside := leaf.outside(found.numpy(force=True))):
+            row, value, space = outside
+            raise EnvError(
+                f"environment {row} returned observation {value} in {where}, outside its observation_space {space}."
             )
         return found.detach()
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastppo.envs.env_state import ResumeSupport
 from fastppo.envs.tensor.task import Task, uniforms
 from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces import ActionSpec, ObsSpec, ToEnv
 
 
 class TensorEnv(VecEnv):
@@ -41,7 +41,8 @@ class TensorEnv(VecEnv):
         self.n_envs, self.obs_spec, self.action_spec = n_envs, obs_spec, action_spec
         self.groups = [slice(0, n_envs)]
         self._task, self._max_steps, self._dtype, self._device = task, max_steps, dtype, device
-        self._bounds = action_spec.bounds(device) if action_spec.kind == "box" else None
+        assert not any(action_spec.start), "tasks count actions from 0"
+        self._to_env = ToEnv(action_spec).to(device)
         zeros = torch.zeros(n_envs, dtype=torch.int64, device=device)
         start = task.reset(torch.zeros(task.n_uniforms, n_envs, dtype=dtype, device=device))
         names = ("seed", "episode", "steps", *(f"state{i}" for i in range(len(start))))
@@ -113,11 +114,7 @@ class TensorEnv(VecEnv):
             steps,
             *state,
         ) = tensors
-        if self._bounds is not None:
-            actions = actions.clamp(*self._bounds)
-        else:
-            assert not any(self.action_spec.start), "tasks count actions from 0"
-        after, reward, ended = self._task.step(tuple(state), actions)
+        after, reward, ended = self._task.step(tuple(state), self._to_env(actions))
         taken = steps + 1
         out_of_time = torch.zeros_like(ended) if self._max_steps is None else taken >= self._max_steps
         done, truncations = ended | out_of_time, out_of_time & ~ended

@@ -57,9 +57,11 @@ def _progress_texts(stats: Stats) -> tuple[str, str]:
     """Return the texts before and after the bar."""
     left = stats.seconds / stats.iteration * (stats.n_iterations - stats.iteration)
     eta = f"{left / 3600:.1f}h" if left >= 3600 else f"{left / 60:.0f}m" if left >= 100 else f"{left:.0f}s"
-    mean = "-" if math.isnan(stats.mean_return) else f"{stats.mean_return:.1f}"
+    mean = f"return {stats.mean_return:.1f}"
+    if math.isnan(stats.mean_return):  # no episode has ended, and perhaps none ever will
+        mean = f"reward/step {stats.scalars['charts/reward_per_step']:.3g}"
     head = f"{stats.global_step:>9,}/{stats.total_timesteps:,} steps"
-    tail = f"{stats.sps:,.0f} sps  ETA {eta}  return {mean}  KL {stats.kl:.2g}"
+    tail = f"{stats.sps:,.0f} sps  ETA {eta}  {mean}  KL {stats.kl:.2g}"
     if stats.findings:
         more = f" +{len(stats.findings) - 1}" if len(stats.findings) > 1 else ""
         tail += f"  ! {stats.findings[0].name}{more}"
