@@ -24,11 +24,13 @@ class Evaluation:
         lengths: steps of each episode.
         cut: number of episodes that were cut after 100,000 steps, with their return so far: without a time limit, a
             deterministic policy may never finish. An environment whose episode was cut plays no further ones.
+        normalizers: wrappers of the environment whose running statistics began anew for this evaluation.
     """
 
     returns: list[float]
     lengths: list[int]
     cut: int = 0
+    normalizers: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -37,8 +39,10 @@ class Evaluation:
 
     @property
     def remark(self) -> str:
-        """A remark on the episodes that were cut, or ""."""
-        return f"; {self.cut} of {len(self.returns)} episodes were cut after {_MAX_STEPS:,} steps" if self.cut else ""
+        """Remarks on the episodes that were cut, and on the statistics of normalising wrappers; or ""."""
+        cut = f"; {self.cut} of {len(self.returns)} episodes were cut after {_MAX_STEPS:,} steps" if self.cut else ""
+        fresh = f"; {' and '.join(self.normalizers)} began with fresh statistics" if self.normalizers else ""
+        return cut + fresh
 
     @property
     def std(self) -> float:
@@ -49,8 +53,16 @@ class Evaluation:
 class EpisodePlayer:
     """Plays complete episodes in a vector environment; every call starts from the same seeds."""
 
-    def __init__(self, env: VecEnv, policy: Policy, device: torch.device, stream: np.random.SeedSequence) -> None:
-        """Play `policy`, which is on `device`, in `env`, seeded from `stream`."""
+    def __init__(
+        self,
+        env: VecEnv,
+        policy: Policy,
+        device: torch.device,
+        stream: np.random.SeedSequence,
+        normalizers: tuple[str, ...] = (),
+    ) -> None:
+        """Play `policy`, which is on `device`, in `env`, seeded from `stream`; see `Evaluation` on normalizers."""
+        self._normalizers = normalizers
         self._env, self._policy, self._device = env, policy, device
         self._seeds = env_seeds(stream, env.n_envs)
         self._step: Callable[[Tensor], Step] | None = None
@@ -89,7 +101,7 @@ class EpisodePlayer:
                 length[i] = 0
             obs = step.obs
         kept = [episode for own, k in zip(played, quota, strict=True) for episode in own[:k]]
-        return Evaluation([r for r, _ in kept], [k for _, k in kept], cut)
+        return Evaluation([r for r, _ in kept], [k for _, k in kept], cut, self._normalizers)
 
     def close(self) -> None:
         """Close the environment."""

@@ -121,7 +121,8 @@ def evaluate(
         raise ConfigError(f"episodes={episodes} must be at least 1.")
     saved, env_info = _open(Path(run), seed, make_env, policy, allow_import, best)
     n = env_info.vector.num_envs if env_info.vector else min(episodes, 8)
-    player = EpisodePlayer(make_vec_env(env_info, n, "sync"), saved.policy, saved.device, seed_stream(seed, "eval"))
+    env, stream = make_vec_env(env_info, n, "sync"), seed_stream(seed, "eval")
+    player = EpisodePlayer(env, saved.policy, saved.device, stream, env_info.normalizers)
     try:
         return player(episodes, None if deterministic else saved._generator)
     finally:
