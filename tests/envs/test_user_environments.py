@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
-from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
@@ -26,7 +26,25 @@ from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError, EnvStartError
 from tests.envs import test_gymnasium_vector
-from tests.worlds import Counter, short
+from tests.envs.worlds import (
+    BrokenStep,
+    FixedDice,
+    FixedMap,
+    GlobalDice,
+    HelperDice,
+    IgnoresSeed,
+    LateArray,
+    Level,
+    NoSingleSpaces,
+    OldReset,
+    OldResult,
+    OldStep,
+    OwnArray,
+    Steps,
+    Table,
+    Unrepeatable,
+)
+from tests.worlds import short
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,16 +71,16 @@ def run_script(folder, text, *arguments, stdin=None):
 @pytest.mark.parametrize("wrap", [lambda env: env, NormalizeReward], ids=["bare", "wrapped"])
 @pytest.mark.parametrize("settings", [{}, {"resume_envs": "restart"}, {"vectorization": "pool"}], ids=str)
 def test_a_make_env_that_returns_one_instance_is_refused(tmp_path, wrap, settings):
-    env = Counter()
-    with pytest.raises(EnvStartError, match=r"returns the same Counter at every call.*lambda: Counter\(\.\.\.\)"):
+    env = Steps()
+    with pytest.raises(EnvStartError, match=r"returns the same Steps at every call.*lambda: Steps\(\.\.\.\)"):
         Trainer(short(tmp_path, **settings), make_env=lambda: wrap(env))
 
 
 def test_vector_environments_of_one_instance_are_refused(tmp_path):
-    env = Counter()
-    with pytest.raises(EnvStartError, match="the same Counter"):
+    env = Steps()
+    with pytest.raises(EnvStartError, match="the same Steps"):
         SerialVectorEnv([lambda: env] * 2)
-    with pytest.raises(EnvStartError, match="the same Counter"):
+    with pytest.raises(EnvStartError, match="the same Steps"):
         Trainer(
             short(tmp_path),
             make_env=lambda: SyncVectorEnv([lambda: env] * 2, autoreset_mode=AutoresetMode.SAME_STEP),
@@ -70,23 +88,6 @@ def test_vector_environments_of_one_instance_are_refused(tmp_path):
 
 
 # Environments that hold much data
-
-
-class Table(Counter):
-    """Walks through `rows` numbers that the constructor makes; `scribbles` changes them in each step."""
-
-    def __init__(self, rows=200_000, scribbles=False, plain=True):
-        super().__init__(((5, False), (9, True)))
-        self.prices, self.scribbles = np.arange(rows, dtype=np.float64), scribbles
-        self.nested = {"low": [np.zeros(rows)], "name": "prices"}
-        if not plain:
-            self.helper = object()
-
-    def step(self, action):
-        if self.scribbles:
-            self.prices[self.steps] += 1.5
-        obs, reward, *rest = super().step(action)
-        return obs, reward + self.prices[self.steps], *rest
 
 
 def test_data_that_the_constructor_rebuilds_is_left_out_of_the_state():
@@ -153,7 +154,7 @@ def test_the_probe_of_a_slow_environment_takes_few_steps(monkeypatch):
     steps = []
     clock = [0.0]
 
-    class Slow(Counter):
+    class Slow(Steps):
         def step(self, action):
             steps.append(1)
             clock[0] += 0.1
@@ -165,11 +166,11 @@ def test_the_probe_of_a_slow_environment_takes_few_steps(monkeypatch):
 
 
 def test_resume_envs_restart_saves_no_environment_state(tmp_path):
-    trainer = Trainer(short(tmp_path, resume_envs="restart"), make_env=Counter)
+    trainer = Trainer(short(tmp_path, resume_envs="restart"), make_env=Steps)
     assert trainer.env.resume_support.way == "restart"
     assert trainer.env.state_dict() == {}
     trainer.run()
-    again = resume(tmp_path / "run", total_timesteps=96, make_env=Counter)
+    again = resume(tmp_path / "run", total_timesteps=96, make_env=Steps)
     assert any("the environments start new episodes" in note for note in again.notes)
     again.run()
     with pytest.raises(ConfigError, match="exact_resume with resume_envs=restart"):
@@ -177,57 +178,6 @@ def test_resume_envs_restart_saves_no_environment_state(tmp_path):
 
 
 # Random streams
-
-
-class GlobalDice(Counter):
-    """Observes a number of numpy's and one of Python's global stream."""
-
-    def _obs(self):
-        return np.array([np.random.random(), random.random()], np.float32)
-
-
-class FixedDice(Counter):
-    """Draws from a generator that the constructor makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.rng = np.random.default_rng(0)
-
-    def _obs(self):
-        return np.array([self.steps, self.rng.random()], np.float32)
-
-
-class Helper:
-    def __init__(self):
-        self.dice = random.Random(3)
-
-
-class HelperDice(Counter):
-    """As FixedDice, with the generator in another object."""
-
-    def __init__(self):
-        super().__init__()
-        self.helper = Helper()
-
-    def _obs(self):
-        return np.array([self.steps, self.helper.dice.random()], np.float32)
-
-
-class IgnoresSeed(Counter):
-    """Seeds Gymnasium's own generator with one number."""
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=5)
-        return np.array([0, self.np_random.random()], np.float32), {}
-
-
-class FixedMap(Counter):
-    """Draws a map in the constructor, and nothing later; episodes are the same under every seed, as they should be."""
-
-    def __init__(self):
-        super().__init__()
-        self.rng = np.random.default_rng(0)
-        self.map = self.rng.random(5)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +203,7 @@ def test_seeded_and_deterministic_environments_get_no_note(env_id):
 
 
 def test_a_deterministic_environment_is_legitimate():
-    assert probe_seeding(Counter) == ()
+    assert probe_seeding(Steps) == ()
     assert probe_seeding(FixedMap) == ()
 
 
@@ -290,41 +240,34 @@ def test_ordinary_environments_leave_the_global_streams_alone(tmp_path):
 
 
 def normalized():
-    return NormalizeReward(NormalizeObservation(Counter(((5, False), (9, True)))))
-
-
-class Unrepeatable(Counter):
-    """Can be resumed neither exactly nor by a replay."""
-
-    def _obs(self):
-        return np.array([self.steps, np.random.default_rng().random()], np.float32)
+    return NormalizeReward(NormalizeObservation(Steps(((5, False), (9, True)))))
 
 
 def counts(trainer):
     return [x.count for x in trainer.env.call("obs_rms")]
 
 
-@pytest.mark.parametrize("inner", [Counter, Unrepeatable])
+@pytest.mark.parametrize("inner", [Steps, Unrepeatable])
 def test_a_users_running_moments_survive_a_resume(tmp_path, inner):
     def make():
         return NormalizeObservation(inner())
 
     trainer = Trainer(short(tmp_path), make_env=make)
-    assert trainer.env.resume_support.way == ("exact" if inner is Counter else "restart")
+    assert trainer.env.resume_support.way == ("exact" if inner is Steps else "restart")
     (note,) = (note for note in trainer.notes if "NormalizeObservation" in note)
     assert "Use --normalize-obs instead" in note
     before = []
     for _ in trainer.iterations():
         before = counts(trainer)
     again = resume(tmp_path / "run", total_timesteps=96, make_env=make)
-    more = 0 if inner is Counter else 1  # the first observation of the new episode
+    more = 0 if inner is Steps else 1  # the first observation of the new episode
     assert counts(again) == pytest.approx([count + more for count in before])
     again.run()
 
 
 def test_moments_of_a_vector_environment_of_the_users_survive_a_resume(tmp_path):
     def make():
-        venv = SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+        venv = SyncVectorEnv([Steps] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
         return gym.wrappers.vector.NormalizeObservation(venv)
 
     trainer = Trainer(short(tmp_path), make_env=make)
@@ -360,32 +303,6 @@ def test_an_evaluation_says_that_a_users_normaliser_began_anew(tmp_path):
 # Observations that are overwritten
 
 
-class OwnArray(Counter):
-    """Returns its own array from a step, and a copy from a reset, which overwrites the array."""
-
-    def __init__(self):
-        super().__init__(((4, True),))
-        self.array = np.zeros(2, np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        obs, info = super().reset(seed=seed)
-        self.array[:] = obs
-        return self.array.copy(), info
-
-    def step(self, action):
-        obs, *rest = super().step(action)
-        self.array[:] = obs
-        return self.array, *rest
-
-
-class LateArray(OwnArray):
-    """As OwnArray, in a way that the start-up check can't see: only the last step of an episode returns it."""
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = super().step(action)
-        return (obs if truncated else obs.copy()), reward, terminated, truncated, info
-
-
 @pytest.mark.parametrize("make", [OwnArray, LateArray])
 def test_final_observations_are_right_under_async(make):
     env = make_vec_env(inspect_env("", {}, make), 2, "async")
@@ -399,7 +316,7 @@ def test_final_observations_are_right_under_async(make):
 
 def test_overwritten_observations_are_found_at_the_start():
     assert reuses_observations(OwnArray())
-    assert not reuses_observations(Counter())
+    assert not reuses_observations(Steps())
     venv = gym.vector.AsyncVectorEnv([OwnArray], autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(EnvError, match="overwrite observations"):
         make_vec_env(inspect_env("", {}, lambda: venv), 1, "sync")
@@ -407,14 +324,6 @@ def test_overwritten_observations_are_found_at_the_start():
 
 
 # Calls and attributes
-
-
-class Level(Counter):
-    level = 1
-
-    def harder(self, by=1):
-        self.level += by
-        return self.level
 
 
 @pytest.mark.parametrize("vectorization", ["sync", "pool", "async"])
@@ -449,27 +358,6 @@ def test_environments_that_cannot_be_called_say_so(vectorization):
 # Mistakes at the start
 
 
-class OldReset(Counter):
-    def reset(self):
-        return super().reset()[0]
-
-
-class OldStep(Counter):
-    def step(self, action):
-        obs, reward, terminated, _, info = super().step(action)
-        return obs, reward, terminated, info
-
-
-class OldResult(Counter):
-    def reset(self, *, seed=None, options=None):
-        return super().reset(seed=seed)[0]
-
-
-class BrokenStep(Counter):
-    def step(self, action):
-        return {}["speed"]
-
-
 def no_licence():
     raise OSError("no licence server")
 
@@ -480,7 +368,7 @@ def no_licence():
         (OldReset, r"OldReset\.reset failed: TypeError: .*keyword argument 'seed' \(.*old Gym"),
         (OldStep, r"OldStep\.step returned a tuple of 4; it must return \(obs, reward, terminated, trunc.*old Gym"),
         (OldResult, r"OldResult\.reset returned ndarray; it must return \(obs, info\)"),
-        (BrokenStep, r"BrokenStep\.step failed: KeyError: 'speed' \(test_user_environments\.py, line \d+\)"),
+        (BrokenStep, r"BrokenStep\.step failed: KeyError: 'speed' \(worlds\.py, line \d+\)"),
         (no_licence, r"make_env failed: OSError: no licence server \(test_user_environments\.py, line \d+\)"),
     ],
 )
@@ -497,7 +385,7 @@ def test_a_constructor_that_fails_later_is_named():
         made.append(1)
         if len(made) > 2:
             raise OSError("no port left")
-        return Counter()
+        return Steps()
 
     with pytest.raises(EnvStartError, match="environment 2 failed in its constructor: OSError: no port left"):
         SerialVectorEnv([make] * 4)
@@ -510,7 +398,7 @@ gym.register("NoPackage-v0", entry_point="a_package_that_is_missing.envs:Env")
 @pytest.mark.parametrize(
     ("env_id", "line"),
     [
-        ("Broken-v0", "EnvStartError: BrokenStep.step failed: KeyError: 'speed' (test_user_environments.py, line "),
+        ("Broken-v0", "EnvStartError: BrokenStep.step failed: KeyError: 'speed' (worlds.py, line "),
         ("NoPackage-v0", "ConfigError: env_id='NoPackage-v0' needs a package that isn't installed: No module named"),
     ],
 )
@@ -524,16 +412,43 @@ def test_the_command_line_shows_one_line_and_the_trace_with_debug(env_id, line, 
     assert lines[-1] == only
 
 
-class NoSingleSpaces(gym.vector.VectorEnv):
-    """As SuperSuit's vector environments: spaces of one environment, under other names."""
-
-    num_envs = 2
-    observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
-
-
 def test_a_vector_environment_without_single_spaces_is_one_line():
     with pytest.raises(ConfigError, match="NoSingleSpaces, a VectorEnv without single_observation_space, single_act"):
         inspect_env("", {}, NoSingleSpaces)
+
+
+class SuperSuitLike:
+    """The interface of SuperSuit's vector environments, around Gymnasium's."""
+
+    num_envs, observation_space, action_space = 2, Steps.observation_space, Steps.action_space
+
+    def __init__(self):
+        makers = [lambda: Steps(((4, True),))] * 2
+        self.inner = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def reset(self, seed=None, options=None):
+        assert seed is None or isinstance(seed, int)
+        return self.inner.reset(seed=seed)[0], [{}, {}]
+
+    def step(self, actions):
+        obs, rewards, terminated, truncated, infos = self.inner.step(actions)
+        final = infos.get("final_obs", [None, None])
+        infos = [{} if x is None else {"terminal_observation": x} for x in final]
+        return obs, rewards, terminated.astype(np.uint8), truncated.astype(np.uint8), infos
+
+    def close(self):
+        self.inner.close()
+
+
+def test_the_documented_adapter_trains_on_a_vector_environment_of_supersuit(tmp_path):
+    page = (ROOT / "docs" / "environments.md").read_text()
+    (block,) = (text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class FromSuperSuit" in text)
+    names = {}
+    exec(block, names)
+    trainer = Trainer(short(tmp_path), make_env=lambda: names["FromSuperSuit"](SuperSuitLike()))
+    trainer.run()
+    assert trainer.result.mean_length == 4
+    assert trainer.env.final_obs[:, 0].tolist() == [4, 4]
 
 
 # Scripts and worker processes
@@ -585,9 +500,9 @@ def test_workers_know_the_ids_that_only_the_main_script_registers(tmp_path):
 
 
 def test_a_registration_that_cannot_be_pickled_stops_no_worker():
-    gym.register("Unpicklable-v0", entry_point=Counter, kwargs={"stream": sys.stdout.buffer})
+    gym.register("Unpicklable-v0", entry_point=Steps, kwargs={"stream": sys.stdout.buffer})
     try:
-        pool = PoolVectorEnv([Counter], n_workers=1)
+        pool = PoolVectorEnv([Steps], n_workers=1)
         pool.reset(seed=0)
         pool.close()
         assert WorkerSetup.collect().specs
