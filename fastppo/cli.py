@@ -19,7 +19,7 @@ from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
 from fastppo.config import ALIASES, TYPES, Config, load_toml
-from fastppo.errors import ConfigError, FastPPOError
+from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError
 
 _Settings = TypeVar("_Settings", bound=Train)
 
@@ -40,11 +40,20 @@ COMMANDS: dict[str, type] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
+
+    `--debug`, which every command takes, prints the traceback of an error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
     try:
-        return parse(list(sys.argv[1:] if arguments is None else arguments))()
+        return parse([argument for argument in given if argument != "--debug"])()
     except FastPPOError as error:
-        if error.__cause__ is not None:  # an environment's own error, with the place in its code
+        # an environment's own error after the start, whose place in its code would be lost with the run
+        in_training = isinstance(error, EnvError) and not isinstance(error, EnvStartError)
+        if debug:
+            traceback.print_exception(error)
+        elif error.__cause__ is not None and in_training:
             cause = error.__cause__
             plain = isinstance(cause, RuntimeError) and cause.__traceback__ is None  # a worker's traceback, as text
             print(cause if plain else "".join(traceback.format_exception(cause)), file=sys.stderr)
@@ -78,7 +87,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
     parsed: Any = tyro.cli(
         any_of,
         prog="fastppo",
-        description="A vectorised, high-throughput PPO trainer.",
+        description="A vectorised, high-throughput PPO trainer. Every command takes --debug: tracebacks of errors.",
         args=_normalise(arguments),
     )
     command: Callable[[], int] = forms[type(parsed)](**parsed.values()) if isinstance(parsed, Form) else parsed

@@ -301,6 +301,9 @@ class Config:
     is one; for jobs that may be restarted."""
     exact_resume: Annotated[bool, Setting(section="checkpointing", changes="nothing")] = False
     """Refuse to train unless a resumed run will continue bit for bit."""
+    resume_envs: Annotated[Literal["auto", "restart"], Setting(section="checkpointing", changes="nothing")] = "auto"
+    """Environments of a resumed run. `auto`: continue their episodes if possible, which is tested at the start;
+    `restart`: start new episodes, so that checkpoints hold no environment state."""
 
     eval_every: Annotated[
         int | None, Setting(section="evaluation", at_least=1, unit="STEPS", unset="never", changes="nothing")
@@ -637,6 +640,8 @@ def _check_combinations(config: Config) -> None:
             f"env_timeout needs worker processes, but vectorization={config.vectorization} has none; "
             "leave it out or use the pool."
         )
+    if config.exact_resume and config.resume_envs == "restart":
+        raise ConfigError("exact_resume with resume_envs=restart: a resume would start new episodes; leave one out.")
     if config.act_device == "cpu" and config.vectorization == "tensor":
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."

@@ -1,5 +1,8 @@
 """The errors meant for users. The command line prints each of these as one line, without a traceback."""
 
+import traceback
+from pathlib import Path
+
 
 class FastPPOError(Exception):
     """Base of the errors meant for users; the text says what was given, why it can't be used and what would work."""
@@ -13,6 +16,13 @@ class EnvError(FastPPOError):
     """An environment that can't be made, fails, or contradicts its spaces or its autoreset mode."""
 
 
+class EnvStartError(EnvError):
+    """An environment that can't be made or fails in its first reset or step.
+
+    The command line shows one line, as nothing is lost yet; `--debug` shows the traceback.
+    """
+
+
 class CheckpointError(FastPPOError):
     """A run folder or a saved model that can't be read, or can't be used here."""
 
@@ -23,6 +33,14 @@ class FinishedError(CheckpointError):
 
 class CaptureError(FastPPOError):
     """Work that can't be captured as a graph; the text says why and what to change."""
+
+
+def cause_line(error: BaseException) -> str:
+    """Return an error's class, the first line of its text, and the place in the code that raised it."""
+    name, text = type(error).__name__, first_line(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{name if text == name else f'{name}: {text}'}{place}"
 
 
 def first_line(error: BaseException) -> str:

@@ -53,6 +53,7 @@ NOTHING = {
     "keep_checkpoints": "as checkpoint_every",
     "resume": "how a run begins; its numbers go on as they were",
     "exact_resume": "refuses or trains",
+    "resume_envs": "what a resume restores",
     "eval_every": "evaluations have their own environments and random streams",
     "eval_episodes": "as eval_every",
     "eval_max_steps": "as eval_every",

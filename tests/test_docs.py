@@ -118,7 +118,7 @@ def test_a_command_runs(words, workplace, capfd):
 
 
 def test_every_flag_in_the_text_exists():
-    known = {"--help", "--logdir", "--num-envs", "--num-steps", "--num-minibatches"}
+    known = {"--help", "--debug", "--logdir", "--num-envs", "--num-steps", "--num-minibatches"}
     known |= {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--node-rank"}  # flags of torchrun
     known |= {"--master-addr", "--master-port", "--quick"}  # --quick is a flag of scripts/bench-gpu
     for command in COMMANDS.values():

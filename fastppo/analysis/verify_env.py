@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.backends import backend_of
+from fastppo.envs.env_state import probe_seeding
 from fastppo.envs.factory import EnvFactory, find_spec
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vectorized
 from fastppo.errors import ConfigError, first_line
@@ -52,7 +53,7 @@ def verify_env(
     spaces = f"{env_info.obs_spec.leaf.kind} {env_info.obs_spec.shape}, {env_info.action_spec.kind}"
     yield CheckResult("environment", f"{env_info.name}: {spaces}")
     yield from _or_failure("steps", lambda: _check_steps(factory, steps))
-    seeds = list(_or_failure("seeds", lambda: [_check_seeds(factory, steps)]))
+    seeds = list(_or_failure("seeds", lambda: [_check_seeds(factory, steps, env_info.global_streams)]))
     yield from seeds
     yield _check_pickling(factory)
     yield from _check_vectorizations(env_info, steps, repeatable=seeds[0].state == "ok")
@@ -106,7 +107,7 @@ def _check_steps(factory: EnvFactory, steps: int) -> Iterator[CheckResult]:
     if outside:
         yield CheckResult("space", f"{outside} of {steps} observations lie outside observation_space", "note")
     if factory.copy_obs:
-        yield CheckResult("memory", "reuses one array for its observations, so they are copied", "note")
+        yield CheckResult("memory", "overwrites observations that it returned, so they are copied", "note")
     yield CheckResult("speed", f"{spent / steps * 1e6:,.0f} us per step; {episodes} episodes ended in {steps} steps")
 
 
@@ -138,8 +139,11 @@ def _inside(space: gym.Space[Any], x: _Array) -> bool:
     return bool(((x >= space.low) & (x <= space.high)).all())
 
 
-def _check_seeds(factory: EnvFactory, steps: int) -> CheckResult:
-    """Compare a fresh and a used environment after a reset with one seed."""
+def _check_seeds(factory: EnvFactory, steps: int, global_streams: Sequence[str]) -> CheckResult:
+    """Look for random streams that ignore the seed, then compare a fresh and a used environment after one seed."""
+    if notes := probe_seeding(factory):
+        text, _, advice = notes[0].partition(". ")
+        return CheckResult("seeds", text, "note", advice)
     fresh, used = factory(), factory()
     try:
         used.reset(seed=99)
@@ -150,7 +154,8 @@ def _check_seeds(factory: EnvFactory, steps: int) -> CheckResult:
         fresh.close()
         used.close()
     if difference:
-        return CheckResult("seeds", f"two environments with one seed differ: {difference}", "note", _UNSEEDED)
+        source = f" (draws from the global stream of {', '.join(global_streams)})" if global_streams else ""
+        return CheckResult("seeds", f"two environments with one seed differ: {difference}{source}", "note", _UNSEEDED)
     return CheckResult("seeds", f"a seed determines every result, in {steps} steps")
 
 

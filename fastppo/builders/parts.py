@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from torch import nn
 from fastppo.builders.resolve import known, schedule_of
 from fastppo.config import SCHEDULED, Config
 from fastppo.envs.backends import backend_of
+from fastppo.envs.factory import seed_global_streams
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
-from fastppo.envs.make_envs import EnvInfo, make_vec_env
+from fastppo.envs.make_envs import EnvInfo, make_vec_env, probe_resume
 from fastppo.envs.sync import FaultPolicy
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
@@ -38,7 +40,7 @@ from fastppo.runtime.clock import Clock
 from fastppo.runtime.cores import local_processes, usable_cores
 from fastppo.runtime.distributed import World
 from fastppo.runtime.resources import check_descriptors, free_memory
-from fastppo.runtime.seeding import generator, seed_stream
+from fastppo.runtime.seeding import generator, preserve_global_random_state, seed_stream
 from fastppo.runtime.threads import set_threads
 
 _FEWEST_ITERATIONS_BETWEEN_SAMPLES = 30  # a sample takes up to a quarter of an iteration; keeps it under 1 %
@@ -177,8 +179,22 @@ def build_envs(
     if backend.workers is not None:
         n_workers = n_envs if backend.workers == "n_envs" else c.workers or usable_cores()
         check_descriptors(backend.descriptors, n_workers, backend.workers)
-    how = backend.probe_resume(env_info, n_envs)
+    # probes must not shift the global random streams, from which some environments draw
+    with preserve_global_random_state():
+        how = probe_resume(env_info, n_envs, c.vectorization, c.resume_envs)
     notes.append(f"resume: {how.way} ({how.why}).")
+    notes += how.notes if n_envs > 1 else ()
+    # for backends that are seeded only at construction, and for global streams; a resumed run gets another stream
+    seed = int(seed_stream(c.seed, "envs", world.rank, stream_offset).generate_state(1)[0] >> 1)
+    if env_info.global_streams:
+        seed_global_streams(seed)
+        streams = " and ".join(f"{name}'s" for name in env_info.global_streams)
+        notes.append(
+            f"{env_info.name} draws from {streams} global random stream, seeded here from seed={c.seed}; all of a "
+            "process's code shares it, so other draws or another vectorization change a run. Use self.np_random."
+        )
+    if env_info.normalizers:
+        notes.append(_note_on_normalizers(env_info.normalizers, kept=backend.resumes_moments))
     if c.exact_resume and how.way == "restart":
         raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
     restarts = c.env_restarts if c.on_env_error == "restart" and backend.restarts_envs else 0
@@ -186,13 +202,22 @@ def build_envs(
         env_info,
         n_envs,
         c.vectorization,
-        # for backends that are seeded only at construction; a resumed run gets another stream
-        seed=int(seed_stream(c.seed, "envs", world.rank, stream_offset).generate_state(1)[0] >> 1),
+        seed=seed,
         n_workers=c.workers,
         half_batches=c.half_batches,
         device=device,
         fault_policy=FaultPolicy(how.way, restarts, c.env_timeout if backend.has_timeout else None),
         resume_support=how,
+    )
+
+
+def _note_on_normalizers(names: Sequence[str], *, kept: bool) -> str:
+    flags = {"NormalizeObservation": "--normalize-obs", "NormalizeReward": "--normalize-rewards"}
+    instead = " and ".join(dict.fromkeys(flags.get(name, "--normalize-obs") for name in names))
+    resumed = "a resume restores them" if kept else "a resume with this vectorization begins them anew"
+    return (
+        f"{' and '.join(names)} in the environment keeps running statistics in each environment; {resumed}, "
+        f"but the saved policy doesn't hold them, and evaluation starts from fresh ones. Use {instead} instead."
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from pathlib import Path
 
 import torch
@@ -43,10 +44,14 @@ from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import choose_device, machine_name
 from fastppo.runtime.distributed import World, join_world
 from fastppo.runtime.files import write_json
+from fastppo.runtime.main_script import exit_if_reimported
 from fastppo.runtime.resources import check_disk
 from fastppo.runtime.seeding import GlobalRandomState
 from fastppo.runtime.sharing import AT_START, free_cores
 from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threads
+
+_SLOW_SECONDS = 1.0  # to make and try one environment, from which on the start says what takes so long
+_PROBE_TEXT = "testing how it resumes makes two or three more (--resume-envs restart: without this test)"
 
 
 @dataclasses.dataclass
@@ -88,6 +93,7 @@ def build_run(
     config: Config, make_env: Maker | None, policy: nn.Module | None, console: Console | None, resume_from: Path | None
 ) -> Run:
     """Build every part and open the run folder; arguments and errors as for `Trainer`."""
+    exit_if_reimported()
     clock, notes = Clock(), list[str]()
     keep_freed_memory()
     device = choose_device(config.device)
@@ -96,7 +102,9 @@ def build_run(
     world = join_world(device)
     with contextlib.ExitStack() as undo:
         undo.callback(world.close)
+        made = time.perf_counter()
         env_info = inspect_env(config.env_id, config.env_kwargs, make_env, rescale_actions=config.rescale_actions)
+        made = time.perf_counter() - made
         if resume_from is not None:  # an earlier version may have read this space in another way
             env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
         if env_info.vector is not None:
@@ -104,6 +112,9 @@ def build_run(
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
+        if made > _SLOW_SECONDS:
+            more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
+            logger.say(f"making one {env_info.name} and two steps took {made:.1f} s{more}")
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or _free_threads(c.minibatch_size * models.parameters.size, notes))
         set_threads(known(c.threads))

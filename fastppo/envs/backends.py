@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.env_info import EnvInfo
-from fastppo.envs.env_state import ResumeSupport, probe_resume_support, probe_vector_resume_support
+from fastppo.envs.env_state import (
+    ResumeSupport,
+    probe_resume_support,
+    probe_seeding,
+    probe_vector_resume_support,
+    same_instance,
+)
 from fastppo.envs.envpool_vector import make_envpool
-from fastppo.envs.factory import EnvFactory, reuses_observations
+from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, reuses_observations
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.native import has_native, make_native
 from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
@@ -27,8 +34,9 @@ from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.tasks import make_tensor_env
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv
-from fastppo.envs.vector_adapters import AsyncVecEnv, PoolVecEnv, SerialVecEnv, adapt
-from fastppo.errors import EnvError
+from fastppo.envs.vector_adapters import AsyncVecEnv, PoolVecEnv, SerialVecEnv, adapt, describe_dead
+from fastppo.errors import EnvError, EnvStartError
+from fastppo.runtime.main_script import exit_if_reimported, importable_main
 
 _CPU = torch.device("cpu")
 _PROBE_ENVS = 4  # environments of a native vector version that the resume probe makes
@@ -74,6 +82,7 @@ class Backend:
         descriptors: file descriptors per worker.
         has_timeout: whether a step may time out (env_timeout).
         restarts_envs: whether failed environments can be restarted (on_env_error=restart).
+        resumes_moments: whether a resume restores the running moments of the user's own wrappers.
         auto_margin: speed over `sync` that vectorization=auto demands of it; None: never chosen automatically. A native
             version is another implementation with other random streams; processes cost memory and start-up time.
     """
@@ -86,6 +95,7 @@ class Backend:
     descriptors: int = 0
     has_timeout: bool = False
     restarts_envs: bool = False
+    resumes_moments: bool = True
     auto_margin: float | None = None
 
 
@@ -118,12 +128,29 @@ def _pool(info: EnvInfo, options: VecEnvOptions) -> PoolVectorEnv:
         n_groups=options.n_groups,
         start_method=_start_method(),
         fault_policy=options.fault_policy,
+        seed=options.seed,
     )
 
 
+class _AsyncVectorEnv(AsyncVectorEnv):
+    """AsyncVectorEnv, with an error that says why a worker ended while it started."""
+
+    def _check_spaces(self) -> None:
+        try:
+            super()._check_spaces()  # type: ignore[no-untyped-call]
+        except (EOFError, ConnectionError) as error:
+            raise EnvStartError(f"async: {describe_dead(self.processes)} as it started.") from error
+
+
 def _async(info: EnvInfo, options: VecEnvOptions) -> AsyncVectorEnv:
-    factories = [_factory(info)] * options.n_envs
-    return AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
+    exit_if_reimported()
+    # Gymnasium's worker sends a final observation after the reset that may overwrite it
+    factory = dataclasses.replace(_factory(info), copy_obs=True)
+    setup = WorkerSetup.collect()
+    seeds = np.random.SeedSequence(options.seed).generate_state(options.n_envs)
+    factories = [InWorker(dataclasses.replace(setup, seed=int(seed)), factory) for seed in seeds]
+    with importable_main():
+        return _AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def _native(info: EnvInfo, options: VecEnvOptions) -> VectorEnv[Any, Any, Any]:
@@ -141,12 +168,24 @@ def _own(info: EnvInfo, options: VecEnvOptions) -> VecEnv:
         return venv
     assert venv is not None
     inner = venv.unwrapped
-    if isinstance(inner, SyncVectorEnv) and any(reuses_observations(env) for env in inner.envs):
+    singles: Sequence[Any] = ()
+    if isinstance(inner, SyncVectorEnv):
+        singles = inner.envs
+        if len({id(env.unwrapped) for env in singles}) < len(singles):
+            raise EnvStartError(same_instance(singles[0]))
+    elif isinstance(inner, AsyncVectorEnv):
+        singles = [inner.env_fns[0]()]
+    if any(reuses_observations(env) for env in singles):
         raise EnvError(
-            "make_env's environments return one and the same array at every step, which overwrites final observations; "
+            "make_env's environments overwrite observations that they returned before, which loses final observations; "
             "return a single environment from make_env, or copy its observations."
         )
     return adapt(venv)
+
+
+def _no_resume(info: EnvInfo, why: str) -> ResumeSupport:
+    """Return that environments restart, after a look at their random streams."""
+    return ResumeSupport("restart", why, () if info.factory is None else probe_seeding(info.factory))
 
 
 def _restart(why: str) -> Callable[[EnvInfo, int], ResumeSupport]:
@@ -158,7 +197,7 @@ BACKENDS: dict[Vectorization, Backend] = {
     "sync": _gymnasium(
         _sync,
         lambda venv, options: SerialVecEnv(venv, resume_support=options.resume_support),
-        probe_resume=lambda info, n_envs: probe_resume_support(_factory(info)),
+        probe_resume=lambda info, n_envs: probe_resume_support(_factory(info), n_envs),
         restarts_envs=True,
         auto_margin=1.0,
     ),
@@ -174,7 +213,7 @@ BACKENDS: dict[Vectorization, Backend] = {
     "pool": _gymnasium(
         _pool,
         lambda venv, options: PoolVecEnv(venv, resume_support=options.resume_support),
-        probe_resume=lambda info, n_envs: probe_resume_support(_factory(info)),
+        probe_resume=lambda info, n_envs: probe_resume_support(_factory(info), n_envs),
         workers="workers",
         descriptors=8,
         has_timeout=True,
@@ -186,8 +225,11 @@ BACKENDS: dict[Vectorization, Backend] = {
         lambda venv, options: AsyncVecEnv(
             venv, timeout=options.fault_policy.timeout, resume_support=options.resume_support
         ),
-        probe_resume=_restart("async gives no access to the environments' state; sync and pool do"),
+        probe_resume=lambda info, n_envs: _no_resume(
+            info, "async gives no access to the environments' state; sync and pool do"
+        ),
         workers="n_envs",
+        resumes_moments=False,
         descriptors=4,
         has_timeout=True,
     ),

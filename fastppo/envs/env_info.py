@@ -11,9 +11,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs import factory as single
+from fastppo.envs.env_state import normalizers_of
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.errors import ConfigError
+from fastppo.runtime.seeding import global_states
 from fastppo.spaces import ActionSpec, ObsSpec
 
 Maker = Callable[[], Any]  # -> a gymnasium Env; or a VectorEnv or SimulatorEnv, which is used as it is
@@ -32,6 +34,8 @@ class EnvInfo:
         vector: that vector environment or simulator.
         name: its registered id (of the first one in a vector environment), or else its class.
         max_steps: the registered time limit, or None.
+        normalizers: its wrappers that keep running moments of their own, such as Gymnasium's NormalizeObservation.
+        global_streams: modules from whose global random stream it draws: "numpy", "random", "torch".
     """
 
     obs_spec: ObsSpec
@@ -42,6 +46,8 @@ class EnvInfo:
     factory: EnvFactory | None = None
     vector: VectorEnv[Any, Any, Any] | SimulatorEnv | None = None
     max_steps: int | None = None
+    normalizers: tuple[str, ...] = ()
+    global_streams: tuple[str, ...] = ()
 
     @property
     def from_id(self) -> bool:
@@ -68,7 +74,8 @@ def inspect_env(
         rescale_actions: map actions in [-1, 1] to the bounds of the Box action space.
 
     Raises:
-        ConfigError: it can't be made, or its actions can't be rescaled.
+        ConfigError: its package is missing, or its arguments are refused.
+        EnvStartError: it can't be made, or its first reset or step fails.
         EnvError: its spaces aren't supported.
     """
     env_info = _inspect(env_id, env_kwargs, make_env)
@@ -93,11 +100,13 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) ->
     factory = EnvFactory(env_id, env_kwargs, make=make_env)
     env: Any = single.build(factory)
     if isinstance(env, VectorEnv):
+        _check_vector(env)
         return EnvInfo(
             obs_spec=ObsSpec.from_space(env.single_observation_space),
             action_spec=ActionSpec.from_space(env.single_action_space),
             name=_vector_name(env),
             vector=env,
+            normalizers=tuple(normalizers_of(env)),
         )
     if isinstance(env, SimulatorEnv):
         return EnvInfo(obs_spec=env.obs_spec, action_spec=env.action_spec, name=env.name, vector=env)
@@ -108,7 +117,10 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) ->
     try:
         obs_spec, action_spec = ObsSpec.from_space(env.observation_space), ActionSpec.from_space(env.action_space)
         threshold = env.spec.reward_threshold if env.spec else None
+        before = global_states()
         factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env))
+        drawn = tuple(name for name, state in global_states().items() if before.get(name, state) != state)
+        normalizers = tuple(normalizers_of(env))
     finally:
         env.close()
     return EnvInfo(
@@ -119,6 +131,8 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) ->
         reward_threshold=threshold,
         factory=factory,
         max_steps=env.spec.max_episode_steps if env.spec else None,
+        normalizers=normalizers,
+        global_streams=drawn,
     )
 
 
@@ -129,3 +143,18 @@ def _vector_name(venv: VectorEnv[Any, Any, Any]) -> str:
         if isinstance(env.spec, EnvSpec):
             return env.spec.id
     return type(inner[0].unwrapped).__name__
+
+
+def _check_vector(env: VectorEnv[Any, Any, Any]) -> None:
+    """Refuse a vector environment that lacks a part of Gymnasium's interface.
+
+    Raises:
+        ConfigError: it does.
+    """
+    names = ("num_envs", "single_observation_space", "single_action_space")
+    missing = [name for name in names if getattr(env, name, None) is None]
+    if missing:
+        raise ConfigError(
+            f"make_env returned {type(env.unwrapped).__name__}, a VectorEnv without {', '.join(missing)} (SuperSuit's "
+            "are of this kind); wrap it in a VectorEnv that has them: docs/environments.md has the adapter."
+        )

@@ -8,14 +8,21 @@ restart  save nothing: the environment starts a new episode with a new seed
 
 Pickling is not enough: many environments pickle only the arguments of their constructor. So an attribute that isn't
 plain data rules out `exact`, unless the constructor makes it and a step can't change it (spaces, functions, specs).
-The probe takes the same steps in two environments and compares every output.
+The probe takes the same steps in two environments and compares every output. It spends about a second.
+
+Two kinds of attributes are treated apart. Large ones that the constructor rebuilds unchanged (a table of prices) are
+saved as a digest; setting the state checks the digest. Running moments, as Gymnasium's NormalizeObservation and
+NormalizeReward keep, are saved in every way, because the policy depends on them.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import hashlib
 import json
 import random
+import time
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +33,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from fastppo.errors import EnvError, first_line
+from fastppo.errors import EnvError, EnvStartError, first_line
 
 _Array = np.ndarray[Any, Any]
 Way = Literal["exact", "replay", "restart"]
@@ -38,6 +45,14 @@ _ARGUMENTS = ("_saved_kwargs", "_cached_spec")
 _KINDS = "biufcSU"  # of arrays: no objects
 _LONGEST = 100_000  # steps of the longest episode that is replayed
 _BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
+_MOMENTS = {"mean", "var", "count"}  # attributes of Gymnasium's RunningMeanStd, and of CleanRL's and SB3's
+_LARGE = 2**16  # bytes from which an attribute may be saved as a digest
+_STEPS = 48  # of the probe before it saves a state, if there is time
+_PROBE_SECONDS = 1.0
+_MAX_CHECKPOINT_BYTES = 2**28  # of all environments
+_MAX_CHECKPOINT_SECONDS = 10.0  # to save all environments
+_MAX_RESET_SECONDS = 0.02  # to save one environment at a reset, for a replay
+_COMPARISONS = 3  # of digests at the first resets of an environment; later, only checkpoints compare
 
 
 class ResumeSupport(NamedTuple):
@@ -46,10 +61,12 @@ class ResumeSupport(NamedTuple):
     Attributes:
         way: see the module's docstring.
         why: one line, without a full stop.
+        notes: other properties of the environments that the probe found, one sentence each.
     """
 
     way: Way
     why: str
+    notes: tuple[str, ...] = ()
 
 
 class NotPlainError(Exception):
@@ -154,24 +171,157 @@ def _layers(env: Any) -> Iterator[Any]:  # noqa: ANN401 - an Env or a VectorEnv
         env = env.env
 
 
-def state_of(env: Any, *, all_of_it: bool = True) -> list[Any]:  # noqa: ANN401 - an Env or a VectorEnv
+class ConstructedData:
+    """The large attributes of an environment as its constructor left them, by digest."""
+
+    def __init__(self, env: Any) -> None:  # noqa: ANN401 - an Env or a VectorEnv
+        """Read a new environment, before its first reset."""
+        self._comparisons = 0
+        self._digests = {
+            (k, name): digest
+            for k, layer in enumerate(_layers(env))
+            for name, value in vars(layer).items()
+            if _size(value) >= _LARGE and (digest := _digest(value)) is not None
+        }
+
+    def unchanged(self, layer: int, name: str, value: Any, *, check: bool = True) -> str | None:  # noqa: ANN401
+        """Return the digest of an attribute that still equals the constructor's; None if it has changed.
+
+        Args:
+            layer: index of the wrapper, outermost first.
+            name: of the attribute.
+            value: of the attribute.
+            check: whether to compare digests; if not, an attribute that was equal the last time counts as unchanged.
+        """
+        digest = self._digests.get((layer, name))
+        if check and digest is not None and _digest(value) != digest:
+            return None
+        return digest
+
+    def forget_changed(self, env: Any) -> None:  # noqa: ANN401 - an Env or a VectorEnv
+        """Drop the attributes that no longer equal the constructor's; only the first calls compare."""
+        self._comparisons += 1
+        if self._comparisons > _COMPARISONS:
+            return
+        for k, layer in enumerate(_layers(env)):
+            for name, value in vars(layer).items():
+                if (k, name) in self._digests and self.unchanged(k, name, value) is None:
+                    del self._digests[k, name]
+
+    def all_unchanged(self, env: Any) -> bool:  # noqa: ANN401 - an Env or a VectorEnv
+        """Return whether every attribute that was not dropped still equals the constructor's."""
+        layers = list(_layers(env))
+        return all(self.unchanged(k, name, vars(layers[k]).get(name)) is not None for k, name in self._digests)
+
+
+def _size(value: Any) -> int:  # noqa: ANN401 - any attribute
+    """Return the approximate bytes of plain data."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, (bytes, str)):
+        return len(value)
+    if type(value) is dict:
+        return sum(map(_size, value)) + sum(map(_size, value.values()))
+    if type(value) in (list, tuple, set, frozenset, deque):
+        return sum(map(_size, value))
+    return 8
+
+
+def _digest(value: Any) -> str | None:  # noqa: ANN401 - any attribute
+    """Return a digest of plain data; None if it isn't plain."""
+    hashed = hashlib.blake2b(digest_size=16)
+
+    def add(x: Any) -> None:  # noqa: ANN401
+        if type(x) is np.ndarray and x.dtype.kind in _KINDS:
+            hashed.update(f"{x.dtype.str}{x.shape}".encode())
+            hashed.update(np.ascontiguousarray(x).data)
+        elif type(x) in (list, tuple, deque):
+            hashed.update(f"{type(x).__name__}{len(x)}".encode())
+            for item in x:
+                add(item)
+        elif type(x) is dict:
+            hashed.update(f"dict{len(x)}".encode())
+            for key, item in x.items():
+                add(key)
+                add(item)
+        else:
+            hashed.update(json.dumps(encode(x)).encode())
+
+    try:
+        add(value)
+    except (NotPlainError, RecursionError):
+        return None
+    return hashed.hexdigest()
+
+
+def _is_moments(value: Any) -> bool:  # noqa: ANN401 - any attribute
+    """Return whether `value` is an object that holds running moments and nothing else."""
+    fields = getattr(value, "__dict__", {})
+    return fields.keys() == _MOMENTS and all(
+        isinstance(x, (int, float, np.generic, np.ndarray)) for x in fields.values()
+    )
+
+
+def normalizers_of(env: Any) -> list[str]:  # noqa: ANN401 - an Env or a VectorEnv
+    """Return the class names of the wrappers that keep running moments, outermost first."""
+    return [type(layer).__name__ for layer in _layers(env) if any(map(_is_moments, vars(layer).values()))]
+
+
+def moments_of(env: Any) -> list[Any]:  # noqa: ANN401 - an Env or a VectorEnv
+    """Return the running moments alone, in the form of `state_of`; empty if there are none."""
+    found = []
+    for layer in _layers(env):
+        moments = {name: _encode_moments(value) for name, value in vars(layer).items() if _is_moments(value)}
+        found.append({"type": type(layer).__name__, "attributes": moments})
+    return found if any(layer["attributes"] for layer in found) else []
+
+
+def moments_in(state: Any) -> list[Any]:  # noqa: ANN401 - JSON-able
+    """Return the running moments in a saved environment: a state, an `EpisodeLog.episode`, or moments."""
+    layers = state["before"] if isinstance(state, dict) else state
+    return [
+        {"type": layer["type"], "attributes": {k: x for k, x in layer["attributes"].items() if _encodes_moments(x)}}
+        for layer in layers
+    ]
+
+
+def _encodes_moments(x: Any) -> bool:  # noqa: ANN401 - JSON-able
+    return isinstance(x, dict) and x.keys() == {"moments"}
+
+
+def _encode_moments(value: Any) -> dict[str, Any]:  # noqa: ANN401 - running moments
+    return {"moments": {name: encode(x) for name, x in vars(value).items()}}
+
+
+def state_of(
+    env: Any,  # noqa: ANN401 - an Env or a VectorEnv
+    built: ConstructedData | None = None,
+    *,
+    all_of_it: bool = True,
+    check: bool = True,
+) -> list[Any]:
     """Return the attributes of every wrapper and of the environment as JSON-able values.
 
     Args:
         env: a Gymnasium environment, or vector environment.
+        built: large attributes as the constructor left them; those that haven't changed are saved as digests.
         all_of_it: whether an attribute that isn't plain data is an error; else it is left out.
+        check: see `ConstructedData.unchanged`.
 
     Raises:
         NotPlainError: such an attribute, named.
     """
     found = []
-    for layer in _layers(env):
+    for k, layer in enumerate(_layers(env)):
         attributes = {}
         for name, value in vars(layer).items():
             if isinstance(value, _BUILT) or name in _ARGUMENTS:
                 continue
+            if built is not None and (digest := built.unchanged(k, name, value, check=check)) is not None:
+                attributes[name] = {"built": digest}
+                continue
             try:
-                attributes[name] = encode(value)
+                attributes[name] = _encode_moments(value) if _is_moments(value) else encode(value)
             except (NotPlainError, RecursionError) as error:
                 if all_of_it:
                     what = type(layer).__name__
@@ -197,9 +347,23 @@ def set_state(env: Any, state: Sequence[Mapping[str, Any]]) -> None:  # noqa: AN
             for name, value in saved["attributes"].items():
                 if callable(getattr(type(layer), name, None)) or isinstance(vars(layer).get(name), _BUILT):
                     raise EnvError(f"the saved state of {type(layer).__name__} would replace its {name}.")
-                vars(layer)[name] = decode(value)
+                _set_attribute(layer, name, value)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise EnvError(f"the saved state of an environment can't be read ({error}).") from None
+
+
+def _set_attribute(layer: Any, name: str, value: Any) -> None:  # noqa: ANN401 - a wrapper, an encoding
+    own = vars(layer)
+    kind, inner = next(iter(value.items())) if isinstance(value, dict) else ("", {})
+    if kind == "built":
+        if _digest(own.get(name)) != inner:
+            raise EnvError(f"the constructor of {type(layer).__name__} now gives another {name} than in the saved run.")
+    elif kind == "moments":
+        if not _is_moments(own.get(name)) or inner.keys() != _MOMENTS:
+            raise EnvError(f"the saved state of {type(layer).__name__} has running moments in {name}.")
+        vars(own[name]).update({field: decode(x) for field, x in inner.items()})
+    else:
+        own[name] = decode(value)
 
 
 class EpisodeLog:
@@ -215,9 +379,19 @@ class EpisodeLog:
         self._actions: list[_Array] = []  # one array of all environments per step
         self._dropped = 0
 
-    def begin(self, i: int, env: gym.Env[Any, Any], seed: int | None) -> None:
-        """Start an episode of environment i; call before its reset and after `add` of the last step."""
-        self.starts[i] = (state_of(env, all_of_it=False), seed, self._dropped + len(self._actions))
+    def begin(self, i: int, env: gym.Env[Any, Any], seed: int | None, built: ConstructedData | None = None) -> None:
+        """Start an episode of environment i; call before its reset and after `add` of the last step.
+
+        Args:
+            i: index of the environment.
+            env: the environment.
+            seed: of its reset.
+            built: its large attributes as the constructor left them.
+        """
+        if built is not None:
+            built.forget_changed(env)
+        before = state_of(env, built, all_of_it=False, check=False)
+        self.starts[i] = (before, seed, self._dropped + len(self._actions))
 
     def add(self, actions: _Array) -> None:
         """Record `actions` [n, ...] of one step of all environments, without a copy."""
@@ -273,59 +447,196 @@ def replay_episode(env: gym.Env[Any, Any], episode: Mapping[str, Any]) -> Any:  
     return obs
 
 
-def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], steps: int = 48) -> ResumeSupport:
-    """Find how environments from `make` continue after a resume, by trying each way."""
+def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], n_envs: int = 1) -> ResumeSupport:
+    """Find how `n_envs` environments from `make` continue after a resume, by trying each way for about a second.
+
+    Raises:
+        EnvStartError: `make` returns the same environment twice.
+    """
     try:
-        return _try_out(make, steps)
+        return _try_out(make, n_envs)
+    except EnvStartError:
+        raise
     except Exception as error:  # from any environment's own code
         return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
 
 
-def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> ResumeSupport:
+def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
+    """Return notes on random streams that ignore the seed, from two environments and a few steps.
+
+    Raises:
+        EnvStartError: `make` returns the same environment twice.
+    """
+    env, twin = make(), make()
+    try:
+        _check_distinct(env, twin)
+        before = _streams(env)
+        env.reset(seed=7)
+        twin.reset(seed=11)
+        after, other = _streams(env), _streams(twin)
+        env.action_space.seed(0)
+        for _ in range(2):
+            if _step(env, env.action_space.sample())[-1]:
+                break
+        return _notes_on_streams(env, before, after, other)
+    except EnvStartError:
+        raise
+    except Exception:  # from any environment's own code; the run will report it
+        return ()
+    finally:
+        env.close()
+        twin.close()
+
+
+def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSupport:
     env = make()
     env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(3 * steps)]
+    actions = [env.action_space.sample() for _ in range(3 * _STEPS)]
     # a seeded episode, then unseeded ones; the state is taken in the middle of one
-    log = EpisodeLog(1)
-    log.begin(0, env, 7)
+    log, built = EpisodeLog(1), ConstructedData(env)
+    fresh = _streams(env)
+    log.begin(0, env, 7, built)
+    started = time.perf_counter()
     env.reset(seed=7)
-    for k, action in enumerate(actions[:steps]):
-        over = _step(env, action)[-1]
-        log.add(np.array([action]))
-        if over or k == steps // 2:  # the replay must cover an episode that began without a seed
-            log.begin(0, env, None)
+    seeded, steps = _streams(env), 0
+    while steps < 2 or (steps < _STEPS and time.perf_counter() - started < _PROBE_SECONDS / 10):
+        over = _step(env, actions[steps])[-1]
+        log.add(np.array([actions[steps]]))
+        steps += 1
+        if over or steps == 1:  # the replay must cover an episode that began without a seed
+            log.begin(0, env, None, built)
             env.reset()
+    actions = actions[steps : 3 * steps]
     episode = json.loads(json.dumps(log.episode(0)))
-    why = ""
-    state = None
+    state, why, excess = None, "a copy of its attributes behaves differently", ""
+    started = time.perf_counter()
     try:
-        state = json.loads(json.dumps(state_of(env)))
+        text = json.dumps(state_of(env, built))
+        excess = _excess(len(text), time.perf_counter() - started, n_envs)
+        state = json.loads(text)
     except NotPlainError as error:
         why = str(error)
-    after = _outputs(env, actions[steps:])
+        started = time.perf_counter()
+        size = len(json.dumps(state_of(env, built, all_of_it=False, check=False)))
+        excess = _excess(size, 0.0, n_envs, time.perf_counter() - started)
+    drawn = _streams(env)
+    after = _outputs(env, actions)
     env.close()
-    if state is not None:
-        if _twins_outputs(make, lambda twin: set_state(twin, state), actions[steps:]) == after:
-            return ResumeSupport("exact", "its state is plain data, and a copy behaves identically")
-        why = "a copy of its attributes behaves differently"
-    if _twins_outputs(make, lambda twin: replay_episode(twin, episode), actions[steps:]) == after:
-        return ResumeSupport("replay", f"{why}, but replaying an episode's actions restores it")
-    return ResumeSupport("restart", f"{why}, and replaying its episode leads to other observations")
-
-
-def _twins_outputs(
-    make: Callable[[], gym.Env[Any, Any]], prepare: Callable[[gym.Env[Any, Any]], Any], actions: Sequence[Any]
-) -> list[Any] | None:
-    """Return the outputs of `actions` in a new, prepared environment; None if it can't be prepared."""
     twin = make()
     try:
+        _check_distinct(env, twin)
         twin.reset(seed=11)  # creates attributes that only a reset makes
-        prepare(twin)
+        notes = _notes_on_streams(env, fresh, seeded, _streams(twin), drawn)
+        if excess:
+            return ResumeSupport("restart", excess, notes)
+        if state is not None and _prepared_outputs(twin, lambda: set_state(twin, state), actions) == after:
+            return ResumeSupport("exact", "its state is plain data, and a copy behaves identically", notes)
+    finally:
+        twin.close()
+    twin = make()
+    try:
+        twin.reset(seed=11)
+        replayed = _prepared_outputs(twin, lambda: replay_episode(twin, episode), actions)
+    finally:
+        twin.close()
+    if replayed == after:
+        return ResumeSupport("replay", f"{why}, but replaying an episode's actions restores it", notes)
+    return ResumeSupport("restart", f"{why}, and replaying its episode leads to other observations", notes)
+
+
+def _excess(size: int, seconds: float, n_envs: int, reset_seconds: float = 0.0) -> str:
+    """Return why the state of one environment is too much to save; "" if it isn't.
+
+    Args:
+        size: in bytes.
+        seconds: to save it in a checkpoint.
+        n_envs: environments in a checkpoint.
+        reset_seconds: to save it at each reset.
+    """
+    if reset_seconds > _MAX_RESET_SECONDS:
+        return f"saving its state takes {reset_seconds * 1e3:,.0f} ms at each reset"
+    if size * n_envs > _MAX_CHECKPOINT_BYTES:
+        total, most = (x / 2**20 for x in (size * n_envs, _MAX_CHECKPOINT_BYTES))
+        return f"its state takes {total:,.0f} MiB per checkpoint, more than {most:,.0f}"
+    if seconds * n_envs > _MAX_CHECKPOINT_SECONDS:
+        return f"saving its state takes {seconds * n_envs:,.0f} s per checkpoint"
+    return ""
+
+
+def _check_distinct(env: gym.Env[Any, Any], twin: gym.Env[Any, Any]) -> None:
+    """Refuse environments that share one instance under their wrappers.
+
+    Raises:
+        EnvStartError: they do.
+    """
+    if env.unwrapped is twin.unwrapped:
+        raise EnvStartError(same_instance(env))
+
+
+def same_instance(env: gym.Env[Any, Any]) -> str:
+    """Return the message about a maker that returns `env` at every call."""
+    name = type(env.unwrapped).__name__
+    return (
+        f"make_env returns the same {name} at every call, so that one environment would be stepped several times; "
+        f"it must make a new one: make_env=lambda: {name}(...), not lambda: env."
+    )
+
+
+def _streams(env: Any) -> dict[str, str]:  # noqa: ANN401 - an Env
+    """Return the state of every random stream that the environment or an object of it holds, by name."""
+    found: dict[str, str] = {}
+
+    def search(owner: Any, prefix: str, depth: int) -> None:  # noqa: ANN401 - any object
+        for name, value in getattr(owner, "__dict__", {}).items():
+            if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
+                with contextlib.suppress(NotPlainError):
+                    found[f"{prefix}.{name}"] = json.dumps(encode(value))
+            elif depth and not isinstance(value, _BUILT):
+                search(value, f"{prefix}.{name}", depth - 1)
+
+    for layer in _layers(env):
+        search(layer, type(layer).__name__, 2)
+    return found
+
+
+def _notes_on_streams(
+    env: gym.Env[Any, Any],
+    fresh: Mapping[str, str],
+    seeded: Mapping[str, str],
+    other: Mapping[str, str],
+    drawn: Mapping[str, str] | None = None,
+) -> tuple[str, ...]:
+    """Return a note on the random streams that draw the same numbers under every seed.
+
+    Args:
+        env: the environment.
+        fresh: its random streams after construction.
+        seeded: after its first reset.
+        other: those of another environment after a reset with another seed.
+        drawn: of `env` after some steps; None: now.
+    """
+    now = _streams(env) if drawn is None else drawn
+    fixed = [
+        name
+        for name, state in seeded.items()
+        # a stream that nobody draws from, or only the constructor, matters to nobody
+        if other.get(name) == state and (fresh.get(name) != state or now.get(name) != state)
+    ]
+    if not fixed:
+        return ()
+    return (
+        f"the seed changes nothing in {', '.join(fixed)}: every environment draws the same random numbers from it, so "
+        "the N are copies. Draw from self.np_random, after super().reset(seed=seed).",
+    )
+
+
+def _prepared_outputs(twin: gym.Env[Any, Any], prepare: Callable[[], Any], actions: Sequence[Any]) -> list[Any] | None:
+    """Return the outputs of `actions` after `prepare`; None if that fails."""
+    try:
+        prepare()
         return _outputs(twin, actions)
     except EnvError:
         return None
-    finally:
-        twin.close()
 
 
 def _step(env: gym.Env[Any, Any], action: Any) -> tuple[Any, float, bool]:  # noqa: ANN401 - an action
@@ -344,7 +655,7 @@ def _outputs(env: gym.Env[Any, Any], actions: Sequence[Any]) -> list[Any]:
     return found
 
 
-def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = 48) -> ResumeSupport:
+def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = _STEPS) -> ResumeSupport:
     """Find how a native vector environment continues after a resume: exact or restart."""
     try:
         venv = make()

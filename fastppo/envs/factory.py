@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import difflib
+import itertools
 import multiprocessing
+import pickle
+import random
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from fastppo.errors import ConfigError, first_line
+from fastppo.errors import ConfigError, EnvStartError, FastPPOError, cause_line, first_line
 
 MakeEnv = Callable[[], "gym.Env[Any, Any]"]
 
@@ -26,8 +32,8 @@ class CopyObservation(gym.ObservationWrapper[Any, Any, Any]):
     """Copies observations of an environment that returns the same array at every step."""
 
     def observation(self, observation: Any) -> Any:  # noqa: ANN401 - whatever the space holds
-        """A copy."""
-        return np.array(observation)
+        """Return a copy of an array; other observations are immutable."""
+        return observation.copy() if isinstance(observation, np.ndarray) else observation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,27 +113,119 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
 
 
 def build(factory: EnvFactory) -> gym.Env[Any, Any]:
-    """Call `factory` in this process and turn user errors into ConfigError.
+    """Call `factory` in this process and turn every exception into an error of one line.
 
     Raises:
         ConfigError: a missing package, or keyword arguments that the environment or gymnasium.make refuses.
+        EnvStartError: any other exception of the environment's constructor or of make_env.
     """
+    maker = f"env_id={factory.env_id!r}" if factory.make is None else "make_env"
     try:
         return factory()
-    except gym.error.DependencyNotInstalled as error:
-        raise ConfigError(f"env_id={factory.env_id!r} needs a package that isn't installed: {error}") from None
-    except (TypeError, ValueError, gym.error.Error) as error:
-        if factory.make is not None:
-            raise
-        raise ConfigError(
-            f"env_id={factory.env_id!r} with env_kwargs={factory.env_kwargs}: {first_line(error)}"
-        ) from None
+    except FastPPOError:
+        raise
+    except (ModuleNotFoundError, gym.error.DependencyNotInstalled) as error:
+        raise ConfigError(f"{maker} needs a package that isn't installed: {first_line(error)}") from error
+    except Exception as error:
+        if factory.make is None and isinstance(error, (TypeError, ValueError, gym.error.Error)):
+            raise ConfigError(f"{maker} with env_kwargs={factory.env_kwargs}: {first_line(error)}") from error
+        raise EnvStartError(f"{maker} failed: {cause_line(error)}.") from error
+
+
+_OLD_GYM = "wrap an environment of the old Gym with shimmy, or adapt it to gymnasium.Env"
 
 
 def reuses_observations(env: gym.Env[Any, Any]) -> bool:
-    """Return whether `env` reuses memory of its observations across steps or resets, which loses final ones."""
-    first, _ = env.reset(seed=0)
-    second = env.step(env.action_space.sample())[0]
-    third, _ = env.reset()
-    pairs = ((first, second), (second, third))
-    return any(isinstance(a, np.ndarray) and isinstance(b, np.ndarray) and np.shares_memory(a, b) for a, b in pairs)
+    """Return whether a reset or step of `env` overwrites an observation that it returned before.
+
+    Such observations must be copied, or the last one of an episode is lost.
+
+    Raises:
+        EnvStartError: its first resets and steps fail, or don't return what Gymnasium's do.
+    """
+    kept: list[tuple[Any, Any]] = []  # observations and copies of them
+
+    def keep(obs: Any) -> None:  # noqa: ANN401 - whatever the space holds
+        kept.append((obs, copy.copy(obs)))
+
+    keep(_first_call(env, "reset", lambda: env.reset(seed=0))[0])
+    for _ in range(2):
+        obs, _, terminated, truncated, _ = _first_call(env, "step", lambda: env.step(env.action_space.sample()))
+        keep(obs)
+        if np.any(terminated) or np.any(truncated):
+            break
+    keep(_first_call(env, "reset", env.reset)[0])
+    arrays = [(obs, before) for obs, before in kept if isinstance(obs, np.ndarray)]
+    shared = any(np.shares_memory(a, b) for (a, _), (b, _) in itertools.combinations(arrays, 2))
+    return shared or any(obs.tobytes() != before.tobytes() for obs, before in arrays)
+
+
+def _first_call(env: gym.Env[Any, Any], name: str, call: Callable[[], Any]) -> tuple[Any, ...]:
+    """Return the result of an environment's first `reset` or `step`, after checking its length."""
+    owner = type(env.unwrapped).__name__
+    try:
+        result = call()
+    except Exception as error:
+        old = f"; {_OLD_GYM}" if isinstance(error, TypeError) and "'seed'" in str(error) else ""
+        raise EnvStartError(f"{owner}.{name} failed: {cause_line(error)}{old}.") from error
+    names = ("obs", "info") if name == "reset" else ("obs", "reward", "terminated", "truncated", "info")
+    if not isinstance(result, tuple) or len(result) != len(names):
+        given = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise EnvStartError(f"{owner}.{name} returned {given}; it must return ({', '.join(names)}): {_OLD_GYM}.")
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSetup:
+    """Everything a worker process needs before it makes environments.
+
+    Attributes:
+        specs: pickled registrations of environments, which a fresh process may lack.
+        seed: of numpy's, Python's and torch's global random streams; forked workers would share one state.
+    """
+
+    specs: tuple[bytes, ...]
+    seed: int
+
+    @classmethod
+    def collect(cls, seed: int = 0) -> WorkerSetup:
+        """Return the setup with this process's registrations, apart from Gymnasium's own."""
+        import cloudpickle
+
+        specs = []
+        for spec in gym.registry.values():
+            if str(spec.entry_point).startswith("gymnasium."):
+                continue
+            with contextlib.suppress(Exception):  # one that can't be pickled must not stop the others
+                specs.append(cloudpickle.dumps(spec))
+        return cls(tuple(specs), seed)
+
+    def apply(self) -> None:
+        """Register the environments that this process lacks, and seed its global random streams."""
+        for pickled in self.specs:
+            with contextlib.suppress(Exception):  # the module of an environment that isn't used here
+                spec = pickle.loads(pickled)
+                gym.registry.setdefault(spec.id, spec)
+        seed_global_streams(self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class InWorker:
+    """Applies a `WorkerSetup` before it makes an environment, for workers that aren't fastppo's own."""
+
+    setup: WorkerSetup
+    factory: EnvFactory
+
+    def __call__(self) -> gym.Env[Any, Any]:
+        """Make the environment."""
+        if multiprocessing.parent_process() is not None:
+            self.setup.apply()
+        return self.factory()
+
+
+def seed_global_streams(seed: int) -> None:
+    """Seed the global random streams of numpy, Python and, where it is imported, torch."""
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - the global stream is meant
+    random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)

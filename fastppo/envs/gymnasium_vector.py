@@ -7,7 +7,7 @@ disabled:  reset here with `reset_mask` in the same step, so that the rollout se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -16,9 +16,9 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from fastppo.envs.env_state import NotPlainError, ResumeSupport, set_state, state_of
+from fastppo.envs.env_state import NotPlainError, ResumeSupport, moments_of, set_state, state_of
 from fastppo.envs.sync import StepResult
-from fastppo.envs.vec_env import Transitions, VecEnv
+from fastppo.envs.vec_env import Transitions, VecEnv, no_access
 from fastppo.errors import EnvError
 from fastppo.spaces import ActionSpec, ObsSpec
 
@@ -208,7 +208,8 @@ class GymnasiumVecEnv(VecEnv):
     def state_dict(self) -> dict[str, Any]:
         """Return the vector environment's attributes, and which episodes ended in the last step."""
         if self.resume_support.way == "restart":
-            return {}
+            moments = [moments_of(env) for env in self._wrapped()]
+            return {"moments": moments} if any(moments) else {}
         try:
             return {"envs": state_of(self.venv), "ended": torch.from_numpy(self._ended)}
         except NotPlainError:  # the probe found plain data, but an attribute changed its type since
@@ -222,6 +223,39 @@ class GymnasiumVecEnv(VecEnv):
         """
         self._ended[:] = saved["ended"].numpy()
         set_state(self.venv, saved["envs"])
+
+    def load_moments(self, saved: Mapping[str, Any]) -> None:
+        """Restore the running moments of wrappers from `state_dict()`; call before a reset."""
+        for env, moments in zip(self._wrapped(), saved.get("moments", ()), strict=False):
+            if moments:
+                set_state(env, moments)
+
+    def _wrapped(self) -> list[Any]:
+        """Return the objects whose wrappers may keep running moments: the vector environment, and those it holds."""
+        return [self.venv, *getattr(self.venv.unwrapped, "envs", ())]
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """Return the results of a method of each environment, or the values of an attribute.
+
+        Raises:
+            EnvError: this vector environment gives no access to its environments.
+        """
+        return tuple(self._access("call")(name, *args, **kwargs))
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
+        """Set an attribute to one value for all environments, or to a list or tuple of one for each.
+
+        Raises:
+            EnvError: this vector environment gives no access to its environments.
+        """
+        self._access("set_attr")(name, values)
+
+    def _access(self, method: str) -> Callable[..., Any]:
+        found = getattr(self.venv, method, None) or getattr(self.venv.unwrapped, method, None)
+        if found is None:
+            raise EnvError(no_access(type(self.venv.unwrapped).__name__, method))
+        access: Callable[..., Any] = found
+        return access
 
     def close(self) -> None:
         """Close the vector environment."""

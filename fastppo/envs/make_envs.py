@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from gymnasium.vector import VectorEnv
@@ -13,7 +13,7 @@ from fastppo.envs.backends import BACKENDS, VecEnvOptions, backend_of
 from fastppo.envs.env_info import EnvInfo as EnvInfo
 from fastppo.envs.env_info import Maker as Maker
 from fastppo.envs.env_info import inspect_env as inspect_env
-from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.env_state import ResumeSupport, probe_seeding
 from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.tensor.tasks import TASKS as TASKS
 from fastppo.envs.vec_env import VecEnv
@@ -73,6 +73,20 @@ def make_vec_env(
     if env_info.action_spec.rescale:
         env.action_spec = env.action_spec.rescaled()
     return env
+
+
+def probe_resume(
+    env_info: EnvInfo, n_envs: int, vectorization: Vectorization, resume_envs: Literal["auto", "restart"]
+) -> ResumeSupport:
+    """Find how N environments continue after a resume; under "restart", only check their random streams.
+
+    Raises:
+        EnvStartError: make_env returns the same environment at every call.
+    """
+    if resume_envs == "restart":
+        notes = () if env_info.factory is None else probe_seeding(env_info.factory)
+        return ResumeSupport("restart", "resume_envs=restart", notes)
+    return backend_of(env_info, vectorization).probe_resume(env_info, n_envs)
 
 
 def make_vectorized(

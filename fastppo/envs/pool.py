@@ -15,6 +15,7 @@ When the trainer dies, by whatever signal, the kernel kills the workers, even on
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -24,20 +25,26 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
 from typing import Any, NoReturn
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fastppo.envs.factory import WorkerSetup
 from fastppo.envs.pool_worker import (
+    CALL,
     CLOSE,
     GET_MESSAGES,
     GET_STATE,
     MAX_REPORT,
     RESET,
+    SET_ATTR,
+    SET_MOMENTS,
     SET_STATE,
     STACKS_SIGNAL,
     STEP,
+    WITH_DATA,
     Channels,
     SharedArrays,
     run_worker,
@@ -48,12 +55,14 @@ from fastppo.envs.sync import (
     StepResult,
     copy_actions,
     fresh_seed,
+    one_each,
     seeds,
     step_result,
     write_truncation,
 )
-from fastppo.errors import ConfigError, EnvError
+from fastppo.errors import ConfigError, EnvError, EnvStartError
 from fastppo.runtime.cores import usable_cores
+from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT, exit_if_reimported, importable_main
 
 _Array = np.ndarray[Any, Any]
 _START_SECONDS = 60.0  # seconds for a process to start and import
@@ -80,6 +89,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         n_groups: int = 1,
         start_method: str = "forkserver",
         fault_policy: FaultPolicy = NO_FAULT_POLICY,
+        seed: int = 0,
     ) -> None:
         """Start the workers and make the environments in them.
 
@@ -89,11 +99,13 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             n_groups: groups of environments that are stepped separately; each worker has a share of each.
             start_method: of multiprocessing; fork is unsafe in a trainer with threads.
             fault_policy: handling of failed environments and workers.
+            seed: of the global random streams of the workers.
 
         Raises:
             ConfigError: fewer environments than groups.
             EnvError: an environment can't be made, or its spaces aren't arrays.
         """
+        exit_if_reimported()
         n = len(env_fns)
         if not 1 <= n_groups <= n:
             raise ConfigError(f"n_groups={n_groups} with {n} environments; give each group at least one.")
@@ -108,7 +120,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.action_space = batch_space(self.single_action_space, n)
         self.groups = [slice(*_share(n, n_groups, g)) for g in range(n_groups)]
         self.closed = False
-        self._env_fns = env_fns
+        self._env_fns, self._seed, self._base_setup = env_fns, seed, WorkerSetup.collect()
         if start_method == "forkserver":
             prepare_fork_server()
         self._ctx: Any = get_context(start_method)
@@ -128,7 +140,12 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         makers = {i: self._env_fns[i] for part in parts for i in range(part.start, part.stop)}
         with _single_threaded():
             spaces = self.single_observation_space, self.single_action_space
-            return _Worker(self._ctx, self._shared, parts, makers, self.fault_policy, spaces)
+            return _Worker(self._ctx, self._shared, parts, makers, self.fault_policy, spaces, self._setup(min(makers)))
+
+    def _setup(self, first: int) -> WorkerSetup:
+        """Return the setup of the worker whose first environment is `first`; each start has another random stream."""
+        key = (self._seed, first, int(self._arrays["restarts"][first]))
+        return dataclasses.replace(self._base_setup, seed=int(np.random.SeedSequence(key).generate_state(1)[0]))
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -196,9 +213,44 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """
         for w in range(self.n_workers):
             for g, part in enumerate(self._workers[w].parts):
-                if (problem := self._ask(w, SET_STATE, g, list(states[part]))) is not None:
-                    raise EnvError(problem)
+                self._order(w, SET_STATE, g, list(states[part]))
         return self._arrays["obs"]
+
+    def load_moments(self, moments: Sequence[Any]) -> None:
+        """Restore each environment's running moments; call before a reset.
+
+        Raises:
+            EnvError: they are of another environment.
+        """
+        for w in range(self.n_workers):
+            for g, part in enumerate(self._workers[w].parts):
+                self._order(w, SET_MOMENTS, g, list(moments[part]))
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """Return the results of a method of each environment or wrapper, or the values of an attribute.
+
+        Call it between steps. Arguments and results travel by cloudpickle.
+
+        Raises:
+            EnvError: there is no such attribute, or the method fails.
+        """
+        results: dict[int, Any] = {}
+        for w in range(self.n_workers):
+            for g, part in enumerate(self._workers[w].parts):
+                answer = self._order(w, CALL, g, (name, args, kwargs))
+                results.update(zip(range(part.start, part.stop), cloudpickle.loads(answer), strict=True))
+        return tuple(results[i] for i in sorted(results))
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
+        """Set an attribute to one value for all environments, or to a list or tuple of one for each.
+
+        Raises:
+            EnvError: it can't be set.
+        """
+        each = one_each(values, self.num_envs)
+        for w in range(self.n_workers):
+            for g, part in enumerate(self._workers[w].parts):
+                self._order(w, SET_ATTR, g, (name, each[part]))
 
     def restart_messages(self) -> list[str]:
         """Return one line per restarted environment and replaced worker since the last call."""
@@ -227,8 +279,8 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         worker = self._workers[w]
         try:
             worker.send_order(order, group)
-            if order == SET_STATE:
-                worker.pipe.send(given)
+            if order in WITH_DATA:
+                worker.pipe.send_bytes(cloudpickle.dumps(given))
             while not worker.pipe.poll(_POLL_SECONDS):
                 if problem := self._problem(worker):
                     break
@@ -241,6 +293,17 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             problem = self._describe_death(worker)
         self._replace(w, problem)
         return None
+
+    def _order(self, w: int, order: int, group: int, given: Any) -> Any:  # noqa: ANN401 - JSON-able or bytes
+        """Give an order with data to an idle worker and return its answer.
+
+        Raises:
+            EnvError: the order can't be carried out, or the worker was lost; a new one has other episodes.
+        """
+        result, problem = self._ask(w, order, group, given) or (None, "a worker process died and was replaced.")
+        if problem is not None:
+            raise EnvError(problem)
+        return result
 
     def _send_orders(self, order: int, group: int) -> None:
         if not self._workers:
@@ -287,6 +350,8 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
     def _describe_death(self, worker: _Worker) -> str:
         worker.process.join(0.1)
         code = worker.process.exitcode
+        if code == REIMPORTED:
+            return REIMPORTED_TEXT
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"exited with {code}"
         hint = " (the kernel does so when memory runs out: see dmesg)" if code == -signal.SIGKILL else ""
         return f"{worker.name} {how}{hint}."
@@ -323,11 +388,11 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
     def _report(self, worker: _Worker) -> NoReturn:
         """Raise the error that a worker reports."""
         line, remote = worker.report()
-        self._fail(line, remote)
+        self._fail(line, remote, EnvError if worker.ready else EnvStartError)
 
-    def _fail(self, line: str, remote: str = "") -> NoReturn:
+    def _fail(self, line: str, remote: str = "", kind: type[EnvError] = EnvError) -> NoReturn:
         self._finalizer()
-        raise EnvError(line) from (RuntimeError(remote) if remote else None)
+        raise kind(line) from (RuntimeError(remote) if remote else None)
 
 
 class _Worker:
@@ -353,9 +418,8 @@ class _Worker:
         env_fns: dict[int, Callable[[], gym.Env[Any, Any]]],
         fault_policy: FaultPolicy,
         spaces: tuple[gym.Space[Any], gym.Space[Any]],
+        setup: WorkerSetup,
     ) -> None:
-        from cloudpickle import dumps
-
         self.parts, self.done = parts, [ctx.Semaphore(0) for _ in parts]
         self.lost: dict[int, _Array] = {}
         self.ready, self.slow_order = False, True
@@ -368,9 +432,10 @@ class _Worker:
         self._stacks, stacks = ctx.Pipe(duplex=False)
         trainer_alive, self._trainer_alive = ctx.Pipe(duplex=False)  # this end closes when the trainer dies
         channels = Channels(self._go, self._ring, self.done, self.failed, pipe, stacks, trainer_alive=trainer_alive)
-        arguments = (shared, parts, dumps(env_fns), fault_policy, spaces, channels)
+        arguments = (shared, parts, cloudpickle.dumps((setup, env_fns)), fault_policy, spaces, channels)
         self.process = ctx.Process(target=run_worker, args=arguments, daemon=True)
-        self.process.start()
+        with importable_main():
+            self.process.start()
         for theirs in (pipe, stacks, trainer_alive):
             theirs.close()
         self.since, self.pending = time.monotonic(), set(range(len(parts)))

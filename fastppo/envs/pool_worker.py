@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from fastppo.envs.sync import EnvGroup, FaultPolicy, check_spaces, error_text, layout
+from fastppo.envs.sync import EnvGroup, FaultPolicy, check_spaces, error_text, layout, make_envs
 from fastppo.errors import EnvError
 
 _Array = np.ndarray[Any, Any]
 # Orders: plain integers, which the ring buffer holds
-STEP, RESET, CLOSE, GET_STATE, SET_STATE, GET_MESSAGES = range(6)
+STEP, RESET, CLOSE, GET_STATE, SET_STATE, SET_MOMENTS, GET_MESSAGES, CALL, SET_ATTR = range(9)
+WITH_DATA = (SET_STATE, SET_MOMENTS, CALL, SET_ATTR)  # orders whose arguments follow through the pipe, pickled
 MAX_REPORT = 8000  # characters of an error report
 STACKS_SIGNAL = getattr(signal, "SIGUSR2", None)  # makes a worker write its stacks; not on Windows
 
@@ -131,17 +132,16 @@ def _make_groups(
     fault_policy: FaultPolicy,
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
 ) -> list[EnvGroup]:
-    """Make a worker's environments, into `envs`, and return its share of each group."""
+    """Make a worker's environments, into `envs`, and return its share of each group.
+
+    `pickled` is a `WorkerSetup`, and the makers by index.
+    """
     import cloudpickle
 
-    makers = cloudpickle.loads(pickled)
-    for i, make in makers.items():
-        try:
-            envs[i] = make()
-        except Exception as error:
-            kind = type(error).__name__
-            raise EnvError(f"environment {i} failed in its constructor: {kind}: {error_text(error)}") from error
-        check_spaces(i, envs[i], *spaces)
+    setup, makers = cloudpickle.loads(pickled)
+    setup.apply()
+    for i, env in make_envs(makers, envs).items():
+        check_spaces(i, env, *spaces)
     ranges = [range(part.start, part.stop) for part in parts]
     return [
         EnvGroup([envs[i] for i in mine], [makers[i] for i in mine], arrays, part, fault_policy)
@@ -150,15 +150,25 @@ def _make_groups(
 
 
 def _answer(order: int, groups: list[EnvGroup], group: int, pipe: Connection) -> Any:  # noqa: ANN401 - JSON-able
-    """Return the answer to an order that is neither a step nor a reset."""
+    """Return the answer to an order that is neither a step nor a reset; of those with data also an error's text."""
     if order == GET_STATE:
         return groups[group].state()
-    if order == SET_STATE:
+    if order in WITH_DATA:
+        import cloudpickle
+
+        given = cloudpickle.loads(pipe.recv_bytes())
         try:
-            groups[group].load(pipe.recv())
-        except EnvError as error:  # the saved state is at fault, not the environments
-            return str(error)
-        return None
+            if order == SET_STATE:
+                groups[group].load(given)
+            elif order == SET_MOMENTS:
+                groups[group].load_moments(given)
+            elif order == SET_ATTR:
+                groups[group].set_attr(*given)
+            else:
+                return cloudpickle.dumps(groups[group].call(*given)), None
+        except EnvError as error:  # the order is at fault; the environments can go on
+            return None, str(error)
+        return None, None
     restart_messages = [line for envs in groups for line in envs.restart_messages]
     for envs in groups:
         envs.restart_messages.clear()

@@ -16,8 +16,18 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.env_state import EpisodeLog, NotPlainError, Way, replay_episode, set_state, state_of
-from fastppo.errors import ConfigError, EnvError
+from fastppo.envs.env_state import (
+    ConstructedData,
+    EpisodeLog,
+    NotPlainError,
+    Way,
+    moments_of,
+    replay_episode,
+    same_instance,
+    set_state,
+    state_of,
+)
+from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError, cause_line
 
 _Array = np.ndarray[Any, Any]
 StepResult = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
@@ -80,6 +90,28 @@ def check_spaces(i: int, env: gym.Env[Any, Any], obs: gym.Space[Any], action: gy
             raise EnvError(f"environment {i} has {name}_space {mine}; the others have {theirs}.")
 
 
+def make_envs(
+    makers: Mapping[int, Callable[[], gym.Env[Any, Any]]], made: dict[int, gym.Env[Any, Any]] | None = None
+) -> dict[int, gym.Env[Any, Any]]:
+    """Make environments by index, into `made`.
+
+    Raises:
+        EnvStartError: a constructor fails, or two environments are one.
+    """
+    made = {} if made is None else made
+    for i, make in makers.items():
+        try:
+            env = make()
+        except FastPPOError:
+            raise
+        except Exception as error:
+            raise EnvStartError(f"environment {i} failed in its constructor: {cause_line(error)}.") from error
+        if any(env.unwrapped is other.unwrapped for other in made.values()):
+            raise EnvStartError(same_instance(env))
+        made[i] = env
+    return made
+
+
 def step_result(arrays: Mapping[str, _Array], rows: slice) -> StepResult:
     """Return the results of Gymnasium's `step` for `rows`: views, which the next step overwrites."""
     terminated, truncated = arrays["terminated"][rows], arrays["truncated"][rows]
@@ -140,6 +172,10 @@ class EnvGroup:
         # like Gymnasium, accept floats of any width; the values of integers must fit, or they would wrap
         self._casting: Any = "same_kind" if self._obs.dtype.kind == "f" else "safe"
         self._log = EpisodeLog(len(makers)) if fault_policy.way == "replay" else None
+        self._built = [self._constructed(env) for env in envs]
+
+    def _constructed(self, env: gym.Env[Any, Any]) -> ConstructedData | None:
+        return None if self._fault_policy.way == "restart" else ConstructedData(env)
 
     def reset(self) -> None:
         """Reset each environment with its seed; a negative one keeps its random stream."""
@@ -195,7 +231,7 @@ class EnvGroup:
     def _reset(self, i: int, seed: int | None) -> Any:  # noqa: ANN401 - an observation
         seed = None if seed is None or seed < 0 else seed
         if self._log is not None:
-            self._log.begin(i, self.envs[i], seed)
+            self._log.begin(i, self.envs[i], seed, self._built[i])
         obs, _ = self.envs[i].reset(seed=seed)
         self._check_shape("reset", obs)
         return obs
@@ -204,7 +240,8 @@ class EnvGroup:
         """Return `error` as an EnvError that names the environment."""
         which = f"environment {self._first + self.at} (seed {self._seeds[self.at]})"
         kind = "" if isinstance(error, EnvError) else f"{type(error).__name__}: "
-        return EnvError(f"{which} failed in {doing}: {kind}{error_text(error)}")
+        start = self.steps == 0 or doing == "step 1"
+        return (EnvStartError if start else EnvError)(f"{which} failed in {doing}: {kind}{error_text(error)}")
 
     def _put(self, i: int, obs: Any) -> None:  # noqa: ANN401 - an observation
         self._write(self._obs[i, ...], obs)
@@ -248,18 +285,56 @@ class EnvGroup:
         with contextlib.suppress(Exception):
             self.envs[i].close()
         self.envs[i] = self._makers[i]()
+        self._built[i] = self._constructed(self.envs[i])
         obs = self._reset(i, fresh_seed(int(self._seeds[i]), int(restarts[i])))
         write_truncation(self._arrays, i)
         self._put(i, obs)
 
+    def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Return the results of a method of each environment or wrapper, or the values of an attribute.
+
+        Raises:
+            EnvError: there is no such attribute, or the method fails.
+        """
+        results = []
+        for i, env in enumerate(self.envs):
+            try:
+                found = env.get_wrapper_attr(name)
+                results.append(found(*args, **kwargs) if callable(found) else found)
+            except Exception as error:
+                raise EnvError(
+                    f"environment {self._first + i} failed in call({name!r}): {cause_line(error)}."
+                ) from error
+        return results
+
+    def set_attr(self, name: str, values: Sequence[Any]) -> None:
+        """Set an attribute of each environment, in the wrapper that has it.
+
+        Raises:
+            EnvError: it can't be set.
+        """
+        for i, (env, value) in enumerate(zip(self.envs, values, strict=True)):
+            try:
+                env.set_wrapper_attr(name, value)
+            except Exception as error:
+                raise EnvError(f"environment {self._first + i} has no {name!r} to set: {cause_line(error)}.") from error
+
     def state(self) -> list[Any]:
-        """Return each environment's state as JSON-able values; empty if it can't be saved any longer."""
+        """Return each environment's state as JSON-able values; empty if it can't be saved any longer.
+
+        Of environments that restart, the state is their running moments.
+        """
+        if self._fault_policy.way == "restart":
+            return [moments_of(env) for env in self.envs]
         try:
-            if self._fault_policy.way == "exact":
-                return [state_of(env) for env in self.envs]
+            if self._log is None:
+                return [state_of(env, built) for env, built in zip(self.envs, self._built, strict=True)]
         except NotPlainError:  # the probe found plain data, but an attribute changed its type since
             return []
-        if self._log is None or self._log.too_long:
+        unchanged = (
+            built is None or built.all_unchanged(env) for env, built in zip(self.envs, self._built, strict=True)
+        )
+        if self._log.too_long or not all(unchanged):
             return []
         return [self._log.episode(i) for i in range(len(self.envs))]
 
@@ -276,6 +351,28 @@ class EnvGroup:
                 set_state(env, state)
             else:
                 self._put(i, replay_episode(env, state))
+
+    def load_moments(self, moments: Sequence[Any]) -> None:
+        """Restore each environment's running moments from `moments_of`; call before a reset.
+
+        Raises:
+            EnvError: of another environment.
+        """
+        for env, own in zip(self.envs, moments, strict=True):
+            if own:
+                set_state(env, own)
+
+
+def one_each(values: Any, n: int) -> list[Any]:  # noqa: ANN401 - any values
+    """Return the values of `set_attr` for N environments: a list or tuple as it is, anything else N times.
+
+    Raises:
+        EnvError: a list of another length.
+    """
+    each = list(values) if isinstance(values, (list, tuple)) else [values] * n
+    if len(each) != n:
+        raise EnvError(f"set_attr got {len(each)} values for {n} environments; give one value, or one for each.")
+    return each
 
 
 def _fitting(obs: _Array, dtype: np.dtype[Any]) -> _Array:
@@ -329,7 +426,7 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: their spaces aren't arrays.
         """
-        self.envs = [make() for make in env_fns]
+        self.envs = list(make_envs(dict(enumerate(env_fns))).values())
         first, self.num_envs, self.fault_policy = self.envs[0], len(self.envs), fault_policy
         self.spec = first.spec
         self.single_observation_space, self.single_action_space = first.observation_space, first.action_space
@@ -368,6 +465,18 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """See `EnvGroup.load`; returns the observations."""
         self._group.load(states)
         return self._arrays["obs"]
+
+    def load_moments(self, moments: Sequence[Any]) -> None:
+        """See `EnvGroup.load_moments`."""
+        self._group.load_moments(moments)
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """See `EnvGroup.call`."""
+        return tuple(self._group.call(name, args, kwargs))
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
+        """Set an attribute to one value for all environments, or to a list or tuple of one for each."""
+        self._group.set_attr(name, one_each(values, self.num_envs))
 
     def restart_messages(self) -> list[str]:
         """Return one line per environment restarted since the last call."""

@@ -158,6 +158,27 @@ class VecEnv(ABC):
         """
         raise EnvError(f"{type(self).__name__} can't resume: {self.resume_support.why}.")
 
+    def load_moments(self, saved: Mapping[str, Any]) -> None:  # noqa: B027 - an optional capability
+        """Restore the running moments of the user's own normalising wrappers; call before a reset."""
+
+    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """Return the results [N] of a method of each environment, or the values of an attribute.
+
+        Call it between iterations. What it changes takes effect from the next step on.
+
+        Raises:
+            EnvError: these environments can't be called.
+        """
+        raise EnvError(no_access(type(self).__name__, "call"))
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
+        """Set an attribute to one value for all environments, or to a list or tuple of one for each.
+
+        Raises:
+            EnvError: these environments have no attributes to set.
+        """
+        raise EnvError(no_access(type(self).__name__, "set_attr"))
+
     def restart_messages(self) -> Sequence[str]:
         """Return one line per failed and restarted environment or worker since the last call."""
         return ()
@@ -169,6 +190,11 @@ class VecEnv(ABC):
 
     def close(self) -> None:  # noqa: B027 - an optional capability
         """Release processes and windows."""
+
+
+def no_access(name: str, method: str) -> str:
+    """Return the message of a vector environment that lacks `call` or `set_attr`."""
+    return f"{method}: {name} gives no access to single environments; use vectorization sync, pool or async."
 
 
 def env_seeds(stream: np.random.SeedSequence, n_envs: int, rank: int = 0, size: int = 1) -> np.ndarray[Any, Any]:

@@ -12,14 +12,24 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.env_state import ResumeSupport, moments_in
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import VecEnv
-from fastppo.errors import EnvError
+from fastppo.errors import EnvError, EnvStartError
+from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT
 
 _Array = np.ndarray[Any, Any]
+
+
+def describe_dead(processes: Sequence[Any]) -> str:
+    """Return which of AsyncVectorEnv's workers died, after one of their pipes has closed."""
+    wait([p.sentinel for p in processes], timeout=1.0)  # a pipe closes shortly before its process exits
+    if any(p.exitcode == REIMPORTED for p in processes):
+        raise EnvStartError(REIMPORTED_TEXT)
+    dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(processes) if not p.is_alive()]
+    return f"the worker process of environment {', '.join(dead) or '?'} died"
 
 
 class AsyncVecEnv(GymnasiumVecEnv):
@@ -65,10 +75,8 @@ class AsyncVecEnv(GymnasiumVecEnv):
                 "vectorization=pool reports which one hangs, and where."
             ) from None
         except (EOFError, ConnectionError):  # the only trace of a dead worker
-            wait([p.sentinel for p in self._processes], timeout=1.0)  # its pipe closes shortly before it exits
-            dead = [f"{i} (exit code {p.exitcode})" for i, p in enumerate(self._processes) if not p.is_alive()]
             self._broken = True
-            raise EnvError(f"the worker process of environment {', '.join(dead) or '?'} died in a step.") from None
+            raise EnvError(f"{describe_dead(self._processes)} in a step.") from None
 
 
 class SerialVecEnv(GymnasiumVecEnv):
@@ -78,9 +86,9 @@ class SerialVecEnv(GymnasiumVecEnv):
 
     def state_dict(self) -> dict[str, Any]:
         """Return each environment's state and seeds, and which episodes ended in the last step."""
-        if self.resume_support.way == "restart":
-            return {}
         states = self.venv.env_states()
+        if self.resume_support.way == "restart":
+            return {"moments": states} if any(states) else {}
         if len(states) < self.n_envs:
             return {}
         seeds, restarts = (torch.from_numpy(x) for x in self.venv.seeding)
@@ -101,6 +109,11 @@ class SerialVecEnv(GymnasiumVecEnv):
                 raise EnvError("replaying the open episodes led to other observations.")
         else:
             restored[:] = obs.cpu().numpy()  # the final observation of an environment that fails in its first step
+
+    def load_moments(self, saved: Mapping[str, Any]) -> None:
+        """Restore the running moments of wrappers from any `state_dict()`; call before a reset."""
+        if states := saved.get("envs", saved.get("moments")):
+            self.venv.load_moments([moments_in(states[i % len(states)]) for i in range(self.n_envs)])
 
     def restart_messages(self) -> Sequence[str]:
         """Return one line per failed and restarted environment or worker since the last call."""

@@ -24,12 +24,14 @@ class Evaluation:
         cut: number of episodes that were cut after `max_steps`, with their return so far: without a time limit, a
             deterministic policy may never finish. An environment whose episode was cut plays no further ones.
         max_steps: maximum steps of an episode.
+        normalizers: wrappers of the environment whose running statistics began anew for this evaluation.
     """
 
     returns: list[float]
     lengths: list[int]
     cut: int = 0
     max_steps: int = Config.eval_max_steps
+    normalizers: tuple[str, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -38,10 +40,11 @@ class Evaluation:
 
     @property
     def remark(self) -> str:
-        """A remark on the episodes that were cut, or ""."""
-        if not self.cut:
-            return ""
-        return f"; {self.cut} of {len(self.returns)} episodes were cut after {self.max_steps:,} steps"
+        """Remarks on the episodes that were cut, and on the statistics of normalising wrappers; or ""."""
+        n = len(self.returns)
+        cut = f"; {self.cut} of {n} episodes were cut after {self.max_steps:,} steps" if self.cut else ""
+        fresh = f"; {' and '.join(self.normalizers)} began with fresh statistics" if self.normalizers else ""
+        return cut + fresh
 
     @property
     def std(self) -> float:
@@ -53,10 +56,21 @@ class EpisodePlayer:
     """Plays complete episodes in a vector environment; every call starts from the same seeds."""
 
     def __init__(
-        self, env: VecEnv, policy: Policy, device: torch.device, stream: np.random.SeedSequence, *, max_steps: int
+        self,
+        env: VecEnv,
+        policy: Policy,
+        device: torch.device,
+        stream: np.random.SeedSequence,
+        *,
+        max_steps: int,
+        normalizers: tuple[str, ...] = (),
     ) -> None:
-        """Play `policy`, which is on `device`, in `env`, seeded from `stream`; cut episodes after `max_steps`."""
-        self._env, self._policy, self._device, self._max_steps = env, policy, device, max_steps
+        """Play `policy`, which is on `device`, in `env`, seeded from `stream`; cut episodes after `max_steps`.
+
+        See `Evaluation` on `normalizers`.
+        """
+        self._env, self._policy, self._device = env, policy, device
+        self._max_steps, self._normalizers = max_steps, normalizers
         self._seeds = env_seeds(stream, env.n_envs)
         self._step: Callable[[Tensor], Step] | None = None
 
@@ -94,7 +108,8 @@ class EpisodePlayer:
                 length[i] = 0
             obs = step.obs
         kept = [episode for own, k in zip(played, quota, strict=True) for episode in own[:k]]
-        return Evaluation([r for r, _ in kept], [k for _, k in kept], cut, self._max_steps)
+        returns, lengths = [r for r, _ in kept], [k for _, k in kept]
+        return Evaluation(returns, lengths, cut, self._max_steps, self._normalizers)
 
     def close(self) -> None:
         """Close the environment."""

@@ -70,7 +70,14 @@ class PeriodicEvaluation:
         with contextlib.ExitStack() as undo:
             if world.is_main and eval_every is not None:
                 env = make_vec_env(env_info, min(eval_episodes, _MAX_ENVS), "sync")
-                self._player = EpisodePlayer(env, policy, device, seed_stream(seed, "eval"), max_steps=eval_max_steps)
+                self._player = EpisodePlayer(
+                    env,
+                    policy,
+                    device,
+                    seed_stream(seed, "eval"),
+                    max_steps=eval_max_steps,
+                    normalizers=env_info.normalizers,
+                )
                 undo.callback(self._player.close)
             if world.is_main and video_every is not None:
                 act = _greedy(policy, env_info.obs_spec, env_info.action_spec, device)

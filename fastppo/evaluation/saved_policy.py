@@ -129,8 +129,15 @@ def evaluate(
             raise ConfigError(f"{name}={value} must be at least 1.")
     saved, env_info, config = _open(Path(run), seed, make_env, policy, allow_import, best)
     n = env_info.vector.num_envs if env_info.vector else min(episodes, 8)
-    env, steps = make_vec_env(env_info, n, "sync"), max_steps or config.eval_max_steps
-    player = EpisodePlayer(env, saved.policy, saved.device, seed_stream(seed, "eval"), max_steps=steps)
+    env, stream = make_vec_env(env_info, n, "sync"), seed_stream(seed, "eval")
+    player = EpisodePlayer(
+        env,
+        saved.policy,
+        saved.device,
+        stream,
+        max_steps=max_steps or config.eval_max_steps,
+        normalizers=env_info.normalizers,
+    )
     try:
         return player(episodes, None if deterministic else saved._generator)
     finally:

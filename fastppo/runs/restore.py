@@ -122,6 +122,11 @@ def restore(
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
         else:
             reason = f"{saved['world_size']} processes trained before, {world.size} now"
+        try:
+            source = shared if own_state is None else own_state[0]
+            env.load_moments(source.part("env") if "env" in source.values else {})
+        except EnvError as error:
+            reason = f"{reason}; {error}"
         _begin_new_episodes(config, iteration, parts, env, obs, world)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} doesn't fit this run ({type(error).__name__}: {error}).") from None

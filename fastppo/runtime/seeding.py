@@ -36,6 +36,16 @@ def generator(seed: int, use: str, device: torch.device, rank: int = 0, offset: 
     return torch.Generator(device).manual_seed(state >> 1)
 
 
+def global_states() -> dict[str, bytes]:
+    """Return the state of each module's global random stream, to find out whether code draws from it."""
+    _, words, *rest = np.random.get_state()  # noqa: NPY002 - the global state is meant
+    return {
+        "numpy": np.asarray(words).tobytes() + repr(rest).encode(),
+        "random": repr(random.getstate()).encode(),
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+
+
 class GlobalRandomState:
     """The global random states of torch, numpy and Python. Training draws from none of them; user code may."""
 

@@ -131,7 +131,7 @@ def test_the_probe_tells_exact_replay_and_restart_apart():
     def broken():
         raise RuntimeError("no display")
 
-    assert probe_resume_support(broken) == ("restart", "the probe failed: RuntimeError: no display")
+    assert probe_resume_support(broken)[:2] == ("restart", "the probe failed: RuntimeError: no display")
 
 
 def test_unfinished_episodes_are_replayed():

@@ -169,7 +169,7 @@ def test_observations_are_copied_when_an_environment_reuses_its_buffer():
 def test_a_vector_environment_is_refused_when_its_environments_reuse_their_buffer():
     space = spaces.Box(-1, 1, (3,), np.float32)
     venv = SyncVectorEnv([lambda: Spaces(space, spaces.Discrete(2), True)], autoreset_mode=AutoresetMode.SAME_STEP)
-    with pytest.raises(EnvError, match="one and the same array"):
+    with pytest.raises(EnvError, match="overwrite observations that they returned before"):
         make_vec_env(inspect_env("custom", {}, lambda: venv), 1, "sync")
 
 

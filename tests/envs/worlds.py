@@ -1,0 +1,168 @@
+"""Environments as users write them, mistakes included. Imports no torch, so that workers start fast."""
+
+import random
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+
+class Steps(gym.Env):
+    """Observes (steps since the reset, number of the episode); episode k has the length and the end of `ends[k]`."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, ends=((5, False),)):
+        self.ends, self.episode = ends, -1
+
+    def _obs(self):
+        return np.array([self.steps, self.episode], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.steps = self.episode + 1, 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.steps += 1
+        length, truncated = self.ends[min(self.episode, len(self.ends) - 1)]
+        over = self.steps >= length
+        return self._obs(), 1 + self.steps / 10, over and not truncated, over and truncated, {}
+
+
+class Table(Steps):
+    """Walks through `rows` numbers that the constructor makes; `scribbles` changes them in each step."""
+
+    def __init__(self, rows=200_000, scribbles=False, plain=True):
+        super().__init__(((5, False), (9, True)))
+        self.prices, self.scribbles = np.arange(rows, dtype=np.float64), scribbles
+        self.nested = {"low": [np.zeros(rows)], "name": "prices"}
+        if not plain:
+            self.helper = object()
+
+    def step(self, action):
+        if self.scribbles:
+            self.prices[self.steps] += 1.5
+        obs, reward, *rest = super().step(action)
+        return obs, reward + self.prices[self.steps], *rest
+
+
+class GlobalDice(Steps):
+    """Observes a number of numpy's and one of Python's global stream."""
+
+    def _obs(self):
+        return np.array([np.random.random(), random.random()], np.float32)
+
+
+class FixedDice(Steps):
+    """Draws from a generator that the constructor makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+
+    def _obs(self):
+        return np.array([self.steps, self.rng.random()], np.float32)
+
+
+class Helper:
+    def __init__(self):
+        self.dice = random.Random(3)
+
+
+class HelperDice(Steps):
+    """As FixedDice, with the generator in another object."""
+
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper()
+
+    def _obs(self):
+        return np.array([self.steps, self.helper.dice.random()], np.float32)
+
+
+class IgnoresSeed(Steps):
+    """Seeds Gymnasium's own generator with one number."""
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=5)
+        return np.array([0, self.np_random.random()], np.float32), {}
+
+
+class FixedMap(Steps):
+    """Draws a map in the constructor, and nothing later; episodes are the same under every seed, as they should be."""
+
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(0)
+        self.map = self.rng.random(5)
+
+
+class Unrepeatable(Steps):
+    """Can be resumed neither exactly nor by a replay."""
+
+    def _obs(self):
+        return np.array([self.steps, np.random.default_rng().random()], np.float32)
+
+
+class OwnArray(Steps):
+    """Returns its own array from a step, and a copy from a reset, which overwrites the array."""
+
+    def __init__(self):
+        super().__init__(((4, True),))
+        self.array = np.zeros(2, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.array[:] = obs
+        return self.array.copy(), info
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        self.array[:] = obs
+        return self.array, *rest
+
+
+class LateArray(OwnArray):
+    """As OwnArray, in a way that the start-up check can't see: only the last step of an episode returns it."""
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        return (obs if truncated else obs.copy()), reward, terminated, truncated, info
+
+
+class Level(Steps):
+    level = 1
+
+    def harder(self, by=1):
+        self.level += by
+        return self.level
+
+
+class OldReset(Steps):
+    def reset(self):
+        return super().reset()[0]
+
+
+class OldStep(Steps):
+    def step(self, action):
+        obs, reward, terminated, _, info = super().step(action)
+        return obs, reward, terminated, info
+
+
+class OldResult(Steps):
+    def reset(self, *, seed=None, options=None):
+        return super().reset(seed=seed)[0]
+
+
+class BrokenStep(Steps):
+    def step(self, action):
+        return {}["speed"]
+
+
+class NoSingleSpaces(gym.vector.VectorEnv):
+    """As SuperSuit's vector environments: spaces of one environment, under other names."""
+
+    num_envs = 2
+    observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
