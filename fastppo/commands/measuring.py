@@ -57,6 +57,10 @@ class Bench(Train):
         """Return the checked settings of each point."""
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough on an idle machine.")
+        if not self.n_envs:
+            raise ConfigError("--n-envs needs at least one value, such as 1 8 64.")
+        if not self.vectorization:
+            raise ConfigError("--vectorization needs at least one value, such as sync pool.")
         pool = {"workers": self.workers, "half_batches": self.half_batches}
         for name, value in pool.items():
             if value and "pool" not in self.vectorization:
@@ -174,7 +178,9 @@ class Study(Train):
             raise ConfigError(f"jobs={self.jobs} must be at least 1; nearest valid value: 1.")
         if self.seeds < 1:
             raise ConfigError(f"seeds={self.seeds} must be at least 1; use 5 for a useful interval.")
-        if (smallest := min(self.n_envs, default=1)) < 1:
+        if not self.n_envs:
+            raise ConfigError("--n-envs needs at least one value, such as 4 16 64.")
+        if (smallest := min(self.n_envs)) < 1:
             raise ConfigError(f"n_envs={smallest} must be at least 1; nearest valid value: 1.")
         check_early(base)
         from fastppo.analysis import study, study_report

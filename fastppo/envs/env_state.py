@@ -306,7 +306,7 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], steps: int) -> ResumeSupport
     env.close()
     if state is not None:
         if _twins_outputs(make, lambda twin: set_state(twin, state), actions[steps:]) == after:
-            return ResumeSupport("exact", "its state is plain data, and a copy behaves identically")
+            return ResumeSupport("exact", "environment state can be saved")
         why = "a copy of its attributes behaves differently"
     if _twins_outputs(make, lambda twin: replay_episode(twin, episode), actions[steps:]) == after:
         return ResumeSupport("replay", f"{why}, but replaying an episode's actions restores it")
@@ -371,7 +371,7 @@ def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], st
     except Exception as error:
         return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
     if outs[0] == outs[1]:
-        return ResumeSupport("exact", "its state is plain data, and a copy behaves identically")
+        return ResumeSupport("exact", "environment state can be saved")
     return ResumeSupport("restart", "a copy of its attributes behaves differently")
 
 

@@ -62,8 +62,8 @@ class ConsoleSink:
 
 
 def compact(number: int) -> str:
-    """Return a number >= 0 in at most five characters, up to 10^15: 999, 1.5k, 105k, 3.0M."""
-    scaled, units = float(number), iter(("", "k", "M", "G", "T"))
+    """Return a number >= 0 in at most five characters, below 10^18: 999, 1.5k, 105k, 3.0M."""
+    scaled, units = float(number), iter(("", "k", "M", "G", "T", "P"))
     unit = next(units)
     while round(scaled) >= 1000:
         scaled, unit = scaled / 1000, next(units)
