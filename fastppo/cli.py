@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 import os
+import shutil
 import sys
 import traceback
-import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
+import fastppo
 from fastppo.commands.checking import Replay, VerifyEnv, VerifyResume
+from fastppo.commands.console import discard_stdout
 from fastppo.commands.flags import Form, flag, form
 from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
 from fastppo.config import ALIASES, TYPES, Config, load_toml
 from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError
+from fastppo.runtime.console import wrap_words
 
 _Settings = TypeVar("_Settings", bound=Train)
+
+_HELP_UNREAD = 141  # as shells report a process that SIGPIPE ended
 
 COMMANDS: dict[str, type] = {
     "train": Train,
@@ -39,15 +46,43 @@ COMMANDS: dict[str, type] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C.
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 
-    `--debug`, which every command takes, prints the traceback of an error.
+
+@_REGISTRY.primitive_rule
+def _whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Parse every integer of the command line; one that may be None too, so that no message speaks of None."""
+    if info.type not in (int, int | None):
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda arguments: _whole_number(arguments[0]),
+        is_instance=lambda value: value is None or isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    0; 2 for a user's mistake; 130 after Ctrl-C; 141 if the reader of the help text has gone, as in `--help | head`. A
+    command that is running ignores such a reader: its work continues without output. `--debug`, which every command
+    takes, prints the traceback of an error.
     """
+    _open_missing_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        return parse([argument for argument in given if argument != "--debug"])()
+        command = _parse_and_flush([argument for argument in given if argument != "--debug"])
+        return _HELP_UNREAD if command is None else command()
     except FastPPOError as error:
         # an environment's own error after the start, whose place in its code would be lost with the run
         in_training = isinstance(error, EnvError) and not isinstance(error, EnvStartError)
@@ -59,39 +94,91 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(cause if plain else "".join(traceback.format_exception(cause)), file=sys.stderr)
         rank = os.environ.get("RANK")
         where = f"process {rank}: " if rank is not None else ""
-        print(f"{where}{type(error).__name__}: {error}", file=sys.stderr)
+        message = f"{where}{type(error).__name__}: {error}"
+        if sys.stderr.isatty():
+            message = wrap_words(message, shutil.get_terminal_size().columns)
+        print(message, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def _open_missing_streams() -> None:
+    """Replace closed standard streams, whose descriptors the next opened files would get, and their output with it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the life of the process
+
+
+def _parse_and_flush(arguments: Sequence[str]) -> Callable[[], int] | None:
+    """Return `parse(arguments)`; None if nobody reads the help that it prints."""
+    try:
+        try:
+            return parse(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()
+        return None
+
+
 def parse(arguments: Sequence[str]) -> Callable[[], int]:
     """Return the command that the arguments ask for, ready to call.
 
     Raises:
-        ConfigError: the file that --config names can't be used.
+        ConfigError: no such command, or the file that --config names can't be used.
         SystemExit: the parser refused the arguments, or printed help.
     """
-    subcommands: list[Any] = []
-    forms: dict[type[Form], type[Train]] = {}
-    for name, kind in COMMANDS.items():
-        if issubclass(kind, Train):
-            default = form(_defaults(kind, arguments))
-            forms[type(default)] = kind
-            marker = tyro.conf.subcommand(name, default=default, description=kind.__doc__)
-            subcommands.append(Annotated[type(default), marker])
-        else:
-            subcommands.append(Annotated[kind, tyro.conf.subcommand(name)])
-    any_of: Any = typing.Union[tuple(subcommands)]  # noqa: UP007 - a union of a list
+    name, *rest = arguments or ("",)
+    if name in ("-h", "--help", "--version"):
+        print(f"fastppo {fastppo.__version__}" if name == "--version" else _overview())
+        raise SystemExit(0)
+    if name not in COMMANDS:
+        raise ConfigError(_no_command(name))
+    kind = COMMANDS[name]
+    # the parser sees the flags of this command alone, so that a typo suggests no other command's
+    default = form(_defaults(kind, rest)) if issubclass(kind, Train) else None
     parsed: Any = tyro.cli(
-        any_of,
-        prog="fastppo",
-        description="A vectorised, high-throughput PPO trainer. Every command takes --debug: tracebacks of errors.",
-        args=_normalise(arguments),
+        kind if default is None else type(default),
+        default=tyro.MISSING_NONPROP if default is None else default,
+        prog=f"fastppo {name}",
+        description=inspect.cleandoc(kind.__doc__ or ""),
+        args=_normalise(rest),
+        registry=_REGISTRY,
     )
-    command: Callable[[], int] = forms[type(parsed)](**parsed.values()) if isinstance(parsed, Form) else parsed
+    command: Callable[[], int] = kind(**parsed.values()) if isinstance(parsed, Form) else parsed
     return command
+
+
+def _overview() -> str:
+    """Return the help text of `fastppo` itself: the commands, each with the first line of its docstring."""
+    width, column = shutil.get_terminal_size().columns, max(map(len, COMMANDS)) + 4
+    lines = [f"  {name:<{column - 2}}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastppo COMMAND [FLAGS]",
+            "",
+            "A vectorised, high-throughput PPO trainer.",
+            "",
+            "commands:",
+            wrap_words("\n".join(lines), width, " " * column),
+            "",
+            "fastppo COMMAND --help explains its flags; fastppo --version prints the version.",
+            "Every command takes --debug: it prints the traceback of an error.",
+        ]
+    )
+
+
+def _no_command(name: str) -> str:
+    """Return the message for arguments that begin with `name` instead of a command."""
+    names = ", ".join(COMMANDS)
+    if not name:
+        return f"a command is missing; use one of {names}."
+    if name.startswith("-"):
+        return f"{name} stands before the command; begin with one of {names}, as in `fastppo train {name}`."
+    near = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"there is no command {name!r}; " + (f"did you mean {near[0]}?" if near else f"use one of {names}.")
 
 
 def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:

@@ -12,10 +12,10 @@ from torch import nn
 
 from fastppo.config import CHOSEN_AT_START, Config
 from fastppo.envs.make_envs import Maker
-from fastppo.errors import CheckpointError, ConfigError
+from fastppo.errors import ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
 from fastppo.runs.open_run import open_run, read_config
-from fastppo.runs.run_dir import RunLock, find_run
+from fastppo.runs.run_dir import RunLock, check_run_folder, find_run
 from fastppo.runtime.console import print_line
 from fastppo.trainer import Trainer
 
@@ -45,8 +45,7 @@ def resume(
         ConfigError, EnvError: see their texts.
     """
     run_dir = Path(run)
-    if not run_dir.is_dir():
-        raise CheckpointError(f"{run_dir} is not a folder; name a run folder, as train prints it.")
+    check_run_folder(run_dir)
     _clean_up_unless_locked(run_dir)
     path, problems = newest_checkpoint(run_dir)
     config = open_run(path, make_env, allow_import)

@@ -25,8 +25,8 @@ LAYERS = {
     "resume_run.py": 8,
     "analysis": 9,
     "commands": 10,
+    "__init__.py": 10,
     "cli.py": 11,
-    "__init__.py": 11,
     "__main__.py": 12,
 }
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -1,6 +1,7 @@
 """Settings: metadata, defaults, presets, files, help, and the message for each mistake."""
 
 import dataclasses
+import json
 import re
 import runpy
 import subprocess
@@ -11,7 +12,8 @@ from typing import get_args
 
 import pytest
 
-from fastppo.cli import COMMANDS, parse
+import fastppo
+from fastppo.cli import COMMANDS, main, parse
 from fastppo.commands.flags import flag, help_texts
 from fastppo.config import (
     CHANGES_RESULTS,
@@ -243,7 +245,7 @@ MISTAKES = {
     "acting elsewhere": ("--vectorization tensor --act-device cpu", "these environments run on the training device"),
     "run folder in use": ("--run-dir {tmp}", "is not empty and runs are never overwritten"),
     "run folder through a file": ("--run-dir {tmp}/run.toml/x", "is a file or is below one; name a new folder"),
-    "no such run": ("--init-from {tmp}/nothing", "holds no saved model"),
+    "no such run": ("--init-from {tmp}/nothing", "is not a run folder (there is no such folder)"),
     "no config file": ("--config {tmp}/nothing.toml", "can't be read (No such file or directory)"),
     "config no TOML": ("--config {tmp}/bad.toml", "not TOML"),
     "unknown key": ("--config {tmp}/run.toml", "unknown setting 'n_env'; did you mean n_envs?"),
@@ -265,16 +267,15 @@ MISTAKES = {
     "unknown flag": ("--n-env 3", "Perhaps you meant"),
     "alias": ("--num-envs 0", "n_envs=0 must be at least 1"),
     "alias with equals sign": ("--num-envs=0", "n_envs=0 must be at least 1"),
-    "flag's type": ("--n-envs many", "invalid"),
-    "flag's choice": ("--vectorization fast", "invalid choice 'fast'"),
+    "flag's type": ("--n-envs many", "n_envs='many' must be int"),
+    "flag's choice": ("--vectorization syn", "pool or native or envpool or tensor; did you mean sync?"),
+    "optional flag's choice": ("--value-clip maxi", "must be off or max or clipped_only; did you mean max?"),
 }
 
 
 @pytest.fixture
 def said(capsys, monkeypatch, tmp_path):
     """The command line, run in this process (torch takes seconds to import): its exit status and what it said."""
-    from fastppo.cli import main
-
     monkeypatch.chdir(tmp_path)
 
     def run(arguments):
@@ -313,7 +314,20 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval", "nowhere"], "nowhere holds no saved model"),
+        (["eval", "nowhere"], "nowhere is not a run folder (there is no such folder)"),
+        (["resume", "nowhere", "--total-timesteps", "many"], "'many' is not a whole number"),
+        (["resume", "nowhere"], "nowhere is not a run folder"),
+        (["report", "."], ". is not a run folder (it holds no config.json"),
+        (["diff", "nowhere", "."], "nowhere is not a run folder"),
+        (["export", "nowhere"], "nowhere is not a run folder"),
+        (["replay", "."], "holds no NaN dump (capsule.json is missing)"),
+        (["verify-env", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
+        (["doctor", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
+        (["verify-resume", "--n-minibatches", "3"], "n_minibatches=3 does not divide the batch of 512"),
+        (["study", "--n-minibatches", "3"], "n_minibatches=3 does not divide the batch of 512"),
+        (["study", "--seeds", "0"], "seeds=0 must be at least 1"),
+        (["study", "--n-envs", "4", "0"], "n_envs=0 must be at least 1"),
+        (["study", "--jobs", "many"], "'many' is not a whole number"),
         (["eval", "nowhere", "--episodes", "0"], "episodes=0 must be at least 1"),
         (["eval"], "Missing from fastppo eval"),
         (["bench", "--seconds", "0"], "seconds=0.0 must be greater than 0"),
@@ -321,14 +335,77 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
         (["bench", "--workers", "2", "--vectorization", "sync"], "workers needs the pool; add pool to"),
         (["bench", "--env-id", "CartPol-v1"], "did you mean CartPole-v1?"),
         (["bench", "--vectorization", "fast"], "invalid choice 'fast'"),
-        ([], "Expected one of {train, bench, st"),
-        (["trian"], "trian"),
+        (["bench", "--n-envs"], "--n-envs needs at least one value"),
+        (["bench", "--vectorization"], "--vectorization needs at least one value"),
+        (["study", "--n-envs"], "--n-envs needs at least one value"),
+        (["bench", "--n-minibatches", "3"], "does not divide the batch of 128 (n_envs=1 x n_steps=128)"),
+        ([], "a command is missing; use one of train, bench"),
+        (["trian"], "did you mean train?"),
+        (["xyz"], "there is no command 'xyz'; use one of train"),
+        (["--n-envs", "3"], "--n-envs stands before the command"),
     ],
 )
 def test_mistakes_beside_training(arguments, message, said):
     status, lines = said(arguments)
     assert status == 2
     assert message in lines
+    assert "None" not in lines
+
+
+def test_mistakes_are_answered_without_torch(tmp_path):
+    """Its import takes seconds."""
+    script = """
+import json, sys
+from fastppo.cli import main
+for arguments in json.load(sys.stdin):
+    try:
+        status = main(arguments)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2, arguments
+    assert "torch" not in sys.modules, arguments
+"""
+    mistakes = [
+        ["train", "--env-id", "CartPol-v1"],
+        ["train", "--env-id", "no_such_module:Env-v0"],
+        ["train", "--n-minibatches", "3"],
+        ["train", "--env-id", "Pendulum-v1", "--n-steps", "1000"],  # fits the defaults of other kinds
+        ["train", "--gamma", "2"],
+        ["train", "--env-kwargs", '{"no_such_argument": 1}'],
+        ["train", "--run-dir", str(tmp_path.parent)],
+        ["train", "--init-from", "x"],
+        *([command, "--env-id", "X-v0"] for command in ("doctor", "verify-env", "bench", "study", "verify-resume")),
+        *([command, "x"] for command in ("eval", "resume", "report", "export", "replay")),
+        ["diff", "x", "y"],
+    ]
+    text = json.dumps(mistakes)
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=text, capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("runs"))
+
+
+def test_a_typo_suggests_flags_of_its_own_command(said):
+    for command in ("train", "bench", "study"):
+        status, lines = said([command, "--n-evns", "3"])
+        assert status == 2
+        assert lines.count("--n-envs INT") == 1, lines
+        assert "in fastppo" not in lines
+
+
+def test_version_and_overview(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (["--version"], ["--help"], ["-h"]):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 80
+        if arguments == ["--version"]:
+            assert text == f"fastppo {fastppo.__version__}\n"
+        else:
+            assert all(re.search(rf"^  {name} +\w", text, re.M) for name in COMMANDS)
 
 
 def test_a_mistake_is_one_line_from_the_shell_too(tmp_path):

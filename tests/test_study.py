@@ -50,8 +50,6 @@ def test_the_reward_threshold_is_a_target(tmp_path):
     ("n_envs", "seeds", "text"),
     [
         ((5,), 1, "n_envs=5 does not divide the common batch of 512; use 2, 4, 8,"),
-        ((0,), 1, "n_envs=0 must be at least 1"),
-        ((4,), 0, "seeds=0 must be at least 1"),
         ((512,), 1, None),
     ],
 )

@@ -18,6 +18,7 @@ from fastppo.errors import CheckpointError
 from fastppo.monitoring.health import HealthFinding, History, check_health
 from fastppo.monitoring.sinks.jsonl import read_rows
 from fastppo.monitoring.update_samples import UpdateSample, read_samples
+from fastppo.runs.run_dir import check_run_folder
 
 _Array = np.ndarray[Any, Any]
 
@@ -152,12 +153,10 @@ def read_run(run_dir: Path) -> RunData:
     Raises:
         CheckpointError: it is not a run folder.
     """
+    check_run_folder(run_dir)
     config = _read_json(run_dir / "config.json")
     if not config:
-        missing = "" if run_dir.is_dir() else " (there is no such folder)"
-        nested = next(run_dir.glob("runs/*/config.json"), None) if run_dir.is_dir() else None
-        hint = f" Its runs are in {run_dir / 'runs'}." if nested else ""
-        raise CheckpointError(f"{run_dir} is not a run folder{missing}: it has no readable config.json.{hint}")
+        raise CheckpointError(f"{run_dir} is not a run folder: it has no readable config.json.")
     columns, returns, return_axes, damaged = _read_metrics(run_dir)
     samples = read_samples(run_dir / "samples")
     if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):

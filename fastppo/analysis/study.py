@@ -125,16 +125,14 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
 
     Args:
         base: settings of all runs; target_return may be "threshold".
-        n_envs: values to compare.
-        seeds: number of seeds per n_envs; they are 1 to `seeds`.
+        n_envs: values to compare, each at least 1.
+        seeds: number of seeds per n_envs, at least 1; they are 1 to `seeds`.
         hold: "batch": the batch is the same and n_steps follows from n_envs; "n_steps": n_steps is the same.
         folder: folder of the study.
 
     Raises:
         ConfigError: there is no target, or an n_envs does not divide the batch.
     """
-    if seeds < 1:
-        raise ConfigError(f"seeds={seeds} must be at least 1; use 5 for a useful interval.")
     env_info, device = inspect_env(base.env_id, base.env_kwargs), choose_device(base.device)
     resolved = _resolve(dataclasses.replace(base, n_envs=None), env_info, device)
     target = target_of(resolved)
@@ -144,8 +142,6 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     parameters = _count_parameters(resolved, env_info)
     configs, cores = [], 1
     for n in dict.fromkeys(n_envs):
-        if n < 1:
-            raise ConfigError(f"n_envs={n} must be at least 1.")
         n_steps = _steps_for(n, resolved.batch_size) if hold == "batch" else resolved.n_steps
         for seed in range(1, seeds + 1):
             config = dataclasses.replace(

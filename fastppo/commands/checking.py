@@ -11,7 +11,7 @@ import tyro
 from fastppo.commands.console import open_console, print_checks
 from fastppo.commands.training import Train
 from fastppo.config import EnvKwargs
-from fastppo.errors import ConfigError
+from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runtime.console import print_line
 
 
@@ -32,6 +32,9 @@ class VerifyEnv:
         """Print the checks and return 1 if one failed, else 0."""
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1; nearest valid value: 1.")
+        from fastppo.envs.factory import find_spec
+
+        find_spec(self.env_id)  # before the import of torch
         from fastppo.analysis.verify_env import verify_env
 
         return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment passes all checks")
@@ -57,7 +60,10 @@ class VerifyResume(Train):
             raise ConfigError(
                 f"iterations={self.iterations} leaves no iteration to interrupt after; nearest valid value: 2."
             )
+        from fastppo.builders.early_checks import check_early
+
         config = self.settings()
+        check_early(config)
         from fastppo.analysis.verify_resume import verify_resume
 
         return print_checks(verify_resume(config, self.iterations), "a resumed run is the same run")
@@ -72,6 +78,10 @@ class Replay:
 
     def __call__(self) -> int:
         """Print the first tensor that is not finite and return 1, or 0 if all are finite."""
+        if not (self.capsule / "capsule.json").is_file():
+            raise CheckpointError(
+                f"{self.capsule} holds no NaN dump (capsule.json is missing); name the capsule-... folder of a run."
+            )
         from fastppo.analysis.nan_replay import replay
 
         found, console = replay(self.capsule), open_console()

@@ -9,12 +9,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from fastppo.runtime.console import print_line
+from fastppo.runtime.console import print_line, wrap_words
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from fastppo.analysis.checks import CheckResult
+
+_UNWRAPPED = 10_000  # columns, more than any table has
 
 
 class _Stdout:
@@ -39,33 +41,40 @@ class _Stdout:
             self._silence("")
 
     def _silence(self, text: str) -> int:
-        # redirect the descriptor itself, so that Python's flush at exit doesn't fail either
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), self._file.fileno())
+        discard_stdout()
         return len(text)
 
 
+def discard_stdout() -> None:
+    """Discard further standard output."""
+    # redirect the descriptor itself, so that Python's flush at exit doesn't fail either
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
 def open_console() -> Console:
-    """Return a console on standard output, which may close before the program ends."""
+    """Return a console on standard output, which may close before the program ends; in a pipe or file nothing wraps."""
     from rich.console import Console
 
-    return Console(file=cast("IO[str]", _Stdout()))
+    file = cast("IO[str]", _Stdout())
+    console = Console(file=file)
+    return console if console.is_terminal else Console(file=file, width=_UNWRAPPED)
 
 
 def print_checks(findings: Iterable[CheckResult], good: str) -> int:
     """Print each check once it is known, then a summary (`good` if all passed); return 1 if one failed, else 0."""
-    from rich.markup import escape
+    from rich.text import Text
 
     console, bad, noted = open_console(), 0, 0
-    colours = {"ok": "green", "note": "yellow", "bad": "red"}
+    colours, indent = {"ok": "green", "note": "yellow", "bad": "red"}, " " * 22
     for finding in findings:
         bad += finding.state == "bad"
         noted += finding.state == "note"
-        advice = f"\n{'':22}{finding.advice}" if finding.advice else ""
-        text = f"{finding.name:<16} {finding.value}{advice}"
-        console.print(
-            f"[{colours[finding.state]}]{finding.state:<4}[/] {escape(text)}", highlight=False, soft_wrap=True
-        )
+        advice = f"\n{indent}{finding.advice}" if finding.advice else ""
+        lines = f"{finding.state:<4} {finding.name:<16} {finding.value}{advice}"
+        text = Text(wrap_words(lines, console.width, indent) if console.is_terminal else lines)
+        text.stylize(colours[finding.state], 0, len(finding.state))
+        console.print(text, soft_wrap=True)
     notes = f"; see the {noted} notes above" if noted > 1 else "; see the note above" if noted else ""
     print_line(console, "problems found, see above" if bad else good + notes)
     return 1 if bad else 0

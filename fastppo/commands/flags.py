@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -60,12 +61,42 @@ def form(command: Config) -> Form:
             metavar=None if fields is own else placeholder(name) or None,
             prefix_name=fields is own,
         )
+        if fields is not own and (spec := _scalar(plain, placeholder(name))) is not None:
+            data.append(spec)
         fields[name] = Annotated[plain, argument, *data]  # a command's own annotations win over ours
     for section, fields in sections.items():
         name = section.replace(" ", "_")
         values[name] = _make(name, fields, values)
         own[name] = Annotated[type(values[name]), tyro.conf.arg(name=section)]
     return _make(type(command).__name__, own, values)
+
+
+def _scalar(hint: object, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Return how to read a setting that is one number, choice, text or path; None for other settings.
+
+    Text that is none of these goes to `Config` as it is, whose messages are one line and name valid values.
+    """
+    union = get_origin(hint) in (types.UnionType, typing.Union)
+    options = set(get_args(hint)) if union else {hint}
+    if not all(x in (int, float, str, Path, types.NoneType) or get_origin(x) is Literal for x in options):
+        return None
+    numbers = [kind for kind in (int, float) if kind in options] + ([float] if int in options else [])
+
+    def read(text: str) -> object:
+        if text == "None" and types.NoneType in options:
+            return None
+        for kind in numbers:
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return Path(text) if Path in options else text
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda arguments: read(arguments[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def _make(name: str, fields: dict[str, Any], values: dict[str, Any]) -> Form:

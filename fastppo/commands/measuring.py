@@ -57,6 +57,10 @@ class Bench(Train):
         """Return the checked settings of each point."""
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough on an idle machine.")
+        if not self.n_envs:
+            raise ConfigError("--n-envs needs at least one value, such as 1 8 64.")
+        if not self.vectorization:
+            raise ConfigError("--vectorization needs at least one value, such as sync pool.")
         pool = {"workers": self.workers, "half_batches": self.half_batches}
         for name, value in pool.items():
             if value and "pool" not in self.vectorization:
@@ -74,7 +78,11 @@ class Bench(Train):
 
     def __call__(self) -> int:
         """Measure every point, print tables and write files; return 1 if every point failed, else 0."""
+        from fastppo.builders.early_checks import check_early
+
         configs = self.points()
+        for config in configs:
+            check_early(config)  # before the import of torch, and once, not at every point
         from fastppo.analysis import bench, bench_report
         from fastppo.envs.auto_vectorization import env_key, remember
         from fastppo.envs.make_envs import inspect_env
@@ -82,7 +90,7 @@ class Bench(Train):
         from fastppo.runs.system_info import system_info
         from fastppo.runtime.device import choose_device, machine_name
 
-        env_name = inspect_env(self.env_id, self.env_kwargs).name  # fail here once, not at every point
+        env_name = inspect_env(self.env_id, self.env_kwargs).name
         about = system_info(choose_device(self.device))
         folder = create_run_dir(self.run_dir, env_name, self.name, self.seed)
         console, points = open_console(), list[bench.Point]()
@@ -111,7 +119,7 @@ class Bench(Train):
             for point in best.values():
                 saved = remember(env_key(env_name, self.env_kwargs), machine_name(), point.n_envs, point.choice())
             print_line(console, f"saved:   {saved}, for train --vectorization auto")
-        print_line(console, f"page:    {page}")
+        print_line(console, f"page:    {page}", wrap=False)
         return 0
 
 
@@ -128,6 +136,9 @@ class Doctor:
         """Print the checks and return 1 if one failed, else 0."""
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough.")
+        from fastppo.envs.factory import find_spec
+
+        find_spec(self.env_id)
         from fastppo.analysis.doctor import examine
 
         return print_checks(examine(self.env_id, self.seconds), "this machine can train")
@@ -160,9 +171,18 @@ class Study(Train):
 
     def __call__(self) -> int:
         """Run what is left of the study, print a recommendation and write files; return 1 if a run failed, else 0."""
+        from fastppo.builders.early_checks import check_early
+
         base = self.settings(n_envs=None, run_dir=None)
         if self.jobs is not None and self.jobs < 1:
             raise ConfigError(f"jobs={self.jobs} must be at least 1; nearest valid value: 1.")
+        if self.seeds < 1:
+            raise ConfigError(f"seeds={self.seeds} must be at least 1; use 5 for a useful interval.")
+        if not self.n_envs:
+            raise ConfigError("--n-envs needs at least one value, such as 4 16 64.")
+        if (smallest := min(self.n_envs)) < 1:
+            raise ConfigError(f"n_envs={smallest} must be at least 1; nearest valid value: 1.")
+        check_early(base)
         from fastppo.analysis import study, study_report
 
         folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
@@ -186,7 +206,7 @@ class Study(Train):
         page = study_report.write_page(folder, self.env_id, plan, settings)
         console.print(study_report.terminal_table(settings))
         print_line(console, study.recommend(settings, plan.target))
-        print_line(console, f"page:    {page}")
+        print_line(console, f"page:    {page}", wrap=False)
         return 1 if failures else 0
 
 

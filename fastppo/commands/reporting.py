@@ -10,6 +10,7 @@ import tyro
 
 from fastppo.commands.console import open_console
 from fastppo.commands.training import RunFolder
+from fastppo.runs.run_dir import check_run_folder
 from fastppo.runtime.console import print_line
 
 _Runs = Annotated[
@@ -29,6 +30,8 @@ class Report:
 
     def __call__(self) -> int:
         """Write the page and print its health findings."""
+        for run_dir in self.runs:
+            check_run_folder(run_dir)
         from fastppo.analysis.report import report
 
         console = open_console()
@@ -37,7 +40,7 @@ class Report:
                 print_line(console, f"{run.label}: {problem}")
             for finding, first, latest in run.findings:
                 print_line(console, f"{run.label}, {run.step_range(first, latest)}: {finding}")
-        print_line(console, f"page:    {self.output}")
+        print_line(console, f"page:    {self.output}", wrap=False)
         return 0
 
 
@@ -52,6 +55,8 @@ class Diff:
 
     def __call__(self) -> int:
         """Print tables of differences, and where figures and returns diverge."""
+        for run_dir in (self.run_a, self.run_b):
+            check_run_folder(run_dir)
         from rich.table import Table
         from rich.text import Text
 
@@ -100,8 +105,9 @@ class Export:
 
     def __call__(self) -> int:
         """Write the file and print its path."""
+        check_run_folder(self.run)
         from fastppo.evaluation.export import export
 
         path = export(self.run, self.output, self.format)
-        print_line(open_console(), f"policy:  {path}")
+        print_line(open_console(), f"policy:  {path}", wrap=False)
         return 0

@@ -14,6 +14,7 @@ import tyro
 from fastppo.commands.console import open_console, program
 from fastppo.config import Config, differences_from_defaults
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
+from fastppo.runs.run_dir import check_run_folder
 from fastppo.runtime.console import print_line
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ class Train(Config):
 
     def __call__(self) -> int:
         """Train, and return 0, 1 if the end of the run could not be saved, or 128 + the signal that ended it."""
-        config = self.settings()  # before the import of torch, so that mistakes are reported at once
+        from fastppo.builders.early_checks import check_early
+
+        config = self.settings()
+        check_early(config)  # before the import of torch, so that mistakes are reported at once
         from fastppo.resume_run import continue_run, resumable_run
         from fastppo.trainer import Trainer
 
@@ -71,6 +75,7 @@ class Resume:
 
     def __call__(self) -> int:
         """Resume, and return the exit status, as `train` does."""
+        check_run_folder(self.run)
         if self.total_timesteps is not None and self.total_timesteps < 1:
             raise ConfigError(f"total_timesteps={self.total_timesteps} must be at least 1; nearest valid value: 1.")
         from fastppo.resume_run import resume
@@ -112,6 +117,7 @@ class Eval:
         """Print returns and lengths of the episodes on one line; return 0."""
         if self.episodes < 1:
             raise ConfigError(f"episodes={self.episodes} must be at least 1; nearest valid value: 1.")
+        check_run_folder(self.run)
         from fastppo.evaluation.saved_policy import evaluate, record_video
         from fastppo.evaluation.video import check_video_name
 
@@ -138,7 +144,7 @@ class Eval:
                 )
             frames = f"another episode, return {shot.episode_return:.2f}, {len(shot.frames):,} frames"
             frames += "" if shot.whole else ", cut before its end"
-            print_line(console, f"video:   {path} ({frames})")
+            print_line(console, f"video:   {path} ({frames})", wrap=False)
         return 0
 
 
@@ -159,7 +165,9 @@ def _run(make: Callable[[Console], Trainer]) -> int:
             print_line(console, str(error))
             return 0
         env = trainer.env_info
-        print_line(console, f"{differences_from_defaults(trainer.config, env.kind, atari=env.atari)}\n")
+        print_line(console, differences_from_defaults(trainer.config, env.kind, atari=env.atari))
+        _print_folder(console, trainer.run_dir)
+        print_line(console, "")
         result = trainer.run(signals)
     _print_result(console, result, trainer.config)
     if result.unsaved is not None:
@@ -170,7 +178,6 @@ def _run(make: Callable[[Console], Trainer]) -> int:
 
 def _print_result(console: Console, result: Result, config: Config) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     saved = "everything is saved" if result.unsaved is None else "not everything is saved"
     endings = {"target": f"target of {config.target_return} reached", "interrupted": f"interrupted; {saved}"}
@@ -187,11 +194,16 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     compiled = f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "no"
     table.add_row("torch threads", str(config.threads))
     table.add_row("compiled", compiled)
-    table.add_row("run folder", Text(str(result.run_dir)))
     console.print(table)
+    _print_folder(console, result.run_dir)
     run = shlex.quote(str(result.run_dir))
     if result.ended == "interrupted":
-        print_line(console, f"resume:      {program('fastppo')} resume {run}")
-    print_line(console, f"tensorboard: {program('tensorboard')} --logdir {run}")
-    print_line(console, f"evaluate:    {program('fastppo')} eval {run} --episodes 20")
-    print_line(console, f"report:      {program('fastppo')} report {run}")
+        print_line(console, f"resume:      {program('fastppo')} resume {run}", wrap=False)
+    print_line(console, f"evaluate:    {program('fastppo')} eval {run} --episodes 20", wrap=False)
+    print_line(console, f"report:      {program('fastppo')} report {run}", wrap=False)
+
+
+def _print_folder(console: Console, run_dir: Path) -> None:
+    """Print the run folder and how to look at it, for copying."""
+    print_line(console, f"run folder:  {run_dir}", wrap=False)
+    print_line(console, f"tensorboard: {program('tensorboard')} --logdir {shlex.quote(str(run_dir))}", wrap=False)

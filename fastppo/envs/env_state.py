@@ -530,7 +530,7 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSuppor
         if excess:
             return ResumeSupport("restart", excess, notes)
         if state is not None and _prepared_outputs(twin, lambda: set_state(twin, state), actions) == after:
-            return ResumeSupport("exact", "its state is plain data, and a copy behaves identically", notes)
+            return ResumeSupport("exact", "environment state can be saved", notes)
     finally:
         twin.close()
     twin = make()
@@ -682,7 +682,7 @@ def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], st
     except Exception as error:
         return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
     if outs[0] == outs[1]:
-        return ResumeSupport("exact", "its state is plain data, and a copy behaves identically")
+        return ResumeSupport("exact", "environment state can be saved")
     return ResumeSupport("restart", "a copy of its attributes behaves differently")
 
 

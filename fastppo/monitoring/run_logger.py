@@ -12,7 +12,7 @@ from fastppo.errors import first_line
 from fastppo.monitoring.health import HealthFinding, History, check_health
 from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
-from fastppo.runtime.console import print_line
+from fastppo.runtime.console import print_log
 
 _HEALTH_SECONDS = 5.0  # between two health checks
 
@@ -42,7 +42,7 @@ class RunLogger:
 
     def say(self, text: str) -> None:
         """Print a line in the terminal."""
-        print_line(self.console, text)
+        print_log(self.console, text)
 
     def write(self, stats: Stats) -> Stats:
         """Write one iteration to all sinks; return it with the current health findings."""

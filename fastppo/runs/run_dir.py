@@ -12,9 +12,12 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastppo.errors import ConfigError
-from fastppo.runtime.distributed import World
+from fastppo.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:  # imports torch, which commands do without until their arguments are checked
+    from fastppo.runtime.distributed import World
 
 # The files of a run that ended before its first checkpoint
 _RUN_FILE = re.compile(
@@ -33,9 +36,7 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, be
     try:
         if wanted is not None:
             wanted.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in wanted.iterdir()} - {".lock"}
-            if names and not (begin_again and all(map(_RUN_FILE.fullmatch, names))):
-                raise ConfigError(f"run_dir={wanted} is not empty and runs are never overwritten; name a new folder.")
+            check_new_folder(wanted, begin_again=begin_again)
             return wanted
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
         base = Path("runs") / _file_name(env_id) / f"{name}-{seed}-{stamp}"
@@ -52,6 +53,37 @@ def create_run_dir(wanted: Path | None, env_id: str, name: str, seed: int, *, be
     except OSError as error:
         where = wanted or Path("runs").resolve()
         raise ConfigError(f"run_dir: can't make {where} ({error.strerror}); name a writable folder.") from None
+
+
+def check_new_folder(folder: Path, *, begin_again: bool = False) -> None:
+    """Check that a run can begin in `folder`: it is new or empty.
+
+    `begin_again` accepts a run that ended before its first checkpoint.
+
+    Raises:
+        ConfigError: it holds files.
+    """
+    names = {path.name for path in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
+    if names and not (begin_again and all(map(_RUN_FILE.fullmatch, names))):
+        raise ConfigError(f"run_dir={folder} is not empty and runs are never overwritten; name a new folder.")
+
+
+def check_run_folder(folder: Path) -> None:
+    """Check that `folder` is a run folder or one of its checkpoints, by the files that it holds.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if any((folder / name).exists() for name in ("config.json", "model.json", "state-0.json", "checkpoints")):
+        return
+    hint = "name one as train prints it."
+    if not folder.is_dir():
+        why = "it is a file" if folder.exists() else "there is no such folder"
+    else:
+        why = "it holds no config.json, model.json or checkpoints"
+        nested = next((path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")), None)
+        hint = f"its runs are in {nested.parents[1]}." if nested else hint
+    raise CheckpointError(f"{folder} is not a run folder ({why}); {hint}")
 
 
 class RunLock:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastppo.errors import ConfigError
+
 # One stream per purpose, so that drawing more from one never shifts another
 _STREAMS = ("envs", "weights", "noise", "shuffle", "eval")
 
@@ -24,8 +26,11 @@ def seed_stream(seed: int, use: str, rank: int = 0, offset: int = 0) -> np.rando
         offset: iteration from which a resumed run draws from new streams; 0 for the original ones.
 
     Raises:
+        ConfigError: a negative seed.
         ValueError: unknown `use`.
     """
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must be at least 0; nearest valid value: 0.")
     key = (rank, offset) if offset else (rank,) if rank else ()
     return np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(use), *key))
 

@@ -7,15 +7,17 @@ import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from fastppo.monitoring.stats import Stats
-from fastppo.runtime.console import print_line
+from fastppo.runtime.console import print_log
 
 _PLAIN_SECONDS = 5.0
+_WIDE = 100  # columns from which the bar is long
 
 
 class ConsoleSink:
-    """A live progress line; without a terminal, a plain line every five seconds."""
+    """A live progress line; without a terminal, a line with date and time every five seconds."""
 
     def __init__(self, console: Console, n_iterations: int) -> None:
         """Show progress towards `n_iterations` on `console`."""
@@ -25,7 +27,11 @@ class ConsoleSink:
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.fields[head]}"), BarColumn(20), TextColumn("{task.fields[tail]}"), console=console
+                TextColumn("{task.fields[head]}"),
+                BarColumn(20 if console.width >= _WIDE else 10),
+                # the only column that may wrap, so that a narrow terminal cuts no number
+                TextColumn("{task.fields[tail]}", table_column=Column(no_wrap=False)),
+                console=console,
             )
             self._task = self._progress.add_task("", total=n_iterations, head="starting", tail="")
             self._progress.start()
@@ -33,7 +39,8 @@ class ConsoleSink:
     def write(self, stats: Stats) -> None:
         """Show one iteration."""
         if self._progress is not None:
-            head, tail = _progress_texts(stats)
+            head = f"{compact(stats.global_step)}/{compact(stats.total_timesteps)}"
+            tail = _progress_text(stats, compact(round(stats.sps)))
             self._progress.update(self._task, completed=stats.iteration, head=head, tail=tail)
         elif time.monotonic() >= self._next_time:
             self._next_time = time.monotonic() + _PLAIN_SECONDS
@@ -50,19 +57,28 @@ class ConsoleSink:
             self._print(self._unprinted)
 
     def _print(self, stats: Stats) -> None:
-        print_line(self._console, "  ".join(_progress_texts(stats)))
+        steps = f"{stats.global_step:,}/{stats.total_timesteps:,} steps"
+        print_log(self._console, f"{steps}  {_progress_text(stats, f'{stats.sps:,.0f}')}")
 
 
-def _progress_texts(stats: Stats) -> tuple[str, str]:
-    """Return the texts before and after the bar."""
+def compact(number: int) -> str:
+    """Return a number >= 0 in at most five characters, below 10^18: 999, 1.5k, 105k, 3.0M."""
+    scaled, units = float(number), iter(("", "k", "M", "G", "T", "P"))
+    unit = next(units)
+    while round(scaled) >= 1000:
+        scaled, unit = scaled / 1000, next(units)
+    return f"{scaled:.{int(bool(unit) and scaled < 99.95)}f}{unit}"
+
+
+def _progress_text(stats: Stats, sps: str) -> str:
+    """Return speed, time left and learning figures."""
     left = stats.seconds / stats.iteration * (stats.n_iterations - stats.iteration)
     eta = f"{left / 3600:.1f}h" if left >= 3600 else f"{left / 60:.0f}m" if left >= 100 else f"{left:.0f}s"
     mean = f"return {stats.mean_return:.1f}"
     if math.isnan(stats.mean_return):  # no episode has ended, and perhaps none ever will
         mean = f"reward/step {stats.scalars['charts/reward_per_step']:.3g}"
-    head = f"{stats.global_step:>9,}/{stats.total_timesteps:,} steps"
-    tail = f"{stats.sps:,.0f} sps  ETA {eta}  {mean}  KL {stats.kl:.2g}"
+    text = f"{sps} steps/s  ETA {eta}  {mean}  KL {stats.kl:.2g}"
     if stats.findings:
         more = f" +{len(stats.findings) - 1}" if len(stats.findings) > 1 else ""
-        tail += f"  ! {stats.findings[0].name}{more}"
-    return head, f"{tail}  {stats.stop}" if stats.stop else tail
+        text += f"  ! {stats.findings[0].name}{more}"
+    return f"{text}  {stats.stop}" if stats.stop else text
