@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -39,8 +40,37 @@ COMMANDS: dict[str, type] = {
 }
 
 
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Parse every integer of the command line, also from 1e6."""
+    if info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda args: _whole_number(args[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _whole_number(text: str) -> int:
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise ValueError(f"invalid number {text!r}; give a whole one, such as 1000 or 1e6")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    folder = os.getcwd()
+    if sys.path[0] not in ("", folder):  # as `python -m` does: the environments beside the user are found, and pickled
+        sys.path.insert(0, folder)  # paths reach worker processes
     try:
         return parse(list(sys.argv[1:] if arguments is None else arguments))()
     except FastPPOError as error:
@@ -80,6 +110,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
         prog="fastppo",
         description="A vectorised, high-throughput PPO trainer.",
         args=_normalise(arguments),
+        registry=_REGISTRY,
     )
     command: Callable[[], int] = forms[type(parsed)](**parsed.values()) if isinstance(parsed, Form) else parsed
     return command
@@ -92,9 +123,12 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
         if name == "--config" and (equals or i + 1 < len(arguments)):
             path = Path(value if equals else arguments[i + 1])
             config = Config.from_dict(load_toml(path), str(path))
-            named, typed = config.env_id, any(a.partition("=")[0] in ("--env-id", "--env_id") for a in arguments)
-            if ":" in named and not typed:
-                raise ConfigError(f"{path}: env_id {named} imports code; if you trust it, add --env-id {named}")
+            typed = {flag(a.partition("=")[0].lstrip("-")) for a in arguments}
+            for imported in config.imported:
+                option = flag(imported.partition(" ")[0])
+                if option not in typed:
+                    value = imported.partition(" ")[2]
+                    raise ConfigError(f"{path}: {imported} imports code; if you trust it, add {option} {value}")
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             if issubclass(kind, (Bench, Study)):  # these take several n_envs
                 found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs

@@ -135,7 +135,8 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     """
     if seeds < 1:
         raise ConfigError(f"seeds={seeds} must be at least 1; use 5 for a useful interval.")
-    env_info, device = inspect_env(base.env_id, base.env_kwargs), choose_device(base.device)
+    env_info = inspect_env(base.env_id, base.env_kwargs, wrappers=base.wrappers)
+    device = choose_device(base.device)
     resolved = _resolve(dataclasses.replace(base, n_envs=None), env_info, device)
     target = target_of(resolved)
     if target is None:
@@ -410,11 +411,11 @@ def _train(config: Config) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     run = resumable_run(config)
     try:
-        trainer = Trainer(config) if run is None else continue_run(config, run)
+        trainer = Trainer(config, progress=False) if run is None else continue_run(config, run)
     except FinishedError:  # killed between its last checkpoint and its result: its time to the target is unknown
         assert run is not None
         shutil.rmtree(run)
-        trainer = Trainer(config)
+        trainer = Trainer(config, progress=False)
     trainer.run()
 
 

@@ -21,12 +21,13 @@ from fastppo.builders.parts import (
     build_rollout,
     plan_run,
 )
-from fastppo.builders.resolve import known, resolve_config, target_of
+from fastppo.builders.resolve import count_iterations, known, resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError
 from fastppo.evaluation.periodic import PeriodicEvaluation
+from fastppo.evaluation.video import choose_renderers
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.ppo.collector import Collector
@@ -87,6 +88,8 @@ def build_run(
 ) -> Run:
     """Build every part and open the run folder; arguments and errors as for `Trainer`."""
     clock, notes = Clock(), list[str]()
+    if config.video_every is not None:
+        choose_renderers()
     keep_freed_memory()
     device = choose_device(config.device)
     if device.type == "cuda":  # kernels and graphs go to the current device
@@ -94,21 +97,21 @@ def build_run(
     world = join_world(device)
     with contextlib.ExitStack() as undo:
         undo.callback(world.close)
-        env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
+        env_info = inspect_env(config.env_id, config.env_kwargs, make_env, config.wrappers)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
+        n_iterations = count_iterations(c, world.size)
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
         set_threads(known(c.threads))
         memory = plan_run(c, env_info, models, device, world, notes)
-        stream_offset = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
+        saved_step = 0 if resume_from is None else int(resume_from.name.removeprefix("step-"))
+        stream_offset = saved_step + 1 if saved_step else 0  # before the first iteration, a run begins as a new one
         env = build_envs(c, env_info, device, world, notes, stream_offset=stream_offset)
         undo.callback(env.close)
-        # an iteration is one rollout on every rank; run at least one
-        n_iterations = max(1, known(c.total_timesteps) // (c.batch_size * world.size))
         rollout = build_rollout(c, env, models, device, world)
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
@@ -232,7 +235,7 @@ def _refuse_finished(run_dir: Path, c: Config, learning: Learning, progress: Pro
     if progress.iteration >= n_iterations:
         raise FinishedError(
             f"{run_dir} is complete ({steps:,} steps); to extend it: "
-            f"fastppo resume {run_dir} --total-timesteps {2 * steps}"
+            f"fastppo resume {run_dir} --total-timesteps {2 * steps}{' --allow-import' if c.imported else ''}"
         )
 
 
@@ -251,8 +254,7 @@ def _prepare_folder(run: Run) -> None:
         run.logger.say(f"note: {note}")
     batch, wanted = run.config.batch_size * run.world.size, known(run.config.total_timesteps)
     if wanted != run.n_iterations * batch:
-        direction, planned = ("down" if wanted > batch else "up"), run.n_iterations * batch
         run.logger.say(
-            f"note: rounding {wanted:,} steps {direction} to {planned:,} "
+            f"note: rounding {wanted:,} steps down to {run.n_iterations * batch:,} "
             f"({run.n_iterations:,} iterations of {batch:,})."
         )

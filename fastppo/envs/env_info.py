@@ -50,7 +50,9 @@ class EnvInfo:
         return "continuous" if self.action_spec.kind == "box" else "discrete"
 
 
-def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None) -> EnvInfo:
+def inspect_env(
+    env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None, wrappers: tuple[str, ...] = ()
+) -> EnvInfo:
     """Make one environment, read its properties and close it.
 
     Raises:
@@ -69,8 +71,13 @@ def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None 
             f"make_env is a {type(make_env).__name__}; it must be a function that makes an environment, "
             "such as lambda: gymnasium.make('CartPole-v1')."
         )
-    factory = EnvFactory(env_id, env_kwargs, make=make_env)
+    factory = EnvFactory(env_id, env_kwargs, make=make_env, wrappers=wrappers)
     env: Any = single.build(factory)
+    if wrappers and isinstance(env, (VectorEnv, SimulatorEnv)):
+        env.close()
+        raise ConfigError(
+            f"wrappers need single environments, but make_env returned {type(env).__name__}; apply them in make_env."
+        )
     if isinstance(env, VectorEnv):
         return EnvInfo(
             obs_spec=ObsSpec.from_space(env.single_observation_space),
@@ -87,7 +94,7 @@ def inspect_env(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None 
     try:
         obs_spec, action_spec = ObsSpec.from_space(env.observation_space), ActionSpec.from_space(env.action_space)
         threshold = env.spec.reward_threshold if env.spec else None
-        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env))
+        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env), quiet=True)
     finally:
         env.close()
     return EnvInfo(

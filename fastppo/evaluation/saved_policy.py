@@ -12,7 +12,7 @@ from torch import nn
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
-from fastppo.evaluation.video import Video, VideoRecorder, check_video_name
+from fastppo.evaluation.video import Video, VideoRecorder, check_video_name, choose_renderers
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import best_checkpoint, verify_checkpoint
@@ -130,7 +130,7 @@ def evaluate(
 
 def record_video(
     run: Path | str,
-    output: Path,
+    output: Path | str,
     *,
     deterministic: bool = True,
     seed: int = 0,
@@ -149,7 +149,9 @@ def record_video(
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
     """
+    output = Path(output)
     check_video_name(output)
+    choose_renderers()
     saved, env_info = _open(Path(run), seed, make_env, policy, allow_import, best)
     recorder = VideoRecorder(env_info, lambda obs: saved.predict(obs, deterministic))
     try:
@@ -171,7 +173,7 @@ def _open(
         folder = best_folder
     saved = load_policy(folder, policy, seed=seed)
     config = open_run(folder, make_env, allow_import)
-    env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
+    env_info = inspect_env(config.env_id, config.env_kwargs, make_env, config.wrappers)
     if (env_info.obs_spec, env_info.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {folder}; give its make_env.")
     return saved, env_info
