@@ -53,6 +53,9 @@ def report_page(runs: Sequence[RunData]) -> str:
         _summary(runs),
         _health(runs),
         heading("Returns"),
+        paragraphs([f"These returns are of different environments and can't be compared: {', '.join(env_ids)}."])
+        if len(env_ids) > 1
+        else "",
         _full_width(figures.draw(returns_figure(runs), "returns")),
         heading("Diagnostics"),
         _grid(*diagnostics),

@@ -330,7 +330,7 @@ def _summarize_setting(n_envs: int, configs: Sequence[Config], failures: dict[Pa
 
 
 def recommend(settings: Sequence[Setting], target: float) -> str:
-    """Return a recommendation in words, with its uncertainty.
+    """Return a recommendation in words, with its uncertainty; without one where there is nothing to compare.
 
     It is the setting with the shortest mean time among those that reach the target with the most seeds.
     """
@@ -340,10 +340,19 @@ def recommend(settings: Sequence[Setting], target: float) -> str:
     best_share = max(s.reached / s.tried for s in able)
     reliable = [s for s in able if s.reached / s.tried == best_share]
     fastest = min(reliable, key=lambda s: s.seconds.mean)
-    sentences = [
-        f"Use n_envs {fastest.n_envs}: {fastest.reached} of {fastest.tried} seeds reached {target:g}, "
+    reached = (
+        f"{fastest.reached} of {fastest.tried} seed{'s' if fastest.tried > 1 else ''} reached {target:g}, "
         f"in {format_estimate(fastest.seconds, ',.1f')} s."
-    ]
+    )
+    one_seed = all(s.tried <= 1 for s in settings)
+    if len(settings) == 1:
+        proof = " One seed proves nothing; run more seeds." if one_seed else ""
+        return f"n_envs {fastest.n_envs}: {reached} There is no other n_envs to compare it with.{proof}"
+    if one_seed:
+        return (
+            f"n_envs {fastest.n_envs} was the fastest: {reached} One seed per n_envs cannot rank them; run more seeds."
+        )
+    sentences = [f"Use n_envs {fastest.n_envs}: {reached}"]
     rivals = [str(s.n_envs) for s in reliable if s is not fastest and _overlap(s.seconds, fastest.seconds)]
     if rivals and all(math.isnan(s.seconds.low) for s in reliable):
         sentences.append("One seed per n_envs cannot rank them; run more seeds.")

@@ -70,6 +70,8 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
                 "network, optimiser, normalisers and schedules resume exactly; environments start new episodes",
                 "note",
                 "--vectorization sync or pool may resume exactly" if c.vectorization in ("async", "envpool") else "",
+                "two resumes of one checkpoint are the same run; a resumed run differs from an uninterrupted one, "
+                "because its environments start new episodes",
             )
             yield from _compare(run_hashes(resumed), run_hashes(resumed_again), "two resumes of one checkpoint")
         else:

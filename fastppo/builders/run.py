@@ -45,7 +45,7 @@ from fastppo.runtime.distributed import World, join_world
 from fastppo.runtime.files import write_json
 from fastppo.runtime.resources import check_disk
 from fastppo.runtime.seeding import GlobalRandomState
-from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threads
+from fastppo.runtime.threads import check_threads, choose_threads, keep_freed_memory, set_threads
 
 
 @dataclasses.dataclass
@@ -106,6 +106,7 @@ def build_run(
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
+        notes += check_threads(known(c.threads), resumed=resume_from is not None)
         set_threads(known(c.threads))
         memory = plan_run(c, env_info, models, device, world, notes)
         saved_step = 0 if resume_from is None else int(resume_from.name.removeprefix("step-"))

@@ -61,6 +61,7 @@ def print_checks(findings: Iterable[CheckResult], good: str) -> int:
     for finding in findings:
         bad += finding.state == "bad"
         noted += finding.state == "note"
+        good = finding.conclusion or good
         advice = f"\n{'':22}{finding.advice}" if finding.advice else ""
         text = f"{finding.name:<16} {finding.value}{advice}"
         console.print(
