@@ -158,20 +158,29 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         raise ConfigError(f"env_id={env_id!r} {reason}; {hint}") from None
 
 
-def _nearest_id(name: str) -> str | None:
-    """Return the registered id closest to `name`: by its name, so that another version or namespace comes first."""
-    ids = {other.lower(): other for other in gym.registry}
+def _nearest_id(env_id: str) -> str | None:
+    """Return the registered id closest to `env_id`: one of its name in another namespace, version or case, if any."""
+    parsed = {other: _parse_id(other) for other in gym.registry}
+    space, name, version = _parse_id(env_id)
 
-    def plain(env_id: str) -> str:  # without namespace and version
-        return env_id.lower().rpartition("/")[2].rpartition("-v")[0] or env_id.lower().rpartition("/")[2]
+    def closeness(other: str) -> tuple[bool, bool, bool, int]:
+        its_space, _, its_version = parsed[other]
+        return bool(space) and its_space == space, its_version == version, its_space == space, its_version
 
-    same = [other for other in ids if plain(other) == plain(name)]
-    space = name.lower().rpartition("/")[0]
-    within = [other for other in ids if space and other.rpartition("/")[0] == space]
-    for candidates in (same, within, list(ids)):
-        if near := difflib.get_close_matches(name.lower(), candidates, n=1, cutoff=0.0 if candidates is same else 0.5):
-            return ids[near[0]]
+    if same := [other for other in gym.registry if parsed[other][1] == name]:
+        return max(same, key=closeness)
+    within = [other for other in gym.registry if space and parsed[other][0] == space]
+    for candidates in (within, list(gym.registry)):
+        if near := difflib.get_close_matches(env_id, candidates, n=1, cutoff=0.5):
+            return near[0]
     return None
+
+
+def _parse_id(env_id: str) -> tuple[str, str, int]:
+    """Return namespace, name and version of an id in lower case; version -1: it has none."""
+    space, _, rest = env_id.lower().rpartition("/")
+    name, dash, version = rest.rpartition("-v")
+    return (space, name, int(version)) if dash and version.isdecimal() else (space, rest, -1)
 
 
 def build(factory: EnvFactory) -> gym.Env[Any, Any]:
