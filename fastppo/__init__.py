@@ -53,3 +53,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands fo
     if name in _HOMES:
         return getattr(importlib.import_module(f"fastppo.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'fastppo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -51,7 +52,7 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 @_REGISTRY.primitive_rule
 def _whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Parse every integer of the command line; one that may be None too, so that no message speaks of None."""
+    """Parse every integer of the command line, also from 1e6; one that may be None too, without naming None."""
     if info.type not in (int, int | None):
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -64,10 +65,12 @@ def _whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructo
 
 
 def _whole_number(text: str) -> int:
-    try:
+    with contextlib.suppress(ValueError):
         return int(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a whole number") from None
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():
+            return int(number)
+    raise ValueError(f"{text!r} is not a whole number, such as 1000 or 1e6")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     takes, prints the traceback of an error.
     """
     _open_missing_streams()
+    folder = os.getcwd()
+    if sys.path[0] not in ("", folder):  # as `python -m` does: the environments beside the user are found, and pickled
+        sys.path.insert(0, folder)  # paths reach worker processes
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
@@ -188,9 +194,12 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
         if name == "--config" and (equals or i + 1 < len(arguments)):
             path = Path(value if equals else arguments[i + 1])
             config = Config.from_dict(load_toml(path), str(path))
-            named, typed = config.env_id, any(a.partition("=")[0] in ("--env-id", "--env_id") for a in arguments)
-            if ":" in named and not typed:
-                raise ConfigError(f"{path}: env_id {named} imports code; if you trust it, add --env-id {named}")
+            typed = {flag(a.partition("=")[0].lstrip("-")) for a in arguments}
+            for imported in config.imported:
+                option = flag(imported.partition(" ")[0])
+                if option not in typed:
+                    value = imported.partition(" ")[2]
+                    raise ConfigError(f"{path}: {imported} imports code; if you trust it, add {option} {value}")
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             if issubclass(kind, (Bench, Study)):  # these take several n_envs
                 found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import tomllib
@@ -41,6 +42,7 @@ Section = Literal[
     "logging",
 ]
 Changes = Literal["results", "noise", "nothing"]
+OnResume = Literal["keep", "note", "free"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ class Setting:
         changes: what a run computes differently under another value. "results": what it learns. "noise": only random
             draws or rounding, so that runs that differ in nothing else are samples of one experiment. "nothing": no
             number of any iteration.
-        resume_may_change: a resumed run may have another value although the setting changes results.
+        on_resume: another value in a resumed run, if the setting changes numbers. "keep": refused, because it defines
+            the task, the network or its inputs. "note": takes effect from there on, with a note, but not under
+            exact_resume. "free": takes effect without a note; it changes the end of the run, not its course.
         chosen_at_start: "auto" or None is replaced at the start, by measuring or by inspecting machine and environment.
     """
 
@@ -72,13 +76,13 @@ class Setting:
     alias: str | None = None
     scheduled: bool = False
     changes: Changes = "results"
-    resume_may_change: bool = False
+    on_resume: OnResume = "note"
     chosen_at_start: bool = False
 
     @property
     def fixed(self) -> bool:
         """Whether a resumed run must keep the value."""
-        return self.changes != "nothing" and not self.resume_may_change
+        return self.changes != "nothing" and self.on_resume == "keep"
 
 
 def _json(text: str) -> Any:  # noqa: ANN401 - any JSON value; `_check_types` checks it
@@ -127,12 +131,17 @@ class Config:
         ConfigError: a value of the wrong type or outside its range, or settings that contradict each other.
     """
 
-    env_id: Annotated[str, Setting(section="environment", unit="ID")] = "CartPole-v1"
+    env_id: Annotated[str, Setting(section="environment", unit="ID", on_resume="keep")] = "CartPole-v1"
     """Gymnasium environment id, also `ALE/...` and `module:Env-v0`."""
-    env_kwargs: Annotated[EnvKwargs, Setting(section="environment", unit="JSON")] = dataclasses.field(
+    env_kwargs: Annotated[EnvKwargs, Setting(section="environment", unit="JSON", on_resume="keep")] = dataclasses.field(
         default_factory=dict
     )
     """Keyword arguments of the environment, as a JSON object."""
+    wrappers: Annotated[
+        tuple[str, ...], Setting(section="environment", unit="MODULE:NAME [...]", on_resume="keep")
+    ] = ()
+    """Wrappers of each environment, the innermost first, such as `gymnasium.wrappers:FlattenObservation`: classes or
+    functions that take an environment and return one."""
     vectorization: Annotated[
         Literal["auto", "sync", "async", "pool", "native", "envpool", "tensor"],
         Setting(section="environment", changes="noise", chosen_at_start=True),
@@ -163,21 +172,21 @@ class Config:
     strict_obs: Annotated[bool, Setting(section="environment", changes="nothing")] = False
     """End the run when an observation is outside its observation_space, instead of warning once."""
 
-    seed: Annotated[int, Setting(section="run", at_least=0, at_most=2**63 - 1, changes="noise")] = 1
+    seed: Annotated[int, Setting(section="run", at_least=0, at_most=2**63 - 1, changes="noise", on_resume="keep")] = 1
     """Seed of environments, initial weights, action noise and minibatch order."""
     total_timesteps: Annotated[
-        int | None, Setting(section="run", at_least=1, at_most=10**15, unit="STEPS", resume_may_change=True)
+        int | None, Setting(section="run", at_least=1, at_most=10**15, unit="STEPS", on_resume="free")
     ] = None
     """Environment steps to train for, over all environments; rounded down to whole iterations."""
     target_return: Annotated[
-        TargetReturn, Setting(section="run", unit="NUMBER|threshold", unset="none", resume_may_change=True)
+        TargetReturn, Setting(section="run", unit="NUMBER|threshold", unset="none", on_resume="free")
     ] = None
     """Stop once the mean return of the last 100 episodes reaches this; `threshold`: the environment's reward_threshold,
     if it has one."""
     preset: Annotated[Literal["cleanrl", "tuned"], Setting(section="run", changes="nothing")] = "cleanrl"
     """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
     environment id, where available."""
-    init_from: Annotated[Path | None, Setting(section="run", unset="none", resume_may_change=True)] = None
+    init_from: Annotated[Path | None, Setting(section="run", unset="none", on_resume="free")] = None
     """Start from the policy and normalisers of this run folder."""
     name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
     """Name of the run; its folder is runs/<env>/<name>-<seed>-<time>/."""
@@ -234,24 +243,30 @@ class Config:
     """End the run after this many consecutive minibatches with a NaN or infinite gradient, and keep the inputs for
     `fastppo replay`."""
 
-    network: Annotated[Literal["auto", "mlp", "cnn"], Setting(section="policy", chosen_at_start=True)] = "auto"
+    network: Annotated[
+        Literal["auto", "mlp", "cnn"], Setting(section="policy", chosen_at_start=True, on_resume="keep")
+    ] = "auto"
     """`cnn`: the Nature CNN, for images of at least 36x36; `mlp`: for all other observations."""
-    hidden_sizes: Annotated[tuple[int, ...], Setting(section="policy", at_least=1)] = (64, 64)
+    hidden_sizes: Annotated[tuple[int, ...], Setting(section="policy", at_least=1, on_resume="keep")] = (64, 64)
     """Widths of the MLP's hidden layers."""
-    activation: Annotated[Literal["tanh", "relu", "elu", "gelu", "silu"], Setting(section="policy")] = "tanh"
+    activation: Annotated[
+        Literal["tanh", "relu", "elu", "gelu", "silu"], Setting(section="policy", on_resume="keep")
+    ] = "tanh"
     """Activation of the MLP."""
-    shared_trunk: Annotated[bool, Setting(section="policy")] = False
+    shared_trunk: Annotated[bool, Setting(section="policy", on_resume="keep")] = False
     """Share one MLP trunk between policy and value; the CNN's is always shared."""
 
-    normalize_obs: Annotated[bool | None, Setting(section="normalisation")] = None
+    normalize_obs: Annotated[bool | None, Setting(section="normalisation", on_resume="keep")] = None
     """Normalise vector observations to mean 0 and variance 1 by running moments."""
-    obs_clip: Annotated[float, Setting(section="normalisation", above=0)] = 10.0
+    obs_clip: Annotated[float, Setting(section="normalisation", above=0, on_resume="keep")] = 10.0
     """Clip normalised observations to +- this value."""
-    normalize_rewards: Annotated[bool | None, Setting(section="normalisation")] = None
+    normalize_rewards: Annotated[bool | None, Setting(section="normalisation", on_resume="keep")] = None
     """Divide rewards by the running standard deviation of the discounted return."""
     reward_clip: Annotated[float, Setting(section="normalisation", above=0)] = 10.0
     """Clip normalised rewards to +- this value."""
-    sign_rewards: Annotated[bool | None, Setting(section="normalisation", unset="True for ALE, else False")] = None
+    sign_rewards: Annotated[
+        bool | None, Setting(section="normalisation", unset="True for ALE, else False", on_resume="keep")
+    ] = None
     """Train on the sign of rewards (Atari's reward clipping); logged returns stay raw."""
 
     device: Annotated[
@@ -330,7 +345,9 @@ class Config:
     """Also log to these services (extras `wandb`, `mlflow`), configured by their environment variables."""
 
     def __post_init__(self) -> None:
-        """Check each field, and those combinations whose fields are given."""
+        """Convert paths and whole numbers, check each field, and those combinations whose fields are given."""
+        for name, hint in TYPES.items():
+            object.__setattr__(self, name, _from_plain(getattr(self, name), hint))
         _check_types(self)
         _check_ranges(self)
         _check_combinations(self)
@@ -382,8 +399,31 @@ class Config:
                 raise ConfigError(f"{source}: unknown setting {key!r}; {hint}")
             if name in given:
                 raise ConfigError(f"{source}: {name} is given twice, once under an alias; keep one.")
-            given[name] = _from_plain(value, TYPES[name])
+            given[name] = value
         return cls(**given)
+
+    @property
+    def imported(self) -> list[str]:
+        """Settings that name code of the user's own to import: an env_id with a module, wrappers outside Gymnasium."""
+        found = [f"env_id {self.env_id}"] if ":" in self.env_id else []
+        others = [name for name in self.wrappers if not name.startswith("gymnasium.wrappers")]
+        return found + ([f"wrappers {' '.join(others)}"] if others else [])
+
+
+def _take_aliases(cls: type[Config]) -> None:
+    """Let the constructor of `cls` take the aliases of settings, as the command line and TOML files do."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: Config, *args: Any, **values: Any) -> None:  # noqa: ANN401 - values of settings
+        for alias, name in ALIASES.items():
+            if alias in values:
+                if name in values:
+                    raise ConfigError(f"{name} is given twice, once under its alias {alias}; keep one.")
+                values[name] = values.pop(alias)
+        make(self, *args, **values)
+
+    cls.__init__ = init  # type: ignore[method-assign]
 
 
 TYPES = typing.get_type_hints(Config)
@@ -392,10 +432,13 @@ SETTINGS: dict[str, Setting] = {
     for name, hint in typing.get_type_hints(Config, include_extras=True).items()
 }
 ALIASES = {setting.alias: name for name, setting in SETTINGS.items() if setting.alias}
+_take_aliases(Config)
 SCHEDULED = tuple(name for name, setting in SETTINGS.items() if setting.scheduled)
 CHOSEN_AT_START = tuple(name for name, setting in SETTINGS.items() if setting.chosen_at_start)
 # A resumed run must keep these
 FIXED = frozenset(name for name, setting in SETTINGS.items() if setting.fixed)
+# A resumed run may have other values, and then differs from an uninterrupted one
+NOTED = frozenset(name for name, s in SETTINGS.items() if s.changes != "nothing" and s.on_resume == "note")
 # Runs that are equal in these are samples of one experiment
 CHANGES_RESULTS = frozenset(name for name, setting in SETTINGS.items() if setting.changes == "results")
 
@@ -514,11 +557,16 @@ def _filled(value: int | None) -> int:
 
 
 def _from_plain(value: object, hint: object) -> object:
-    """Return a value of TOML or JSON as the type that Config uses."""
-    if isinstance(value, list) and typing.get_origin(hint) is tuple:
-        return tuple(value)
-    if isinstance(value, str) and Path in typing.get_args(hint):
+    """Return a value of TOML, JSON or Python as the type that Config uses."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, list) and origin is tuple:
+        value = tuple(value)
+    if isinstance(value, tuple) and origin is tuple:
+        return tuple(_from_plain(item, args[0]) for item in value)
+    if isinstance(value, str) and Path in args:
         return Path(value)
+    if int in (hint, *args) and isinstance(value, float) and value.is_integer():  # 1e6 is a float in TOML and Python
+        return int(value)
     return value
 
 
@@ -607,6 +655,12 @@ def _check_ranges(config: Config) -> None:
                 _check_number(name, list(value) if isinstance(value, tuple) else value, number)
     if not config.hidden_sizes:
         raise ConfigError("hidden_sizes=[] must name at least one layer, such as 64 64.")
+    for wrapper in config.wrappers:
+        module, _, attribute = wrapper.partition(":")
+        if not all(part.isidentifier() for part in module.split(".")) or not attribute.isidentifier():
+            raise ConfigError(
+                f"wrappers: {wrapper!r} must be MODULE:NAME, such as gymnasium.wrappers:FlattenObservation."
+            )
     if config.name != Path(config.name).name or config.name.startswith(".") or "\0" in config.name or not config.name:
         raise ConfigError(f"name={config.name!r} must be a plain folder name, without '/', '..' or a leading dot.")
     device = config.device.split(":")
@@ -642,6 +696,11 @@ def _check_combinations(config: Config) -> None:
         )
     if config.exact_resume and config.resume_envs == "restart":
         raise ConfigError("exact_resume with resume_envs=restart: a resume would start new episodes; leave one out.")
+    if config.wrappers and config.vectorization in ("native", "envpool", "tensor"):
+        raise ConfigError(
+            f"wrappers need Gymnasium environments, but vectorization={config.vectorization} steps its own; "
+            "use sync, pool, async or auto."
+        )
     if config.act_device == "cpu" and config.vectorization == "tensor":
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."

@@ -16,7 +16,7 @@ from fastppo.errors import ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
 from fastppo.runs.open_run import open_run, read_config
 from fastppo.runs.run_dir import RunLock, check_run_folder, find_run
-from fastppo.runtime.console import print_line
+from fastppo.runtime.console import print_line, progress_console
 from fastppo.trainer import Trainer
 
 
@@ -28,6 +28,7 @@ def resume(
     policy: nn.Module | None = None,
     console: Console | None = None,
     allow_import: bool = False,
+    progress: bool | None = None,
 ) -> Trainer:
     """Return a trainer that continues a run in its folder, from its newest intact checkpoint.
 
@@ -36,8 +37,9 @@ def resume(
         total_timesteps: environment steps in total; None: as planned. Schedules stretch over the new total.
         make_env: makes one environment; needed if the run used a `make_env`.
         policy: your own network; needed if the run trained one.
-        console: where progress is printed; None prints nothing.
-        allow_import: allow an env id that names a module to import.
+        console: shows progress; None: as `progress` says.
+        allow_import: allow settings that name code to import (env_id, wrappers).
+        progress: show progress on standard output; None: if it is a terminal.
 
     Raises:
         FinishedError: the run has taken all of its steps.
@@ -52,6 +54,7 @@ def resume(
     changes: dict[str, Any] = {"run_dir": run_dir, "init_from": None}
     if total_timesteps is not None:
         changes["total_timesteps"] = total_timesteps
+    console = progress_console(progress) if console is None else console
     return _resume_from(dataclasses.replace(config, **changes), path, problems, console, make_env, policy)
 
 
@@ -101,4 +104,4 @@ def _resume_from(
 ) -> Trainer:
     for problem in problems:
         print_line(console, f"warning: {problem} Resuming from {path.name}.")
-    return Trainer(config, make_env, policy, console, resume_from=path)
+    return Trainer(config, make_env, policy, console, resume_from=path, progress=False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -20,9 +22,11 @@ from fastppo.monitoring.open_sinks import open_sinks
 from fastppo.monitoring.sinks.trackers import check_trackers
 from fastppo.monitoring.stats import Stats
 from fastppo.monitoring.update_samples import UpdateSample
+from fastppo.runs.checkpoint_writer import LONG_ITERATION
 from fastppo.runs.nan_dump import save_nan_dump
 from fastppo.runs.result import Result
 from fastppo.runtime import compile as compiling
+from fastppo.runtime.console import progress_console
 from fastppo.runtime.signals import StopSignals
 
 
@@ -56,6 +60,7 @@ class Trainer:
         policy: nn.Module | None = None,
         console: Console | None = None,
         resume_from: Path | None = None,
+        progress: bool | None = None,
     ) -> None:
         """Make and reset the environments, build policy and storage, open the run folder, and compile.
 
@@ -63,8 +68,9 @@ class Trainer:
             config: settings; unset fields are filled in from the environment.
             make_env: makes a gymnasium Env (vectorised here) or a VectorEnv; replaces config.env_id.
             policy: custom network, x -> (params [B, P], value [B]); see fastppo.policies.policy.
-            console: shows progress; None: silent.
+            console: shows progress; None: as `progress` says.
             resume_from: a verified checkpoint in its own run folder; see `fastppo.resume`.
+            progress: show progress on standard output; None: if it is a terminal.
 
         Raises:
             ConfigError: settings, network or run folder can't be used.
@@ -75,6 +81,7 @@ class Trainer:
             raise ConfigError(f"Trainer takes a Config, not {type(config).__name__}: Trainer(Config(env_id=...)).")
         check_trackers(config.track)
         self._compiled_before = compiling.compilations
+        console = progress_console(progress) if console is None else console
         self._run = run = build_run(config, make_env, policy, console, resume_from)
         self.config, self.notes, self.n_iterations, self.memory = run.config, run.notes, run.n_iterations, run.memory
         self.clock, self.device, self.world, self.logger = run.clock, run.device, run.world, run.logger
@@ -85,7 +92,8 @@ class Trainer:
         self._watch_envs, self._evaluate, self._saver = run.monitor, run.evaluation, run.saver
         self.run_dir, self.compile_seconds = run.run_dir, run.compile_seconds
         self._signals: StopSignals | None = None
-        self._stage: Literal["between", "rollout", "update", "failing", "leaving"] = "between"
+        self._stage: Literal["between", "rollout", "abandoned", "update", "failing", "leaving"] = "between"
+        self._update_seconds = 0.0  # of the last iteration
         self.stop_requested = False
         self.result: Result | None = None
 
@@ -97,12 +105,16 @@ class Trainer:
         try:
             self._open_sinks()
             clock.start(progress.seconds, self.metrics.global_step)
-            self._saver.start(self.metrics.global_step)
+            self._saver.start(self.metrics.global_step, saved=self._run.resumed)
             while progress.iteration < self.n_iterations and not self._must_stop():
-                self._stage = "rollout"
+                self._stage, began = "rollout", time.monotonic()
                 self.learner.anneal(progress.iteration / self.n_iterations)
-                self.collect()
-                self._stage = "update"
+                complete = self.collect(functools.partial(self._abandons, began))
+                if self.world.any(not complete, self.device):
+                    self._stage = "abandoned"
+                    self.logger.say("stopped within a rollout, which would take long: its steps are discarded")
+                    break
+                self._stage, updating = "update", time.monotonic()
                 sampled = self._sampler.due(progress.iteration + 1)
                 measured = self.learner(on_epoch=self._sampler.measure if sampled else None)
                 with clock.phase("update"):
@@ -110,6 +122,7 @@ class Trainer:
                     self._stop_if_stalled(metrics)
                     self.learner.update_obs_moments()
                 progress.iteration += 1
+                self._update_seconds, iteration_seconds = time.monotonic() - updating, time.monotonic() - began
                 with clock.phase("log"):
                     sample = self._sample() if sampled else None
                     self.metrics.count(metrics)
@@ -122,7 +135,7 @@ class Trainer:
                 with clock.phase("log"):
                     stats = self.logger.write(stats)
                 with clock.phase("save"):
-                    if best or self._saver.due(stats.global_step):
+                    if best or self._saver.due(stats.global_step, iteration_seconds):
                         self._saver.checkpoint(stats.global_step, progress.best if best else None)
                 with clock.paused():
                     yield stats
@@ -146,22 +159,71 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             self._signals = signals or stack.enter_context(StopSignals())
-            self._signals.on_first = lambda: self.logger.say("stopping after this iteration; once more stops at once")
+            self._signals.on_first = lambda: self.logger.say(
+                f"stopping after this iteration, or now if it would take over {LONG_ITERATION:.0f} s; "
+                "once more stops without saving"
+            )
             for _ in self.iterations():
                 pass
         assert self.result is not None
         return self.result
 
     def request_stop(self) -> None:
-        """Stop after the current iteration."""
+        """Stop after the current iteration, or within its rollout if that would take longer than 10 seconds."""
         self.stop_requested = True
+
+    def log(self, tag: str, value: float) -> None:
+        """Log a figure of your own in the `iterations()` loop, at the step of the iteration that was yielded last.
+
+        It is written to every sink: TensorBoard, metrics.jsonl, trackers.
+
+        Args:
+            tag: its name, such as "custom/success".
+            value: a number, or a tensor or array of one.
+
+        Raises:
+            ValueError: fastppo itself logs `tag`.
+            RuntimeError: the loop has yielded no iteration yet, or has ended.
+        """
+        self.logger.log(tag, float(value))
+
+    def save(self, path: Path | str) -> None:
+        """Save the policy as it is now into the folder `path`, for `load_policy`, `evaluate` and `init_from`.
+
+        A policy saved there before is replaced. The checkpoints that a resume needs are saved without this.
+
+        Raises:
+            ConfigError: `path` is the folder of a run, or can't be written.
+        """
+        folder = Path(path)
+        if (folder / "run.json").exists():
+            raise ConfigError(f"save: {folder} is the folder of a run, whose files would be lost; name another.")
+        if self.world.is_main:
+            try:
+                self._saver.save_policy(folder, self.metrics.global_step, self.config.to_dict())
+            except OSError as error:
+                raise ConfigError(f"save: {folder} can't be written ({error.strerror or error}).") from None
 
     def _sample(self) -> UpdateSample:
         return self._sampler.sample(self.progress.iteration, self.learner.coefs, self.learner.rewards)
 
+    def _stop_wanted(self) -> bool:
+        return self.stop_requested or (self._signals is not None and self._signals.received is not None)
+
     def _must_stop(self) -> bool:
-        signalled = self._signals is not None and self._signals.received is not None
-        return self.world.any(self.stop_requested or signalled, self.device)
+        return self.world.any(self._stop_wanted(), self.device)
+
+    def _abandons(self, began: float, share: float) -> bool:
+        """Whether to leave a rollout, begun at `began` and done to `share`, as a stop is wanted and would take long.
+
+        Under exact_resume a rollout is only left if the run can resume from its beginning.
+        """
+        if not self._stop_wanted():
+            return False
+        left = (time.monotonic() - began) * (1 / share - 1) + self._update_seconds
+        if left < LONG_ITERATION:
+            return False
+        return not self.config.exact_resume or self.progress.iteration == 0 or self._saver.has(self.metrics.global_step)
 
     def _stop_if_stalled(self, metrics: Mapping[str, float]) -> None:
         """Raise once `max_skipped` minibatches in a row were skipped; saves the batch for `fastppo replay`."""
@@ -172,7 +234,10 @@ class Trainer:
             batch, coefs, models = self.rollout.batch(), self.learner.coefs, self._run.models.saved()
             try:
                 save_nan_dump(folder, self.spec, models, batch, coefs, update=self.update, metadata=metadata)
-                hint = f"To find where it begins: fastppo replay {folder}"
+                command = f"fastppo replay {folder}"
+                if self.spec.network == "custom":  # which the command line can't give
+                    command = f"fastppo.analysis.nan_replay.replay({str(folder)!r}, policy=...) in Python"
+                hint = f"To find where it begins: {command}"
             except OSError as error:
                 hint = f"The batch could not be kept ({error.strerror or error})."
             raise EnvError(
@@ -205,9 +270,9 @@ class Trainer:
     def _save_the_end(self) -> None:
         """Save a checkpoint if the last iteration is complete; then the model and the result, unless leaving."""
         clock, episodes = self.clock, self.metrics.episodes
-        if self._stage in ("between", "rollout"):
-            # an error in a rollout leaves the learned state as of the last iteration
-            self._saver.last_checkpoint(self.metrics.global_step, env_lost=self._stage == "rollout")
+        # an error in a rollout leaves the learned state as of the last iteration; before the first, nothing is learned
+        if self._stage in ("between", "abandoned") or (self._stage == "rollout" and self.progress.iteration):
+            self._saver.last_checkpoint(self.metrics.global_step, env_lost=self._stage != "between")
         self._saver.wait()
         reached, complete = episodes.reached(target_of(self.config)), self.progress.iteration == self.n_iterations
         self.result = Result(

@@ -22,7 +22,10 @@ SHORT = {
 
 def short(tmp_path, **changes):
     """Return the config of a very short run in `tmp_path / "run"`, with `changes` to its settings."""
-    return Config(**(SHORT | {"run_dir": tmp_path / "run"} | changes))
+    settings = SHORT | {"run_dir": tmp_path / "run"} | changes
+    if "total_timesteps" not in changes:  # at least one iteration
+        settings["total_timesteps"] = max(48, settings["n_envs"] * settings["n_steps"])
+    return Config(**settings)
 
 
 def step(env, actions):

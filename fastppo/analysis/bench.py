@@ -184,7 +184,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
     memory_before = _total_memory()
     timed: list[Stats] = []
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(_long_run(config, Path(folder) / "run"))
+        trainer = Trainer(_long_run(config, Path(folder) / "run"), progress=False)
         setup_seconds = time.time() - started - trainer.compile_seconds
         if trainer.device.type == "cuda":
             trainer.clock.wait = torch.cuda.synchronize

@@ -15,9 +15,11 @@ class CheckResult:
         value: observation.
         state: "ok"; "note": works with a limitation, or is missing but optional; "bad": does not work.
         advice: suggested action; "" if none is needed.
+        conclusion: conclusion of all checks, if none is bad and this one allows no more than that; "": the usual one.
     """
 
     name: str
     value: str
     state: Literal["ok", "note", "bad"] = "ok"
     advice: str = ""
+    conclusion: str = ""

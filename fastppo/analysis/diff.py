@@ -30,7 +30,7 @@ class Difference:
         surroundings: machine, versions and commit, where they differ.
         results: steps, returns and speed of both runs.
         numbers: first iteration with different logged figures, as text.
-        returns: first step from which mean returns stay apart, as text.
+        returns: first step from which mean returns stay apart, as text. Neither is compared between environments.
     """
 
     settings: list[Row]
@@ -58,6 +58,10 @@ def difference(a: RunData, b: RunData) -> Difference:
         )
     ]
     results.append(("ended", str(a.result.get("ended", "-")), str(b.result.get("ended", "-"))))
+    env_a, env_b = (run.config.get("env_id") for run in (a, b))
+    if env_a != env_b:
+        apart = f"not compared: {env_a} and {env_b} are different environments"
+        return Difference(settings, surroundings, results, apart, apart)
     return Difference(settings, surroundings, results, _numbers(a, b), _returns(a, b))
 
 

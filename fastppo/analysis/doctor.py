@@ -175,7 +175,9 @@ def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {"n_envs": 8, "n_steps": 64, "total_timesteps": 10**9, "vectorization": "auto"}
         try:
-            trainer = Trainer(Config(env_id=env_id, run_dir=Path(folder) / "run", compile="off", **settings))
+            trainer = Trainer(
+                Config(env_id=env_id, run_dir=Path(folder) / "run", compile="off", **settings), progress=False
+            )
             for stats in trainer.iterations():
                 if stats.seconds > seconds:
                     break

@@ -22,7 +22,7 @@ _SUMMARY = (  # column title, tag, format
 )
 
 
-def report(run_dirs: Sequence[Path], output: Path) -> list[RunData]:
+def report(run_dirs: Sequence[Path | str], output: Path | str) -> list[RunData]:
     """Write the page on the runs to `output`; return the runs.
 
     Raises:
@@ -31,10 +31,11 @@ def report(run_dirs: Sequence[Path], output: Path) -> list[RunData]:
     """
     if not run_dirs:
         raise ConfigError("report got no run; pass one or several run folders.")
-    for i, run_dir in enumerate(run_dirs):
-        if run_dir.resolve() in {other.resolve() for other in run_dirs[:i]}:
-            raise ConfigError(f"report got {run_dir} twice; pass each run once.")
-    runs = read_runs(run_dirs)
+    folders, output = [Path(run_dir) for run_dir in run_dirs], Path(output)
+    for i, folder in enumerate(folders):
+        if folder.resolve() in {other.resolve() for other in folders[:i]}:
+            raise ConfigError(f"report got {folder} twice; pass each run once.")
+    runs = read_runs(folders)
     try:
         output.write_text(report_page(runs), encoding="utf-8")
     except OSError as error:
@@ -52,6 +53,9 @@ def report_page(runs: Sequence[RunData]) -> str:
         _summary(runs),
         _health(runs),
         heading("Returns"),
+        paragraphs([f"These returns are of different environments and can't be compared: {', '.join(env_ids)}."])
+        if len(env_ids) > 1
+        else "",
         _full_width(figures.draw(returns_figure(runs), "returns")),
         heading("Diagnostics"),
         _grid(*diagnostics),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fastppo.config import CHANGES_RESULTS
+from fastppo.config import CHANGES_RESULTS, Config
 from fastppo.errors import CheckpointError
 from fastppo.monitoring.health import HealthFinding, History, check_health
 from fastppo.monitoring.sinks.jsonl import read_rows
@@ -164,7 +164,7 @@ def read_run(run_dir: Path) -> RunData:
     return RunData(
         run_dir=run_dir,
         label=run_dir.resolve().name,
-        config=config,
+        config=Config().to_dict() | config,  # older runs have fewer settings
         about=_read_json(run_dir / "run.json"),
         result=_read_json(run_dir / "result.json"),
         columns=columns,
@@ -187,8 +187,13 @@ def _read_metrics(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _
         if not isinstance(row.get("iteration"), int) or not isinstance(row.get("global_step"), int):
             bad += 1
             continue
+        repeats = n > 0 and row["iteration"] == columns["iteration"][-1] and "episodes" not in row
         for tag in row.keys() - columns.keys() - {"returns", "stop"}:
             columns[tag] = array("d", [math.nan]) * n
+        if repeats:  # figures of the user's own, at the iteration before
+            for tag in row:
+                columns[tag][-1] = _number(row[tag])
+            continue
         for tag, column in columns.items():
             column.append(_number(row.get(tag)))
         n += 1

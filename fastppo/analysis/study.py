@@ -133,7 +133,8 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     Raises:
         ConfigError: there is no target, or an n_envs does not divide the batch.
     """
-    env_info, device = inspect_env(base.env_id, base.env_kwargs), choose_device(base.device)
+    env_info = inspect_env(base.env_id, base.env_kwargs, wrappers=base.wrappers)
+    device = choose_device(base.device)
     resolved = _resolve(dataclasses.replace(base, n_envs=None), env_info, device)
     target = target_of(resolved)
     if target is None:
@@ -339,7 +340,7 @@ def _summarize_setting(n_envs: int, configs: Sequence[Config], failures: dict[Pa
 
 
 def recommend(settings: Sequence[Setting], target: float) -> str:
-    """Return a recommendation in words, with its uncertainty.
+    """Return a recommendation in words, with its uncertainty; without one where there is nothing to compare.
 
     It is the setting with the shortest mean time among those that reach the target with the most seeds.
     """
@@ -349,10 +350,19 @@ def recommend(settings: Sequence[Setting], target: float) -> str:
     best_share = max(s.reached / s.tried for s in able)
     reliable = [s for s in able if s.reached / s.tried == best_share]
     fastest = min(reliable, key=lambda s: s.seconds.mean)
-    sentences = [
-        f"Use n_envs {fastest.n_envs}: {fastest.reached} of {fastest.tried} seeds reached {target:g}, "
+    reached = (
+        f"{fastest.reached} of {fastest.tried} seed{'s' if fastest.tried > 1 else ''} reached {target:g}, "
         f"in {format_estimate(fastest.seconds, ',.1f')} s."
-    ]
+    )
+    one_seed = all(s.tried <= 1 for s in settings)
+    if len(settings) == 1:
+        proof = " One seed proves nothing; run more seeds." if one_seed else ""
+        return f"n_envs {fastest.n_envs}: {reached} There is no other n_envs to compare it with.{proof}"
+    if one_seed:
+        return (
+            f"n_envs {fastest.n_envs} was the fastest: {reached} One seed per n_envs cannot rank them; run more seeds."
+        )
+    sentences = [f"Use n_envs {fastest.n_envs}: {reached}"]
     rivals = [str(s.n_envs) for s in reliable if s is not fastest and _overlap(s.seconds, fastest.seconds)]
     if rivals and all(math.isnan(s.seconds.low) for s in reliable):
         sentences.append("One seed per n_envs cannot rank them; run more seeds.")
@@ -420,11 +430,11 @@ def _train(config: Config) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     run = resumable_run(config)
     try:
-        trainer = Trainer(config) if run is None else continue_run(config, run)
+        trainer = Trainer(config, progress=False) if run is None else continue_run(config, run)
     except FinishedError:  # killed between its last checkpoint and its result: its time to the target is unknown
         assert run is not None
         shutil.rmtree(run)
-        trainer = Trainer(config)
+        trainer = Trainer(config, progress=False)
     trainer.run()
 
 

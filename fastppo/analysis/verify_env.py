@@ -16,8 +16,9 @@ from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.backends import backend_of
 from fastppo.envs.env_state import probe_seeding
-from fastppo.envs.factory import EnvFactory, find_spec
+from fastppo.envs.factory import EnvFactory
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vectorized
+from fastppo.envs.native import has_native
 from fastppo.errors import ConfigError, first_line
 
 _N = 4  # environments in the comparison of vectorizations
@@ -33,7 +34,11 @@ _Array = np.ndarray[Any, Any]
 
 
 def verify_env(
-    env_id: str, env_kwargs: dict[str, Any], steps: int = 300, make_env: Maker | None = None
+    env_id: str,
+    env_kwargs: dict[str, Any],
+    steps: int = 300,
+    make_env: Maker | None = None,
+    wrappers: tuple[str, ...] = (),
 ) -> Iterator[CheckResult]:
     """Check one environment alone, then several of them in each vectorization.
 
@@ -42,11 +47,12 @@ def verify_env(
         env_kwargs: keyword arguments of the environment.
         steps: environment steps per check.
         make_env: function that makes one environment, instead of `env_id`.
+        wrappers: wrappers around it, as in `Config.wrappers`.
 
     Raises:
         ConfigError, EnvError: the environment can't be made, or its spaces aren't supported.
     """
-    env_info = inspect_env(env_id, env_kwargs, make_env)
+    env_info = inspect_env(env_id, env_kwargs, make_env, wrappers)
     factory = env_info.factory
     if factory is None:
         raise ConfigError("make_env returned a vector environment; verify-env needs one that returns a single one.")
@@ -220,8 +226,7 @@ def _check_vectorizations(env_info: EnvInfo, steps: int, *, repeatable: bool) ->
             yield CheckResult(vectorization, "works")
         else:
             yield CheckResult(vectorization, f"{_N} environments, {steps} steps: same results as sync")
-    spec = None if env_info.factory.make else find_spec(env_info.factory.env_id)
-    if spec is not None and spec.vector_entry_point is not None:
+    if has_native(env_info.factory):
         yield _check_autoreset(make_vectorized(env_info, _N, "native"))
 
 

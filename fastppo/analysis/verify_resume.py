@@ -46,30 +46,32 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
     Raises:
         ConfigError, EnvError: the run can't be made with these settings.
     """
-    env_info = inspect_env(config.env_id, config.env_kwargs)
+    env_info = inspect_env(config.env_id, config.env_kwargs, wrappers=config.wrappers)
     c, notes = resolve_config(config, env_info, choose_device(config.device), custom_policy=False)
     c = dataclasses.replace(c, total_timesteps=iterations * c.batch_size, **_FIXED)
     for note in notes:
         yield CheckResult("note", note)
     with tempfile.TemporaryDirectory(prefix="fastppo-verify-") as folder:
         whole, resumed, resumed_again = (Path(folder) / name for name in ("whole", "resumed", "resumed-again"))
-        trainer = Trainer(dataclasses.replace(c, run_dir=whole))
+        trainer = Trainer(dataclasses.replace(c, run_dir=whole), progress=False)
         resumable = trainer.env.resume_support
         restarts = resumable.way == "restart"
         yield CheckResult("resume", f"{resumable.way}: {resumable.why}", "note" if restarts else "ok")
         _run_to_end(trainer)
-        for stats in Trainer(dataclasses.replace(c, run_dir=resumed)).iterations():
+        for stats in Trainer(dataclasses.replace(c, run_dir=resumed), progress=False).iterations():
             if stats.iteration >= iterations // 2:
                 break
         shutil.copytree(resumed, resumed_again)
-        _run_to_end(resume(resumed, allow_import=True))
+        _run_to_end(resume(resumed, allow_import=True, progress=False))
         if restarts:
-            _run_to_end(resume(resumed_again, allow_import=True))
+            _run_to_end(resume(resumed_again, allow_import=True, progress=False))
             yield CheckResult(
                 "scope",
                 "network, optimiser, normalisers and schedules resume exactly; environments start new episodes",
                 "note",
                 "--vectorization sync or pool may resume exactly" if c.vectorization in ("async", "envpool") else "",
+                "two resumes of one checkpoint are the same run; a resumed run differs from an uninterrupted one, "
+                "because its environments start new episodes",
             )
             yield from _compare(run_hashes(resumed), run_hashes(resumed_again), "two resumes of one checkpoint")
         else:

@@ -55,13 +55,30 @@ def resolve_config(
         return c, notes
     n_envs = known(c.n_envs)
     # use the result of `fastppo bench --save` on this machine, or else measure briefly now
-    saved = recall(env_key(env_info.name, c.env_kwargs), machine_name(), n_envs) if env_info.from_id else None
+    name = env_key(env_info.name, c.env_kwargs, c.wrappers)
+    saved = recall(name, machine_name(), n_envs) if env_info.from_id else None
     if saved is not None:
         kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
         c = dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))
         return c, [*notes, f"vectorization {saved['vectorization']}: {saved['reason']}"]
     vectorization, why = choose_vectorization(env_info, n_envs)
     return dataclasses.replace(c, vectorization=vectorization), [*notes, why]
+
+
+def count_iterations(c: Config, processes: int) -> int:
+    """Return the number of whole iterations in total_timesteps; an iteration is one rollout on each process.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps, batch = known(c.total_timesteps), c.batch_size * processes
+    if steps < batch:
+        ranks = f" on each of {processes} processes" if processes > 1 else ""
+        raise ConfigError(
+            f"total_timesteps={steps:,} is less than one iteration of {batch:,} steps (n_envs={c.n_envs:,} x "
+            f"n_steps={c.n_steps:,}{ranks}); train for at least {batch:,} steps, or reduce n_envs or n_steps."
+        )
+    return steps // batch
 
 
 def schedule_of(c: Config, name: str) -> tuple[str, float, float]:

@@ -22,12 +22,13 @@ from fastppo.builders.parts import (
     build_rollout,
     plan_run,
 )
-from fastppo.builders.resolve import known, resolve_config, target_of
+from fastppo.builders.resolve import count_iterations, known, resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError
 from fastppo.evaluation.periodic import PeriodicEvaluation
+from fastppo.evaluation.video import choose_renderers
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.ppo.collector import Collector
@@ -48,7 +49,7 @@ from fastppo.runtime.main_script import exit_if_reimported
 from fastppo.runtime.resources import check_disk
 from fastppo.runtime.seeding import GlobalRandomState
 from fastppo.runtime.sharing import AT_START, free_cores
-from fastppo.runtime.threads import choose_threads, keep_freed_memory, set_threads
+from fastppo.runtime.threads import check_threads, choose_threads, keep_freed_memory, set_threads
 
 _SLOW_SECONDS = 1.0  # to make and try one environment, from which on the start says what takes so long
 _PROBE_TEXT = "testing how it resumes makes two or three more (--resume-envs restart: without this test)"
@@ -95,6 +96,8 @@ def build_run(
     """Build every part and open the run folder; arguments and errors as for `Trainer`."""
     exit_if_reimported()
     clock, notes = Clock(), list[str]()
+    if config.video_every is not None:
+        choose_renderers()
     keep_freed_memory()
     device = choose_device(config.device)
     if device.type == "cuda":  # kernels and graphs go to the current device
@@ -103,7 +106,9 @@ def build_run(
     with contextlib.ExitStack() as undo:
         undo.callback(world.close)
         made = time.perf_counter()
-        env_info = inspect_env(config.env_id, config.env_kwargs, make_env, rescale_actions=config.rescale_actions)
+        env_info = inspect_env(
+            config.env_id, config.env_kwargs, make_env, config.wrappers, rescale_actions=config.rescale_actions
+        )
         made = time.perf_counter() - made
         if resume_from is not None:  # an earlier version may have read this space in another way
             env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
@@ -111,19 +116,20 @@ def build_run(
             undo.callback(env_info.vector.close)
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
+        n_iterations = count_iterations(c, world.size)
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
         if made > _SLOW_SECONDS:
             more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
             logger.say(f"making one {env_info.name} and two steps took {made:.1f} s{more}")
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or _free_threads(c.minibatch_size * models.parameters.size, notes))
+        notes += check_threads(known(c.threads), resumed=resume_from is not None)
         set_threads(known(c.threads))
         memory = plan_run(c, env_info, models, device, world, notes)
-        stream_offset = 0 if resume_from is None else int(resume_from.name.removeprefix("step-")) + 1
+        saved_step = 0 if resume_from is None else int(resume_from.name.removeprefix("step-"))
+        stream_offset = saved_step + 1 if saved_step else 0  # before the first iteration, a run begins as a new one
         env = build_envs(c, env_info, device, world, notes, stream_offset=stream_offset)
         undo.callback(env.close)
-        # an iteration is one rollout on every rank; run at least one
-        n_iterations = max(1, known(c.total_timesteps) // (c.batch_size * world.size))
         rollout = build_rollout(c, env, models, device, world)
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
@@ -260,7 +266,7 @@ def _refuse_finished(run_dir: Path, c: Config, learning: Learning, progress: Pro
     if progress.iteration >= n_iterations:
         raise FinishedError(
             f"{run_dir} is complete ({steps:,} steps); to extend it: "
-            f"fastppo resume {run_dir} --total-timesteps {2 * steps}"
+            f"fastppo resume {run_dir} --total-timesteps {2 * steps}{' --allow-import' if c.imported else ''}"
         )
 
 
@@ -279,8 +285,7 @@ def _prepare_folder(run: Run) -> None:
         run.logger.say(f"note: {note}")
     batch, wanted = run.config.batch_size * run.world.size, known(run.config.total_timesteps)
     if wanted != run.n_iterations * batch:
-        direction, planned = ("down" if wanted > batch else "up"), run.n_iterations * batch
         run.logger.say(
-            f"note: rounding {wanted:,} steps {direction} to {planned:,} "
+            f"note: rounding {wanted:,} steps down to {run.n_iterations * batch:,} "
             f"({run.n_iterations:,} iterations of {batch:,})."
         )

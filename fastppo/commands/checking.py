@@ -10,7 +10,7 @@ import tyro
 
 from fastppo.commands.console import open_console, print_checks
 from fastppo.commands.training import Train
-from fastppo.config import EnvKwargs
+from fastppo.config import Config, EnvKwargs
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runtime.console import print_line
 
@@ -25,7 +25,11 @@ class VerifyEnv:
         default_factory=dict
     )
     """Keyword arguments of the environment, as a JSON object."""
-    steps: int = 300
+    wrappers: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="[MODULE:NAME ...]", help_behavior_hint="(default: none)")
+    ] = ()
+    """Wrappers of the environment, the innermost first."""
+    steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 300
     """Steps to compare, of four environments."""
 
     def __call__(self) -> int:
@@ -35,9 +39,11 @@ class VerifyEnv:
         from fastppo.envs.factory import find_spec
 
         find_spec(self.env_id)  # before the import of torch
+        settings = Config(env_id=self.env_id, env_kwargs=self.env_kwargs, wrappers=self.wrappers)
         from fastppo.analysis.verify_env import verify_env
 
-        return print_checks(verify_env(self.env_id, self.env_kwargs, self.steps), "this environment passes all checks")
+        checks = verify_env(settings.env_id, settings.env_kwargs, self.steps, wrappers=settings.wrappers)
+        return print_checks(checks, "this environment passes all checks")
 
 
 @dataclasses.dataclass(frozen=True)

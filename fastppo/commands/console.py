@@ -70,6 +70,7 @@ def print_checks(findings: Iterable[CheckResult], good: str) -> int:
     for finding in findings:
         bad += finding.state == "bad"
         noted += finding.state == "note"
+        good = finding.conclusion or good
         advice = f"\n{indent}{finding.advice}" if finding.advice else ""
         lines = f"{finding.state:<4} {finding.name:<16} {finding.value}{advice}"
         text = Text(wrap_words(lines, console.width, indent) if console.is_terminal else lines)

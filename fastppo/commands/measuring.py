@@ -70,10 +70,13 @@ class Bench(Train):
         def _pool(n: int) -> dict[str, Any]:
             return pool | {"half_batches": self.half_batches and n > 1}
 
+        wanted = dict.fromkeys(self.vectorization)
+        if self.wrappers and self.vectorization == Bench.vectorization:
+            del wanted["native"]  # takes no wrappers
         return [
             self.settings(n_envs=n, vectorization=v, name="bench", **(_pool(n) if v == "pool" else no_pool))
             for n in dict.fromkeys(self.n_envs)
-            for v in dict.fromkeys(self.vectorization)
+            for v in wanted
         ]
 
     def __call__(self) -> int:
@@ -90,7 +93,8 @@ class Bench(Train):
         from fastppo.runs.system_info import system_info
         from fastppo.runtime.device import choose_device, machine_name
 
-        env_name = inspect_env(self.env_id, self.env_kwargs).name
+        # fail here once, not at every point
+        env_name = inspect_env(self.env_id, self.env_kwargs, wrappers=self.wrappers).name
         about = system_info(choose_device(self.device))
         folder = create_run_dir(self.run_dir, env_name, self.name, self.seed)
         console, points = open_console(), list[bench.Point]()
@@ -117,7 +121,8 @@ class Bench(Train):
         )
         if self.save:
             for point in best.values():
-                saved = remember(env_key(env_name, self.env_kwargs), machine_name(), point.n_envs, point.choice())
+                key = env_key(env_name, self.env_kwargs, self.wrappers)
+                saved = remember(key, machine_name(), point.n_envs, point.choice())
             print_line(console, f"saved:   {saved}, for train --vectorization auto")
         print_line(console, f"page:    {page}", wrap=False)
         return 0

@@ -71,7 +71,7 @@ class Resume:
     ] = None
     """Environment steps in total, to extend the run."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Allow an environment id of the form module:Env-v0 to import its module."""
+    """Allow the run's settings to import code: env_id of the form module:Env-v0, and wrappers."""
 
     def __call__(self) -> int:
         """Resume, and return the exit status, as `train` does."""
@@ -103,7 +103,7 @@ class Eval:
     seed: int = 0
     """Seed of environments and action sampling."""
     allow_import: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Allow an environment id of the form module:Env-v0 to import its module."""
+    """Allow the run's settings to import code: env_id of the form module:Env-v0, and wrappers."""
     max_steps: Annotated[
         int | None, tyro.conf.arg(metavar="STEPS", help_behavior_hint="(default: the run's --eval-max-steps)")
     ] = None
@@ -119,12 +119,11 @@ class Eval:
             raise ConfigError(f"episodes={self.episodes} must be at least 1; nearest valid value: 1.")
         check_run_folder(self.run)
         from fastppo.evaluation.saved_policy import evaluate, record_video
-        from fastppo.evaluation.video import check_video_name
 
-        if self.video is not None:
-            check_video_name(self.video)
         which: dict[str, Any] = {"seed": self.seed, "allow_import": self.allow_import, "best": self.best}
         which["deterministic"] = not self.sampled
+        if self.video is not None:  # first, because rendering may fail
+            path, shot = record_video(self.run, self.video, **which)
         played = evaluate(self.run, self.episodes, max_steps=self.max_steps, **which)
         console = open_console()
         how = "sampled" if self.sampled else "greedy"
@@ -137,7 +136,6 @@ class Eval:
             f"length {sum(lengths) / len(lengths):.1f} (min {min(lengths)}, max {max(lengths)}){played.remark}",
         )
         if self.video is not None:
-            path, shot = record_video(self.run, self.video, **which)
             if path != self.video:
                 print_line(
                     console, "ffmpeg not found, so a GIF is written (pip install 'fastppo[video]' brings ffmpeg)"
@@ -184,7 +182,8 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table = Table(
         title=f"{config.env_id}: {endings.get(result.ended, result.ended)}", title_justify="left", show_header=False
     )
-    mean = f"{result.mean_return:.2f} (last 100 of {result.episodes:,} episodes)"
+    of = f"last 100 of {result.episodes:,}" if result.episodes > 100 else f"{result.episodes}"
+    mean = f"{result.mean_return:.2f} ({of} episode{'s' if result.episodes > 1 else ''})"
     table.add_row("mean return", mean if result.episodes else "- (no episode ended)")
     table.add_row("steps", f"{result.global_step:,} in {result.seconds:.1f} s, {result.iterations:,} iterations")
     table.add_row("steps per second", f"{result.sps_steady:,.0f} steady, {result.sps_total:,.0f} total")
@@ -196,10 +195,10 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table.add_row("compiled", compiled)
     console.print(table)
     _print_folder(console, result.run_dir)
-    run = shlex.quote(str(result.run_dir))
+    run, allowed = shlex.quote(str(result.run_dir)), " --allow-import" if config.imported else ""
     if result.ended == "interrupted":
-        print_line(console, f"resume:      {program('fastppo')} resume {run}", wrap=False)
-    print_line(console, f"evaluate:    {program('fastppo')} eval {run} --episodes 20", wrap=False)
+        print_line(console, f"resume:      {program('fastppo')} resume {run}{allowed}", wrap=False)
+    print_line(console, f"evaluate:    {program('fastppo')} eval {run} --episodes 20{allowed}", wrap=False)
     print_line(console, f"report:      {program('fastppo')} report {run}", wrap=False)
 
 

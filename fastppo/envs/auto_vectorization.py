@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -47,9 +47,9 @@ def choose(
     return best, f"vectorization {best}: env steps/s with random actions, n_envs={n_envs}: {figures}"
 
 
-def env_key(name: str, kwargs: Mapping[str, Any]) -> str:
-    """Return the key of saved choices: an environment's name and its keyword arguments."""
-    return f"{name} {json.dumps(kwargs, sort_keys=True, default=str)}" if kwargs else name
+def env_key(name: str, kwargs: Mapping[str, Any], wrappers: Sequence[str] = ()) -> str:
+    """Return the key of saved choices: an environment's name, its keyword arguments and its wrappers."""
+    return " ".join([name, *([json.dumps(kwargs, sort_keys=True, default=str)] if kwargs else ()), *wrappers])
 
 
 def remember(env: str, machine: str, n_envs: int, choice: Mapping[str, Any]) -> Path:

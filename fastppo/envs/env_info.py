@@ -63,7 +63,12 @@ class EnvInfo:
 
 
 def inspect_env(
-    env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None = None, *, rescale_actions: bool = False
+    env_id: str,
+    env_kwargs: dict[str, Any],
+    make_env: Maker | None = None,
+    wrappers: tuple[str, ...] = (),
+    *,
+    rescale_actions: bool = False,
 ) -> EnvInfo:
     """Make one environment, read its properties and close it.
 
@@ -71,6 +76,7 @@ def inspect_env(
         env_id: Gymnasium id, unless `make_env` is given.
         env_kwargs: the environment's keyword arguments.
         make_env: the user's own constructor.
+        wrappers: "module:name" of wrappers, the innermost first.
         rescale_actions: map actions in [-1, 1] to the bounds of the Box action space.
 
     Raises:
@@ -78,13 +84,13 @@ def inspect_env(
         EnvStartError: it can't be made, or its first reset or step fails.
         EnvError: its spaces aren't supported.
     """
-    env_info = _inspect(env_id, env_kwargs, make_env)
+    env_info = _inspect(env_id, env_kwargs, make_env, wrappers)
     if rescale_actions:
         env_info.action_spec = env_info.action_spec.rescaled()
     return env_info
 
 
-def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) -> EnvInfo:
+def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wrappers: tuple[str, ...]) -> EnvInfo:
     atari = False
     if make_env is None:
         spec = single.find_spec(env_id)
@@ -97,8 +103,13 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) ->
             f"make_env is a {type(make_env).__name__}; it must be a function that makes an environment, "
             "such as lambda: gymnasium.make('CartPole-v1')."
         )
-    factory = EnvFactory(env_id, env_kwargs, make=make_env)
+    factory = EnvFactory(env_id, env_kwargs, make=make_env, wrappers=wrappers)
     env: Any = single.build(factory)
+    if wrappers and isinstance(env, (VectorEnv, SimulatorEnv)):
+        env.close()
+        raise ConfigError(
+            f"wrappers need single environments, but make_env returned {type(env).__name__}; apply them in make_env."
+        )
     if isinstance(env, VectorEnv):
         _check_vector(env)
         return EnvInfo(
@@ -118,7 +129,7 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None) ->
         obs_spec, action_spec = ObsSpec.from_space(env.observation_space), ActionSpec.from_space(env.action_space)
         threshold = env.spec.reward_threshold if env.spec else None
         before = global_states()
-        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env))
+        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env), quiet=True)
         drawn = tuple(name for name, state in global_states().items() if before.get(name, state) != state)
         normalizers = tuple(normalizers_of(env))
     finally:

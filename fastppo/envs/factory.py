@@ -6,12 +6,14 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import importlib
 import itertools
 import multiprocessing
 import pickle
 import random
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,18 +47,33 @@ class EnvFactory:
         env_kwargs: the environment's keyword arguments.
         copy_obs: whether its observations must be copied (see `CopyObservation`).
         make: the user's own constructor.
+        wrappers: "module:name" of each wrapper, the innermost first; they come on top of the Atari preprocessing.
+        quiet: whether to drop warnings of the constructor, which the first environment has shown.
     """
 
     env_id: str
     env_kwargs: dict[str, Any]
     copy_obs: bool = False
     make: MakeEnv | None = None
+    wrappers: tuple[str, ...] = ()
+    quiet: bool = False
 
     def __call__(self) -> gym.Env[Any, Any]:
         """Make the environment, with the Atari preprocessing if it is an ALE game."""
         if multiprocessing.parent_process() is not None:
             # Ctrl-C reaches the whole process group; the trainer alone ends workers
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with warnings.catch_warnings():
+            if self.quiet:
+                warnings.simplefilter("ignore")
+            env = self._make()
+            if isinstance(env, gym.Env):  # `inspect_env` refuses wrappers of anything else
+                for name in self.wrappers:
+                    env = wrap(env, name)
+        return CopyObservation(env) if self.copy_obs else env
+
+    def _make(self) -> gym.Env[Any, Any]:
+        env: gym.Env[Any, Any]
         if self.make is not None:
             env = self.make()
         elif is_atari(find_spec(self.env_id)):
@@ -68,7 +85,42 @@ class EnvFactory:
             env = gym.wrappers.FrameStackObservation(env, ATARI_STACK, padding_type="zero")
         else:
             env = gym.make(self.env_id, **self.env_kwargs)
-        return CopyObservation(env) if self.copy_obs else env
+        return env
+
+
+def wrap(env: gym.Env[Any, Any], name: str) -> gym.Env[Any, Any]:
+    """Return `env` in the wrapper `name`, "module:attribute".
+
+    Raises:
+        ConfigError: it can't be imported, or refuses the environment.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"wrappers: {name}: {_no_module(module, error)}") from None
+    wrapper = getattr(found, attribute, None)
+    if wrapper is None:
+        near = difflib.get_close_matches(attribute, dir(found), n=1)
+        hint = f"; did you mean {module}:{near[0]}?" if near else "."
+        raise ConfigError(f"wrappers: {module} has no {attribute}{hint}")
+    try:
+        wrapped = wrapper(env)
+    except Exception as error:
+        raise ConfigError(
+            f"wrappers: {name} refuses the environment ({type(error).__name__}: {first_line(error)}); it is called "
+            "with the environment alone: for other arguments name a function of your own that passes them."
+        ) from error
+    if not isinstance(wrapped, gym.Env):
+        raise ConfigError(f"wrappers: {name} returned {type(wrapped).__name__}; it must return a gymnasium Env.")
+    return wrapped
+
+
+def _no_module(module: str, error: ImportError) -> str:
+    """Return why `module` can't be imported, and where modules are searched if it can't be found."""
+    missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+    where = "; modules are searched in the working folder, PYTHONPATH and the installed packages" if missing else ""
+    return f"can't import {module} ({error}){where}."
 
 
 def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
@@ -95,7 +147,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         try:
             __import__(module)
         except ImportError as error:
-            raise ConfigError(f"env_id={env_id!r}: can't import {module} ({error}).") from None
+            raise ConfigError(f"env_id={env_id!r}: {_no_module(module, error)}") from None
         except ValueError as error:
             raise ConfigError(f"env_id={env_id!r} must be Name-v0 or module:Name-v0 ({error}).") from None
     try:
@@ -106,10 +158,35 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
                 f"env_id={env_id!r}: {module} was imported, but registers no environment {name!r}; "
                 "register it there with gymnasium.register, or use make_env from Python."
             ) from None
-        near = difflib.get_close_matches(name, list(gym.registry), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "see gymnasium.pprint_registry() for the known ones."
+        near = _nearest_id(name)
+        hint = f"did you mean {near}?" if near else "see gymnasium.pprint_registry() for the known ones."
         reason = "is deprecated" if isinstance(error, gym.error.DeprecatedEnv) else "is not a registered environment"
         raise ConfigError(f"env_id={env_id!r} {reason}; {hint}") from None
+
+
+def _nearest_id(env_id: str) -> str | None:
+    """Return the registered id closest to `env_id`: one of its name in another namespace, version or case, if any."""
+    parsed = {other: _parse_id(other) for other in gym.registry}
+    space, name, version = _parse_id(env_id)
+
+    def closeness(other: str) -> tuple[bool, bool, bool, int]:
+        its_space, _, its_version = parsed[other]
+        return bool(space) and its_space == space, its_version == version, its_space == space, its_version
+
+    if same := [other for other in gym.registry if parsed[other][1] == name]:
+        return max(same, key=closeness)
+    within = [other for other in gym.registry if space and parsed[other][0] == space]
+    for candidates in (within, list(gym.registry)):
+        if near := difflib.get_close_matches(env_id, candidates, n=1, cutoff=0.5):
+            return near[0]
+    return None
+
+
+def _parse_id(env_id: str) -> tuple[str, str, int]:
+    """Return namespace, name and version of an id in lower case; version -1: it has none."""
+    space, _, rest = env_id.lower().rpartition("/")
+    name, dash, version = rest.rpartition("-v")
+    return (space, name, int(version)) if dash and version.isdecimal() else (space, rest, -1)
 
 
 def build(factory: EnvFactory) -> gym.Env[Any, Any]:

@@ -13,8 +13,12 @@ from fastppo.errors import ConfigError
 
 
 def has_native(factory: EnvFactory) -> bool:
-    """Return whether the environment registers a vector version."""
-    return factory.make is None and single.find_spec(factory.env_id).vector_entry_point is not None
+    """Return whether the environment registers a vector version, and has no wrappers, which could not be applied."""
+    return (
+        factory.make is None
+        and not factory.wrappers
+        and single.find_spec(factory.env_id).vector_entry_point is not None
+    )
 
 
 def make_native(factory: EnvFactory, n_envs: int, atari: bool) -> VectorEnv[Any, Any, Any]:

@@ -38,7 +38,7 @@ class ExportedPolicy(nn.Module):
         return actions.reshape(-1, *self._action.shape).to(self._dtype), params, values
 
 
-def export(run: Path, output: Path | None, kind: Format, policy: nn.Module | None = None) -> Path:
+def export(run: Path | str, output: Path | str | None, kind: Format, policy: nn.Module | None = None) -> Path:
     """Write the policy of `run` to one file and return its path.
 
     Args:
@@ -53,7 +53,7 @@ def export(run: Path, output: Path | None, kind: Format, policy: nn.Module | Non
     """
     saved = load_policy(run, policy)
     module = ExportedPolicy(saved.policy, saved.spec.action).eval()
-    path = output or run / f"policy.{kind}"
+    path = Path(output or Path(run) / f"policy.{kind}")
     if not path.parent.is_dir():
         raise ConfigError(f"export: {path} can't be written (there is no folder {path.parent}).")
     if kind == "onnx":

@@ -13,7 +13,7 @@ from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
-from fastppo.evaluation.video import Video, VideoRecorder, check_video_name
+from fastppo.evaluation.video import Video, VideoRecorder, check_video_name, choose_renderers
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import best_checkpoint, verify_checkpoint
@@ -146,7 +146,7 @@ def evaluate(
 
 def record_video(
     run: Path | str,
-    output: Path,
+    output: Path | str,
     *,
     deterministic: bool = True,
     seed: int = 0,
@@ -165,7 +165,9 @@ def record_video(
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
     """
+    output = Path(output)
     check_video_name(output)
+    choose_renderers()
     saved, env_info, _ = _open(Path(run), seed, make_env, policy, allow_import, best)
     recorder = VideoRecorder(env_info, lambda obs: saved.predict(obs, deterministic))
     try:
@@ -187,7 +189,9 @@ def _open(
         folder = best_folder
     saved = load_policy(folder, policy, seed=seed)
     config = open_run(folder, make_env, allow_import)
-    env_info = inspect_env(config.env_id, config.env_kwargs, make_env, rescale_actions=config.rescale_actions)
+    env_info = inspect_env(
+        config.env_id, config.env_kwargs, make_env, config.wrappers, rescale_actions=config.rescale_actions
+    )
     env_info.obs_spec = env_info.obs_spec.read_as(saved.spec.obs)
     if (env_info.obs_spec, env_info.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {folder}; give its make_env.")

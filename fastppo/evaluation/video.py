@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import numpy as np
 
 from fastppo.envs import factory
 from fastppo.envs.make_envs import EnvInfo
-from fastppo.errors import ConfigError, EnvError
+from fastppo.errors import ConfigError, EnvError, first_line
 
 _Array = np.ndarray[Any, Any]
 
@@ -22,6 +24,7 @@ _MAX_STEPS = 20_000  # per episode
 _MAX_FRAMES = 1000  # in memory; about 700 MB
 _GIF_FRAMES, _GIF_WIDTH = 200, 300  # limits for a log
 _GIF_FPS = 50
+_OFFSCREEN = {"egl": "EGL", "osmesa": "OSMesa"}  # values of MUJOCO_GL, and the library that each needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,18 @@ def check_video_name(path: Path) -> None:
         raise ConfigError(f"video {path}: its name must end in .mp4, .webm or .gif.")
 
 
+def choose_renderers() -> None:
+    """Choose renderers that need no display where there is none; the user's own choice wins.
+
+    MuJoCo may read its variable when it is imported: call this before an environment is made.
+    """
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display, and doesn't warn that there is none
+    if sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        found = [name for name, library in _OFFSCREEN.items() if ctypes.util.find_library(library)]
+        if found:
+            os.environ.setdefault("MUJOCO_GL", found[0])
+
+
 class VideoRecorder:
     """Records episodes in an environment of its own."""
 
@@ -87,9 +102,7 @@ class VideoRecorder:
             ConfigError: the environment can't be rendered, or a library is missing.
         """
         _imageio()
-        os.environ.setdefault(
-            "SDL_VIDEODRIVER", "dummy"
-        )  # pygame needs no display, and doesn't warn that there is none
+        choose_renderers()
         if env_info.factory is None:
             raise ConfigError("video: your own VectorEnv can't be recorded; give a make_env that returns one Env.")
         kwargs = env_info.factory.env_kwargs | {"render_mode": "rgb_array"}
@@ -106,8 +119,10 @@ class VideoRecorder:
             self._render()
         except Exception as error:
             self._env.close()
-            reason = str(error).removeprefix("video: ")
-            raise ConfigError(f"video: {env_info.name} can't be rendered: {reason}") from None
+            reason = first_line(error).removeprefix("video: ").rstrip(".")
+            gl = os.environ.get("MUJOCO_GL")
+            hint = f" (MUJOCO_GL is {gl}; egl needs libEGL, osmesa libOSMesa)" if "mujoco" in sys.modules else ""
+            raise ConfigError(f"video: {env_info.name} can't be rendered: {reason}{hint}.") from None
 
     def record_episode(self, seed: int) -> Video:
         """Record one episode that starts from `seed`.

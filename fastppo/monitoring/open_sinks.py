@@ -35,6 +35,8 @@ def open_sinks(
     step, iteration = resumed_at or (None, None)
     jsonl = JsonlSink(run_dir, step)
     for row in read_rows(run_dir) if resumed_at is not None else ():
+        if "episodes" not in row:  # figures of the user's own
+            continue
         logger.history.add({tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))})
     logger.open(TensorBoardSink(run_dir, dict(settings), step), jsonl, SampleSink(run_dir, iteration))
     for name in track:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -14,6 +15,7 @@ from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
 from fastppo.runtime.console import print_log
 
+_GROUPS = ("charts", "losses", "time", "samples", "eval", "video")  # of the run's own tags
 _HEALTH_SECONDS = 5.0  # between two health checks
 
 
@@ -33,6 +35,7 @@ class RunLogger:
         self.sinks: list[Sink] = []
         self._checked_at, self._checked_step, self._step = time.monotonic(), 0, 0
         self._printed: set[str] = set()  # names of findings
+        self._latest: Stats | None = None
         self.history = History()
         self.findings: list[HealthFinding] = []
 
@@ -46,6 +49,7 @@ class RunLogger:
 
     def write(self, stats: Stats) -> Stats:
         """Write one iteration to all sinks; return it with the current health findings."""
+        self._latest = stats
         if not self.sinks:  # not the main process, or all sinks have failed
             return stats
         self.history.add(stats.scalars)
@@ -53,15 +57,35 @@ class RunLogger:
         if time.monotonic() - self._checked_at > _HEALTH_SECONDS or stats.iteration == stats.n_iterations:
             self._check_health()
         stats = dataclasses.replace(stats, findings=self.findings)
+        self._to_sinks(lambda sink: sink.write(stats))
+        return stats
+
+    def log(self, tag: str, value: float) -> None:
+        """Write a figure of the user's own to all sinks, at the latest iteration.
+
+        Raises:
+            ValueError: `tag` has no group, or one of the run's own.
+            RuntimeError: there is no iteration yet, or the logger is closed.
+        """
+        group, _, name = tag.partition("/")
+        if not name or group in _GROUPS:
+            other = f"custom/{(name or tag).replace('/', '_')}"
+            raise ValueError(
+                f"tag {tag!r} must be GROUP/NAME, with another group than {', '.join(_GROUPS)}: {other!r}."
+            )
+        if (latest := self._latest) is None:
+            raise RuntimeError("trainer.log works in the loop over trainer.iterations(): it logs at its steps.")
+        self._to_sinks(lambda sink: sink.log(latest.iteration, latest.global_step, {tag: value}))
+
+    def _to_sinks(self, write: Callable[[Sink], None]) -> None:
         for sink in list(self.sinks):
             try:
-                sink.write(stats)
+                write(sink)
             except Exception as error:  # no error of a library may stop the training
                 self.sinks.remove(sink)
                 _close(sink)
                 reason = getattr(error, "strerror", None) or first_line(error)
                 self.say(f"{type(sink).__name__} can't write ({reason}); its log ends here, training continues.")
-        return stats
 
     def close(self) -> None:
         """Check the health once more if the run stopped early, and close all sinks."""
@@ -69,7 +93,7 @@ class RunLogger:
             self._check_health()
         for sink in self.sinks:
             _close(sink)
-        self.sinks = []
+        self.sinks, self._latest = [], None
 
     def _check_health(self) -> None:
         self.findings = check_health(self.history, self._action_size)

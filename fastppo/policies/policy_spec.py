@@ -79,7 +79,10 @@ class PolicySpec:
         network: nn.Module
         if self.network == "custom":
             if custom is None:
-                raise ConfigError("this policy's network is your own module: pass it as policy=...")
+                raise ConfigError(
+                    "this policy's network is your own module: pass it as policy=... from Python, to fastppo.evaluate, "
+                    "load_policy or resume, or to fastppo.evaluation.export.export."
+                )
             network = custom
         elif self.network == "cnn":
             if leaf.kind != "image":

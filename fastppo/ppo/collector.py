@@ -130,8 +130,10 @@ class Collector:
             make_actor(policy, self._decisions.of_group(group), torch_only=torch_only) for group in env.groups
         ]
         self.roll: Callable[[], None] = self._roll
+        self._abandon: Callable[[float], bool] | None = None
+        self._complete = True
 
-    def __call__(self) -> None:
+    def __call__(self, abandon: Callable[[float], bool] | None = None) -> bool:
         """Collect a rollout, starting from the observations in row T of the previous one.
 
         Fills every tensor except advantages and returns. next_values is V of each row's true successor: the final
@@ -139,15 +141,25 @@ class Collector:
         the final observation already.
 
         While one group of environments steps, the policy acts for the next.
+
+        Args:
+            abandon: called between steps with the share of the rollout that is done; True ends the collection, and
+                neither rollout nor environments can be used any longer. Captured rollouts don't call it.
+
+        Returns:
+            Whether the rollout is complete.
         """
+        self._abandon, self._complete = abandon, True
         with self._clock.phase("act"):
             if self._acting_copy is not None:
                 self._acting_copy.fetch_policy()
             self.prepare()
         self.roll()
-        if self._acting_copy is not None:
+        if self._acting_copy is not None and self._complete:
             with self._clock.phase("store"):
                 self._acting_copy.send_rollout()
+        self._abandon = None
+        return self._complete
 
     def prepare(self) -> None:
         """Draw the rollout's noise and pass the current parameters and moments to the actors."""
@@ -164,6 +176,9 @@ class Collector:
             if env.final_obs_buffer is not None:
                 env.final_obs_buffer.clear(n_steps)
         for t in range(n_steps + 1):
+            if t > 0 and self._abandon is not None and self._abandon(t / n_steps):
+                self._complete = False
+                return
             for group, actor in enumerate(self.actors):
                 if t > 0:
                     with stepping:

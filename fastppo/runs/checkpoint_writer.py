@@ -23,6 +23,9 @@ from fastppo.runtime.distributed import World
 
 Files = Callable[[], dict[str, bytes]]  # returns contents by name; called where they are written, to serialise there
 _RETRY_SECONDS = 30.0  # between a failed save and the next attempt
+# Iterations of this many seconds are saved each, where checkpoints are saved by time at all: a stop signal leaves a
+# rollout that would take as long, and the run then resumes from the end of the iteration before
+LONG_ITERATION = 10.0
 
 
 class CheckpointWriter:
@@ -59,24 +62,26 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "checkpoint") if world.size == 1 else None
         self._pending: Future[None] | None = None
         self._last_save: tuple[float, int] = (time.monotonic(), 0)
+        self._saved = False  # whether the last save was one, and not the start of the count
         self._unmarked_best: float | None = None  # best mean return whose checkpoint is not on the disk yet
         self.failure: str | None = None
 
-    def start(self, step: int) -> None:
-        """Begin to count steps and minutes at `step`, which needs no checkpoint."""
-        self._last_save = (time.monotonic(), step)
+    def start(self, step: int, *, saved: bool) -> None:
+        """Begin to count steps and minutes at `step`; `saved`: a checkpoint of that step exists."""
+        self._last_save, self._saved = (time.monotonic(), step), saved
 
     def has(self, step: int) -> bool:
         """Wait for a pending save; return whether the state at `step` is saved."""
         self.wait()
-        return self._last_save[1] == step and self.failure is None
+        return self._saved and self._last_save[1] == step and self.failure is None
 
-    def due(self, step: int) -> bool:
-        """Return whether to save at `step`; the same answer in every process."""
+    def due(self, step: int, iteration_seconds: float) -> bool:
+        """Return whether to save at `step`, after an iteration of that duration; the same answer in every process."""
         saved_at, saved_step = self._last_save
         elapsed = time.monotonic() - saved_at
         due = self._every_steps is not None and step // self._every_steps > saved_step // self._every_steps
         due = due or (0 < self._every_seconds <= elapsed) or (self.failure is not None and elapsed >= _RETRY_SECONDS)
+        due = due or (self._every_seconds > 0 and iteration_seconds >= LONG_ITERATION)
         return self._world.any(due and self._world.is_main, self._device)
 
     def save(self, step: int, shared: Files, own: Files, best: float | None = None) -> None:
@@ -89,7 +94,7 @@ class CheckpointWriter:
             best: mean return of the evaluation at `step` if it is the best so far.
         """
         self.wait()
-        self._last_save = (time.monotonic(), step)
+        self._last_save, self._saved = (time.monotonic(), step), True
         best = self._unmarked_best if best is None else best
         self._unmarked_best = best  # until the checkpoint is complete
         if self._thread is not None:

@@ -17,7 +17,7 @@ def open_run(folder: Path, make_env: Maker | None, allow_import: bool) -> Config
     Args:
         folder: the run folder, or one of its checkpoints.
         make_env: makes one environment; needed if the run used a `make_env`.
-        allow_import: allow an env id that names a module to import.
+        allow_import: allow settings that name code to import (env_id, wrappers).
 
     Raises:
         CheckpointError: a file is missing or can't be read.
@@ -25,11 +25,16 @@ def open_run(folder: Path, make_env: Maker | None, allow_import: bool) -> Config
     """
     _, metadata = read_spec(folder)
     config = read_config(folder)
-    if ":" in config.env_id and make_env is None and not allow_import:
-        raise ConfigError(f"{folder} was trained on {config.env_id}, which imports code; repeat with --allow-import.")
+    imported = " and ".join(x for x in config.imported if make_env is None or x.startswith("wrappers"))
+    if imported and not allow_import:
+        raise ConfigError(
+            f"{folder} was trained with {imported}, which imports code; repeat with --allow-import "
+            "(from Python: allow_import=True)."
+        )
     if metadata.get("make_env") and make_env is None:
         raise ConfigError(
-            f"{folder} was trained on {metadata.get('env')} from make_env; call resume or evaluate with make_env=..."
+            f"{folder} was trained on {metadata.get('env')} from make_env; call resume or evaluate with make_env=... "
+            "from Python: fastppo.evaluate(run, make_env=...)"
         )
     return config
 

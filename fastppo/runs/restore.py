@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from fastppo.config import FIXED, Config
+from fastppo.config import FIXED, NOTED, Config, shown
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
@@ -104,24 +104,37 @@ def restore(
     notes = _compare(path, saved, metadata, spec)
     load_model(path, models, optional=("rewards",))
     try:
-        for name in ("update", "progress", "metrics"):
-            parts[name].load_state_dict(shared.part(name))
+        before = {name: int(saved["config"][name]) for name in ("n_envs", "n_steps")}
+        same_envs = before["n_envs"] == config.n_envs
+        metrics = shared.part("metrics")
+        if not same_envs:  # no episode stays open
+            metrics["open"] = torch.zeros_like(parts["metrics"].state_dict()["open"])
+        if int(shared.part("progress")["iteration"]) == 0:  # new parts with the run's seed are in that state already
+            return True, [f"resumed from {path.name}, before the first iteration.", *notes]
+        for name, state in (("update", shared.part("update")), ("progress", shared.part("progress"))):
+            parts[name].load_state_dict(state)
+        parts["metrics"].load_state_dict(metrics)
         progress = dict(parts["progress"].state_dict())
         # an iteration is one rollout of every process
-        iteration = progress["iteration"] = round(progress["iteration"] * int(saved["world_size"]) / world.size)
+        rows = before["n_envs"] * before["n_steps"] * int(saved["world_size"])
+        iteration = progress["iteration"] = round(progress["iteration"] * rows / (config.batch_size * world.size))
         parts["progress"].load_state_dict(progress)
-        own_state = read_state(path, world.rank) if saved["world_size"] == world.size else None
+        own_state = read_state(path, world.rank) if same_envs and saved["world_size"] == world.size else None
         if own_state is not None:
             own, _ = own_state
             # each process has its own shuffling stream and its own open episodes
             parts["update"].load_state_dict(own.part("update"))
             parts["metrics"].load_state_dict(shared.part("metrics") | {"open": own.part("metrics")["open"]})
             parts["randomness"].load_state_dict(own.part("randomness"))
-            if (reason := _restore_envs(own, saved, parts, env)) is None:
+            if (reason := _restore_envs(own, saved, parts, env, config.vectorization)) is None:
                 how = "exact" if env.resume_support.way == "exact" else "exact, with open episodes replayed"
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
         else:
-            reason = f"{saved['world_size']} processes trained before, {world.size} now"
+            reason = (
+                f"{saved['world_size']} processes trained before, {world.size} now"
+                if same_envs
+                else f"n_envs was {before['n_envs']}, is {config.n_envs}"
+            )
         try:
             source = shared if own_state is None else own_state[0]
             env.load_moments(source.part("env") if "env" in source.values else {})
@@ -147,13 +160,18 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         before, now = Config.from_dict(saved["config"]).to_dict(), metadata["config"]
         if about.get("make_env"):  # env_id has no effect, and earlier versions saved the default one
             before["env_id"] = now["env_id"]
-        differing = [
-            f"{name} was {before.get(name)!r}, is {now[name]!r}"
+        changes = {
+            name: f"{name} was {shown(before[name])}, is {shown(now[name])}"
             for name in now
-            if name in FIXED and _meaning(name, before.get(name)) != _meaning(name, now[name])
-        ]
-        if differing:
-            raise CheckpointError(f"{path} is of a run with other settings: {'; '.join(differing)}.")
+            if name in FIXED | NOTED and _meaning(name, before[name]) != _meaning(name, now[name])
+        }
+        if refused := [change for name, change in changes.items() if name in FIXED]:
+            raise CheckpointError(
+                f"{path} is of a run with other settings: {'; '.join(refused)}. A resumed run keeps them; to train its "
+                f"policy with others, start a new run: --init-from {path.parents[1]} --run-dir NEW."
+            )
+        if changes and now["exact_resume"]:
+            raise CheckpointError(f"exact_resume: the run can't continue bit for bit: {'; '.join(changes.values())}.")
         others = [
             f"{name} {version}, now {metadata['versions'].get(name)}"
             for name, version in saved["versions"].items()
@@ -164,7 +182,10 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         saved["world_size"], saved["way"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}/state-0.json can't be understood ({type(error).__name__}: {error}).") from None
-    return [f"bit-identical results are not guaranteed: the checkpoint has {'; '.join(others)}."] if others else []
+    notes = [f"settings changed, in effect from here on: {'; '.join(changes.values())}."] if changes else []
+    if others:
+        notes.append(f"bit-identical results are not guaranteed: the checkpoint has {'; '.join(others)}.")
+    return notes
 
 
 def _meaning(name: str, value: object) -> object:
@@ -172,10 +193,15 @@ def _meaning(name: str, value: object) -> object:
     return str(value).partition(":")[0] if name == "device" else value
 
 
-def _restore_envs(own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv) -> str | None:
+def _restore_envs(
+    own: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], env: VecEnv, vectorization: str
+) -> str | None:
     """Restore the environments and the open episodes; return the reason if that fails, else None."""
     if env.resume_support.way == "restart":
         return env.resume_support.why
+    before = saved["config"]["vectorization"]
+    if before != vectorization and not {before, vectorization} <= {"sync", "pool"}:  # these two share their states
+        return f"vectorization was {before}, is {vectorization}"
     if saved["way"] != env.resume_support.way or not own.part("env"):
         return "the checkpoint has no state of the environments"
     collector = own.part("collector")

@@ -58,13 +58,17 @@ class RunSaver:
         """Why the last checkpoint could not be written, or None."""
         return self._writer.failure
 
-    def start(self, step: int) -> None:
-        """Start counting checkpoint intervals at `step`."""
-        self._writer.start(step)
+    def start(self, step: int, *, saved: bool) -> None:
+        """Start counting checkpoint intervals at `step`; `saved`: a checkpoint of that step exists."""
+        self._writer.start(step, saved=saved)
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due at `step`; the same answer on every rank."""
-        return self._writer.due(step)
+    def has(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is on the disk; waits for one that is being written."""
+        return self._writer.has(step)
+
+    def due(self, step: int, iteration_seconds: float) -> bool:
+        """Whether a checkpoint is due at `step`, after an iteration of that duration; the same answer on every rank."""
+        return self._writer.due(step, iteration_seconds)
 
     def checkpoint(self, step: int, best: float | None = None, *, env_lost: bool = False) -> None:
         """Save a checkpoint; writing may continue in the background.
@@ -102,6 +106,15 @@ class RunSaver:
     def wait(self) -> None:
         """Wait until the last checkpoint is written, or has failed."""
         self._writer.wait()
+
+    def save_policy(self, folder: Path, step: int, config: Mapping[str, Any]) -> None:
+        """Save the model and the settings into `folder`, for `load_policy`, `evaluate` and init_from.
+
+        Raises:
+            OSError: the folder can't be written.
+        """
+        save_model(folder, self._spec, self._models, {"global_step": step, **self._model_metadata})
+        write_json(folder / "config.json", dict(config))
 
     def save_result(self, result: Result) -> str | None:
         """Save the model and `result` into the run folder; return the reason if that fails, else None."""

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def progress_console(wanted: bool | None) -> Console | None:
+    """Return a console on standard output, or None: where it isn't wanted, or by default where it is no terminal."""
+    if wanted or (wanted is None and sys.stdout is not None and sys.stdout.isatty()):
+        from rich.console import Console
+
+        return Console()
+    return None
 
 
 def print_line(console: Console | None, text: str, *, wrap: bool = True) -> None:

@@ -8,10 +8,12 @@ import ctypes
 import threadpoolctl
 import torch
 
+from fastppo.errors import ConfigError
 from fastppo.runtime.cores import usable_cores
 
 # read at import, before `set_threads`; torch's own limit is the machine's cores or OMP_NUM_THREADS
 CORES = min(torch.get_num_threads(), usable_cores())
+_MOST_PER_CORE = 8  # threads
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -25,6 +27,23 @@ def choose_threads(work: int) -> int:
         two threads  0.80   1.14    2.0      15
     """
     return CORES if work >= 9_000_000 else 1
+
+
+def check_threads(threads: int, *, resumed: bool) -> list[str]:
+    """Return a note if `threads` exceed the cores, as they may to repeat the rounding of a larger machine.
+
+    Raises:
+        ConfigError: they exceed the cores more than eightfold, and the run is not `resumed` from another machine.
+    """
+    cores = usable_cores()
+    if threads > _MOST_PER_CORE * cores and not resumed:
+        raise ConfigError(
+            f"threads={threads}, but this process may use {cores} core{'s' if cores > 1 else ''}; give at most {cores} "
+            f"(up to {_MOST_PER_CORE * cores} to repeat a run of a larger machine bit for bit)."
+        )
+    if threads > cores:
+        return [f"threads {threads}: more than the {cores} usable cores, so they wait for each other."]
+    return []
 
 
 def set_threads(torch_threads: int) -> None:

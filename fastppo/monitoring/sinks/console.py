@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -48,6 +49,9 @@ class ConsoleSink:
             self._unprinted = None
         else:
             self._unprinted = stats
+
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Show nothing: the line has no room."""
 
     def close(self) -> None:
         """Leave the last iteration on the screen."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from fastppo.runtime.files import replace_file
 
 
 class JsonlSink:
-    """Writes RUN/metrics.jsonl, one line per iteration; a value that isn't finite is null."""
+    """Writes RUN/metrics.jsonl, one line per iteration; a value that isn't finite is null.
+
+    The user's own figures are on lines of their own, after that of their iteration.
+    """
 
     def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
         """Open the file; a run resumed at the global step `resumed_at` keeps the lines up to that step."""
@@ -32,6 +35,13 @@ class JsonlSink:
         }
         row |= {"episodes": stats.episodes, "mean_return": stats.mean_return, "stop": stats.stop, **stats.scalars}
         row["returns"] = [float(f"{r:.6g}") for r in stats.returns]
+        self._write_line(row)
+
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Write one line of the user's own figures."""
+        self._write_line({"iteration": iteration, "global_step": step, **values})
+
+    def _write_line(self, row: Mapping[str, Any]) -> None:
         plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         self._file.write(json.dumps(plain) + "\n")
 
@@ -53,6 +63,9 @@ class SampleSink:
         """Write the sample of this iteration, if it has one."""
         if stats.sample is not None:
             stats.sample.write(self._folder)
+
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Do nothing: these are no samples."""
 
     def close(self) -> None:
         """Do nothing: no file is open."""

@@ -7,6 +7,7 @@ import os
 import platform
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ class TensorBoardSink:
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._file.flush()
             self._flushed = time.monotonic()
+
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Write the user's own figures."""
+        parts = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(Event(wall_time=time.time(), step=step, summary=Summary(value=parts)))
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,11 @@ class ThrottledSink:
         """Wrap `sink`."""
         self._sink, self._next_time = sink, 0.0
         self._held_back: Stats | None = None
+        self._own: dict[tuple[int, int], dict[str, float]] = {}  # of the iteration that is held back
 
     def write(self, stats: Stats) -> None:
         """Write or hold back one iteration; those with histograms or images are always written."""
+        self._own.clear()
         has_media = stats.images or (stats.sample is not None and stats.sample.histograms)
         if time.monotonic() >= self._next_time or has_media:
             self._next_time = time.monotonic() + _SECONDS
@@ -41,11 +43,20 @@ class ThrottledSink:
         else:
             self._held_back = stats
 
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Write or hold back the user's own figures, together with their iteration."""
+        if self._held_back is None:
+            self._sink.log(iteration, step, values)
+        else:
+            self._own[iteration, step] = {**self._own.get((iteration, step), {}), **values}
+
     def close(self) -> None:
         """Write the last iteration if it was held back, and close the sink."""
         try:
             if self._held_back is not None:
                 self._sink.write(self._held_back)
+                for (iteration, step), values in self._own.items():
+                    self._sink.log(iteration, step, values)
         finally:
             self._sink.close()
 
@@ -86,6 +97,10 @@ class WandbSink:
             values[tag] = self._wandb.Video(io.BytesIO(gif), format="gif")
         self._run.log(values, step=stats.global_step)
 
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Write the user's own figures."""
+        self._run.log(dict(values), step=step)
+
     def close(self) -> None:
         """Send what is buffered, and end the run."""
         self._run.finish()
@@ -123,12 +138,12 @@ class MlflowSink:
 
     def write(self, stats: Stats) -> None:
         """Write the finite scalars at the global step."""
+        self.log(stats.iteration, stats.global_step, stats.scalars)
+
+    def log(self, iteration: int, step: int, values: Mapping[str, float]) -> None:
+        """Write the user's own figures, those that are finite."""
         now = int(time.time() * 1000)
-        metrics = [
-            self._metric(tag, float(value), now, stats.global_step)
-            for tag, value in stats.scalars.items()
-            if math.isfinite(value)
-        ]
+        metrics = [self._metric(tag, float(value), now, step) for tag, value in values.items() if math.isfinite(value)]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self) -> None:
