@@ -478,19 +478,21 @@ def test_a_script_from_standard_input_trains_with_the_pool(tmp_path):
 REGISTERS = """
 import gymnasium
 from gymnasium.envs.classic_control import CartPoleEnv
-from fastppo import Config, Trainer
 
 
 class Mine(CartPoleEnv):
     pass
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # imports included, so that workers start fast
+    import numpy
+    from fastppo.envs.make_envs import inspect_env, make_vec_env
+
     gymnasium.register("Mine-v0", entry_point=Mine, max_episode_steps=30)
     for vectorization in ("pool", "async"):
-        settings = {"n_envs": 2, "n_steps": 8, "n_minibatches": 2, "total_timesteps": 32, "compile": "off"}
-        config = Config(env_id="Mine-v0", vectorization=vectorization, **settings)
-        Trainer(config).run()
+        env = make_vec_env(inspect_env("Mine-v0", {}), 2, vectorization, n_workers=1)
+        env.reset(numpy.arange(2))
+        env.close()
 """
 
 
