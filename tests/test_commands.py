@@ -40,6 +40,16 @@ def test_a_film_of_what_never_ends_says_so(runs, tmp_path, capsys, monkeypatch):
     assert "6 frames, cut before its end)" in text
 
 
+def test_a_negative_seed_is_one_line(runs, capsys):
+    assert main(["eval", str(runs / "seed1"), "--seed", "-1"]) == 2
+    assert capsys.readouterr().err == "ConfigError: seed=-1 must be at least 0; nearest valid value: 0.\n"
+
+
+def test_a_folder_above_runs_is_named(runs, capsys):
+    assert main(["report", str(runs)]) == 2
+    assert f"its runs are in {runs}." in capsys.readouterr().err
+
+
 def test_report_and_diff(runs, tmp_path, capsys):
     page = tmp_path / "report.html"
     text = said(capsys, "report", runs / "seed1", runs / "seed2", "-o", page)

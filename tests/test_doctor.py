@@ -1,5 +1,6 @@
 """fastppo doctor: its checks and its exit status."""
 
+import gymnasium
 import torch
 
 from fastppo.analysis import doctor
@@ -49,13 +50,18 @@ def test_failures_are_reported_and_the_status_is_1(capsys, monkeypatch):
         return [x + 1 for x in gae_doubling(*inputs)]
 
     monkeypatch.setattr(doctor, "choose_gae", lambda *_: broken)
+
+    def make():
+        raise ValueError("broken by the test")
+
+    monkeypatch.setitem(gymnasium.registry, "Broken-v0", gymnasium.envs.registration.EnvSpec("Broken-v0", make))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert main(["doctor", "--seconds", "0.1", "--env-id", "Nope-v0"]) == 1
+    assert main(["doctor", "--seconds", "0.1", "--env-id", "Broken-v0"]) == 1
     out = capsys.readouterr().out
     assert "bad  advantages       broken, error 1.0e+00" in out
     assert "note compiler         does not work" in out
     assert "updates run eagerly, several times slower: there is no C++ compiler (no-such-compiler)" in out
-    assert "bad  training         failed\n                      env_id='Nope-v0' is not a registered environment" in out
+    assert "bad  training         failed\n                      env_id='Broken-v0' with env_kwargs={}: broken by" in out
     assert "problems found, see above" in out
 
 
