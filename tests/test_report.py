@@ -17,7 +17,7 @@ from fastppo.analysis.update_section import advantages_by_lambda
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
 from fastppo.monitoring.health import HealthFinding
-from fastppo.monitoring.update_samples import read_samples
+from fastppo.monitoring.update_samples import ROWS, read_samples, spread_rows
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 12, compile="off", threads=1, record_ratios=4, target_kl=0.1)
 
@@ -70,6 +70,14 @@ def test_sampled_ratios_start_at_one_and_agree_with_the_clip_fraction(tmp_path):
         assert abs(s.advantages.mean()) < 1e-5
         assert abs(s.advantages.std() - 1) < 1e-4
     assert trainer.result is not None
+
+
+@pytest.mark.parametrize("n", [1, 2, 511, 512, 513, 2**24 + 3, 2**31 + 1])
+def test_sampled_rows_lie_in_the_rollout_and_reach_its_end(n):
+    rows = spread_rows(n, ROWS, torch.device("cpu"))
+    assert len(rows) == min(n, ROWS)
+    assert (rows[0], rows[-1]) == (0, n - 1)
+    assert (rows.diff() > 0).all()
 
 
 def test_sampling_changes_no_number(tmp_path):

@@ -99,6 +99,13 @@ def remove_samples(folder: Path, after: int) -> None:
             path.unlink()
 
 
+def spread_rows(n: int, k: int, device: torch.device) -> Tensor:
+    """Return min(n, k) evenly spaced row indices from 0 to n - 1, int64."""
+    k = min(n, k)
+    # in integers: a float32 linspace exceeds n - 1 above 2^24 rows
+    return torch.arange(k, device=device) * (n - 1) // max(1, k - 1)
+
+
 class UpdateSampler:
     """Samples the update of every N-th iteration.
 
@@ -116,7 +123,7 @@ class UpdateSampler:
         """
         self._rollout, self._update, self._every, self._histograms = rollout, update, every, histograms
         n = rollout.rewards.numel()
-        self._rows = torch.linspace(0, n - 1, min(n, ROWS), device=rollout.rewards.device).long()
+        self._rows = spread_rows(n, ROWS, rollout.rewards.device)
         self._ratios: list[Tensor] = []
 
     def due(self, iteration: int) -> bool:

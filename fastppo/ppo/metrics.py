@@ -171,8 +171,7 @@ class Metrics:
         if self._bounds is not None:
             low, high = self._bounds
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
-        steps = torch.full_like(variance, r.rewards.numel()) if r.valid is None else r.valid.sum()
-        # float64: float32 can't count beyond 2^24
+        steps = count_rows(r.rewards, r.valid)
         scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
@@ -243,6 +242,13 @@ class Metrics:
             else torch.zeros_like(rewards)
         )
         return torch.stack((rewards, obs))
+
+
+def count_rows(rewards: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the number of valid rows of a rollout, [] float64: float32 can't count beyond 2^24."""
+    if valid is None:
+        return rewards.new_full((), rewards.numel(), dtype=torch.float64)
+    return valid.sum(dtype=torch.int64).double()
 
 
 def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
