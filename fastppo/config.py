@@ -306,6 +306,9 @@ class Config:
     eval_episodes: Annotated[int, Setting(section="evaluation", at_least=1, unit="EPISODES", changes="nothing")] = 10
     """Episodes per evaluation."""
 
+    log_every: Annotated[int, Setting(section="logging", at_least=1, unit="ITERATIONS", changes="nothing")] = 1
+    """Iterations per line of metrics.jsonl and TensorBoard event, for long runs; each holds means over its
+    iterations."""
     record_ratios: Annotated[
         int | None,
         Setting(section="logging", at_least=0, unit="ITERATIONS", unset="up to 20 per run", changes="nothing"),

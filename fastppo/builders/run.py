@@ -99,7 +99,7 @@ def build_run(
             undo.callback(env_info.vector.close)
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
-        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
+        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions, c.log_every)
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
         set_threads(known(c.threads))
@@ -132,6 +132,7 @@ def build_run(
             "metrics": learning.metrics,
             "collector": collect,
             "learner": learning.learner,
+            "log": logger.interval,
             "randomness": GlobalRandomState(),
         }
         run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)

@@ -86,7 +86,7 @@ def restore(
         metadata: of this run, as `run_metadata` returns it.
         spec: of this run's policy.
         models: policy, and reward normaliser if there is one.
-        parts: all other parts; "update", "progress" and "metrics" are shared by all processes, the rest belongs to one.
+        parts: all other parts; "update", "progress", "metrics" and "log" are shared by all processes, the rest belongs to one.
         env: the environments, already reset.
         obs: [N, *obs] first observations of the next rollout; overwritten if the environments are reset.
         world: the ranks that train together.
@@ -106,6 +106,8 @@ def restore(
     try:
         for name in ("update", "progress", "metrics"):
             parts[name].load_state_dict(shared.part(name))
+        if "log" in shared.values:  # not in older checkpoints
+            parts["log"].load_state_dict(shared.part("log"))
         progress = dict(parts["progress"].state_dict())
         # an iteration is one rollout of every process
         iteration = progress["iteration"] = round(progress["iteration"] * int(saved["world_size"]) / world.size)

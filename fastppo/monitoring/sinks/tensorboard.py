@@ -21,7 +21,7 @@ from torch.utils.tensorboard import summary
 from fastppo.monitoring.stats import Stats
 
 _FLUSH_SECONDS = 5.0
-_HPARAM_METRICS = ("charts/episodic_return", "charts/sps_steady", "losses/approx_kl", "losses/explained_variance")
+_HPARAM_METRICS = ("charts/mean_return", "charts/sps_steady", "losses/approx_kl", "losses/explained_variance")
 _file_number = itertools.count()  # two runs of one process may start in the same second
 
 
