@@ -219,6 +219,40 @@ def test_a_page_of_a_long_run_stays_small(runs, tmp_path):
     assert len(page) < 10e6
 
 
+def test_a_long_run_is_thinned_but_keeps_evaluations_damage_and_its_end(runs, tmp_path):
+    rng = np.random.default_rng(0)
+    shutil.copytree(runs / "seed1", tmp_path / "run")
+
+    def longer(lines):
+        lines = [{k: v for k, v in line.items() if v is not None} for line in lines]
+        for i in range(5_000):
+            places = {"iteration": i + 1, "global_step": (i + 1) * 64, "losses/clipfrac": 0.9 if i > 2_500 else 0.1}
+            evaluation = {"eval/return_mean": 5.0, "eval/return_std": 1.0} if i == 1_234 else {}
+            bad = {"losses/policy_loss": None} if i == 777 else {}
+            yield lines[rng.integers(12)] | places | evaluation | bad
+
+    rewrite_metrics(tmp_path / "run", longer)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3_001] = lines[3_001][:-9]
+    path.write_text("\n".join(lines) + "\n")
+    thin, full = read_run(tmp_path / "run", most=100), read_run(tmp_path / "run", most=None)
+    assert (thin.rows, full.rows, len(full)) == (4_999, 4_999, 4_999)
+    assert 100 <= len(thin) <= 140
+    assert thin.column("iteration")[-1] == 5_000
+    assert np.nanmax(thin.column("eval/return_mean")) == 5.0
+    assert thin.problems() == full.problems()
+    assert "in 1 of 4,999 rows, first at step 49,792" in " ".join(thin.problems())
+    # findings need no more than the thinned rows
+    found = {f.name: first for f, first, _ in thin.findings}
+    expected = {f.name: first for f, first, _ in full.findings}
+    assert found.keys() == expected.keys()
+    assert found["clip fraction high"] == pytest.approx(expected["clip fraction high"], rel=0.05)
+    assert "drawn from" in thin.thinning
+    assert full.thinning == ""
+    report([tmp_path / "run"], tmp_path / "report.html")
+
+
 def test_seeds_of_one_configuration_get_a_band(runs, tmp_path):
     _, page = page_of(runs, tmp_path, "seed1", "seed2", "other")
     assert page.count("mean of 2 seeds") >= 1
@@ -261,7 +295,7 @@ def nan_from_third(lines):
 DAMAGED = {
     "no episodes": (no_episodes, "No episode has ended"),
     "NaN": (nan_from_third, "NaN or infinite in 10 of 12 iterations, first at step 192"),
-    "one update": (lambda lines: lines[:1], "Only one update was logged"),
+    "one update": (lambda lines: lines[:1], "Only one row was logged"),
     "nothing": (lambda lines: [], "No iteration was logged"),
 }
 
@@ -287,7 +321,7 @@ def test_damaged_data_is_skipped_and_reported(runs, tmp_path):
     assert len(r) == 11
     assert r.problems() == [
         "1 damaged lines of metrics.jsonl were skipped.",
-        "metrics.jsonl is truncated: it holds 11 of 12 iterations.",
+        "metrics.jsonl is truncated: it ends at iteration 11 of 12.",
     ]
     (run / "run.json").write_text('{"action_size": "x", "notes": 5, "versions": []}')
     sample = next((run / "samples").iterdir())

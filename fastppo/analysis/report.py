@@ -80,7 +80,7 @@ def _summary(runs: Sequence[RunData]) -> str:
         finals = ((run.last(tag), form) for _, tag, form in _SUMMARY)
         figures = (format(value, form) if math.isfinite(value) else "-" for value, form in finals)
         rows.append((run.label, str(run.result.get("ended", "-")), *figures))
-    problems = [f"{run.label}: {problem}" for run in runs for problem in run.problems()]
+    problems = [f"{run.label}: {line}" for run in runs for line in (*run.problems(), run.thinning) if line]
     return table(("run", "ended", *(title for title, _, _ in _SUMMARY)), rows) + paragraphs(problems)
 
 

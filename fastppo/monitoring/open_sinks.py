@@ -50,7 +50,7 @@ def _restore_history(logger: RunLogger, run_dir: Path) -> None:
     """Fill the history with the rows in the folder and with the open row, each as often as it has iterations."""
     before = 0
     for row in read_rows(run_dir):
-        if isinstance(iteration := row.get("iteration"), int):
+        if row is not None and isinstance(iteration := row.get("iteration"), int):
             scalars = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
             logger.history.add(scalars, max(1, iteration - before))
             before = iteration

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from fastppo.functional.losses import Coefficients
-from fastppo.policies.policy import Policy
-from fastppo.ppo.rollout import Rollout
-from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.files import replace_file
 from fastppo.runtime.seeding import preserve_global_random_state
+
+if TYPE_CHECKING:  # as in sinks/jsonl.py
+    from fastppo.functional.losses import Coefficients
+    from fastppo.policies.policy import Policy
+    from fastppo.ppo.rollout import Rollout
+    from fastppo.ppo.update import PPOUpdate
 
 _Array = np.ndarray[Any, Any]
 
