@@ -446,7 +446,7 @@ def shown(value: object) -> str:
         return str(value)
     if isinstance(value, dict) and value:
         return json.dumps(value)
-    if isinstance(value, tuple) and value:
+    if isinstance(value, (tuple, list)) and value:
         return " ".join(map(str, value))
     if isinstance(value, int):
         return f"{value:_}" if value >= 10_000 else str(value)

@@ -17,8 +17,8 @@ class LogInterval:
     """Merges the statistics of `every` iterations into one row.
 
     Measured figures are means over the iterations that have them; one that is not finite makes the mean so. Episode
-    returns and lengths are means over all episodes of the row. Counters, schedules and speeds are the latest. A row ends
-    early at an iteration with an evaluation, a sample or a video, which therefore keeps its step.
+    returns and lengths are means over all episodes of the row. Counters, schedules and speeds are the latest. A row
+    ends early at an iteration with an evaluation, a sample or a video, which therefore keeps its step.
 
     Attributes:
         last_step: global step of the last row; None before the first row of a run, and in checkpoints without it.
@@ -29,8 +29,12 @@ class LogInterval:
         """Merge `every` iterations; rows end at its multiples."""
         self._every = every
         self.last_step: int | None = None
+        self.iterations = 0
         self._episodes = 0  # at the last iteration
-        self._clear()
+        self._totals: dict[str, tuple[float, float]] = {}  # sum and weight by tag
+        self._returns: list[float] = []
+        self._stop = ""
+        self._latest: Stats | None = None
 
     def add(self, stats: Stats) -> Stats | None:
         """Add an iteration; return the row if this iteration completes it."""
@@ -84,8 +88,4 @@ class LogInterval:
         self._returns, self._stop = [float(x) for x in saved["returns"]], str(saved["stop"])
 
     def _clear(self) -> None:
-        self.iterations = 0
-        self._totals: dict[str, tuple[float, float]] = {}
-        self._returns: list[float] = []
-        self._stop = ""
-        self._latest: Stats | None = None
+        self.iterations, self._totals, self._returns, self._stop, self._latest = 0, {}, [], "", None

@@ -86,7 +86,8 @@ def restore(
         metadata: of this run, as `run_metadata` returns it.
         spec: of this run's policy.
         models: policy, and reward normaliser if there is one.
-        parts: all other parts; "update", "progress", "metrics" and "log" are shared by all processes, the rest belongs to one.
+        parts: all other parts; "update", "progress", "metrics" and "log" are shared by all processes, the rest belongs
+            to one.
         env: the environments, already reset.
         obs: [N, *obs] first observations of the next rollout; overwritten if the environments are reset.
         world: the ranks that train together.
