@@ -11,7 +11,7 @@ from typing import Any
 import plotly.graph_objects as go
 from rich.table import Table
 
-from fastppo.analysis.bench import PARTS, Point, verdict
+from fastppo.analysis.bench import PARTS, Point, conclusion, verdict
 from fastppo.analysis.html import LAYOUT, PHASE_COLORS, Figures, heading, items, paragraphs, table
 from fastppo.analysis.html import page as html_page
 from fastppo.analysis.terminal import narrow_table
@@ -118,6 +118,7 @@ def page(title: str, points: Sequence[Point], about: Sequence[str]) -> str:
         paragraphs(about),
         *drawn,
         table(("n_envs", "vectorization", "steps/s", *(f"{part} alone" for part in parts), "MB"), rows),
+        paragraphs([conclusion(points)] if measured else []),
         heading("Bottlenecks"),
         items((f"n_envs {p.n_envs}, {p.vectorization}", verdict(p, points)) for p in points),
     )
