@@ -55,6 +55,7 @@ NOTHING = {
     "exact_resume": "refuses or trains",
     "eval_every": "evaluations have their own environments and random streams",
     "eval_episodes": "as eval_every",
+    "log_every": "rows only merge",
     "record_ratios": "samples only read",
     "log_histograms": "samples only read",
     "video_every": "as eval_every",
