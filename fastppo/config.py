@@ -330,6 +330,9 @@ class Config:
     """Maximum steps of an evaluation's episode, which is then cut; lower it for environments whose episodes never
     end."""
 
+    log_every: Annotated[int, Setting(section="logging", at_least=1, unit="ITERATIONS", changes="nothing")] = 1
+    """Iterations per line of metrics.jsonl and TensorBoard event, for long runs; each holds means over its
+    iterations."""
     record_ratios: Annotated[
         int | None,
         Setting(section="logging", at_least=0, unit="ITERATIONS", unset="up to 20 per run", changes="nothing"),
@@ -495,7 +498,7 @@ def shown(value: object) -> str:
         return str(value)
     if isinstance(value, dict) and value:
         return json.dumps(value)
-    if isinstance(value, tuple) and value:
+    if isinstance(value, (tuple, list)) and value:
         return " ".join(map(str, value))
     if isinstance(value, int):
         return f"{value:_}" if value >= 10_000 else str(value)

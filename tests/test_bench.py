@@ -4,11 +4,12 @@ import csv
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
-from fastppo.analysis import bench_report
-from fastppo.analysis.bench import PARTS, Point, best_by_n_envs, verdict
+from fastppo.analysis import bench, bench_report
+from fastppo.analysis.bench import PARTS, Point, best_by_n_envs, clear_winners, conclusion, verdict
 from fastppo.cli import main
 from fastppo.envs import auto_vectorization as choose
 
@@ -38,16 +39,71 @@ def test_with_overlap_a_faster_environment_saves_only_the_wait():
 
 
 def test_the_verdict_names_the_bottleneck_and_faster_settings():
-    points = [point(64), point(512, sps=1300.0), point(64, "pool", sps=1100.0), Point(8, "native", failure="no such")]
+    points = [point(64), point(512, sps=1300.0), point(64, "pool", sps=1250.0), Point(8, "native", failure="no such")]
     text = verdict(points[0], points)
     assert text.startswith("update-bound (60% of the time); update twice as fast: +43% steps/s (environments +11%, ")
     assert "n_envs 64 -> 512: +30%" in text
-    assert "vectorization pool: +10%" in text
+    assert "vectorization pool: +25%" in text
+    assert "unreliable" not in text
     assert "->" not in verdict(points[1], points)
     assert verdict(points[3], points) == "no such"
     env_bound = point(phases=SHARES | {"env": 0.7, "update": 0.1})
     assert verdict(env_bound, [env_bound]).startswith("env-bound (70% of the time)")
     assert {n: p.vectorization for n, p in best_by_n_envs(points).items()} == {64: "pool", 512: "sync"}
+
+
+def test_overlapping_speeds_give_no_verdict():
+    sync, pool, large = point(64), point(64, "pool", sps=1150.0), point(512, sps=3000.0)
+    assert "vectorization pool: no clear difference" in verdict(sync, [sync, pool, large])
+    assert "n_envs 64 -> 512: +200%" in verdict(sync, [sync, pool, large])
+    assert conclusion([sync, pool, large]).startswith("fastest: n_envs 512, sync: 3,000 steps/s.")
+    assert clear_winners([sync, pool, large]) == {512: large}
+    text = conclusion([sync, pool])
+    assert text.startswith("no clear winner: the steps/s of n_envs 64, pool (1,035-1,265) overlap")
+    assert "n_envs 64, sync (900-1,100)" in text
+    assert "fastest" not in text
+    # one noisy point overlaps with all
+    noisy = point(8, sps=5_000.0, sps_low=1_300.0, sps_high=8_900.0)
+    assert conclusion([noisy, large]).startswith("no clear winner")
+    assert conclusion([Point(8, "native", failure="no such")]) == ""
+
+
+def test_parts_that_contradict_the_whole_are_reported():
+    good = point()
+    assert good.doubts() == []
+    # the update takes 60 % of the time, so 753 steps/s of training are 1,255 of the update
+    odd = point(sps=753.0, ceilings={"env": 4e3, "act": 8e3, "update": 14_500.0})
+    assert "update runs at 14,500 steps/s alone but at 1,255 within training" in " ".join(odd.doubts())
+    assert "unreliable: update runs at 14,500" in verdict(odd, [odd])
+    slow = point(ceilings={"env": 5e3, "act": 1e4, "update": 500.0})
+    assert "update" in " ".join(slow.doubts())
+    # with half-batches the trainer waits less than the environments take
+    hidden = point(overlapped=True, ceilings={"env": 1_200.0, "act": 1e4, "update": 1_700.0})
+    assert hidden.doubts() == []
+
+
+def test_load_of_other_programs_is_reported():
+    busy = point(cores=2, own_cores=1.0, other_cores=0.9)
+    assert busy.doubts() == ["other programs used 0.9 of 2 cores meanwhile, so the speeds are too low"]
+    assert point(cores=64, own_cores=1.0, other_cores=4.0).doubts() == []  # cores are left
+    assert point(cores=2, own_cores=2.0, other_cores=0.05).doubts() == []
+
+
+def test_load_is_measured_beside_the_own_processes():
+    loop = "import time\nend = time.perf_counter() + 20\nwhile time.perf_counter() < end: pass"
+    before = bench._cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", loop]) as child:  # its own children count as its own
+        while child.poll() is None and bench._cpu_seconds()[1] - before[1] < 0.2:
+            time.sleep(0.01)
+        used = bench._cpu_seconds()[1] - before[1]
+        child.kill()
+    assert used >= 0.2
+
+
+def test_a_long_call_is_timed_once():
+    calls = []
+    assert bench._median_seconds(lambda: calls.append(time.sleep(0.05)), None, 0.01) >= 0.05
+    assert len(calls) == 1
 
 
 def test_the_files_hold_every_point_and_the_page_works_offline(tmp_path):
@@ -76,7 +132,9 @@ def test_save_stores_the_choice_for_auto(tmp_path, monkeypatch, capsys):
     assert "fastest: n_envs 2, sync" in said
     good, failed = json.loads((tmp_path / "out" / "bench.json").read_text())["points"]
     assert failed["failure"]
-    assert good["iterations"] >= 5
+    assert good["iterations"] >= 3
+    assert good["cores"] >= 1
+    assert 0 < good["own_cores"] < good["cores"] + 1
     assert good["sps_low"] <= good["sps"] <= good["sps_high"]
     assert 0.8 < sum(good["phases"].values()) <= 1.0
     assert all(good["ceilings"][part] > 0 for part in PARTS)

@@ -60,6 +60,7 @@ NOTHING = {
     "eval_every": "evaluations have their own environments and random streams",
     "eval_episodes": "as eval_every",
     "eval_max_steps": "as eval_every",
+    "log_every": "rows only merge",
     "record_ratios": "samples only read",
     "log_histograms": "samples only read",
     "video_every": "as eval_every",

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastppo.ppo.metrics import WINDOW, EpisodeStats
+from fastppo.ppo.metrics import WINDOW, EpisodeStats, count_rows
 
 
 def reference_episodes(rewards, done, valid):
@@ -55,3 +55,10 @@ def test_episode_statistics_over_several_rollouts_match_a_plain_loop(shape, ofte
         assert list(stats.recent_lengths) == [k for _, k in expected[-WINDOW:]]
     assert stats.reached(-1e9) == (seen >= WINDOW)
     assert not stats.reached(1e9)
+
+
+def test_steps_of_an_odd_rollout_above_2_to_24_are_counted_exactly():
+    n = 2**24 + 1  # float32 rounds it
+    rewards = torch.zeros(1).expand(n)
+    assert int(count_rows(rewards, None)) == n
+    assert int(count_rows(rewards, torch.ones(1, dtype=torch.bool).expand(n))) == n

@@ -1,4 +1,4 @@
-"""HTML pages in a browser: sliders, legends, no network, a phone's width."""
+"""HTML pages in a browser: sliders, legends, no network, phones and desktops, light and dark."""
 
 import dataclasses
 import json
@@ -17,6 +17,7 @@ from fastppo.runs.system_info import system_info
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SMALL = Config(n_envs=4, n_steps=32, total_timesteps=128 * 12, compile="off", threads=1, record_ratios=4)
+SCREENS = [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def browser():
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for seed in (1, 2):
-        Trainer(dataclasses.replace(SMALL, seed=seed, learning_rate=5e-3, run_dir=folder / f"seed{seed}")).run()
+        evaluated = {"eval_every": 128 * 5, "eval_episodes": 2}
+        run_dir = folder / f"seed{seed}"
+        Trainer(dataclasses.replace(SMALL, seed=seed, learning_rate=5e-3, run_dir=run_dir, **evaluated)).run()
     report([folder / "seed1"], folder / "one.html")
     report([folder / "seed1", folder / "seed2"], folder / "two.html")
     return folder
@@ -44,8 +47,9 @@ def runs(tmp_path_factory):
 class Opened:
     """An open page with its requests and errors."""
 
-    def __init__(self, browser, path, width=1280):
-        self.page = browser.new_page(viewport={"width": width, "height": 900})
+    def __init__(self, browser, path, width=1280, scheme="light"):
+        phone = {"has_touch": True, "is_mobile": True} if width < 600 else {}
+        self.page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme, **phone)
         self.requests, self.errors = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
@@ -62,6 +66,7 @@ class Opened:
         """Draw all figures, as before printing; return their number."""
         self.page.evaluate("dispatchEvent(new Event('beforeprint'))")
         self.page.wait_for_function("Array.from(document.querySelectorAll('.figure')).every(div => div.data)")
+        self.page.evaluate("dispatchEvent(new Event('afterprint'))")
         return self.page.locator(".figure").count()
 
     def trace(self, figure, i, field):
@@ -73,8 +78,8 @@ class Opened:
 def open_page(browser):
     opened = []
 
-    def open_one(path, width=1280):
-        opened.append(Opened(browser, path, width))
+    def open_one(path, width=1280, scheme="light"):
+        opened.append(Opened(browser, path, width, scheme))
         return opened[-1]
 
     yield open_one
@@ -152,15 +157,101 @@ def test_runs_are_selected_by_name(open_page, runs):
     assert open_page(runs / "one.html").page.locator("#run").is_hidden()
 
 
+BRIGHTNESS = """
+const brightness = color => color.match(/[0-9.]+/g).slice(0, 3).reduce((sum, x) => sum + Number(x), 0) / 765;
+"""
+
+
+def check_layout(one, width, scheme):
+    """Check that all of a page can be read: nothing wider than the screen, covered, empty or of low contrast."""
+    page = one.page
+    page.wait_for_timeout(300)  # figures resize after they are drawn
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    for table in page.locator(".table").all():
+        assert table.bounding_box()["width"] <= width
+        assert table.evaluate("table => getComputedStyle(table).overflowX") == "auto"
+    # plotly's toolbar: none on a phone; elsewhere below the caption
+    if width < 600:
+        assert page.locator(".modebar-btn").count() == 0
+    covered = """Array.from(document.querySelectorAll('figure')).filter(figure => {
+        const [title, plot] = [...figure.children].map(part => part.getBoundingClientRect());
+        return title.bottom > plot.top + 1;
+    }).length"""
+    assert page.evaluate(covered) == 0
+    assert all(page.locator("figcaption").all_text_contents())
+    assert all(text.strip() for text in page.locator(".legendtext").all_text_contents())
+    ticks = page.locator(".xtick text, .ytick text").all_text_contents()
+    assert ticks
+    assert not [text for text in ticks if text[-1:] in "\u00b5\u03bcunpf"]
+    background = page.evaluate(f"{{ {BRIGHTNESS} brightness(getComputedStyle(document.body).backgroundColor) }}")
+    inks = page.evaluate(
+        f"""{{ {BRIGHTNESS} Array.from(document.querySelectorAll('.xtick text, .legendtext, .xtitle, p, td')).map(
+            text => brightness(getComputedStyle(text)[text.ownerSVGElement ? 'fill' : 'color'])) }}"""
+    )
+    assert (background < 0.2) == (scheme == "dark")
+    assert min(abs(ink - background) for ink in inks) > 0.4
+
+
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
 @pytest.mark.parametrize("name", ["one", "two"])
-def test_no_page_scrolls_sideways_on_a_phone(open_page, runs, name):
-    one = open_page(runs / f"{name}.html", width=390)
+def test_the_page_of_a_report_can_be_read(open_page, runs, name, width, scheme):
+    one = open_page(runs / f"{name}.html", width, scheme)
     one.show_all()
-    one.page.wait_for_timeout(300)  # figures resize after they are drawn
-    assert one.page.evaluate("document.documentElement.scrollWidth") == 390
+    check_layout(one, width, scheme)
 
 
-def test_the_page_of_bench(open_page, tmp_path):
+def test_pages_follow_the_system_and_print_dark_on_white(open_page, runs):
+    one = open_page(runs / "one.html", scheme="dark")
+    one.show("returns")
+    ink = f"{{ {BRIGHTNESS} brightness(getComputedStyle(document.querySelector('#returns .xtick text')).fill) }}"
+    assert one.page.evaluate(ink) > 0.6
+    one.page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert one.page.evaluate(ink) < 0.4
+    one.page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert one.page.evaluate(ink) > 0.6
+    one.page.emulate_media(color_scheme="light")
+    one.page.wait_for_timeout(300)
+    assert one.page.evaluate(ink) < 0.4
+
+
+def test_evaluations_are_drawn(open_page, runs):
+    one = open_page(runs / "one.html")
+    assert one.trace("returns", 2, "x") == [640, 1280]
+    rows = [json.loads(line) for line in (runs / "seed1" / "metrics.jsonl").read_text().splitlines()]
+    expected = [row["eval/return_mean"] for row in rows if "eval/return_mean" in row]
+    assert one.trace("returns", 2, "y") == pytest.approx(expected, rel=1e-4)
+    deviations = [row["eval/return_std"] for row in rows if "eval/return_std" in row]
+    assert one.trace("returns", 2, "error_y.array") == pytest.approx(deviations, rel=1e-4)
+    assert "last evaluation" in one.page.locator("table").first.inner_text()
+    one.page.locator("#returns .updatemenu-button").nth(2).click()
+    one.page.wait_for_function("document.getElementById('returns').data[2].x[0] != 640")
+
+
+def test_small_and_large_ticks_are_plain_numbers(open_page, runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "seed1", run)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for i, row in enumerate(rows):
+        row |= {"charts/learning_rate": 2.5e-4 * (1 - i / 12), "global_step": 100_000 * (i + 1)}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report([run], tmp_path / "report.html")
+    one = open_page(tmp_path / "report.html")
+    one.show("learning_rate")
+    ys = one.page.locator("#learning_rate .ytick text").all_text_contents()
+    assert "0.0002" in ys
+    assert "1M" in one.page.locator("#learning_rate .xtick text").all_text_contents()
+
+
+def test_unset_settings_are_shown_as_none(open_page, runs):
+    table = open_page(runs / "one.html").page.locator(".settings table")
+    values = dict(row.split("\t") for row in table.inner_text().splitlines() if row.count("\t") == 1)
+    for name in ("target_kl", "target_return", "workers", "init_from", "env_kwargs", "track", "result: unsaved"):
+        assert values[name].strip() == "none"
+    assert all(value.strip() not in ("", "None", "null") for value in values.values())
+
+
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_the_page_of_bench(open_page, tmp_path, width, scheme):
     import torch
 
     shares = {"env": 0.3, "act": 0.2, "update": 0.4, "store": 0.02, "advantages": 0.02, "log": 0.02}
@@ -168,13 +259,13 @@ def test_the_page_of_bench(open_page, tmp_path):
     ceilings = {"env": 3e4, "act": 5e4, "update": 3e4}
     points = [Point(n_envs=n, vectorization="sync", ceilings=ceilings, **point) for n in (4, 8)]
     page = write_files(tmp_path, "CartPole-v1", points, system_info(torch.device("cpu")))
-    one = open_page(page, width=390)
+    one = open_page(page, width, scheme)
     assert one.show_all() == 2
-    one.page.wait_for_timeout(300)
-    assert one.page.evaluate("document.documentElement.scrollWidth") == 390
+    check_layout(one, width, scheme)
 
 
-def test_the_page_of_a_study(open_page, runs, tmp_path):
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
+def test_the_page_of_a_study(open_page, runs, tmp_path, width, scheme):
     import torch
 
     configs = []
@@ -186,10 +277,9 @@ def test_the_page_of_a_study(open_page, runs, tmp_path):
             (run / "result.json").write_text(json.dumps(result))
             configs.append(dataclasses.replace(SMALL, n_envs=n_envs, seed=seed, run_dir=run))
     plan = Plan(20.0, "batch", configs, 2, system_info(torch.device("cpu")))
-    one = open_page(write_page(tmp_path, "CartPole-v1", plan, summarize(plan, {})), width=390)
+    one = open_page(write_page(tmp_path, "CartPole-v1", plan, summarize(plan, {})), width, scheme)
     assert one.show_all() == 3
-    one.page.wait_for_timeout(300)
-    assert one.page.evaluate("document.documentElement.scrollWidth") == 390
+    check_layout(one, width, scheme)
     assert one.trace("seconds", 0, "y") == [5, 6, 9, 10]
     updates = one.page.locator("#returns .updatemenu-button").nth(1)
     assert updates.text_content() == "updates"
@@ -209,7 +299,7 @@ def not_finite(row):
     ("lines", "change", "said"),
     [
         (0, None, "No iteration was logged"),
-        (1, None, "Only one update was logged"),
+        (1, None, "Only one row was logged"),
         (12, "no samples", "No update was sampled"),
         (12, without_episodes, "No episode has ended"),
         (12, not_finite, "NaN or infinite in 12 of 12 iterations"),

@@ -17,7 +17,7 @@ from fastppo.analysis.update_section import advantages_by_lambda
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
 from fastppo.monitoring.health import HealthFinding
-from fastppo.monitoring.update_samples import read_samples
+from fastppo.monitoring.update_samples import ROWS, read_samples, spread_rows
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 12, compile="off", threads=1, record_ratios=4, target_kl=0.1)
 
@@ -70,6 +70,14 @@ def test_sampled_ratios_start_at_one_and_agree_with_the_clip_fraction(tmp_path):
         assert abs(s.advantages.mean()) < 1e-5
         assert abs(s.advantages.std() - 1) < 1e-4
     assert trainer.result is not None
+
+
+@pytest.mark.parametrize("n", [1, 2, 511, 512, 513, 2**24 + 3, 2**31 + 1])
+def test_sampled_rows_lie_in_the_rollout_and_reach_its_end(n):
+    rows = spread_rows(n, ROWS, torch.device("cpu"))
+    assert len(rows) == min(n, ROWS)
+    assert (rows[0], rows[-1]) == (0, n - 1)
+    assert (rows.diff() > 0).all()
 
 
 def test_sampling_changes_no_number(tmp_path):
@@ -211,6 +219,41 @@ def test_a_page_of_a_long_run_stays_small(runs, tmp_path):
     assert len(page) < 10e6
 
 
+def test_a_long_run_is_thinned_but_keeps_evaluations_damage_and_its_end(runs, tmp_path):
+    rng = np.random.default_rng(0)
+    shutil.copytree(runs / "seed1", tmp_path / "run")
+
+    def longer(lines):
+        lines = [{k: v for k, v in line.items() if v is not None} for line in lines]
+        for i in range(5_000):
+            places = {"iteration": i + 1, "global_step": (i + 1) * 64, "losses/clipfrac": 0.9 if i > 2_500 else 0.1}
+            places["losses/explained_variance"] = 0.9
+            evaluation = {"eval/return_mean": 5.0, "eval/return_std": 1.0} if i == 1_234 else {}
+            bad = {"losses/policy_loss": None} if i == 777 else {}
+            yield lines[rng.integers(12)] | places | evaluation | bad
+
+    rewrite_metrics(tmp_path / "run", longer)
+    path = tmp_path / "run" / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    lines[3_001] = lines[3_001][:-9]
+    path.write_text("\n".join(lines) + "\n")
+    thin, full = read_run(tmp_path / "run", most=100), read_run(tmp_path / "run", most=None)
+    assert (thin.rows, full.rows, len(full)) == (4_999, 4_999, 4_999)
+    assert 100 <= len(thin) <= 140
+    assert thin.column("iteration")[-1] == 5_000
+    assert np.nanmax(thin.column("eval/return_mean")) == 5.0
+    assert thin.problems() == full.problems()
+    assert "in 1 of 4,999 rows, first at step 49,792" in " ".join(thin.problems())
+    # findings need no more than the thinned rows
+    found = {f.name: first for f, first, _ in thin.findings}
+    expected = {f.name: first for f, first, _ in full.findings}
+    assert found.keys() == expected.keys()
+    assert found["clip fraction high"] == pytest.approx(expected["clip fraction high"], rel=0.05)
+    assert "drawn from" in thin.thinning
+    assert full.thinning == ""
+    report([tmp_path / "run"], tmp_path / "report.html")
+
+
 def test_seeds_of_one_configuration_get_a_band(runs, tmp_path):
     _, page = page_of(runs, tmp_path, "seed1", "seed2", "other")
     assert page.count("mean of 2 seeds") >= 1
@@ -253,7 +296,7 @@ def nan_from_third(lines):
 DAMAGED = {
     "no episodes": (no_episodes, "No episode has ended"),
     "NaN": (nan_from_third, "NaN or infinite in 10 of 12 iterations, first at step 192"),
-    "one update": (lambda lines: lines[:1], "Only one update was logged"),
+    "one update": (lambda lines: lines[:1], "Only one row was logged"),
     "nothing": (lambda lines: [], "No iteration was logged"),
 }
 
@@ -279,7 +322,7 @@ def test_damaged_data_is_skipped_and_reported(runs, tmp_path):
     assert len(r) == 11
     assert r.problems() == [
         "1 damaged lines of metrics.jsonl were skipped.",
-        "metrics.jsonl is truncated: it holds 11 of 12 iterations.",
+        "metrics.jsonl is truncated: it ends at iteration 11 of 12.",
     ]
     (run / "run.json").write_text('{"action_size": "x", "notes": 5, "versions": []}')
     sample = next((run / "samples").iterdir())

@@ -63,6 +63,17 @@ def test_hparams_hold_every_setting_and_name_logged_metrics(events):
     content = found.SummaryMetadata("_hparams_/experiment").plugin_data.content
     metrics = {info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos}
     assert metrics <= set(found.Tags()["scalars"])
+    # the tab shows the last value of a metric: of returns, the mean of the run's last 100 episodes
+    assert "charts/mean_return" in metrics
+    assert "charts/episodic_return" not in metrics
+    assert found.Scalars("charts/mean_return")[-1].value == pytest.approx(trainer.result.mean_return)
+
+
+def test_the_config_table_shows_unset_settings_as_none(events):
+    found, _ = events
+    text = found.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    assert "|target_return|none|" in text
+    assert "None" not in text
 
 
 class RecordingSink:

@@ -6,11 +6,13 @@ part limits a point and what would make it faster.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -33,7 +35,10 @@ PARTS = {"env": "environments", "act": "acting", "update": "update"}
 _RESULT = "fastppo bench: "  # prefix of the line that holds the result
 _PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log")
 _LONG = 10**12  # planned steps, so many that schedules stay at their start
-_MIN_ITERATIONS = 5
+_MIN_ITERATIONS = 3
+_OTHER_CORES = 0.25  # used by other programs; more on a full machine slows a point down visibly
+_CONTRADICTION = 2.0  # ratio of a part's speed alone and in training, either way
+_LARGE = 0.1  # share of a part that is compared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +58,9 @@ class Point:
         ceilings: steps per second of env, act and update when each runs alone in the same process; "rollout" replaces
             env and act where both are in one CUDA graph.
         overlapped: whether the policy acts while environments step.
+        cores: cores of the machine.
+        own_cores: cores that this point's processes used on average while training was timed.
+        other_cores: cores that all other programs used meanwhile.
         setup_seconds: seconds from the start of the process to the first iteration, without compilation.
         compile_seconds: seconds of compilation; 0 without it.
         memory_mb: memory of the process and its workers at the end, shared pages counted once.
@@ -73,6 +81,9 @@ class Point:
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     ceilings: dict[str, float] = dataclasses.field(default_factory=dict)
     overlapped: bool = False
+    cores: int = 0
+    own_cores: float = 0.0
+    other_cores: float = 0.0
     setup_seconds: float = 0.0
     compile_seconds: float = 0.0
     memory_mb: float = 0.0
@@ -98,6 +109,29 @@ class Point:
             saved = min(self.phases["env"], max(alone, self.phases["env"]) * removed)
         return 1 / (1 - saved) - 1
 
+    def doubts(self) -> list[str]:
+        """Return the reasons not to trust the point: load on the machine, parts that contradict the whole."""
+        found = []
+        if self.other_cores > _OTHER_CORES and self.own_cores + self.other_cores > 0.9 * self.cores:
+            found.append(
+                f"other programs used {self.other_cores:.1f} of {self.cores} cores meanwhile, so the speeds are too low"
+            )
+        for part, alone in self.ceilings.items():
+            share = self.phases.get(part, 0.0)
+            if share < _LARGE or (part == "env" and self.overlapped):
+                continue
+            within = self.sps / share
+            if not 1 / _CONTRADICTION < alone / within < _CONTRADICTION:
+                found.append(
+                    f"{part} runs at {alone:,.0f} steps/s alone but at {within:,.0f} within training: the machine's "
+                    "speed changed between the two"
+                )
+        return found
+
+    def differs(self, other: Point) -> bool:
+        """Return whether the quartiles of the two speeds don't overlap."""
+        return self.sps_low > other.sps_high or other.sps_low > self.sps_high
+
     def choice(self) -> dict[str, Any]:
         """Return the vectorization settings for `fastppo.envs.auto_vectorization.remember`."""
         settings = {name: self.config.get(name) for name in ("vectorization", "workers", "half_batches")}
@@ -112,6 +146,34 @@ def best_by_n_envs(points: Sequence[Point]) -> dict[int, Point]:
         if not p.failure and (p.n_envs not in best or p.sps > best[p.n_envs].sps):
             best[p.n_envs] = p
     return best
+
+
+def conclusion(points: Sequence[Point]) -> str:
+    """Return the fastest point in words, or which points the measurement can't tell apart; "" if all failed."""
+    measured = sorted((p for p in points if not p.failure), key=lambda p: -p.sps)
+    if not measured:
+        return ""
+    best, *others = measured
+    names = [f"n_envs {p.n_envs}, {p.vectorization} ({p.sps_low:,.0f}-{p.sps_high:,.0f})" for p in measured]
+    rivals = [name for p, name in zip(others, names[1:], strict=True) if not p.differs(best)]
+    if rivals:
+        return (
+            f"no clear winner: the steps/s of {names[0]} overlap with those of {'; '.join(rivals)}. Measure longer "
+            "(--seconds), on an idle machine."
+        )
+    return (
+        f"fastest: n_envs {best.n_envs}, {best.vectorization}: {best.sps:,.0f} steps/s. More environments also mean "
+        "fewer updates for the same steps: compare returns before choosing the largest."
+    )
+
+
+def clear_winners(points: Sequence[Point]) -> dict[int, Point]:
+    """Return the fastest point of each n_envs whose quartiles overlap with no other vectorization's."""
+    return {
+        n: best
+        for n, best in best_by_n_envs(points).items()
+        if all(p is best or p.failure or p.n_envs != n or best.differs(p) for p in points)
+    }
 
 
 def verdict(point: Point, points: Sequence[Point]) -> str:
@@ -130,12 +192,16 @@ def verdict(point: Point, points: Sequence[Point]) -> str:
     larger = [p for p in points if p.vectorization == point.vectorization and p.n_envs > point.n_envs and not p.failure]
     if larger:
         following = min(larger, key=lambda p: p.n_envs)
-        text += f"; n_envs {point.n_envs} -> {following.n_envs}: {following.sps / point.sps - 1:+.0%}"
+        text += f"; n_envs {point.n_envs} -> {following.n_envs}: {_change(point, following)}"
     faster = [p for p in points if p.n_envs == point.n_envs and p.sps > point.sps]
     if faster:
         best = max(faster, key=lambda p: p.sps)
-        text += f"; vectorization {best.vectorization}: {best.sps / point.sps - 1:+.0%}"
-    return text
+        text += f"; vectorization {best.vectorization}: {_change(point, best)}"
+    return "; ".join([text, *(f"unreliable: {doubt}" for doubt in point.doubts())])
+
+
+def _change(before: Point, after: Point) -> str:
+    return f"{after.sps / before.sps - 1:+.0%}" if after.differs(before) else "no clear difference"
 
 
 def run_points(configs: Sequence[Config], seconds: float) -> Iterator[Point]:
@@ -173,7 +239,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
 
     Args:
         config: settings of the run; `compile` auto compiles on the CPU, as a long run would.
-        seconds: seconds of real iterations; at least five iterations are measured.
+        seconds: seconds of real iterations; at least three iterations are measured.
         started: time.time() at the start of this process.
     """
     import torch
@@ -191,8 +257,11 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         for stats in trainer.iterations():
             if stats.iteration >= WARM_UP:
                 timed.append(stats)
+            if stats.iteration == WARM_UP:
+                used_before = _cpu_seconds()
             if len(timed) > _MIN_ITERATIONS and timed[-1].seconds - timed[0].seconds >= seconds:
                 # within the loop, because its end closes the environments
+                used = [after - before for before, after in zip(used_before, _cpu_seconds(), strict=True)]
                 memory, alone = _total_memory(), ceilings(trainer, seconds / 6)
                 break
     spent = [after.seconds - before.seconds for before, after in itertools.pairwise(timed)]
@@ -210,6 +279,9 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         phases=phases,
         ceilings=alone,
         overlapped=len(trainer.env.groups) > 1,
+        cores=os.cpu_count() or 1,
+        own_cores=used[1] / used[0],
+        other_cores=max(0.0, used[2] - used[1]) / used[0],
         setup_seconds=setup_seconds,
         compile_seconds=trainer.compile_seconds,
         memory_mb=memory,
@@ -279,15 +351,29 @@ def _update(trainer: Trainer) -> None:
 
 
 def _median_seconds(call: Callable[[], object], wait: Callable[[], None] | None, seconds: float) -> float:
-    """Return the median time of a call over about `seconds`; `wait` synchronizes with the device."""
+    """Return the median time of a call over about `seconds`, at least one; `wait` synchronizes with the device."""
     times: list[float] = []
-    while len(times) < 3 or sum(times) < seconds:
+    while not times or sum(times) < seconds:
         begin = time.perf_counter()
         call()
         if wait is not None:
             wait()
         times.append(time.perf_counter() - begin)
     return statistics.median(times)
+
+
+def _cpu_seconds() -> tuple[float, float, float]:
+    """Return the clock, and CPU seconds so far of this process with its children and of the whole machine."""
+    import psutil
+
+    own, this = 0.0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            times = process.cpu_times()
+            own += times.user + times.system
+    machine = psutil.cpu_times()
+    idle = machine.idle + getattr(machine, "iowait", 0.0)
+    return time.perf_counter(), own, sum(machine[:8]) - idle  # those after the first eight are counted twice
 
 
 def _total_memory() -> float:

@@ -11,10 +11,11 @@ from typing import Any
 import plotly.graph_objects as go
 from rich.table import Table
 
-from fastppo.analysis.bench import PARTS, Point, verdict
+from fastppo.analysis.bench import PARTS, Point, conclusion, verdict
 from fastppo.analysis.html import LAYOUT, PHASE_COLORS, Figures, heading, items, paragraphs, table
 from fastppo.analysis.html import page as html_page
 from fastppo.analysis.terminal import narrow_table
+from fastppo.config import shown
 from fastppo.runtime.files import write_json
 
 _SETTINGS = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
@@ -26,14 +27,14 @@ def tables(points: Sequence[Point]) -> list[Table]:
     speed = narrow_table("training", caption="low-high: quartiles over iterations")
     alone = narrow_table("steps/s of each part alone, and start-up")
     parts = _parts(points)
-    for shown, columns in (
+    for rows, columns in (
         (speed, ("steps/s", "low-high", *parts, "other", "MB")),
         (alone, (*parts, "set-up s", "compile s", "threads")),
     ):
-        shown.add_column("n_envs", justify="right")
-        shown.add_column("vectorization")
+        rows.add_column("n_envs", justify="right")
+        rows.add_column("vectorization")
         for name in columns:
-            shown.add_column(name, justify="right")
+            rows.add_column(name, justify="right")
     for p in points:
         head = (f"{p.n_envs:,}", p.vectorization)
         if p.failure:
@@ -70,7 +71,7 @@ def write_files(folder: Path, env_name: str, points: Sequence[Point], about: dic
     measured = [p for p in points if not p.failure]
     if measured:
         config = measured[0].config
-        lines.insert(0, ", ".join(f"{name} {config[name]}" for name in _SETTINGS if config[name] is not None))
+        lines.insert(0, ", ".join(f"{name} {shown(config[name])}" for name in _SETTINGS if config[name] is not None))
     path = folder / "bench.html"
     path.write_text(page(f"{env_name}: training speed", points, lines), encoding="utf-8")
     return path
@@ -117,6 +118,7 @@ def page(title: str, points: Sequence[Point], about: Sequence[str]) -> str:
         paragraphs(about),
         *drawn,
         table(("n_envs", "vectorization", "steps/s", *(f"{part} alone" for part in parts), "MB"), rows),
+        paragraphs([conclusion(points)] if measured else []),
         heading("Bottlenecks"),
         items((f"n_envs {p.n_envs}, {p.vectorization}", verdict(p, points)) for p in points),
     )
@@ -142,7 +144,7 @@ def _speed(points: Sequence[Point]) -> go.Figure:
     sizes = sorted({p.n_envs for p in points})
     figure.update_layout(title="Training speed by n_envs", **LAYOUT)
     figure.update_xaxes(title="n_envs", type="log", tickvals=sizes, ticktext=[f"{n:,}" for n in sizes])
-    figure.update_yaxes(title="steps/s", rangemode="tozero", tickformat=",")
+    figure.update_yaxes(title="steps/s", rangemode="tozero")
     return figure
 
 

@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import plotly.graph_objects as go
 
-from fastppo.analysis.html import LAYOUT, PHASE_COLORS
+from fastppo.analysis.html import COLORS, LAYOUT, PHASE_COLORS
 from fastppo.analysis.run_data import RunData, downsample
 from fastppo.runtime.clock import PHASES
 
-COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b", "#ff9da6", "#bab0ac")
 X_AXES = {"environment steps": "global_step", "episodes": "episodes", "seconds": "seconds"}
 
 _T = TypeVar("_T")
@@ -22,6 +21,7 @@ _Array = np.ndarray[Any, Any]
 _Points = tuple[list[float | None], list[float | None]]
 _MAX_EPISODES = 3000  # dots per run
 _MAX_RUNS_WITH_EPISODES = 4
+_MAX_EVALUATIONS = 200  # error bars per run
 _BAND_POINTS = 200  # of a mean over seeds
 
 
@@ -67,14 +67,14 @@ DIAGNOSTICS = (
     Diagnostic("Learning rate", (("charts/learning_rate", ""),)),
     Diagnostic("Clip range", (("charts/clip_coef", ""),)),
     Diagnostic(
-        "Gradient norm before clipping", (("losses/grad_norm", ""), ("charts/max_grad_norm", "limit")), log=True
+        "Gradient norm before clipping", (("losses/grad_norm", "norm"), ("charts/max_grad_norm", "limit")), log=True
     ),
     Diagnostic("Epochs per update", (("losses/epochs_run", ""),)),
 )
 
 
 def returns_figure(runs: Sequence[RunData], axes: Mapping[str, str] = X_AXES, by: str = "") -> go.Figure:
-    """Draw episode returns and their moving average, with buttons that choose the x-axis.
+    """Draw episode returns, their moving average and evaluations, with buttons that choose the x-axis.
 
     Runs that differ only in their seed also get their mean and a band of one standard deviation.
 
@@ -124,6 +124,15 @@ class _SwitchableTraces:
         mean = plain(downsample(run.column("mean_return")))
         self.add([(plain(downsample(run.column(tag))), mean) for tag in self.axes.values()], mode="lines", **options)
 
+    def add_evaluations(self, run: RunData, **options: Any) -> None:  # noqa: ANN401 - options of plotly
+        """Add a run's evaluations, if it has any: mean returns with a bar of one standard deviation."""
+        at = np.flatnonzero(np.isfinite(run.column("eval/return_mean")))
+        at = at[np.linspace(0, len(at) - 1, min(len(at), _MAX_EVALUATIONS)).astype(int)]
+        if len(at):
+            mean, std = (plain(run.column(f"eval/return_{name}")[at]) for name in ("mean", "std"))
+            points = [(plain(run.column(tag)[at]), mean) for tag in self.axes.values()]
+            self.add(points, mode="markers", error_y={"type": "data", "array": std, "thickness": 1}, **options)
+
     def draw(self, title: str, y_title: str) -> go.Figure:
         """Return the figure with a button per axis."""
         buttons = [
@@ -138,14 +147,13 @@ class _SwitchableTraces:
             for i, name in enumerate(self.axes)
         ]
         position = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"}
-        entries = sum(trace.showlegend is not False for trace in self._figure.data)
         self._figure.update_layout(
             **LAYOUT,
             title=title,
             updatemenus=[{"buttons": buttons, **position}],
-            height=450 + 20 * max(0, entries // 2 - 3),  # a long legend would take its space from the plot
+            height=450,
         )
-        self._figure.update_layout(margin_t=90)  # room for the buttons
+        self._figure.update_layout(margin_t=70)  # room for the buttons
         self._figure.update_xaxes(title=next(iter(self.axes)))
         self._figure.update_yaxes(title=y_title)
         return self._figure
@@ -167,6 +175,11 @@ def _add_run(traces: _SwitchableTraces, run: RunData, color: str, of: int) -> No
         run,
         line={"color": color, "width": 2 if alone else 1.2},
         name="mean of the last 100 episodes" if alone else run.label,
+    )
+    traces.add_evaluations(
+        run,
+        marker={"symbol": "diamond", "size": 7, "color": COLORS[1] if alone else color},
+        name="evaluation, mean +- standard deviation" if alone else f"{run.label}: evaluation",
     )
 
 
@@ -243,7 +256,7 @@ def speed_figure(runs: Sequence[RunData]) -> go.Figure:
     title = "Training speed (average over the last 10 iterations)"
     figure.update_layout(**LAYOUT, title=title, showlegend=len(runs) > 1)
     figure.update_xaxes(title="environment steps")
-    figure.update_yaxes(title="steps/s", rangemode="tozero", tickformat=",")
+    figure.update_yaxes(title="steps/s", rangemode="tozero")
     return figure
 
 

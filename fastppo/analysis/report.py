@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from fastppo.analysis.figures import DIAGNOSTICS, diagnostic_figure, phases_figure, returns_figure, speed_figure
 from fastppo.analysis.html import Figures, heading, items, page, paragraphs, table
 from fastppo.analysis.run_data import RunData, read_runs
 from fastppo.analysis.update_section import update_section
+from fastppo.config import shown
 from fastppo.errors import ConfigError
 
 _SUMMARY = (  # column title, tag, format
@@ -80,12 +82,22 @@ def _grid(*drawn: str) -> str:
 def _summary(runs: Sequence[RunData]) -> str:
     """Return a table of final figures, and the problems of each run."""
     rows = []
-    for run in runs:
+    evaluations = [_evaluation(run) for run in runs]
+    for run, evaluation in zip(runs, evaluations, strict=True):
         finals = ((run.last(tag), form) for _, tag, form in _SUMMARY)
-        figures = (format(value, form) if math.isfinite(value) else "-" for value, form in finals)
-        rows.append((run.label, str(run.result.get("ended", "-")), *figures))
-    problems = [f"{run.label}: {problem}" for run in runs for problem in run.problems()]
-    return table(("run", "ended", *(title for title, _, _ in _SUMMARY)), rows) + paragraphs(problems)
+        figures = [format(value, form) if math.isfinite(value) else "-" for value, form in finals]
+        figures += [evaluation] if any(evaluations) else []
+        rows.append((run.label, str(run.result.get("ended", "-")), *(figure or "-" for figure in figures)))
+    problems = [f"{run.label}: {line}" for run in runs for line in (*run.problems(), run.thinning) if line]
+    head = ("run", "ended", *(title for title, _, _ in _SUMMARY), *(["last evaluation"] if any(evaluations) else []))
+    return table(head, rows) + paragraphs(problems)
+
+
+def _evaluation(run: RunData) -> str:
+    """Return the mean and standard deviation of the last evaluation; "" if there is none."""
+    means, stds = run.column("eval/return_mean"), run.column("eval/return_std")
+    at = np.flatnonzero(np.isfinite(means))
+    return f"{means[at[-1]]:.2f} +- {stds[at[-1]]:.2f}" if len(at) else ""
 
 
 def _health(runs: Sequence[RunData]) -> str:
@@ -107,8 +119,7 @@ def _settings(runs: Sequence[RunData]) -> str:
     rows: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
         for name, value in _facts(run).items():
-            text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
-            rows.setdefault(name, [""] * len(runs))[i] = text
+            rows.setdefault(name, ["-"] * len(runs))[i] = shown(value)
     ordered = sorted(rows.items(), key=lambda item: len(set(item[1])) == 1)
     return table(("setting", *(run.label for run in runs)), ([name, *values] for name, values in ordered))
 
@@ -116,10 +127,11 @@ def _settings(runs: Sequence[RunData]) -> str:
 def _facts(run: RunData) -> dict[str, object]:
     """Return settings, results, machine and notes of a run by name."""
     versions, notes = run.about.get("versions"), run.about.get("notes")
+    device, cores = run.about.get("device_name"), run.about.get("cpu_count")
     return {
         **run.config,
         **{f"result: {name}": _rounded(value) for name, value in run.result.items() if name != "run_dir"},
-        "machine": f"{run.about.get('device_name')}, {run.about.get('cpu_count')} cores",
+        "machine": None if device is None else f"{device}, {shown(cores)} cores",
         "versions": ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, dict) else "",
         "commit": run.about.get("git_commit"),
         "started": run.about.get("started"),

@@ -24,6 +24,7 @@ _Array = np.ndarray[Any, Any]
 
 _MIN_SHARE = 0.05  # of the run; a finding that disappears sooner is not shown
 _HEALTH_CHECKS = 64  # per run, at evenly spaced iterations
+_MAX_ROWS = 30_000  # rows of a longer metrics.jsonl are thinned to about as many
 
 AXES = ("global_step", "seconds", "episodes", "iteration")  # columns that curves can be drawn over
 
@@ -38,7 +39,8 @@ class RunData:
         config: resolved settings.
         about: machine, versions and notes of run.json.
         result: result.json; empty while the run has no result.
-        columns: [I] figures of each iteration by tag, NaN where not logged; includes AXES and `mean_return`.
+        rows: rows of metrics.jsonl.
+        columns: [I] figures of each row that was read, by tag, NaN where not logged; includes AXES and `mean_return`.
         returns: [K] returns of the logged episodes.
         return_axes: [K] approximate end of each episode, by AXES.
         samples: sampled updates.
@@ -50,6 +52,7 @@ class RunData:
     config: dict[str, Any]
     about: dict[str, Any]
     result: dict[str, Any]
+    rows: int
     columns: dict[str, _Array]
     returns: _Array
     return_axes: dict[str, _Array]
@@ -57,15 +60,15 @@ class RunData:
     damaged: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
-        """Return the number of logged iterations."""
+        """Return the number of rows that were read, I."""
         return len(self.columns["iteration"])
 
     def column(self, tag: str) -> _Array:
-        """Return [I] the figure of each iteration; all NaN if it was never logged."""
+        """Return [I] the figure of each row; all NaN if it was never logged."""
         return self.columns.get(tag, np.full(len(self), np.nan))
 
     def last(self, tag: str) -> float:
-        """Return the figure of the last iteration; NaN if there is none."""
+        """Return the figure of the last row; NaN if there is none."""
         column = self.column(tag)
         return float(column[-1]) if len(column) else math.nan
 
@@ -86,23 +89,29 @@ class RunData:
         if not len(self):
             reason = "" if problems else ": the run ended before its first update, or has just started"
             return [*problems, f"No iteration was logged{reason}."]
-        planned = self.result.get("iterations")
-        if isinstance(planned, int) and planned > len(self):
-            problems.append(f"metrics.jsonl is truncated: it holds {len(self):,} of {planned:,} iterations.")
+        planned, last = self.result.get("iterations"), int(self.last("iteration"))
+        if isinstance(planned, int) and planned > last:
+            problems.append(f"metrics.jsonl is truncated: it ends at iteration {last:,} of {planned:,}.")
         if len(self) == 1:
-            problems.append("Only one update was logged, so there are no curves yet.")
+            problems.append("Only one row was logged, so there are no curves yet.")
         if not np.nanmax(self.column("episodes"), initial=0):
             problems.append("No episode has ended, so there are no returns.")
         losses = np.stack([self.column(f"losses/{name}") for name in ("policy_loss", "value_loss", "grad_norm")])
         bad = ~np.isfinite(losses).all(0)
         if bad.any():
             first, n = self.column("global_step")[bad.argmax()], int(bad.sum())
-            problems.append(
-                f"Losses are NaN or infinite in {n:,} of {len(self):,} iterations, first at step {first:,.0f}."
-            )
+            unit = "iterations" if self.rows == last else "rows"
+            problems.append(f"Losses are NaN or infinite in {n:,} of {self.rows:,} {unit}, first at step {first:,.0f}.")
         if not self.result:
             problems.append("result.json is missing: the run is still going, or was killed.")
         return problems
+
+    @property
+    def thinning(self) -> str:
+        """Sentence on the rows that were read, if metrics.jsonl has more; else ""."""
+        if self.rows == len(self):
+            return ""
+        return f"Curves and findings are drawn from {len(self):,} of {self.rows:,} logged rows, evenly spaced."
 
     def step_range(self, first: float, latest: float) -> str:
         """Return the steps between which a finding was seen, as text."""
@@ -119,8 +128,9 @@ class RunData:
         steps, interval = self.column("global_step"), max(1, len(self) // _HEALTH_CHECKS)
         tags = [tag for tag in self.columns if "/" in tag]
         rows = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
-        for i, row in enumerate(rows):
-            history.add(dict(zip(tags, row, strict=True)))
+        each = np.diff(self.column("iteration"), prepend=0).clip(min=1).astype(int).tolist()
+        for i, (row, times) in enumerate(zip(rows, each, strict=True)):
+            history.add(dict(zip(tags, row, strict=True)), times)
             if (i + 1) % interval == 0 or i + 1 == len(rows):
                 for finding in check_health(history, self.action_size):
                     first = seen[finding.name][1] if finding.name in seen else float(steps[i])
@@ -133,13 +143,17 @@ class RunData:
         ]
 
 
-def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
+def read_runs(run_dirs: Sequence[Path], most: int | None = _MAX_ROWS) -> list[RunData]:
     """Read several runs; a label is the folder's name, or as much of its path as makes the labels unique.
+
+    Args:
+        run_dirs: their folders.
+        most: rows to read of each, about; None: all.
 
     Raises:
         CheckpointError: one of them is not a run folder.
     """
-    runs = [read_run(run_dir) for run_dir in run_dirs]
+    runs = [read_run(run_dir, most) for run_dir in run_dirs]
     parts = [run.run_dir.resolve().parts for run in runs]
     n = 1
     while len({p[-n:] for p in parts}) < len({*parts}):
@@ -147,8 +161,12 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:
     return [dataclasses.replace(run, label="/".join(p[-n:])) for run, p in zip(runs, parts, strict=True)]
 
 
-def read_run(run_dir: Path) -> RunData:
+def read_run(run_dir: Path, most: int | None = _MAX_ROWS) -> RunData:
     """Read a run folder; damaged lines and samples are skipped and listed.
+
+    Args:
+        run_dir: the run folder.
+        most: rows to read, about; None: all.
 
     Raises:
         CheckpointError: it is not a run folder.
@@ -156,8 +174,11 @@ def read_run(run_dir: Path) -> RunData:
     check_run_folder(run_dir)
     config = _read_json(run_dir / "config.json")
     if not config:
-        raise CheckpointError(f"{run_dir} is not a run folder: it has no readable config.json.")
-    columns, returns, return_axes, damaged = _read_metrics(run_dir)
+        missing = "" if run_dir.is_dir() else " (there is no such folder)"
+        nested = next(run_dir.glob("runs/*/config.json"), None) if run_dir.is_dir() else None
+        hint = f" Its runs are in {run_dir / 'runs'}." if nested else ""
+        raise CheckpointError(f"{run_dir} is not a run folder{missing}: it has no readable config.json.{hint}")
+    n_rows, columns, returns, return_axes, damaged = _read_metrics(run_dir, most)
     samples = read_samples(run_dir / "samples")
     if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):
         damaged.append(f"{lost} damaged samples of updates were skipped.")
@@ -167,6 +188,7 @@ def read_run(run_dir: Path) -> RunData:
         config=Config().to_dict() | config,  # older runs have fewer settings
         about=_read_json(run_dir / "run.json"),
         result=_read_json(run_dir / "result.json"),
+        rows=n_rows,
         columns=columns,
         returns=returns,
         return_axes=return_axes,
@@ -175,23 +197,30 @@ def read_run(run_dir: Path) -> RunData:
     )
 
 
-def _read_metrics(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _Array], list[str]]:
-    """Return `columns`, `returns`, `return_axes` and `damaged` of RunData.
+def _read_metrics(
+    run_dir: Path, most: int | None
+) -> tuple[int, dict[str, _Array], _Array, dict[str, _Array], list[str]]:
+    """Return `rows`, `columns`, `returns`, `return_axes` and `damaged` of RunData.
 
-    The log holds the returns of an iteration but not where in it each episode ended: they are spread evenly.
+    The log holds the returns of a row but not where in it each episode ended: they are spread evenly.
     """
     columns: dict[str, array[float]] = {tag: array("d") for tag in (*AXES, "mean_return")}
     returns, return_axes = array("d"), {name: array("d") for name in AXES}
-    before, n, bad = dict.fromkeys(AXES, 0.0), 0, 0
-    for row in read_rows(run_dir):
+    before, n, skipped, bad = dict.fromkeys(AXES, 0.0), 0, 0, 0
+    for row in read_rows(run_dir, most):
+        if row is None:
+            skipped += 1
+            continue
         if not isinstance(row.get("iteration"), int) or not isinstance(row.get("global_step"), int):
             bad += 1
             continue
-        repeats = n > 0 and row["iteration"] == columns["iteration"][-1] and "episodes" not in row
+        own = "episodes" not in row  # figures of the user's own, after the row of their iteration
+        if own and n == 0:
+            continue
         for tag in row.keys() - columns.keys() - {"returns", "stop"}:
             columns[tag] = array("d", [math.nan]) * n
-        if repeats:  # figures of the user's own, at the iteration before
-            for tag in row:
+        if own:
+            for tag in row.keys() - AXES:
                 columns[tag][-1] = _number(row[tag])
             continue
         for tag, column in columns.items():
@@ -208,6 +237,7 @@ def _read_metrics(run_dir: Path) -> tuple[dict[str, _Array], _Array, dict[str, _
         before = now
     damaged = [f"{bad:,} damaged lines of metrics.jsonl were skipped."] if bad else []
     return (
+        n + skipped,
         {tag: np.array(column) for tag, column in columns.items()},
         np.array(returns),
         {name: np.array(axis) for name, axis in return_axes.items()},

@@ -11,8 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 import torch
 
-from fastppo.analysis.figures import COLORS, plain
-from fastppo.analysis.html import LAYOUT, Figures, heading, paragraphs
+from fastppo.analysis.figures import plain
+from fastppo.analysis.html import COLORS, LAYOUT, Figures, heading, paragraphs
 from fastppo.analysis.run_data import RunData
 from fastppo.functional.gae import gae_doubling
 from fastppo.monitoring.update_samples import ROWS, TRAJECTORY, UpdateSample

@@ -117,7 +117,7 @@ def build_run(
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
         n_iterations = count_iterations(c, world.size)
-        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
+        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions, c.log_every)
         if made > _SLOW_SECONDS:
             more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
             logger.say(f"making one {env_info.name} and two steps took {made:.1f} s{more}")
@@ -154,6 +154,7 @@ def build_run(
             "metrics": learning.metrics,
             "collector": collect,
             "learner": learning.learner,
+            "log": logger.interval,
             "randomness": GlobalRandomState(),
         }
         run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)

@@ -113,17 +113,16 @@ class Bench(Train):
         best = bench.best_by_n_envs(points)
         if not best:
             return 1
-        fastest = max(best.values(), key=lambda p: p.sps)
-        print_line(
-            console,
-            f"\nfastest: n_envs {fastest.n_envs}, {fastest.vectorization}: {fastest.sps:,.0f} steps/s. More "
-            "environments also mean fewer updates for the same steps: compare returns before choosing the largest.",
-        )
+        print_line(console, f"\n{bench.conclusion(points)}")
         if self.save:
-            for point in best.values():
+            winners = bench.clear_winners(points)
+            for n in best.keys() - winners.keys():
+                print_line(console, f"not saved: n_envs {n} has no clear winner")
+            for point in winners.values():
                 key = env_key(env_name, self.env_kwargs, self.wrappers)
                 saved = remember(key, machine_name(), point.n_envs, point.choice())
-            print_line(console, f"saved:   {saved}, for train --vectorization auto")
+            if winners:
+                print_line(console, f"saved:   {saved}, for train --vectorization auto")
         print_line(console, f"page:    {page}", wrap=False)
         return 0
 
@@ -225,11 +224,23 @@ def _measured(configs: Sequence[Config], seconds: float, console: Console) -> It
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("")
         for i, config in enumerate(configs):
-            if i == 0 and not console.is_terminal:
-                print_line(console, f"measuring {len(configs)} points")
+            if i == 0:
+                print_line(console, _plan_text(configs, seconds))
             which = f"{i + 1} of {len(configs)}: n_envs {config.n_envs}, {config.vectorization}"
-            progress.update(task, description=f"{which}; about {seconds * 1.5 + 12:.0f} s")
+            progress.update(task, description=which)
             (point,) = run_points([config], seconds)
             result = f"failed: {point.failure}" if point.failure else f"{point.sps:,.0f} steps/s"
+            for doubt in point.doubts():
+                result += f"; unreliable: {doubt}"
             print_line(progress.console, f"{which}: {result}")
             yield point
+
+
+def _plan_text(configs: Sequence[Config], seconds: float) -> str:
+    """Return the number of points and the time they take, most of which is often compilation."""
+    compiles = configs[0].compile != "off"
+    start = 16 if compiles else 4
+    hint = f", {start} s of it to start and compile (--compile off: 4 s)" if compiles else ""
+    total = len(configs) * (start + 1.5 * seconds)
+    text = f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
+    return f"measuring {len(configs)} points: about {text} on an idle machine, {start + 1.5 * seconds:.0f} s each{hint}"

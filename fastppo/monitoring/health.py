@@ -35,26 +35,29 @@ class History:
         self._first: dict[str, list[float]] = {}
         self.stride, self.iterations = 1, 0
 
-    def add(self, scalars: Mapping[str, float]) -> None:
-        """Add one iteration; missing and non-finite scalars are left out of the means."""
+    def add(self, scalars: Mapping[str, float], times: int = 1) -> None:
+        """Add one iteration, or a row of `times` iterations; missing and non-finite scalars are left out of means."""
         if new := scalars.keys() - self._rows.keys():
             self._rows |= {tag: len(self._rows) + k for k, tag in enumerate(sorted(new))}
             empty = np.zeros((len(new), self._points))
             self._sums, self._counts = np.concatenate((self._sums, empty)), np.concatenate((self._counts, empty))
-        point = self.iterations // self.stride
-        if point == self._points:
-            self._sums, self._counts = _halved(self._sums), _halved(self._counts)
-            self.stride *= 2
-            point //= 2
         values = np.array([scalars.get(tag, np.nan) for tag in self._rows])
         finite = np.isfinite(values)
-        self._sums[:, point] += np.where(finite, values, 0.0)
-        self._counts[:, point] += finite
-        if self.iterations < _FIRST:
+        if (first := min(times, _FIRST - self.iterations)) > 0:
             for tag, value, is_finite in zip(self._rows, values.tolist(), finite.tolist(), strict=True):
                 if is_finite:
-                    self._first.setdefault(tag, []).append(value)
-        self.iterations += 1
+                    self._first.setdefault(tag, []).extend([value] * first)
+        while times:
+            point = self.iterations // self.stride
+            if point == self._points:
+                self._sums, self._counts = _halved(self._sums), _halved(self._counts)
+                self.stride *= 2
+                point //= 2
+            fitting = min(times, self.stride - self.iterations % self.stride)
+            self._sums[:, point] += np.where(finite, values, 0.0) * fitting
+            self._counts[:, point] += finite * fitting
+            self.iterations += fitting
+            times -= fitting
 
     def __getitem__(self, tag: str) -> _Array:
         """Return the points of a tag: NaN where no value was finite, empty if the tag was never logged."""

@@ -30,16 +30,29 @@ def open_sinks(
         settings: the run's settings by name.
         track: names of trackers.
         n_iterations: planned number of iterations.
-        resumed_at: global step and iteration of the checkpoint; later rows in the folder are dropped. None: a new run.
+        resumed_at: global step and iteration of the checkpoint; later rows in the folder are dropped, and so is the row
+            that the checkpoint left open. None: a new run.
     """
     step, iteration = resumed_at or (None, None)
+    if step is not None and logger.interval.iterations:
+        step = logger.interval.last_step or 0
     jsonl = JsonlSink(run_dir, step)
-    for row in read_rows(run_dir) if resumed_at is not None else ():
-        if "episodes" not in row:  # figures of the user's own
-            continue
-        logger.history.add({tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))})
+    if resumed_at is not None:
+        _restore_history(logger, run_dir)
     logger.open(TensorBoardSink(run_dir, dict(settings), step), jsonl, SampleSink(run_dir, iteration))
     for name in track:
         logger.open(open_tracker(name, run_dir, dict(settings)))
     if logger.console is not None:
-        logger.open(ConsoleSink(logger.console, n_iterations))
+        logger.open_live(ConsoleSink(logger.console, n_iterations))
+
+
+def _restore_history(logger: RunLogger, run_dir: Path) -> None:
+    """Fill the history with the rows in the folder and with the open row, each as often as it has iterations."""
+    before = 0
+    for row in read_rows(run_dir):
+        if row is not None and "episodes" in row and isinstance(iteration := row.get("iteration"), int):
+            scalars = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
+            logger.history.add(scalars, max(1, iteration - before))
+            before = iteration
+    if logger.interval.iterations:
+        logger.history.add(logger.interval.scalars(), logger.interval.iterations)

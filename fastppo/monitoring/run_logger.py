@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
+from functools import partial
 
 from rich.console import Console
 
 from fastppo.errors import first_line
 from fastppo.monitoring.health import HealthFinding, History, check_health
+from fastppo.monitoring.log_interval import LogInterval
 from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
 from fastppo.runtime.console import print_log
@@ -24,15 +26,24 @@ class RunLogger:
 
     Attributes:
         console: prints messages; None: none are printed.
+        interval: merges iterations into rows.
         history: the run's scalars, thinned.
         sinks: the open sinks.
         findings: findings of the latest health check.
     """
 
-    def __init__(self, console: Console | None, action_size: int) -> None:
-        """Print to `console`; `action_size` as in `check_health`."""
+    def __init__(self, console: Console | None, action_size: int, log_every: int = 1) -> None:
+        """Log to `console`.
+
+        Args:
+            console: see above.
+            action_size: as in `check_health`.
+            log_every: iterations per row.
+        """
         self.console, self._action_size = console, action_size
+        self.interval = LogInterval(log_every)
         self.sinks: list[Sink] = []
+        self._live: list[Sink] = []  # those of `sinks` that receive every iteration
         self._checked_at, self._checked_step, self._step = time.monotonic(), 0, 0
         self._printed: set[str] = set()  # names of findings
         self._latest: Stats | None = None
@@ -40,15 +51,20 @@ class RunLogger:
         self.findings: list[HealthFinding] = []
 
     def open(self, *sinks: Sink) -> None:
-        """Add sinks."""
+        """Add sinks that receive rows."""
         self.sinks += sinks
+
+    def open_live(self, sink: Sink) -> None:
+        """Add a sink that receives every iteration."""
+        self.sinks.append(sink)
+        self._live.append(sink)
 
     def say(self, text: str) -> None:
         """Print a line in the terminal."""
         print_log(self.console, text)
 
     def write(self, stats: Stats) -> Stats:
-        """Write one iteration to all sinks; return it with the current health findings."""
+        """Write one iteration to live sinks and a completed row to the others; return it with the health findings."""
         self._latest = stats
         if not self.sinks:  # not the main process, or all sinks have failed
             return stats
@@ -57,7 +73,10 @@ class RunLogger:
         if time.monotonic() - self._checked_at > _HEALTH_SECONDS or stats.iteration == stats.n_iterations:
             self._check_health()
         stats = dataclasses.replace(stats, findings=self.findings)
-        self._to_sinks(lambda sink: sink.write(stats))
+        row = self.interval.add(stats)
+        for sink in list(self.sinks):
+            if (due := stats if sink in self._live else row) is not None:
+                self._send(sink, partial(_write, due))
         return stats
 
     def log(self, tag: str, value: float) -> None:
@@ -75,25 +94,30 @@ class RunLogger:
             )
         if (latest := self._latest) is None:
             raise RuntimeError("trainer.log works in the loop over trainer.iterations(): it logs at its steps.")
-        self._to_sinks(lambda sink: sink.log(latest.iteration, latest.global_step, {tag: value}))
-
-    def _to_sinks(self, write: Callable[[Sink], None]) -> None:
         for sink in list(self.sinks):
-            try:
-                write(sink)
-            except Exception as error:  # no error of a library may stop the training
-                self.sinks.remove(sink)
-                _close(sink)
-                reason = getattr(error, "strerror", None) or first_line(error)
-                self.say(f"{type(sink).__name__} can't write ({reason}); its log ends here, training continues.")
+            self._send(sink, lambda sink: sink.log(latest.iteration, latest.global_step, {tag: value}))
 
     def close(self) -> None:
-        """Check the health once more if the run stopped early, and close all sinks."""
+        """Check the health once more if the run stopped early, write the open row, and close all sinks."""
         if self.sinks and self._checked_step != self._step:
             self._check_health()
+        if (row := self.interval.row()) is not None:
+            for sink in list(self.sinks):
+                if sink not in self._live:
+                    self._send(sink, partial(_write, row))
         for sink in self.sinks:
             _close(sink)
         self.sinks, self._latest = [], None
+
+    def _send(self, sink: Sink, write: Callable[[Sink], None]) -> None:
+        """Write to a sink; remove it if that fails."""
+        try:
+            write(sink)
+        except Exception as error:  # no error of a library may stop the training
+            self.sinks.remove(sink)
+            _close(sink)
+            reason = getattr(error, "strerror", None) or first_line(error)
+            self.say(f"{type(sink).__name__} can't write ({reason}); its log ends here, training continues.")
 
     def _check_health(self) -> None:
         self.findings = check_health(self.history, self._action_size)
@@ -102,6 +126,10 @@ class RunLogger:
             if finding.name not in self._printed:
                 self._printed.add(finding.name)
                 self.say(f"health at {self._step:,} steps: {finding}")
+
+
+def _write(stats: Stats, sink: Sink) -> None:
+    sink.write(stats)
 
 
 def _close(sink: Sink) -> None:

@@ -11,7 +11,7 @@ from fastppo.monitoring.update_samples import UpdateSample
 from fastppo.ppo.metrics import Metrics
 from fastppo.runtime.clock import Clock
 
-_MAX_RETURNS = 32  # episode returns logged per iteration
+MAX_RETURNS = 32  # episode returns logged per row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,8 @@ class Statistics:
         if episodes:
             scalars["charts/episodic_return"] = returns / episodes
             scalars["charts/episodic_length"] = lengths / episodes
+        if metrics.episodes.count:
+            scalars["charts/mean_return"] = metrics.episodes.mean_return
         stop = ""
         if stopped:
             scalars["losses/stop_kl"] = stop_kl
@@ -132,6 +134,6 @@ class Statistics:
             kl=measured["approx_kl"],
             stop=stop,
             scalars=scalars,
-            returns=metrics.episodes.latest(min(episodes, _MAX_RETURNS)),
+            returns=metrics.episodes.latest(min(episodes, MAX_RETURNS)),
             sample=sample,
         )

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
-from fastppo.functional.losses import Coefficients
-from fastppo.policies.policy import Policy
-from fastppo.ppo.rollout import Rollout
-from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.files import replace_file
 from fastppo.runtime.seeding import preserve_global_random_state
+
+if TYPE_CHECKING:  # as in sinks/jsonl.py
+    from fastppo.functional.losses import Coefficients
+    from fastppo.policies.policy import Policy
+    from fastppo.ppo.rollout import Rollout
+    from fastppo.ppo.update import PPOUpdate
 
 _Array = np.ndarray[Any, Any]
 
@@ -99,6 +101,13 @@ def remove_samples(folder: Path, after: int) -> None:
             path.unlink()
 
 
+def spread_rows(n: int, k: int, device: torch.device) -> Tensor:
+    """Return min(n, k) evenly spaced row indices from 0 to n - 1, int64."""
+    k = min(n, k)
+    # in integers: a float32 linspace exceeds n - 1 above 2^24 rows
+    return torch.arange(k, device=device) * (n - 1) // max(1, k - 1)
+
+
 class UpdateSampler:
     """Samples the update of every N-th iteration.
 
@@ -116,7 +125,7 @@ class UpdateSampler:
         """
         self._rollout, self._update, self._every, self._histograms = rollout, update, every, histograms
         n = rollout.rewards.numel()
-        self._rows = torch.linspace(0, n - 1, min(n, ROWS), device=rollout.rewards.device).long()
+        self._rows = spread_rows(n, ROWS, rollout.rewards.device)
         self._ratios: list[Tensor] = []
 
     def due(self, iteration: int) -> bool:

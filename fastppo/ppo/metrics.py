@@ -181,9 +181,8 @@ class Metrics:
         if self._bounds is not None:
             low, high = self._bounds
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
-        steps = torch.full_like(variance, r.rewards.numel()) if r.valid is None else r.valid.sum()
+        steps = count_rows(r.rewards, r.valid)
         rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
-        # float64: float32 can't count beyond 2^24
         scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps, rewards)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
@@ -266,6 +265,13 @@ class Metrics:
         )
         cut = r.truncated & ~r.terminated & r.values.isfinite() & ~r.next_values.isfinite()
         return torch.stack((rewards, obs, cut))
+
+
+def count_rows(rewards: Tensor, valid: Tensor | None) -> Tensor:
+    """Return the number of valid rows of a rollout, [] float64: float32 can't count beyond 2^24."""
+    if valid is None:
+        return rewards.new_full((), rewards.numel(), dtype=torch.float64)
+    return valid.sum(dtype=torch.int64).double()
 
 
 def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:

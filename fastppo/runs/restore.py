@@ -86,7 +86,8 @@ def restore(
         metadata: of this run, as `run_metadata` returns it.
         spec: of this run's policy.
         models: policy, and reward normaliser if there is one.
-        parts: all other parts; "update", "progress" and "metrics" are shared by all processes, the rest belongs to one.
+        parts: all other parts; "update", "progress", "metrics" and "log" are shared by all processes, the rest belongs
+            to one.
         env: the environments, already reset.
         obs: [N, *obs] first observations of the next rollout; overwritten if the environments are reset.
         world: the ranks that train together.
@@ -114,6 +115,8 @@ def restore(
         for name, state in (("update", shared.part("update")), ("progress", shared.part("progress"))):
             parts[name].load_state_dict(state)
         parts["metrics"].load_state_dict(metrics)
+        if "log" in shared.values:  # not in older checkpoints
+            parts["log"].load_state_dict(shared.part("log"))
         progress = dict(parts["progress"].state_dict())
         # an iteration is one rollout of every process
         rows = before["n_envs"] * before["n_steps"] * int(saved["world_size"])

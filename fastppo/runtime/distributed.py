@@ -78,8 +78,8 @@ class World:
         return bool(self.sum_(torch.full((), float(flag), device=device))) if self.size > 1 else flag
 
     def total(self, count: int, device: torch.device) -> int:
-        """Return the sum of every process's `count`; exact up to 2^24."""
-        return int(self.sum_(torch.full((), float(count), device=device))) if self.size > 1 else count
+        """Return the sum of every process's `count`."""
+        return int(self.sum_(torch.full((), count, device=device))) if self.size > 1 else count
 
     def shared(self, make: Callable[[], T]) -> T:
         """Call `make` in the main process only, and return its result, or raise its FastPPOError, in every process."""

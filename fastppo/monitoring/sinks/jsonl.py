@@ -1,4 +1,4 @@
-"""Statistics as files in the run folder: metrics.jsonl, one line per iteration, and samples/, one file per sample."""
+"""Statistics as files in the run folder: metrics.jsonl, one line per row, and samples/, one file per sample."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastppo.monitoring.stats import Stats
 from fastppo.monitoring.update_samples import remove_samples
 from fastppo.runtime.files import replace_file
 
+if TYPE_CHECKING:  # reports read these files without the modules of training, which take 150 MB
+    from fastppo.monitoring.stats import Stats
+
+
+_FIRST = 32  # lines that thinning keeps: health rules compare later ones with them
+
 
 class JsonlSink:
-    """Writes RUN/metrics.jsonl, one line per iteration; a value that isn't finite is null.
+    """Writes RUN/metrics.jsonl, one line per row; a value that isn't finite is null.
 
     The user's own figures are on lines of their own, after that of their iteration.
     """
@@ -71,18 +76,43 @@ class SampleSink:
         """Do nothing: no file is open."""
 
 
-def read_rows(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of RUN/metrics.jsonl; None where a value wasn't finite, {} for a line that can't be read."""
+def read_rows(run_dir: Path, most: int | None = None) -> Iterator[dict[str, Any] | None]:
+    """Yield the lines of RUN/metrics.jsonl; None where a value wasn't finite, {} for a line that can't be read.
+
+    Args:
+        run_dir: the run folder.
+        most: thin a longer file to about as many lines, evenly spaced. The others are None, except the first
+            iterations, the last one, and those with an evaluation or a figure that isn't finite.
+    """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
-    with path.open(errors="replace") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield row if isinstance(row, dict) else {}
+    stride = 1 if most is None else _stride(path, most)
+    with path.open("rb") as file:
+        line, k = file.readline(), 0
+        while line:
+            following = file.readline()
+            wanted = k % stride == 0 or k < _FIRST or not following or b'"eval/' in line or b": null" in line
+            if wanted or not (line.startswith(b"{") and line.endswith(b"}\n")):
+                yield _parse(line)
+            else:
+                yield None
+            line, k = following, k + 1
+
+
+def _stride(path: Path, most: int) -> int:
+    """Return the distance of the lines to read, so that they are about `most`."""
+    with path.open("rb") as file:
+        n = sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+    return max(1, -(-n // most))
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    return row if isinstance(row, dict) else {}
 
 
 def _copy_lines(source: Path, target: Path, last_step: int) -> None:

@@ -19,10 +19,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import summary
 
+from fastppo.config import shown
 from fastppo.monitoring.stats import Stats
 
 _FLUSH_SECONDS = 5.0
-_HPARAM_METRICS = ("charts/episodic_return", "charts/sps_steady", "losses/approx_kl", "losses/explained_variance")
+_HPARAM_METRICS = ("charts/mean_return", "charts/sps_steady", "losses/approx_kl", "losses/explained_variance")
 _file_number = itertools.count()  # two runs of one process may start in the same second
 
 
@@ -45,7 +46,7 @@ class TensorBoardSink:
             start = SessionLog(status=SessionLog.START)
             self._add(Event(wall_time=time.time(), step=resumed_at + 1, session_log=start))
             return
-        table = "|setting|value|\n|-|-|\n" + "\n".join(f"|{key}|{value}|" for key, value in config.items())
+        table = "|setting|value|\n|-|-|\n" + "\n".join(f"|{key}|{shown(value)}|" for key, value in config.items())
         self._add(Event(wall_time=time.time(), step=0, summary=Summary(value=[_text("config", table)])))
         # the HParams tab compares runs by their settings and these metrics
         settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in config.items() if v is not None}
