@@ -209,7 +209,7 @@ def build_collector(
     acting, here, acting_copy, place = policy, rollout, None, c.act_device
     device = rollout.rewards.device
     if device.type == "cuda" and isinstance(env, GymnasiumVecEnv):
-        place, why = choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device)
+        place, why = world.shared(lambda: choose_act_device(c.act_device, policy, env.obs_spec, env.n_envs, device))
         notes.append(f"act_device {place}: {why}.")
         if place == "cpu":
             acting = copy.deepcopy(policy).cpu()

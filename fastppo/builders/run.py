@@ -27,6 +27,7 @@ from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError
 from fastppo.evaluation.periodic import PeriodicEvaluation
+from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.ppo.collector import Collector
@@ -97,7 +98,7 @@ def build_run(
         env_info = inspect_env(config.env_id, config.env_kwargs, make_env)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
-        c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
+        c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None, world=world)
         notes += choices
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
         models = build_models(c, env_info, policy, device, world)
@@ -113,6 +114,10 @@ def build_run(
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
         learning = build_learning(c, env, models, rollout, clock, world, n_iterations=n_iterations)
+        if device.type == "cuda" and (why := triton_failure(device)):
+            notes.append(
+                f"advantages use {learning.learner.gae.__name__}: the Triton kernel does not work here ({why})."
+            )
         progress = Progress()
         evaluation = PeriodicEvaluation(
             env_info,

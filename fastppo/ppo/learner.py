@@ -18,7 +18,7 @@ from fastppo.ppo.metrics import Metrics
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.clock import Clock
-from fastppo.runtime.compile import compile_graph
+from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.graphs import capture
 
 
@@ -127,12 +127,12 @@ class Learner:
         """Compile the kernels; changes no state.
 
         Raises:
-            CompileError: a kernel can't be compiled.
+            CompileError: a kernel can't be compiled on this rank or another.
         """
         estimate = self._estimate
         if self.gae is gae_doubling:  # where the loop was chosen, it is faster than compiled doubling
             example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
-            estimate = compile_graph(self._estimate_eagerly, example)
+            estimate = self.update.world.together(lambda: compile_graph(self._estimate_eagerly, example), CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
         self._estimate = estimate
 
@@ -153,6 +153,7 @@ class Learner:
             keep=[*self.update.kept(), *self._metrics.kept(), *rewards],
             fresh=[*self.coefs, *self.update.prepared()],
             device=self.device,
+            world=self.update.world,
         )
 
     def _trajectory(self, rewards: Tensor) -> Trajectory:

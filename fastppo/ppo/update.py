@@ -105,7 +105,7 @@ class PPOUpdate:
         """Compile the step for batches with the shapes of `batch`; changes no state.
 
         Raises:
-            CompileError: the step can't be compiled; the update stays eager.
+            CompileError: the step can't be compiled on this rank or another; the update stays eager on all.
         """
         if reason := self.policy.uncompilable():
             raise CompileError(reason)
@@ -117,15 +117,22 @@ class PPOUpdate:
             return
         # the sum over ranks lies between two graphs
         n_params, n_diagnostics = self.parameters.vector.numel(), len(self.loss.diagnostics)
-        gradient = compile_graph(
-            lambda *arguments: to_rank_sum(self._gradient(*arguments)), (self.state.params, minibatch, coefs, constants)
-        )
-        tail = compile_graph(
-            lambda state, total, coefs: self._bound(
-                state, total, coefs, (), gradient_fn=lambda *_: from_rank_sum(total, n_params)
-            ),
-            (self.state, self.state.sums.new_zeros(n_params + n_diagnostics + 1), coefs),
-        )
+
+        def compile_halves() -> tuple[Callable[..., Tensor], Callable[..., None]]:
+            gradient = compile_graph(
+                lambda *arguments: to_rank_sum(self._gradient(*arguments)),
+                (self.state.params, minibatch, coefs, constants),
+            )
+            tail = compile_graph(
+                lambda state, total, coefs: self._bound(
+                    state, total, coefs, (), gradient_fn=lambda *_: from_rank_sum(total, n_params)
+                ),
+                (self.state, self.state.sums.new_zeros(n_params + n_diagnostics + 1), coefs),
+            )
+            return gradient, tail
+
+        # compiled and eager code round differently: with both, the ranks' parameters would drift apart
+        gradient, tail = self.world.together(compile_halves, CompileError)
 
         def step(state: UpdateState, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]) -> None:
             tail(state, self.world.sum_(gradient(state.params, minibatch, coefs, constants)), coefs)
