@@ -275,7 +275,7 @@ BROKEN = {
     "no compiler": (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "CalledProcessError: .*gcc"),
     "no headers": (RuntimeError("Python.h: No such file\nmore"), r"RuntimeError: Python.h: No such file\)"),
     "not installed": (ImportError("No module named 'triton'"), "ImportError: No module"),
-    "wrong": (None, "its results differ from those of doubling"),
+    "wrong": (None, "ArithmeticError: its results differ from those of doubling"),
 }
 
 

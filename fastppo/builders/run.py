@@ -25,7 +25,7 @@ from fastppo.builders.resolve import known, resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
-from fastppo.errors import CheckpointError, FinishedError
+from fastppo.errors import CheckpointError, FinishedError, first_line
 from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
@@ -114,9 +114,10 @@ def build_run(
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
         learning = build_learning(c, env, models, rollout, clock, world, n_iterations=n_iterations)
-        if device.type == "cuda" and (why := triton_failure(device)):
+        if device.type == "cuda" and (failure := triton_failure(device)):
             notes.append(
-                f"advantages use {learning.learner.gae.__name__}: the Triton kernel does not work here ({why})."
+                f"advantages use {learning.learner.gae.__name__}: the Triton kernel does not work here "
+                f"({type(failure).__name__}: {first_line(failure)})."
             )
         progress = Progress()
         evaluation = PeriodicEvaluation(

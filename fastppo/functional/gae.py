@@ -22,8 +22,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastppo.errors import first_line
-
 Gae = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -101,7 +99,7 @@ def choose_gae(n_steps: int, n_envs: int, device: torch.device) -> Gae:
 
 
 @functools.cache
-def triton_failure(device: torch.device) -> str | None:
+def triton_failure(device: torch.device) -> Exception | None:
     """Return why the Triton kernel can't be used on `device`; None if it matches doubling on a small rollout.
 
     Triton compiles C code at the first call, so that a missing compiler, missing headers of Python or an unsupported
@@ -122,8 +120,8 @@ def triton_failure(device: torch.device) -> str | None:
         pairs = zip(gae_triton(*inputs), gae_doubling(*inputs), strict=True)
         same = all(torch.allclose(ours, exact, rtol=1e-4, atol=1e-4) for ours, exact in pairs)
     except Exception as error:
-        return f"{type(error).__name__}: {first_line(error)}"
-    return None if same else "its results differ from those of doubling"
+        return error.with_traceback(None)  # its frames hold tensors
+    return None if same else ArithmeticError("its results differ from those of doubling")
 
 
 def linear_scan(inputs: Tensor, decay: Tensor) -> Tensor:
