@@ -164,6 +164,8 @@ class Graph:
         with torch.no_grad():
             for func, args, kwargs, out in self.operations:
                 for old, new in zip(tree_flatten(out)[0], tree_flatten(func(*args, **kwargs))[0], strict=True):
+                    if isinstance(new, torch.ScriptObject):  # a collective operation
+                        torch.distributed.Work.unbox(new).wait()
                     if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from fastppo import Trainer
+from fastppo.analysis.doctor import _gae
 from fastppo.builders.resolve import resolve_config
 from fastppo.envs.make_envs import inspect_env
 from fastppo.errors import CaptureError, EnvError, FastPPOError, innermost
 from fastppo.functional.gae import choose_gae, gae_doubling, triton_failure
+from fastppo.monitoring.health import History, check_health
+from fastppo.monitoring.update_samples import ratio_tolerance
 from fastppo.resume_run import resume
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph
@@ -145,21 +148,26 @@ with gpu, torch.autograd.set_multithreading_enabled(False):
     trainer = Trainer(Config(run_dir=run_dir, compile="off", vectorization="auto", **settings))
     trainer.run()
     again = resume(run_dir, total_timesteps=64)
-    found = [str(trainer.device), str(again.device), again.config.device, again.run().global_step]
-    total = again.update.parameters.vector.sum().item()
-    (run_dir / f"found-{trainer.world.rank}.json").write_text(json.dumps([*found, gpu.set[-1].index, total]))
+    found = [str(trainer.device), str(again.device), again.config.device, again.run().global_step, gpu.set[-1].index]
+    for compile in ("off", "graph"):
+        one = Trainer(Config(run_dir=run_dir / compile, compile=compile, vectorization="tensor", **settings))
+        one.run()
+        found.append(one.update.parameters.vector.double().sum().item())
+    assert gpu.replays
+    (run_dir / f"found-{trainer.world.rank}.json").write_text(json.dumps(found))
 """
 
 
-def test_two_ranks_start_and_resume_on_a_gpu_each(tmp_path):
+def test_two_ranks_start_resume_and_capture_on_a_gpu_each(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     done = torchrun(str(script), str(tmp_path / "run"), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / "run" / f"found-{k}.json").read_text()) for k in (0, 1))
-    assert first[:-1] == ["cuda:0", "cuda:0", "cuda", 64, 0]
-    assert second[:-1] == ["cuda:1", "cuda:1", "cuda", 64, 1]
-    assert first[-1] == second[-1], "parameters are bit-identical on every process"
+    assert first[:5] == ["cuda:0", "cuda:0", "cuda", 64, 0]
+    assert second[:5] == ["cuda:1", "cuda:1", "cuda", 64, 1]
+    assert first[5:] == second[5:], "parameters are bit-identical on every process"
+    assert first[5] == pytest.approx(first[6], abs=1e-5), "captured all-reduces train like eager ones"
 
 
 # --- captures that fail
@@ -288,6 +296,9 @@ def test_a_triton_kernel_that_does_not_work_is_replaced(gpu, monkeypatch, tmp_pa
 
     triton(monkeypatch, kernel)
     assert choose_gae(8, 2, CUDA) is gae_doubling
+    found = _gae(CUDA)
+    assert found.status == "note"
+    assert re.search(why.removesuffix(r"\)"), found.advice)
     trainer = make(tmp_path, compile="auto")
     (note,) = (note for note in trainer.notes if "Triton" in note)
     assert note.startswith("advantages use gae_doubling: the Triton kernel does not work here (")
@@ -335,6 +346,27 @@ def test_acting_is_compiled_on_a_gpu_and_captured_as_compiled(gpu, monkeypatch, 
     assert actor._compiled
     assert actor._replay is not None
     trainer.run()
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "fine", "wrong"),
+    [(CPU, False, 0.009, 0.011), (CUDA, False, 0.04, 0.06), (CUDA, True, 0.3, 0.5), (CPU, True, 0.3, 0.5)],
+    ids=["float32", "TF32", "bf16 on CUDA", "bf16 on the CPU"],
+)
+def test_the_tolerance_of_the_first_ratio_follows_the_precision(device, bf16, fine, wrong):
+    tolerance = ratio_tolerance(device, bf16=bf16)
+    for error, expected in ((fine, []), (wrong, ["first ratio not 1"])):
+        history = History()
+        history.add({"samples/first_ratio_error": error, "samples/first_ratio_tolerance": tolerance or float("nan")})
+        assert [finding.name for finding in check_health(history)] == expected
+
+
+def test_a_sample_on_a_gpu_logs_its_tolerance(gpu, tmp_path):
+    for stats in make(tmp_path, compile="off", record_ratios=1).iterations():
+        assert stats.scalars["samples/first_ratio_tolerance"] == 100 * 2**-11
 
 
 # --- several ranks

@@ -89,8 +89,8 @@ def compile_parts(
     seconds = 0.0
     if mode != "off":
         seconds = time.perf_counter() - begin
-        why = f"{why}; took {seconds:.1f} s"
-    notes.append(f"compile {mode}: {why}.")
+        why = f"{why.removesuffix('.')}; took {seconds:.1f} s"
+    notes.append(f"compile {mode}: {why.removesuffix('.')}.")
     return mode, seconds
 
 
