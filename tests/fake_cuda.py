@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 aten = torch.ops.aten
 _MIXES = {"copy_", "_to_copy", "index", "index_put_", "index_put", "_index_put_impl_", "set_"}
-_REAL_RANDPERM = torch.randperm
+_REAL_RANDPERM, _REAL_TENSOR = torch.randperm, torch.tensor
 
 
 class OnGPU(Tensor):
@@ -328,6 +328,7 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
         patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "randperm", self._randperm)
+        patch.setattr(torch, "tensor", self._tensor)
         patch.setattr(Tensor, "pin_memory", lambda x, *_: x.clone())
 
     def _set_device(self, device: Any) -> None:
@@ -339,3 +340,7 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _randperm(self, n: int, *, generator: Any = None, device: Any = "cpu", **kwargs: Any) -> Tensor:
         drawn = _REAL_RANDPERM(n, generator=generator, **kwargs)
         return drawn if torch.device(device).type == "cpu" else drawn.to(device)
+
+    def _tensor(self, data: Any, *, device: Any = "cpu", **kwargs: Any) -> Tensor:
+        made = _REAL_TENSOR(data, **kwargs)
+        return made if torch.device(device or "cpu").type == "cpu" else made.to(device)

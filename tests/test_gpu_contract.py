@@ -297,7 +297,7 @@ def test_a_triton_kernel_that_does_not_work_is_replaced(gpu, monkeypatch, tmp_pa
     triton(monkeypatch, kernel)
     assert choose_gae(8, 2, CUDA) is gae_doubling
     found = _gae(CUDA)
-    assert found.status == "note"
+    assert found.state == "note"
     assert re.search(why.removesuffix(r"\)"), found.advice)
     trainer = make(tmp_path, compile="auto")
     (note,) = (note for note in trainer.notes if "Triton" in note)
