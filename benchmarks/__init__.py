@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
@@ -30,6 +31,7 @@ def run_task(module: str, task: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@functools.cache
 def machine() -> dict[str, Any]:
     """Return versions, machine and commit for the results of a benchmark."""
     import torch
@@ -43,11 +45,19 @@ def machine() -> dict[str, Any]:
 def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
     """Print rows as a Markdown table, and rows, `more` and the machine as one line of JSON; write that to `output`."""
     print(table(rows))
-    command = [Path(word).name if word.startswith("/") else word for word in sys.argv]
-    result = {"rows": list(rows), **more, **machine(), "command": command}
-    print(json.dumps(result))
+    print(json.dumps(_result(rows, more)))
+    write(rows, output, **more)
+
+
+def write(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
+    """Write rows, `more` and the machine to `output`; a benchmark that may be cut short calls it after each row."""
     if output is not None:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        output.write_text(json.dumps(_result(rows, more), indent=1) + "\n")
+
+
+def _result(rows: Sequence[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
+    command = [Path(word).name if word.startswith("/") else word for word in sys.argv]
+    return {"rows": list(rows), **more, **machine(), "command": command}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

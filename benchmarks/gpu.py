@@ -9,7 +9,7 @@ Timed, each with a synchronisation at its start and end:
 - steps per second of whole training iterations (rollout, update, logging) after three warm-up iterations;
 - seconds of training until the mean return of 100 episodes reaches 475, without compilation.
 
-All parts run in one process. A part that fails becomes a row with its reason.
+All parts run in one process. A part that fails adds a row with its reason. Each row is printed and written as it comes.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
 
-from benchmarks import median_ms, report
+from benchmarks import median_ms, report, write
 from fastppo import Config, Trainer
 from fastppo.analysis.bench import ceilings
 from fastppo.errors import first_line
@@ -49,18 +48,21 @@ class Options:
 
 def main(options: Options) -> None:
     rows: list[Row] = []
-    for part in (advantages, updates, tensor_training, host_training, solving):
-        begin = time.perf_counter()
-        try:
-            measured = list(part(options))
-        except Exception as error:
-            measured = [{"what": part.__name__, "failed": f"{type(error).__name__}: {first_line(error)}"}]
-        rows += measured
-        print(f"{part.__name__}: {time.perf_counter() - begin:.0f} s", flush=True)
-        for row in measured:
-            print("  ", row, flush=True)
+    for row in measured((advantages, updates, tensor_training, host_training, solving), options):
+        rows.append(row)
+        print(row, flush=True)
+        write(rows, options.output, device=options.device, quick=options.quick)
     empty = {name: "" for row in rows for name in row}
     report([empty | row for row in rows], options.output, device=options.device, quick=options.quick)
+
+
+def measured(parts: Sequence[Callable[[Options], Iterator[Row]]], options: Options) -> Iterator[Row]:
+    """Return the rows of all parts as they come; a part that fails keeps its rows and ends with its reason."""
+    for part in parts:
+        try:
+            yield from part(options)
+        except Exception as error:
+            yield {"what": part.__name__, "failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def advantages(options: Options) -> Iterator[Row]:

@@ -43,6 +43,13 @@ def cause_line(error: BaseException) -> str:
     return f"{name if text == name else f'{name}: {text}'}{place}"
 
 
+def innermost(error: BaseException) -> BaseException:
+    """Return the error that a chain of errors began with, such as the one that a failed clean-up replaced."""
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
+        error = cause
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """Return the first non-blank line of an error's text, or the name of its class if it has no text."""
     try:

@@ -1,11 +1,13 @@
 """Every benchmark imports; the comparison of two versions finds differences."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import gpu
 from benchmarks.identical import compare, run_case
 from benchmarks.identical_case import CASES, SETTINGS
 from fastppo import Config
@@ -22,6 +24,31 @@ def test_a_benchmark_imports_and_has_a_main(name):
 @pytest.mark.parametrize("name", CASES)
 def test_the_settings_of_each_case_are_valid(name):
     Config(**SETTINGS | CASES[name].settings)
+
+
+def test_the_gpu_benchmark_writes_each_row_as_it_comes(tmp_path, monkeypatch):
+    output, written = tmp_path / "rows.json", []
+
+    def part(options):
+        for k in range(2):
+            yield {"what": "part", "k": k}
+            written.append(json.loads(output.read_text())["rows"])
+        raise RuntimeError("no memory")
+
+    def last(options):
+        raise KeyboardInterrupt  # what a time-out does
+        yield
+
+    for name in ("updates", "tensor_training", "host_training"):
+        monkeypatch.setattr(gpu, name, lambda _: iter(()))
+    monkeypatch.setattr(gpu, "advantages", part)
+    monkeypatch.setattr(gpu, "solving", last)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(gpu.Options(device="cpu", output=output))
+    assert [len(rows) for rows in written] == [1, 2]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row.get("k") for row in rows] == [0, 1, None]
+    assert rows[2] == {"what": "part", "failed": "RuntimeError: no memory"}
 
 
 WEIGHT, SCALAR = "model.safetensors: weight", "iteration 1: losses/value_loss"

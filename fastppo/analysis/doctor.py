@@ -19,8 +19,8 @@ import torch
 
 from fastppo.analysis.checks import CheckResult
 from fastppo.config import Config
-from fastppo.errors import CaptureError, FastPPOError
-from fastppo.functional.gae import choose_gae, gae_loop
+from fastppo.errors import CaptureError, FastPPOError, first_line
+from fastppo.functional.gae import choose_gae, gae_loop, triton_failure
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, cpu_name
@@ -149,6 +149,9 @@ def _gae(device: torch.device) -> CheckResult:
     exact = gae_loop(*(x.double() if x.is_floating_point() else x for x in inputs))[0]
     error = (kernel(*inputs)[0] - exact).abs().max().item()
     good = error < 1e-4
+    if device.type == "cuda" and (failure := triton_failure(device)):
+        advice = f"the Triton kernel does not work here: {type(failure).__name__}: {first_line(failure)}"
+        return CheckResult("advantages", f"{kernel.__name__}, error {error:.1e}", "note" if good else "bad", advice)
     return CheckResult(
         "advantages",
         f"{kernel.__name__}, error {error:.1e}",

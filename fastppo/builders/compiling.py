@@ -45,7 +45,8 @@ def compile_parts(
         The resulting mode, and the seconds spent on it.
 
     Raises:
-        CaptureError: "graph" was requested and the capture failed.
+        CaptureError: "graph" was requested and the capture failed, on this rank or another.
+        FastPPOError: it failed on some ranks only, after the others had begun collective operations.
     """
     device = learner.device
     compiled_before = compiling.compilations
@@ -75,7 +76,12 @@ def compile_parts(
             if world.size > 1 and device.type == "cpu":
                 raise CaptureError("several processes on the CPU can't be captured; use compile on or off.")
             learner.capture()
-            collector.capture()
+            try:
+                collector.capture()
+            except CaptureError as error:  # no rank waits for another in a rollout, so each decides alone
+                if wanted == "graph":
+                    raise
+                notes.append(f"acting is eager: {error}")
         except CaptureError as error:
             if wanted == "graph":
                 raise
@@ -83,8 +89,8 @@ def compile_parts(
     seconds = 0.0
     if mode != "off":
         seconds = time.perf_counter() - begin
-        why = f"{why}; took {seconds:.1f} s"
-    notes.append(f"compile {mode}: {why}.")
+        why = f"{why.removesuffix('.')}; took {seconds:.1f} s"
+    notes.append(f"compile {mode}: {why.removesuffix('.')}.")
     return mode, seconds
 
 

@@ -14,14 +14,17 @@ from fastppo.errors import ConfigError
 from fastppo.policies.policy_spec import default_network
 from fastppo.presets import TUNED
 from fastppo.runtime.device import machine_name
+from fastppo.runtime.distributed import World
 
 T = TypeVar("T")
 
 
 def resolve_config(
-    config: Config, env_info: EnvInfo, device: torch.device, *, custom_policy: bool
+    config: Config, env_info: EnvInfo, device: torch.device, *, custom_policy: bool, world: World | None = None
 ) -> tuple[Config, list[str]]:
     """Return the config with every choice that precedes building made, and notes about the choices.
+
+    What is measured, the main rank of `world` (None: a single rank) measures for all.
 
     Raises:
         ConfigError: settings contradict each other.
@@ -53,16 +56,22 @@ def resolve_config(
         notes.append(f"preset tuned: no measured setting for {env_info.name}; CleanRL's defaults are used.")
     if c.vectorization != "auto":
         return c, notes
+    chosen, why = (world or World()).shared(lambda: _fastest_vectorization(c, env_info))
+    return dataclasses.replace(c, **chosen), [*notes, why]
+
+
+def _fastest_vectorization(c: Config, env_info: EnvInfo) -> tuple[dict[str, Any], str]:
+    """Return the settings of the fastest vectorisation, and the reason."""
     n_envs = known(c.n_envs)
     # use the result of `fastppo bench --save` on this machine, or else measure briefly now
     name = env_key(env_info.name, c.env_kwargs, c.wrappers)
     saved = recall(name, machine_name(), n_envs) if env_info.from_id else None
     if saved is not None:
         kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
-        c = dataclasses.replace(c, **kept, half_batches=bool(saved.get("half_batches")))
-        return c, [*notes, f"vectorization {saved['vectorization']}: {saved['reason']}"]
+        kept["half_batches"] = bool(saved.get("half_batches"))
+        return kept, f"vectorization {saved['vectorization']}: {saved['reason']}"
     vectorization, why = choose_vectorization(env_info, n_envs)
-    return dataclasses.replace(c, vectorization=vectorization), [*notes, why]
+    return {"vectorization": vectorization}, why
 
 
 def count_iterations(c: Config, processes: int) -> int:

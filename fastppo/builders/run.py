@@ -26,9 +26,10 @@ from fastppo.builders.resolve import count_iterations, known, resolve_config, ta
 from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
-from fastppo.errors import CheckpointError, FinishedError
+from fastppo.errors import CheckpointError, FinishedError, first_line
 from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.evaluation.video import choose_renderers
+from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.ppo.collector import Collector
@@ -114,7 +115,7 @@ def build_run(
             env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
-        c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
+        c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None, world=world)
         notes += choices
         n_iterations = count_iterations(c, world.size)
         logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions, c.log_every)
@@ -134,6 +135,11 @@ def build_run(
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
         learning = build_learning(c, env, models, rollout, clock, world, n_iterations=n_iterations)
+        if device.type == "cuda" and (failure := triton_failure(device)):
+            notes.append(
+                f"advantages use {learning.learner.gae.__name__}: the Triton kernel does not work here "
+                f"({type(failure).__name__}: {first_line(failure)})."
+            )
         progress = Progress()
         evaluation = PeriodicEvaluation(
             env_info,

@@ -15,7 +15,7 @@ Source: Schulman et al. 2016, eq. 11 and 16 (arXiv:1506.02438); Pardo et al. 201
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -87,15 +87,41 @@ def gae_doubling(
 def choose_gae(n_steps: int, n_envs: int, device: torch.device) -> Gae:
     """Return the fastest kernel that needs no torch.compile.
 
-    On CUDA the Triton kernel, if Triton is installed; else doubling or the loop. Doubling moves the whole array log2 T
-    times, the loop moves it once but in T small pieces. On two CPU cores the loop is faster from about 2^18 elements
-    (128 x 4096: 10 ms, doubling 20 ms), doubling is faster below (128 x 8: 0.5 ms, the loop 2.1 ms).
+    On CUDA the Triton kernel, if it works (`triton_failure`); else doubling or the loop. Doubling moves the whole
+    array log2 T times, the loop moves it once but in T small pieces. On two CPU cores the loop is faster from about
+    2^18 elements (128 x 4096: 10 ms, doubling 20 ms), doubling is faster below (128 x 8: 0.5 ms, the loop 2.1 ms).
     """
-    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+    if device.type == "cuda" and triton_failure(device) is None:
         from fastppo.functional.gae_triton import gae_triton
 
         return gae_triton
     return gae_loop if n_steps * n_envs >= 2**18 else gae_doubling
+
+
+@functools.cache
+def triton_failure(device: torch.device) -> Exception | None:
+    """Return why the Triton kernel can't be used on `device`; None if it matches doubling on a small rollout.
+
+    Triton compiles C code at the first call, so that a missing compiler, missing headers of Python or an unsupported
+    GPU show only when the kernel runs.
+    """
+    # 67 steps need two tiles; both kinds of ending, and a NaN that termination must remove
+    n_steps, n_envs = 67, 3
+    cell = torch.arange(n_steps * n_envs, device=device).view(n_steps, n_envs)
+    terminated, truncated = cell % 11 == 5, cell % 7 == 3
+    x = cell.float()
+    next_values = torch.where(terminated, torch.nan, x.cos())
+    numbers = x.sin(), (x / 3).cos(), next_values
+    scalars = (torch.full((), value, device=device) for value in (0.99, 0.95))
+    inputs = (*numbers, terminated, terminated | truncated, *scalars)
+    try:
+        from fastppo.functional.gae_triton import gae_triton
+
+        pairs = zip(gae_triton(*inputs), gae_doubling(*inputs), strict=True)
+        same = all(torch.allclose(ours, exact, rtol=1e-4, atol=1e-4) for ours, exact in pairs)
+    except Exception as error:
+        return error.with_traceback(None)  # its frames hold tensors
+    return None if same else ArithmeticError("its results differ from those of doubling")
 
 
 def linear_scan(inputs: Tensor, decay: Tensor) -> Tensor:

@@ -226,14 +226,12 @@ def _returns_flat(history: History, threshold: float, _: int) -> _Value:
     return rise if rise < threshold else None
 
 
-def _last_above(tag: str) -> Callable[[History, float, int], _Value]:
-    """Return a rule value: the last value of a rarely logged tag if it exceeds the threshold."""
-
-    def value(history: History, threshold: float, _: int) -> _Value:
-        row = _finite(history[tag])
-        return float(row[-1]) if len(row) and row[-1] > threshold else None
-
-    return value
+def _first_ratio_error(history: History, threshold: float, _: int) -> _Value:
+    """Return the last sampled error of a first ratio, unless TF32 or bf16 explain it; samples are rare."""
+    errors, tolerances = (_finite(history[f"samples/first_ratio_{name}"]) for name in ("error", "tolerance"))
+    if len(tolerances):
+        threshold = max(threshold, float(tolerances[-1]))
+    return float(errors[-1]) if len(errors) and errors[-1] > threshold else None
 
 
 def _speed_lost(history: History, threshold: float, _: int) -> _Value:
@@ -324,7 +322,7 @@ RULES = (
     Rule(
         "first ratio not 1",
         0.01,
-        _last_above("samples/first_ratio_error"),
+        _first_ratio_error,
         "before the first optimiser step of an update, a ratio differs from 1 by {value:.2g} (above {threshold:g}).",
         "The updated policy isn't the one that acted: look for dropout, batch norm or memory in the network.",
         after=1,

@@ -57,7 +57,14 @@ class Statistics:
     """Builds the `Stats` of each iteration."""
 
     def __init__(
-        self, metrics: Metrics, clock: Clock, *, n_iterations: int, steps_per_iteration: int, box_actions: bool
+        self,
+        metrics: Metrics,
+        clock: Clock,
+        *,
+        n_iterations: int,
+        steps_per_iteration: int,
+        box_actions: bool,
+        ratio_tolerance: float | None,
     ) -> None:
         """Read counters from `metrics` and times from `clock`.
 
@@ -67,10 +74,11 @@ class Statistics:
             n_iterations: planned number of iterations.
             steps_per_iteration: environment steps per iteration, over all ranks.
             box_actions: whether actions are continuous and clipped to bounds.
+            ratio_tolerance: rounding error of a ratio in TF32 or bf16; None: float32.
         """
         self._metrics, self._clock = metrics, clock
         self._n_iterations, self._steps_per_iteration = n_iterations, steps_per_iteration
-        self._box_actions = box_actions
+        self._box_actions, self._ratio_tolerance = box_actions, ratio_tolerance
         self._seconds = clock.phase_seconds()
 
     def __call__(
@@ -113,6 +121,8 @@ class Statistics:
             scalars["charts/kl_limit"] = coefs["kl_limit"]
         if sample is not None:
             scalars["samples/first_ratio_error"] = sample.first_ratio_error
+            if self._ratio_tolerance is not None:
+                scalars["samples/first_ratio_tolerance"] = self._ratio_tolerance
         if episodes:
             scalars["charts/episodic_return"] = returns / episodes
             scalars["charts/episodic_length"] = lengths / episodes

@@ -188,13 +188,13 @@ class ModuleActor:
         self._compiled = True
 
     def capture(self, device: torch.device) -> None:
-        """Capture the decision, unless it is compiled: compiled code can't be captured."""
-        if not self._compiled:
+        """Capture the decision, unless it is compiled for the CPU: that code can't be captured."""
+        if device.type == "cuda" or not self._compiled:
             self._replay = capture(self._act_on_row, keep=[self._row, *self._d.state], fresh=[], device=device)
 
     def _act_on_row(self) -> None:
         d, row = self._d, self._row
-        step = self._policy.act(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0], d.state)
+        step = self._decide(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0], d.state)
         d.actions.index_copy_(0, row, step.actions.unsqueeze(0).to(d.actions.dtype))
         d.logprobs.index_copy_(0, row, step.logprobs.unsqueeze(0))
         d.params.index_copy_(0, row, step.params.unsqueeze(0))

@@ -220,14 +220,13 @@ class Collector:
         r.next_values.copy_(successors)
 
     def compile(self) -> None:
-        """Compile the actors, if they act on the CPU.
+        """Compile the actors.
 
         Raises:
             CompileError: an actor can't be compiled.
         """
-        if self.rollout.rewards.device.type == "cpu":
-            for actor in self.actors:
-                actor.compile()
+        for actor in self.actors:
+            actor.compile()
 
     def capture(self) -> None:
         """Capture the whole rollout if the environment can be captured, and the actors' decisions otherwise.

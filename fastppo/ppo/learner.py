@@ -18,7 +18,7 @@ from fastppo.ppo.metrics import Metrics
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.clock import Clock
-from fastppo.runtime.compile import compile_graph
+from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.graphs import GraphPool, capture
 
 
@@ -127,12 +127,12 @@ class Learner:
         """Compile the kernels; changes no state.
 
         Raises:
-            CompileError: a kernel can't be compiled.
+            CompileError: a kernel can't be compiled on this rank or another.
         """
         estimate = self._estimate
         if self.gae is gae_doubling:  # where the loop was chosen, it is faster than compiled doubling
             example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
-            estimate = compile_graph(self._estimate_eagerly, example)
+            estimate = self.update.world.together(lambda: compile_graph(self._estimate_eagerly, example), CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
         self._estimate = estimate
 
@@ -153,8 +153,10 @@ class Learner:
         rewards = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
         self.update.begin(self._rollout.batch())  # allocates what the graphs share
         pool = GraphPool(self.device)
-        begin = capture(self._begin_eagerly, keep=rewards, fresh=[], device=self.device, pool=pool)
-        finish = capture(self._finish_eagerly, keep=self._metrics.kept(), fresh=[], device=self.device, pool=pool)
+        begin, finish = (
+            capture(work, keep=keep, fresh=[], device=self.device, pool=pool, world=self.update.world)
+            for work, keep in ((self._begin_eagerly, rewards), (self._finish_eagerly, self._metrics.kept()))
+        )
         self.update.capture(self.coefs, pool)
 
         def replay_begin() -> Tensor:

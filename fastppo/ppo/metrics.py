@@ -195,7 +195,9 @@ class Metrics:
         Raises:
             EnvError: a reward or an observation is not finite; the message names the first environment and step.
         """
-        everyone: _Array = self._world.gather(measured).numpy(force=True)
+        gathered = self._world.gather(measured)
+        self._world.wait(gathered.device)
+        everyone: _Array = gathered.numpy(force=True)
         pooled = everyone[0] if len(everyone) == 1 else merge_ranks(everyone, self.names)
         metrics: dict[str, float] = dict(zip(self.names, pooled.tolist(), strict=False))
         if metrics["broken"]:

@@ -112,7 +112,7 @@ class PPOUpdate:
         """Compile the step for batches with the shapes of `batch`; changes no state.
 
         Raises:
-            CompileError: the step can't be compiled; the update stays eager.
+            CompileError: the step can't be compiled on this rank or another; the update stays eager on all.
         """
         if reason := self.policy.uncompilable():
             raise CompileError(reason)
@@ -124,15 +124,22 @@ class PPOUpdate:
             return
         # the sum over ranks lies between two graphs
         n_params, n_diagnostics = self.parameters.vector.numel(), len(self.loss.diagnostics)
-        gradient = compile_graph(
-            lambda *arguments: to_rank_sum(self._gradient(*arguments)), (self.state.params, minibatch, coefs, constants)
-        )
-        tail = compile_graph(
-            lambda state, total, coefs: self._bound(
-                state, total, coefs, (), gradient_fn=lambda *_: from_rank_sum(total, n_params)
-            ),
-            (self.state, self.state.sums.new_zeros(n_params + n_diagnostics + 1), coefs),
-        )
+
+        def compile_halves() -> tuple[Callable[..., Tensor], Callable[..., None]]:
+            gradient = compile_graph(
+                lambda *arguments: to_rank_sum(self._gradient(*arguments)),
+                (self.state.params, minibatch, coefs, constants),
+            )
+            tail = compile_graph(
+                lambda state, total, coefs: self._bound(
+                    state, total, coefs, (), gradient_fn=lambda *_: from_rank_sum(total, n_params)
+                ),
+                (self.state, self.state.sums.new_zeros(n_params + n_diagnostics + 1), coefs),
+            )
+            return gradient, tail
+
+        # compiled and eager code round differently: with both, the ranks' parameters would drift apart
+        gradient, tail = self.world.together(compile_halves, CompileError)
 
         def step(state: UpdateState, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]) -> None:
             tail(state, self.world.sum_(gradient(state.params, minibatch, coefs, constants)), coefs)
@@ -152,6 +159,7 @@ class PPOUpdate:
             fresh=[rows, scales],
             device=rows.device,
             pool=pool,
+            world=self.world,
         )
 
         def epoch(order: Tensor, scale: Tensor, coefs: Coefficients, watch: bool) -> None:
@@ -306,6 +314,7 @@ class PPOUpdate:
         self._end_epoch()
 
     def _stopped(self) -> bool:
+        self.world.wait(self.state.kl_limit.device)
         return self.state.kl_limit.item() == -math.inf
 
     def _end_epoch(self) -> None:

@@ -59,7 +59,8 @@ def compile_graph(fn: Callable[..., Any], example: Sequence[Any]) -> Callable[..
         result[:] = [fn(*_rebuild(tuple(example), iter(tensors)))]
         return tuple(flatten(result))
 
-    with torch.no_grad():
+    # backward passes run in this thread: on a GPU, autograd's own thread would not be part of the trace
+    with torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
         try:
             graph = make_fx(on_flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*flat)
             rational_tanh(graph)
@@ -71,6 +72,8 @@ def compile_graph(fn: Callable[..., Any], example: Sequence[Any]) -> Callable[..
             with tracing(TracingContext(fake)), torch._functorch.config.patch(enable_autograd_cache=False):
                 # a C++ caller instead of Python's saves a third of a small update
                 compiled = torch._inductor.compile(graph, [*flat], options={"cpp_wrapper": cpu})
+            if not cpu:  # Triton builds and loads its kernels at the first call
+                compiled(*(x.clone() for x in flat))
         except Exception as error:
             raise CompileError(f"{type(error).__name__}: {first_line(error)}") from error
     compilations += 1

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -21,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 from fastppo.errors import ConfigError, FastPPOError, first_line
 
 T = TypeVar("T")
+_GROUPS = itertools.count()  # that this process has joined
 # Time-out of a collective operation in seconds; long, as some environments take minutes to start
 _TIMEOUT = float(os.environ.get("FASTPPO_PATIENCE", 600))
 
@@ -82,21 +85,80 @@ class World:
         return int(self.sum_(torch.full((), count, device=device))) if self.size > 1 else count
 
     def shared(self, make: Callable[[], T]) -> T:
-        """Call `make` in the main process only, and return its result, or raise its FastPPOError, in every process."""
+        """Call `make` in the main process only, and return its result, or raise its error, in every process.
+
+        Choices that depend on a measurement are made this way, so that all processes make the same one. An error that
+        isn't a FastPPOError becomes one in the other processes.
+        """
         if self.size == 1:
             return make()
         outcome: list[Any] = [None, None]  # result and error
+        failure: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = make()
             except FastPPOError as error:
-                outcome[1] = error
+                outcome[1] = failure = error
+            except Exception as error:
+                outcome[1] = FastPPOError(f"process 0 failed: {type(error).__name__}: {first_line(error)}")
+                failure = error
         with self._naming_loss():
             dist.broadcast_object_list(outcome, 0)
         if outcome[1] is not None:
-            raise outcome[1]
+            raise failure or outcome[1]
         value: T = outcome[0]
         return value
+
+    def together(self, attempt: Callable[[], T], error: type[Exception], *, collective: bool = False) -> T:
+        """Call `attempt` in every process; if it raises `error` in one, raise `error` in all.
+
+        So that no process goes on alone and waits for the others in a collective operation.
+
+        Args:
+            attempt: raises `error` if it fails.
+            error: made of one text.
+            collective: `attempt` runs collective operations. If it fails in some processes only, the others have begun
+                operations that never complete, so every process raises a FastPPOError.
+        """
+        failure: Exception | None = None
+        result: Any = None
+        try:
+            result = attempt()
+        except error as caught:
+            failure = caught
+        if self.size > 1:
+            texts: list[str | None] = [None] * self.size
+            with self._naming_loss():
+                dist.all_gather_object(texts, None if failure is None else str(failure))
+            failed = [k for k, text in enumerate(texts) if text is not None]
+            if failed and collective and len(failed) < self.size:
+                raise FastPPOError(
+                    f"process {failed[0]} of {self.size} failed, but not all did ({texts[failed[0]]}); their "
+                    "collective operations can't complete any more. Start again with compile off."
+                )
+            if failed and failure is None:
+                failure = error(f"process {failed[0]}: {texts[failed[0]]}")
+        if failure is not None:
+            raise failure
+        value: T = result
+        return value
+
+    def wait(self, device: torch.device) -> None:
+        """Wait for the queued work of a GPU, at most as long as for a collective operation.
+
+        Captured collective operations have no time-out of their own: without this one, a process whose partner exited
+        would wait for ever at its next read.
+        """
+        if self.size == 1 or device.type != "cuda":
+            return
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        deadline = time.monotonic() + _TIMEOUT
+        with self._naming_loss():
+            while not done.query():  # type: ignore[no-untyped-call]
+                if time.monotonic() > deadline:
+                    raise RuntimeError("the GPU waits in a captured collective operation")
+                time.sleep(20e-6)
 
     @contextlib.contextmanager
     def _naming_loss(self) -> Iterator[None]:
@@ -107,7 +169,7 @@ class World:
             raise FastPPOError(
                 f"process {self.rank} of {self.size} lost another process: it exited (see its own message) or did not "
                 f"answer within {_TIMEOUT:.0f} s ({first_line(error)}). FASTPPO_PATIENCE sets this time-out."
-            ) from None
+            ) from error
 
     def close(self) -> None:
         """Leave the group, if this object joined it."""
@@ -133,9 +195,12 @@ def join_world(device: torch.device) -> World:
         raise ConfigError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start several processes with torchrun.")
     timeout = datetime.timedelta(seconds=_TIMEOUT)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
-    # torchrun may keep its store across restarts, with the addresses of processes that have exited
-    store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    # torchrun may keep its store across restarts, with the addresses of processes that have exited; and a process that
+    # trains twice finds those of its first group
+    attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    store = PrefixStore(f"{attempt}-{next(_GROUPS)}", store)
+    # on CUDA, Gloo carries what the host decides: an unfinished operation of NCCL must not hold up a vote
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), dist.get_world_size(), owned=True)
 

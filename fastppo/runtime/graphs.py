@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastppo.errors import CaptureError, first_line
+from fastppo.errors import CaptureError, first_line, innermost
+from fastppo.runtime.distributed import World
 
 Result = TypeVar("Result")
 _WARM_UP = 3  # runs before a capture: libraries and Inductor choose algorithms and allocate in the first ones
@@ -44,8 +45,12 @@ def capture(
     fresh: Iterable[Tensor],
     device: torch.device,
     pool: GraphPool | None = None,
+    world: World | None = None,
 ) -> Callable[[], Result]:
     """Capture `work`; returns a function that replays it and returns the same tensors with new contents.
+
+    On CUDA, `work` runs three times before the capture and is replayed once after it, so that failures show here. Each
+    run begins with the same contents of `keep`. Ranks vote after each stage: all capture, or none.
 
     Args:
         work: reads and writes tensors that stay where they are; returns tensors, or None.
@@ -53,34 +58,94 @@ def capture(
         fresh: tensors that are written before each replay.
         device: of all tensors.
         pool: memory that the graph shares with others; None: its own.
+        world: the ranks whose collective operations are part of `work`; None: it has none.
 
     Raises:
-        CaptureError: `work` reads back to the host, or does something else that can't be captured.
+        CaptureError: `work` reads back to the host, or does something else that can't be captured; on every rank.
+        FastPPOError: only some ranks failed, so that the others can't go on either.
     """
-    kept = [(tensor, tensor.clone()) for tensor in keep]
-    try:
-        with torch.no_grad():
-            return _on_cuda(work, pool) if device.type == "cuda" else _on_cpu(work, list(fresh))
-    except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise CaptureError(
-            f"it can't be captured as a graph ({first_line(error)}); a network must not look at values on the host "
-            "(.item(), .cpu(), if tensor: ...) or make tensors from Python numbers on another device."
-        ) from error
-    finally:
-        for tensor, before in kept:
+    # backward passes run in this thread: a thread of autograd's own is not part of a trace or of the debug mode
+    with torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
+        if device.type == "cuda":
+            return _on_cuda(work, list(keep), device, pool, world or World())
+        kept = _Kept(keep)
+        try:
+            return _attempt(lambda: _on_cpu(work, list(fresh)))
+        finally:
+            kept.restore()
+
+
+class _Kept:
+    """Copies of tensors, to restore them from."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._pairs = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def restore(self) -> None:
+        for tensor, before in self._pairs:
             tensor.copy_(before)
 
 
-def _on_cuda(work: Callable[[], Result], pool: GraphPool | None) -> Callable[[], Result]:
+def _attempt(stage: Callable[[], Result], name: str = "") -> Result:
+    """Call a stage of a capture; whatever it raises becomes a CaptureError that names the first cause."""
+    try:
+        return stage()
+    except Exception as error:
+        cause = innermost(error)
+        text = f"it can't be captured as a graph ({name}{first_line(cause)})"
+        if isinstance(cause, (RuntimeError, NotImplementedError, ValueError)) and not isinstance(
+            cause, torch.OutOfMemoryError
+        ):
+            text += (
+                "; a network must not look at values on the host (.item(), .cpu(), if tensor: ...) or make tensors "
+                "from Python numbers on another device"
+            )
+        raise CaptureError(f"{text}.") from error
+
+
+def _on_cuda(
+    work: Callable[[], Result], keep: list[Tensor], device: torch.device, pool: GraphPool | None, world: World
+) -> Callable[[], Result]:
+    stream, debug_mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=None if pool is None else pool.handle):
-        out = work()
+
+    def warm_up() -> _Kept:
+        kept = _Kept(keep)
+        side.wait_stream(stream)
+        try:
+            with torch.cuda.stream(side):
+                for k in range(_WARM_UP):
+                    if k == _WARM_UP - 1:  # find host reads here: in a capture they leave errors behind
+                        torch.cuda.set_sync_debug_mode("error")
+                    work()
+                    kept.restore()
+        finally:
+            torch.cuda.set_sync_debug_mode(debug_mode)
+            torch.cuda.set_stream(stream)
+            stream.wait_stream(side)
+            kept.restore()
+        return kept
+
+    def record() -> tuple[torch.cuda.CUDAGraph, Result]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=None if pool is None else pool.handle):
+                out = work()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream current
+        return graph, out
+
+    def first_replay() -> None:
+        try:
+            graph.replay()
+            world.wait(device)
+            torch.cuda.synchronize(device)
+        finally:
+            kept.restore()
+
+    kept = world.together(lambda: _attempt(warm_up, "before the capture: "), CaptureError, collective=True)
+    graph, out = world.together(lambda: _attempt(record), CaptureError)
+    world.together(lambda: _attempt(first_replay, "first replay: "), CaptureError, collective=True)
 
     def replay() -> Result:
         graph.replay()

@@ -1,0 +1,507 @@
+"""The contract with CUDA, on any machine: training, resuming and falling back on a fake GPU (`tests/fake_cuda.py`)."""
+
+import json
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+
+from fastppo import Trainer
+from fastppo.analysis.doctor import _gae
+from fastppo.builders.resolve import resolve_config
+from fastppo.envs.make_envs import inspect_env
+from fastppo.errors import CaptureError, EnvError, FastPPOError, innermost
+from fastppo.functional.gae import choose_gae, gae_doubling, triton_failure
+from fastppo.monitoring.health import History, check_health
+from fastppo.monitoring.update_samples import ratio_tolerance
+from fastppo.resume_run import resume
+from fastppo.runtime import compile as compiling
+from fastppo.runtime.compile import CompileError, compile_graph
+from fastppo.runtime.distributed import World
+from fastppo.runtime.graphs import capture
+from tests.fake_cuda import GPU
+from tests.runtime.test_distributed import torchrun
+from tests.worlds import Counter, short
+
+CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with two fake GPUs, a working Triton kernel, and a compiler that returns what it is given."""
+    fake = GPU(count=2)
+    fake.install(monkeypatch)
+    triton(monkeypatch, gae_doubling)
+    for module in ("ppo.learner", "ppo.update", "policies.actors", "builders.compiling"):
+        monkeypatch.setattr(f"fastppo.{module}.compile_graph", lambda fn, example: fn)
+    with fake, torch.autograd.set_multithreading_enabled(False):  # a CPU build of torch has no thread for a GPU
+        yield fake
+    triton_failure.cache_clear()
+
+
+def triton(monkeypatch, kernel):
+    """Make `kernel` the Triton kernel."""
+    monkeypatch.setitem(sys.modules, "fastppo.functional.gae_triton", types.SimpleNamespace(gae_triton=kernel))
+    triton_failure.cache_clear()
+
+
+def make(tmp_path, name="run", **settings):
+    host = settings.get("vectorization", "tensor") != "tensor"
+    defaults = {"vectorization": "tensor", "env_id": "CartPole-v1", "device": "cuda", "n_steps": 4, "record_ratios": 0}
+    config = short(tmp_path, run_dir=tmp_path / name, **(defaults | {"total_timesteps": 2 * 4 * 3} | settings))
+    return Trainer(config, make_env=Counter if host else None)
+
+
+def vector(trainer):
+    return trainer.update.parameters.vector.detach().cpu()
+
+
+WAYS = {
+    "tensor": {},
+    "tensor, bf16": {"precision": "bf16"},
+    "host, acting on the GPU": {"vectorization": "sync", "act_device": "cuda"},
+    "host, acting on the CPU": {"vectorization": "sync", "act_device": "cpu"},
+    "host, normalised": {
+        "vectorization": "sync",
+        "act_device": "auto",
+        "normalize_obs": True,
+        "normalize_rewards": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "compile"), [*((way, "auto") for way in WAYS), ("tensor", "off"), ("host, acting on the GPU", "on")]
+)
+def test_a_run_starts_and_learns_on_a_gpu(gpu, tmp_path, way, compile):
+    trainer = make(tmp_path, compile=compile, **WAYS[way])
+    assert vector(trainer).dtype == torch.float32
+    assert trainer.device == CUDA
+    assert gpu.set[-1] == CUDA
+    assert trainer.config.device == "cuda", "the config keeps what was typed"
+    assert trainer.config.compile == {"auto": "graph"}.get(compile, compile)
+    assert not any("memory is not planned" in note or "Triton" in note for note in trainer.notes)
+    before = vector(trainer)
+    result = trainer.run()
+    assert result.global_step == 24
+    assert bool(gpu.replays) == (compile == "auto")
+    assert not torch.equal(vector(trainer), before)
+    assert gpu.stream is gpu.main
+
+
+@pytest.mark.parametrize("settings", [WAYS["tensor"], WAYS["host, acting on the GPU"]], ids=["tensor", "host"])
+def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, settings):
+    runs = [make(tmp_path, compile, compile=compile, **settings) for compile in ("off", "graph")]
+    for trainer in runs:
+        trainer.run()
+    torch.testing.assert_close(*(vector(trainer) for trainer in runs), atol=1e-6, rtol=0)
+
+
+def test_rollout_and_update_read_nothing_on_the_host(gpu, tmp_path):
+    for compile in ("off", "graph"):
+        trainer = make(tmp_path, compile, compile=compile, target_kl=0.01)
+        torch.cuda.set_sync_debug_mode("error")
+        trainer.learner.anneal(0.0)
+        if compile == "graph":
+            trainer.collect()
+        trainer.learner(watch=False)
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.run()
+
+
+@pytest.mark.parametrize(("typed", "vectorization"), [("cuda", "tensor"), ("auto", "sync"), ("cuda:1", "tensor")])
+def test_a_run_on_a_gpu_resumes(gpu, tmp_path, typed, vectorization):
+    trainer = make(tmp_path, device=typed, vectorization=vectorization, compile="off")
+    trainer.run()
+    saved = json.loads((trainer.run_dir / "config.json").read_text())
+    assert saved["device"] == {"auto": "cuda"}.get(typed, typed)
+    again = resume(trainer.run_dir, total_timesteps=48, make_env=Counter if vectorization == "sync" else None)
+    assert again.device == torch.device("cuda:1" if typed == "cuda:1" else "cuda:0")
+    assert torch.equal(vector(again), vector(trainer))
+    assert again.run().global_step == 48
+
+
+RANK = """
+import json, sys
+from pathlib import Path
+import pytest, torch
+from fastppo import Config, Trainer
+from fastppo.resume_run import resume
+from tests.fake_cuda import GPU
+
+patch = pytest.MonkeyPatch()
+gpu = GPU(count=2)
+gpu.install(patch)
+start = torch.distributed.init_process_group
+
+def start_without_nccl(backend, **more):
+    assert backend == "cpu:gloo,cuda:nccl"
+    start("gloo", **more)
+
+patch.setattr(torch.distributed, "init_process_group", start_without_nccl)
+run_dir = Path(sys.argv[1])
+settings = dict(n_envs=2, n_steps=4, n_minibatches=2, update_epochs=2, total_timesteps=32, device="cuda")
+with gpu, torch.autograd.set_multithreading_enabled(False):
+    trainer = Trainer(Config(run_dir=run_dir, compile="off", vectorization="auto", **settings))
+    trainer.run()
+    again = resume(run_dir, total_timesteps=64)
+    found = [str(trainer.device), str(again.device), again.config.device, again.run().global_step, gpu.set[-1].index]
+    for compile in ("off", "graph"):
+        one = Trainer(Config(run_dir=run_dir / compile, compile=compile, vectorization="tensor", **settings))
+        one.run()
+        found.append(one.update.parameters.vector.double().sum().item())
+    assert gpu.replays
+    (run_dir / f"found-{trainer.world.rank}.json").write_text(json.dumps(found))
+"""
+
+
+def test_two_ranks_start_resume_and_capture_on_a_gpu_each(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    done = torchrun(str(script), str(tmp_path / "run"), folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / "run" / f"found-{k}.json").read_text()) for k in (0, 1))
+    assert first[:5] == ["cuda:0", "cuda:0", "cuda", 64, 0]
+    assert second[:5] == ["cuda:1", "cuda:1", "cuda", 64, 1]
+    assert first[5:] == second[5:], "parameters are bit-identical on every process"
+    assert first[5] == pytest.approx(first[6], abs=1e-5), "captured all-reduces train like eager ones"
+
+
+# --- captures that fail
+
+STAGES = ["warm-up", "begin", "inside", "end", "replay"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "error"),
+    [(stage, RuntimeError("the cause")) for stage in STAGES]
+    + [("inside", subprocess.CalledProcessError(1, ["gcc"])), ("replay", torch.OutOfMemoryError("the cause"))],
+    ids=[*STAGES, "no compiler", "no memory"],
+)
+def test_a_run_goes_on_eagerly_after_a_failed_capture(gpu, tmp_path, stage, error):
+    eager = make(tmp_path, "eager", compile="off")
+    eager.run()
+    gpu.fails[stage] = error
+    trainer = make(tmp_path, "graph", compile="auto")
+    assert not gpu.fails, "the failure happened"
+    assert gpu.stream is gpu.main
+    assert gpu.sync_mode == 0
+    assert trainer.config.compile == "off"
+    (note,) = (note for note in trainer.notes if note.startswith("compile off: it can't be captured as a graph"))
+    assert ("the cause" in note) or ("gcc" in note)
+    assert ("must not look at values" in note) == (type(error) is RuntimeError)
+    trainer.run()
+    assert torch.equal(vector(trainer), vector(eager)), "the attempt changed nothing"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_requested_graph_that_fails_names_its_first_cause(gpu, tmp_path, stage):
+    gpu.fails[stage] = RuntimeError("the cause")
+    with pytest.raises(CaptureError, match=r"can't be captured as a graph \(.*the cause\)"):
+        make(tmp_path, compile="graph")
+    assert gpu.stream is gpu.main
+    assert gpu.sync_mode == 0
+
+
+def test_acting_alone_can_be_eager(gpu, tmp_path):
+    trainer = make(tmp_path, compile="off", vectorization="sync", act_device="cuda")
+    trainer.run()
+    failing = make(tmp_path, "failing", compile="off", vectorization="sync", act_device="cuda")
+    failing.learner.capture()
+    gpu.fails["inside"] = RuntimeError("the cause")
+    with pytest.raises(CaptureError, match="the cause"):
+        failing.collect.capture()
+    failing.run()
+    torch.testing.assert_close(vector(failing), vector(trainer), atol=1e-6, rtol=0)
+
+
+def test_a_host_read_is_found_before_the_capture_begins(gpu, monkeypatch):
+    begun = []
+    monkeypatch.setattr("tests.fake_cuda.Graph.capture_begin", lambda *_, **__: begun.append(1))
+    x = torch.ones(2, device=CUDA)
+    with pytest.raises(CaptureError, match=r"before the capture: called a synchronizing .*must not look at values"):
+        capture(lambda: x.mul_(x.sum().item()), keep=[x], fresh=[], device=CUDA)
+    assert not begun
+    assert x.tolist() == [1, 1]
+
+
+def test_each_warm_up_begins_with_the_same_contents(gpu):
+    x, seen = torch.zeros(1, device=CUDA), []
+
+    def work():
+        if gpu.sync_mode == 0 and gpu.graph is None:
+            seen.append(x.item())
+        x.add_(1)
+
+    replay = capture(work, keep=[x], fresh=[], device=CUDA)
+    assert seen == [0, 0]
+    assert x.tolist() == [0]
+    replay()
+    replay()
+    assert x.tolist() == [2]
+
+
+def test_backward_passes_of_traces_and_captures_run_in_the_calling_thread(gpu, monkeypatch):
+    found = []
+
+    def work():
+        found.append(torch._C._is_multithreading_enabled())
+
+    with torch.autograd.set_multithreading_enabled(True):
+        capture(work, keep=[], fresh=[], device=CUDA)
+        assert found == [False] * 4
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, *_, **__: graph)
+
+    def traced(x):
+        work()
+        return x + 1
+
+    found.clear()
+    with torch.autograd.set_multithreading_enabled(True):
+        capture(lambda: found.append(torch._C._is_multithreading_enabled()), keep=[], fresh=[], device=CPU)
+        compile_graph(traced, [torch.zeros(1)])
+    assert found == [False] * 2
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_rollouts_of_one_or_two_steps_can_be_captured(gpu, tmp_path, n_steps):
+    settings = {"vectorization": "sync", "act_device": "cuda", "n_steps": n_steps, "total_timesteps": 2 * n_steps * 3}
+    settings["n_minibatches"] = 1
+    runs = [make(tmp_path, compile, compile=compile, **settings) for compile in ("off", "graph")]
+    assert runs[1].collect.actors[0]._replay is not None
+    for trainer in runs:
+        trainer.run()
+    torch.testing.assert_close(*(vector(trainer) for trainer in runs), atol=1e-6, rtol=0)
+
+
+# --- kernels that do not work
+
+BROKEN = {
+    "no compiler": (subprocess.CalledProcessError(1, ["gcc", "cuda_utils.c"]), "CalledProcessError: .*gcc"),
+    "no headers": (RuntimeError("Python.h: No such file\nmore"), r"RuntimeError: Python.h: No such file\)"),
+    "not installed": (ImportError("No module named 'triton'"), "ImportError: No module"),
+    "wrong": (None, "ArithmeticError: its results differ from those of doubling"),
+}
+
+
+@pytest.mark.parametrize(("error", "why"), BROKEN.values(), ids=list(BROKEN))
+def test_a_triton_kernel_that_does_not_work_is_replaced(gpu, monkeypatch, tmp_path, error, why):
+    def kernel(*inputs):
+        if error is not None:
+            raise error
+        return tuple(x + 1e-2 for x in gae_doubling(*inputs))
+
+    triton(monkeypatch, kernel)
+    assert choose_gae(8, 2, CUDA) is gae_doubling
+    found = _gae(CUDA)
+    assert found.state == "note"
+    assert re.search(why.removesuffix(r"\)"), found.advice)
+    trainer = make(tmp_path, compile="auto")
+    (note,) = (note for note in trainer.notes if "Triton" in note)
+    assert note.startswith("advantages use gae_doubling: the Triton kernel does not work here (")
+    assert re.search(why, note)
+    assert trainer.run().global_step == 24
+
+
+def test_a_triton_kernel_that_works_is_chosen(gpu, monkeypatch):
+    calls = []
+
+    def kernel(*inputs):
+        calls.append(inputs[0].shape)
+        assert all(x.is_contiguous() for x in inputs[:5])
+        assert inputs[2].isnan().any()
+        return gae_doubling(*inputs)
+
+    triton(monkeypatch, kernel)
+    assert choose_gae(8, 2, CUDA) is kernel
+    assert choose_gae(8, 2, CUDA) is kernel
+    assert len(calls) == 1, "tried once"
+    assert choose_gae(8, 2, CPU) is gae_doubling
+
+
+def test_a_compiled_function_that_fails_at_its_first_call_is_not_used(gpu, monkeypatch):
+    def fails(*tensors):
+        raise subprocess.CalledProcessError(1, ["gcc"])
+
+    monkeypatch.setattr(compiling, "make_fx", lambda fn, **_: lambda *x: torch.fx.symbolic_trace(torch.nn.Identity()))
+    monkeypatch.setattr(torch._inductor, "compile", lambda *_, **__: fails)
+    with pytest.raises(CompileError, match="CalledProcessError: .*gcc"):
+        compile_graph(lambda x: x + 1, [torch.zeros(3, device=CUDA)])
+
+
+def test_acting_is_compiled_on_a_gpu_and_captured_as_compiled(gpu, monkeypatch, tmp_path):
+    compiled = []
+
+    def compiler(fn, example):
+        compiled.append(fn.__name__)
+        return fn
+
+    monkeypatch.setattr("fastppo.policies.actors.compile_graph", compiler)
+    trainer = make(tmp_path, compile="graph", vectorization="sync", act_device="cuda")
+    assert compiled == ["act"]
+    (actor,) = trainer.collect.actors
+    assert actor._compiled
+    assert actor._replay is not None
+    trainer.run()
+
+
+# --- rounding
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "fine", "wrong"),
+    [(CPU, False, 0.009, 0.011), (CUDA, False, 0.04, 0.06), (CUDA, True, 0.3, 0.5), (CPU, True, 0.3, 0.5)],
+    ids=["float32", "TF32", "bf16 on CUDA", "bf16 on the CPU"],
+)
+def test_the_tolerance_of_the_first_ratio_follows_the_precision(device, bf16, fine, wrong):
+    tolerance = ratio_tolerance(device, bf16=bf16)
+    for error, expected in ((fine, []), (wrong, ["first ratio not 1"])):
+        history = History()
+        history.add({"samples/first_ratio_error": error, "samples/first_ratio_tolerance": tolerance or float("nan")})
+        assert [finding.name for finding in check_health(history)] == expected
+
+
+def test_a_sample_on_a_gpu_logs_its_tolerance(gpu, tmp_path):
+    for stats in make(tmp_path, compile="off", record_ratios=1).iterations():
+        assert stats.scalars["samples/first_ratio_tolerance"] == 100 * 2**-11
+
+
+# --- several ranks
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """Rank 1 of 2, without a process group; the list is what rank 0 sends next, and None is its vote."""
+    sent = []
+
+    def broadcast(outcome, source):
+        assert source == 0
+        outcome[:] = sent.pop(0)
+
+    def gather(votes, mine):
+        votes[:] = [sent.pop(0) if sent else None, mine]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    return World(1, 2), sent
+
+
+def fail(message="measured on the wrong rank"):
+    raise AssertionError(message)
+
+
+def test_rank_0_measures_the_vectorisation_for_all(second, monkeypatch, tmp_path):
+    world, sent = second
+    monkeypatch.setattr("fastppo.builders.resolve.choose_vectorization", lambda *_: fail())
+    sent.append([({"vectorization": "pool"}, "vectorization pool: measured"), None])
+    config = short(tmp_path, vectorization="auto")
+    c, notes = resolve_config(config, inspect_env("CartPole-v1", {}), CPU, custom_policy=False, world=world)
+    assert c.vectorization == "pool"
+    assert notes[-1] == "vectorization pool: measured"
+
+
+def test_rank_0_measures_the_acting_device_for_all(gpu, second, monkeypatch, tmp_path):
+    from fastppo.builders.parts import build_collector
+
+    world, sent = second
+    trainer = make(tmp_path, compile="off", vectorization="sync", act_device="cuda")
+    monkeypatch.setattr("fastppo.builders.parts.choose_act_device", lambda *_: fail())
+    sent.append([("cpu", "measured"), None])
+    config, notes = trainer.config, []
+    _, place = build_collector(config, trainer.env, trainer.policy, trainer.rollout, trainer.clock, world, notes=notes)
+    assert place == "cpu"
+    assert notes == ["act_device cpu: measured."]
+
+
+@pytest.mark.parametrize("error", [EnvError("rank 0 can't"), ValueError("rank 0 can't")], ids=["ours", "another's"])
+def test_an_error_of_rank_0_reaches_every_rank(monkeypatch, error):
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda outcome, _: sent.append(list(outcome)))
+
+    def make_it():
+        raise error
+
+    with pytest.raises(type(error), match="rank 0 can't"):
+        World(0, 2).shared(make_it)
+    monkeypatch.setattr(
+        torch.distributed, "broadcast_object_list", lambda outcome, _: outcome.__setitem__(slice(None), sent[0])
+    )
+    with pytest.raises(FastPPOError, match="rank 0 can't"):
+        World(1, 2).shared(make_it)
+
+
+def test_a_failure_of_one_rank_fails_all(second):
+    world, sent = second
+    assert world.together(lambda: 5, CaptureError) == 5
+    sent.append("no memory")
+    with pytest.raises(CaptureError, match="process 0: no memory"):
+        world.together(lambda: 5, CaptureError)
+
+    def mine():
+        raise CaptureError("mine")
+
+    with pytest.raises(CaptureError, match="^mine$"):
+        world.together(mine, CaptureError)
+    sent.append("theirs too")
+    with pytest.raises(CaptureError, match="^mine$"):
+        world.together(mine, CaptureError, collective=True)
+    for attempt in (mine, lambda: 5):
+        sent += ["theirs"] if attempt is not mine else [None]
+        with pytest.raises(FastPPOError, match="can't complete any more. Start again with compile off") as caught:
+            world.together(attempt, CaptureError, collective=True)
+        assert not isinstance(caught.value, CaptureError)
+
+
+@pytest.mark.parametrize("vote", range(3))
+def test_every_rank_falls_back_at_the_stage_where_another_failed(gpu, second, vote):
+    """The votes follow the warm-up, the capture and the first replay; only the second has begun nothing."""
+    world, sent = second
+    x = torch.ones(2, device=CUDA)
+    sent += [None] * vote + ["the cause"]
+    expected = CaptureError if vote == 1 else FastPPOError
+    with pytest.raises(expected, match="the cause") as caught:
+        capture(lambda: x.add_(1), keep=[x], fresh=[], device=CUDA, world=world)
+    assert isinstance(caught.value, CaptureError) == (vote == 1)
+    assert x.tolist() == [1, 1]
+    assert gpu.stream is gpu.main
+
+
+def test_waiting_for_captured_collectives_ends_after_the_time_out(gpu, monkeypatch):
+    World(1, 2).wait(CUDA)
+    gpu.hangs = True
+    World().wait(CUDA)  # alone there is nobody to wait for
+    World(1, 2).wait(CPU)
+    monkeypatch.setattr("fastppo.runtime.distributed._TIMEOUT", 0.02)
+    with pytest.raises(FastPPOError, match="process 1 of 2 lost another process: .*captured collective operation"):
+        World(1, 2).wait(CUDA)
+
+
+def test_metrics_are_read_under_the_time_out(gpu, monkeypatch, tmp_path):
+    trainer = make(tmp_path, compile="graph")
+    trainer.learner.anneal(0.0)
+    trainer.collect()
+    measured = trainer.learner()
+    waited = []
+    monkeypatch.setattr(trainer.world, "wait", waited.append)
+    trainer.metrics.read(measured)
+    assert waited == [CUDA]
+    trainer.run()
+
+
+def test_the_innermost_error_is_the_one_that_clean_up_replaced():
+    def chain():
+        try:
+            raise KeyError("first")
+        finally:
+            raise RuntimeError("clean-up failed")
+
+    with pytest.raises(RuntimeError) as caught:
+        chain()
+    assert str(innermost(caught.value)) == "'first'"
+    try:
+        raise ValueError("ours") from None
+    except ValueError as error:
+        assert innermost(error) is error
