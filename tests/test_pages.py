@@ -99,7 +99,7 @@ def test_figures_are_drawn_when_scrolled_to_or_printed(open_page, runs):
     assert one.page.locator("#gae .main-svg").count() == 0
     one.show("gae")
     assert at_first < one.page.evaluate(drawn)
-    assert one.show_all() == one.page.evaluate(drawn) == 17
+    assert one.show_all() == one.page.evaluate(drawn) == 18
 
 
 def test_the_sliders_change_the_figures(open_page, runs):
