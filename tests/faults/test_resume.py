@@ -359,9 +359,9 @@ def test_resume_auto_starts_and_then_continues(tmp_path):
     third = fastppo(*arguments)
     assert third.returncode == 0
     assert "is complete (2,048 steps)" in " ".join(third.stdout.split())
-    changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
+    changed = fastppo(*arguments, "--sign-rewards", "--total-timesteps", "4096")
     assert changed.returncode == 2
-    assert "gamma was 0.99, is 0.5" in changed.stderr
+    assert "sign_rewards was False, is True" in changed.stderr
 
 
 def test_resume_auto_starts_again_if_nothing_was_saved(tmp_path):
