@@ -24,7 +24,7 @@ def short(tmp_path, **changes):
     """Return the config of a very short run in `tmp_path / "run"`, with `changes` to its settings."""
     settings = SHORT | {"run_dir": tmp_path / "run"} | changes
     if "total_timesteps" not in changes:  # at least one iteration
-        settings["total_timesteps"] = max(48, settings["n_envs"] * settings["n_steps"])
+        settings["total_timesteps"] = max(48, (settings["n_envs"] or 1) * settings["n_steps"])
     return Config(**settings)
 
 

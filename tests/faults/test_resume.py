@@ -168,8 +168,8 @@ def test_c1_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     interrupted(config, 2)
     path, _ = newest_checkpoint(config.run_dir)
-    other = dataclasses.replace(config, gamma=0.9, n_minibatches=4)
-    with pytest.raises(CheckpointError, match=r"gamma was 0.99, is 0.9; *|n_minibatches was 2, is 4"):
+    other = dataclasses.replace(config, seed=9, sign_rewards=True)
+    with pytest.raises(CheckpointError, match=r"seed was 1, is 9; sign_rewards was False, is True"):
         Trainer(other, resume_from=path)
     with pytest.raises(CheckpointError, match="another policy.*hidden"):
         Trainer(dataclasses.replace(config, hidden_sizes=(8,)), resume_from=path)
@@ -359,9 +359,9 @@ def test_resume_auto_starts_and_then_continues(tmp_path):
     third = fastppo(*arguments)
     assert third.returncode == 0
     assert "is complete (2,048 steps)" in " ".join(third.stdout.split())
-    changed = fastppo(*arguments, "--gamma", "0.5", "--total-timesteps", "4096")
+    changed = fastppo(*arguments, "--sign-rewards", "--total-timesteps", "4096")
     assert changed.returncode == 2
-    assert "gamma was 0.99, is 0.5" in changed.stderr
+    assert "sign_rewards was False, is True" in changed.stderr
 
 
 def test_resume_auto_starts_again_if_nothing_was_saved(tmp_path):
