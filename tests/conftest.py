@@ -16,6 +16,7 @@ LONG = (
     "test_docs.py",
     "test_pages.py",
     "test_trainer.py",
+    "test_gpu_contract.py",
     "faults/test_environment.py",
     "test_update.py",
     "test_memory_plan.py",

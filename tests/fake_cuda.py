@@ -316,6 +316,7 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "Stream": Stream,
             "Event": Event,
             "CUDAGraph": Graph,
+            "graph_pool_handle": lambda: (0, 1),
             "current_stream": lambda *_: self.stream,
             "set_stream": self.set_stream,
             "stream": self.on_stream,

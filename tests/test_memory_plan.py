@@ -54,7 +54,7 @@ def _probe():
 
 def test_an_oversized_run_is_rejected_with_the_n_envs_that_fits(tmp_path):
     with pytest.raises(ConfigError, match=r"n_envs=2000000000 with n_steps=128 needs [\d.]+ GiB .*; n_envs=\d+ fits"):
-        Trainer(Config(n_envs=2_000_000_000, vectorization="native", run_dir=tmp_path / "run"))
+        Trainer(Config(n_envs=2_000_000_000, total_timesteps=10**12, vectorization="native", run_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ if size > 1:
 def torchrun(*command, folder, processes=2):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])  # scripts may import from the tests
     return subprocess.run([*run, *command], capture_output=True, text=True, timeout=300, env=env, cwd=folder)
 
 
