@@ -89,7 +89,8 @@ class Statistics:
         previous, self._seconds = self._seconds, clock.phase_seconds()
         elapsed = {phase: total - previous[phase] for phase, total in self._seconds.items()}
         episodes, outside = int(measured.pop("episodes")), int(measured.pop("outside"))
-        clipped, returns, lengths = (measured.pop(name) for name in ("clipped_actions", "returns", "lengths"))
+        clipped, action_range = measured.pop("clipped_actions"), measured.pop("action_range")
+        returns, lengths = measured.pop("returns"), measured.pop("lengths")
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
         for name in ("steps", "broken", "skipped_in_a_row"):
             del measured[name]
@@ -105,6 +106,8 @@ class Statistics:
         }
         if self._box_actions:
             scalars["charts/clipped_actions"] = clipped
+            if math.isfinite(action_range):  # NaN where actions are unbounded
+                scalars["charts/action_range"] = action_range
         if metrics.checks_bounds:
             scalars["charts/obs_outside_space"] = outside
         if math.isfinite(coefs["kl_limit"]):
