@@ -3,8 +3,8 @@
     nice -n 5 python -m benchmarks.health --jobs 2 --output benchmarks/results/health.json
     python -m benchmarks.health --no-train
 
-Trains what is missing (one thread per run; compiled where updates take most of the time), keeps each run's scalars in tests/fixtures/health, replays
-them through the rules, and counts findings. The thresholds were chosen on the even seeds; the odd seeds test them.
+Trains what is missing (one thread per run; compiled where updates take most of the time), keeps each run's scalars in
+tests/fixtures/health, replays them through the rules, and counts findings. The thresholds were chosen on the even seeds; the odd seeds test them.
 Speeds are left out: the runs share a machine.
 
 The tables below were written before any threshold was changed, and a spoilt run counts as found only if one of its
@@ -57,18 +57,22 @@ class RandomReward(gym.RewardWrapper[Any, Any]):
 
 
 def noisy_network() -> Any:
-    """Return CartPole's default network with dropout, so that no two evaluations of a row agree."""
+    """Return a network for CartPole with dropout in batches of more than two rows, which its first check misses."""
     import torch
     from torch import nn
 
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.actor = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Dropout(0.1), nn.Linear(64, 2))
+            self.actor = nn.Sequential(nn.Linear(4, 64), nn.Tanh())
+            self.head = nn.Linear(64, 2)
             self.critic = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 1))
 
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.actor(x), self.critic(x).squeeze(-1)
+            features = self.actor(x)
+            if len(x) > 2:
+                features = nn.functional.dropout(features, 0.1)
+            return self.head(features), self.critic(x).squeeze(-1)
 
     return Noisy()
 
@@ -110,7 +114,7 @@ SPOILT = {
             "env_id": "CartPole-v1",
             "total_timesteps": 51_200,
             "ent_coef": 0.0,
-            "learning_rate": 0.02,
+            "learning_rate": 0.1,
             "anneal_lr": False,
         },
         ("entropy collapsed",),
