@@ -15,14 +15,11 @@ import numpy as np
 
 from fastppo.config import CHANGES_RESULTS
 from fastppo.errors import CheckpointError
-from fastppo.monitoring.health import HealthFinding, History, check_health
+from fastppo.monitoring.health import HealthMonitor, HealthRecord, RunTraits, rounding_of
 from fastppo.monitoring.sinks.jsonl import read_rows
 from fastppo.monitoring.update_samples import UpdateSample, read_samples
 
 _Array = np.ndarray[Any, Any]
-
-_MIN_SHARE = 0.05  # of the run; a finding that disappears sooner is not shown
-_HEALTH_CHECKS = 64  # per run, at evenly spaced iterations
 
 AXES = ("global_step", "seconds", "episodes", "iteration")  # columns that curves can be drawn over
 
@@ -74,10 +71,11 @@ class RunData:
         return json.dumps({k: v for k, v in self.config.items() if k in CHANGES_RESULTS}, sort_keys=True)
 
     @property
-    def action_size(self) -> int:
-        """Dimensions of a continuous action; 0: discrete or unknown."""
-        size = self.about.get("action_size")
-        return size if isinstance(size, int) else 0
+    def traits(self) -> RunTraits:
+        """Facts about the run that health rules need."""
+        size, device = self.about.get("action_size"), str(self.config.get("device"))
+        rounding = rounding_of(str(self.config.get("precision")), device.partition(":")[0])
+        return RunTraits(size if isinstance(size, int) else 0, rounding)
 
     def problems(self) -> list[str]:
         """Return a sentence for each missing or damaged part of the run."""
@@ -103,33 +101,14 @@ class RunData:
             problems.append("result.json is missing: the run is still going, or was killed.")
         return problems
 
-    def step_range(self, first: float, latest: float) -> str:
-        """Return the steps between which a finding was seen, as text."""
-        at_end = latest == self.column("global_step")[-1]
-        return f"from step {first:,.0f} to {'the end' if at_end else f'{latest:,.0f}'}"
-
     @functools.cached_property
-    def findings(self) -> list[tuple[HealthFinding, float, float]]:
-        """Findings of the health rules, with the global steps at which each was first and last seen.
-
-        Findings that came and went within a twentieth of the run are left out.
-        """
-        history, seen = History(), dict[str, tuple[HealthFinding, float, float]]()
-        steps, interval = self.column("global_step"), max(1, len(self) // _HEALTH_CHECKS)
-        tags = [tag for tag in self.columns if "/" in tag]
+    def findings(self) -> list[HealthRecord]:
+        """Findings of the health rules, as the run's terminal printed them."""
+        monitor, tags = HealthMonitor(self.traits), [tag for tag in self.columns if "/" in tag]
         rows = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
-        for i, row in enumerate(rows):
-            history.add(dict(zip(tags, row, strict=True)))
-            if (i + 1) % interval == 0 or i + 1 == len(rows):
-                for finding in check_health(history, self.action_size):
-                    first = seen[finding.name][1] if finding.name in seen else float(steps[i])
-                    seen[finding.name] = finding, first, float(steps[i])
-        end = steps[-1] if len(steps) else 0.0
-        return [
-            (finding, first, latest)
-            for finding, first, latest in seen.values()
-            if latest == end or latest - first >= _MIN_SHARE * end
-        ]
+        for step, row in zip(self.column("global_step").tolist(), rows, strict=False):
+            monitor.add(int(step), dict(zip(tags, row, strict=True)))
+        return monitor.records
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[RunData]:

@@ -28,6 +28,7 @@ from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError
 from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.monitoring.env_monitor import EnvMonitor
+from fastppo.monitoring.health import RunTraits, rounding_of
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
@@ -99,7 +100,8 @@ def build_run(
             undo.callback(env_info.vector.close)
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
-        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions)
+        traits = RunTraits(env_info.action_spec.dimensions, rounding_of(c.precision, device.type))
+        logger = RunLogger(console if world.is_main else None, traits)
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))
         set_threads(known(c.threads))

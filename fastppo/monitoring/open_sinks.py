@@ -35,7 +35,8 @@ def open_sinks(
     step, iteration = resumed_at or (None, None)
     jsonl = JsonlSink(run_dir, step)
     for row in read_rows(run_dir) if resumed_at is not None else ():
-        logger.history.add({tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))})
+        scalars = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
+        logger.health.add(row.get("global_step", 0), scalars)
     logger.open(TensorBoardSink(run_dir, dict(settings), step), jsonl, SampleSink(run_dir, iteration))
     for name in track:
         logger.open(open_tracker(name, run_dir, dict(settings)))

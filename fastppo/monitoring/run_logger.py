@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 
 from rich.console import Console
 
 from fastppo.errors import first_line
-from fastppo.monitoring.health import HealthFinding, History, check_health
+from fastppo.monitoring.health import HealthMonitor, RunTraits
 from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
 from fastppo.runtime.console import print_line
-
-_HEALTH_SECONDS = 5.0  # between two health checks
 
 
 class RunLogger:
@@ -22,19 +19,15 @@ class RunLogger:
 
     Attributes:
         console: prints messages; None: none are printed.
-        history: the run's scalars, thinned.
+        health: the run's scalars and health findings.
         sinks: the open sinks.
-        findings: findings of the latest health check.
     """
 
-    def __init__(self, console: Console | None, action_size: int) -> None:
-        """Print to `console`; `action_size` as in `check_health`."""
-        self.console, self._action_size = console, action_size
+    def __init__(self, console: Console | None, traits: RunTraits) -> None:
+        """Print to `console`; `traits` as for HealthMonitor."""
+        self.console, self.health = console, HealthMonitor(traits)
         self.sinks: list[Sink] = []
-        self._checked_at, self._checked_step, self._step = time.monotonic(), 0, 0
         self._printed: set[str] = set()  # names of findings
-        self.history = History()
-        self.findings: list[HealthFinding] = []
 
     def open(self, *sinks: Sink) -> None:
         """Add sinks."""
@@ -48,11 +41,12 @@ class RunLogger:
         """Write one iteration to all sinks; return it with the current health findings."""
         if not self.sinks:  # not the main process, or all sinks have failed
             return stats
-        self.history.add(stats.scalars)
-        self._step = stats.global_step
-        if time.monotonic() - self._checked_at > _HEALTH_SECONDS or stats.iteration == stats.n_iterations:
-            self._check_health()
-        stats = dataclasses.replace(stats, findings=self.findings)
+        self.health.add(stats.global_step, stats.scalars)
+        for finding in self.health.findings:
+            if finding.name not in self._printed:
+                self._printed.add(finding.name)
+                self.say(f"health at {stats.global_step:,} steps: {finding}")
+        stats = dataclasses.replace(stats, findings=self.health.findings)
         for sink in list(self.sinks):
             try:
                 sink.write(stats)
@@ -64,20 +58,10 @@ class RunLogger:
         return stats
 
     def close(self) -> None:
-        """Check the health once more if the run stopped early, and close all sinks."""
-        if self.sinks and self._checked_step != self._step:
-            self._check_health()
+        """Close all sinks."""
         for sink in self.sinks:
             _close(sink)
         self.sinks = []
-
-    def _check_health(self) -> None:
-        self.findings = check_health(self.history, self._action_size)
-        self._checked_at, self._checked_step = time.monotonic(), self._step
-        for finding in self.findings:
-            if finding.name not in self._printed:
-                self._printed.add(finding.name)
-                self.say(f"health at {self._step:,} steps: {finding}")
 
 
 def _close(sink: Sink) -> None:
