@@ -164,6 +164,8 @@ class Options:
     """Runs trained at the same time."""
     only: tuple[str, ...] = ()
     """Settings to train; none: all."""
+    seeds: tuple[int, ...] = tuple(sorted(CALIBRATION + TEST))
+    """Seeds to train, in this order."""
     test: bool = True
     """Evaluate the seeds that test the rules; not while choosing thresholds."""
     output: Path | None = None
@@ -253,9 +255,8 @@ def main(options: Options) -> None:
     if options.train:
         os.environ["OMP_NUM_THREADS"] = "1"  # before the processes load torch
         names = options.only or tuple(SETTINGS)
-        seeds = sorted(CALIBRATION + TEST)
-        todo = [(name, seed) for seed in seeds for name in names if not fixture(name, seed).exists()]
-        with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
+        todo = [(name, seed) for seed in options.seeds for name in names if not fixture(name, seed).exists()]
+        with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
             for line in pool.imap_unordered(train, todo):
                 print(line, flush=True)
     rows, sums = evaluate(CALIBRATION)
