@@ -101,6 +101,7 @@ _PENDULUM = {"env_id": "Pendulum-v1", **TUNED["Pendulum-v1"], "total_timesteps":
 GOOD = {
     "cartpole-tuned": Setting({"env_id": "CartPole-v1", "preset": "tuned"}),
     "pendulum-tuned": Setting({"env_id": "Pendulum-v1", "preset": "tuned"}),
+    "cartpole": Setting({"env_id": "CartPole-v1", "total_timesteps": 300_000}),
     "pendulum": Setting({"env_id": "Pendulum-v1", "total_timesteps": 150_000, "compile": "on"}),
     "acrobot": Setting({"env_id": "Acrobot-v1", "total_timesteps": 150_000}),
     "halfcheetah": Setting({"env_id": "HalfCheetah-v5", "total_timesteps": 150_000, "compile": "on"}),
@@ -123,7 +124,7 @@ SPOILT = {
     "rewards-x1e6": Setting(
         _CARTPOLE, ("value loss exploding",), lambda: ScaledLater(gym.make("CartPole-v1"), after=3_200)
     ),
-    "critic-frozen": Setting(_CARTPOLE | {"vf_coef": 0.0}, ("critic not learning")),
+    "critic-frozen": Setting(_CARTPOLE | {"vf_coef": 0.0}, ("critic not learning",)),
     "reward-is-noise": Setting(
         _CARTPOLE, ("returns flat", "critic not learning"), lambda: RandomReward(gym.make("CartPole-v1"))
     ),
@@ -144,14 +145,13 @@ SPOILT = {
         },
         ("gradient always clipped", "critic not learning"),
     ),
-    "epochs-x10": Setting(
-        _CARTPOLE | {"update_epochs": 10 * _CARTPOLE["update_epochs"], "compile": "on"},
-        ("clip fraction high", "KL high"),
+    "epochs-x10": Setting(  # 50 epochs on CartPole solve it: no problem to find
+        _PENDULUM | {"update_epochs": 100, "compile": "on"}, ("clip fraction high", "KL high")
     ),
     "dropout": Setting(_CARTPOLE, ("first ratio not 1",), network=noisy_network),
 }
 SETTINGS = GOOD | SPOILT
-CALIBRATION, TEST = (1, 2, 4), (3, 5, 7)  # seeds
+CALIBRATION, TEST = (1, 2), (3, 4, 5)  # seeds
 
 
 @dataclasses.dataclass

@@ -75,7 +75,7 @@ class RunData:
         """Facts about the run that health rules need."""
         size, device = self.about.get("action_size"), str(self.config.get("device"))
         rounding = rounding_of(str(self.config.get("precision")), device.partition(":")[0])
-        return RunTraits(size if isinstance(size, int) else 0, rounding)
+        return RunTraits(size if isinstance(size, int) else 0, rounding, self.config.get("init_from") is not None)
 
     def problems(self) -> list[str]:
         """Return a sentence for each missing or damaged part of the run."""

@@ -100,7 +100,9 @@ def build_run(
             undo.callback(env_info.vector.close)
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None)
         notes += choices
-        traits = RunTraits(env_info.action_spec.dimensions, rounding_of(c.precision, device.type))
+        traits = RunTraits(
+            env_info.action_spec.dimensions, rounding_of(c.precision, device.type), c.init_from is not None
+        )
         logger = RunLogger(console if world.is_main else None, traits)
         models = build_models(c, env_info, policy, device, world)
         c = dataclasses.replace(c, threads=c.threads or choose_threads(c.minibatch_size * models.parameters.size))

@@ -99,10 +99,12 @@ class RunTraits:
     Attributes:
         action_size: dimensions of a continuous action; 0: discrete actions.
         rounding: precision of the network's matrix products.
+        pretrained: whether the policy was trained before, so that its returns need not rise.
     """
 
     action_size: int = 0
     rounding: Rounding = "fp32"
+    pretrained: bool = False
 
 
 def rounding_of(precision: str, device_type: str) -> Rounding:
@@ -263,13 +265,13 @@ def _recent_above(tag: str) -> RuleValue:
     return value
 
 
-def _clipped_too_little(history: History, threshold: float, _: RunTraits) -> _Value:
+def _clipped_too_little(history: History, threshold: float, traits: RunTraits) -> _Value:
     """Return the median clip fraction of the later half if it is below the threshold and returns don't rise."""
     row, rate = history["losses/clipfrac"], history["charts/learning_rate"]
     recent = _finite(row[len(row) // 2 :])
     if not len(recent) or not len(rate) or rate[-1] < rate[0] / 2:  # annealing makes small steps on purpose
         return None
-    rise = _rise_of_returns(history)
+    rise = _rise_of_returns(history, traits)
     if rise is None or rise > _FLAT:  # small steps that improve the returns are no problem
         return None
     return float(np.median(recent)) if np.median(recent) < threshold else None
@@ -344,8 +346,8 @@ def _actions_small(history: History, threshold: float, _: RunTraits) -> _Value:
     return max(used) if used and max(used) < threshold else None
 
 
-def _returns_flat(history: History, threshold: float, _: RunTraits) -> _Value:
-    rise = _rise_of_returns(history)
+def _returns_flat(history: History, threshold: float, traits: RunTraits) -> _Value:
+    rise = _rise_of_returns(history, traits)
     return rise if rise is not None and rise < threshold else None
 
 
@@ -353,13 +355,14 @@ _FLAT = 1.0  # standard deviations by which the returns of a learning run rise
 _TREND = 2.0  # t-statistic of a line through the returns, above which they rise
 
 
-def _rise_of_returns(history: History) -> _Value:
+def _rise_of_returns(history: History, traits: RunTraits) -> _Value:
     """Return the largest rise of the returns above the first iterations, in standard deviations of the latter.
 
-    Infinite if a line through all returns rises significantly: slow progress. None if too few episodes have ended.
+    Infinite if a line through all returns rises significantly: slow progress. None if too few episodes have ended, or
+    the policy was trained before.
     """
     first, row = history.first("charts/episodic_return"), _finite(history["charts/episodic_return"])
-    if len(first) < 5 or len(row) < 10:
+    if traits.pretrained or len(first) < 5 or len(row) < 10:
         return None
     x = np.arange(len(row)) - (len(row) - 1) / 2
     slope = float(x @ row) / float(x @ x)
