@@ -162,7 +162,7 @@ def test_a_resumed_run_removes_samples_of_repeated_iterations(tmp_path):
     assert next(resumed.iterations()).iteration == 5
     resumed.request_stop()
     assert [s.iteration for s in read_samples(tmp_path / "run" / "samples")] == [1, 2, 3, 4, 5]
-    assert resumed.logger.history.iterations == 5
+    assert resumed.logger.health.history.iterations == 5
 
 
 def test_downsample_takes_means_of_neighbours():

@@ -211,17 +211,19 @@ class HealthMonitor:
     Attributes:
         traits: facts about the run.
         history: the run's scalars.
-        findings: problems that the latest check reports.
-        records: every finding reported so far, in the order of the first report.
     """
 
     def __init__(self, traits: RunTraits) -> None:
         """Start with an empty history."""
         self.traits, self.history = traits, History()
-        self.findings: list[HealthFinding] = []
         self._records: dict[str, HealthRecord] = {}
         self._in_a_row: dict[str, int] = {}  # checks that found a problem, by rule
         self._next = _CHECK_EVERY
+
+    @property
+    def findings(self) -> list[HealthFinding]:
+        """Problems that the latest check reports, in the order of the first report."""
+        return [record.latest for record in self._records.values() if record.lasts]
 
     @property
     def records(self) -> list[HealthRecord]:
@@ -237,17 +239,14 @@ class HealthMonitor:
             self._check(step)
 
     def _check(self, step: int) -> None:
-        found = check_health(self.history, self.traits)
-        names = {finding.name for finding in found}
-        self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in names}
+        found = {finding.name: finding for finding in check_health(self.history, self.traits)}
+        self._in_a_row = {name: self._in_a_row.get(name, 0) + 1 for name in found}
         patience = {rule.name: rule.patience for rule in RULES}
-        self.findings = [f for f in found if self._in_a_row[f.name] >= patience[f.name]]
-        reported = {finding.name: finding for finding in self.findings}
-        for name, record in self._records.items():
-            self._records[name] = dataclasses.replace(record, lasts=name in reported)
-        for name, finding in reported.items():
-            record = self._records.get(name, HealthRecord(finding, finding, step, step, True))
-            self._records[name] = dataclasses.replace(record, latest=finding, latest_step=step)
+        self._records = {name: dataclasses.replace(r, lasts=False) for name, r in self._records.items()}
+        for name, finding in found.items():
+            if self._in_a_row[name] >= patience[name]:
+                record = self._records.get(name, HealthRecord(finding, finding, step, step, True))
+                self._records[name] = dataclasses.replace(record, latest=finding, latest_step=step, lasts=True)
 
 
 def check_health(history: History, traits: RunTraits) -> list[HealthFinding]:

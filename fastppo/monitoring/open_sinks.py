@@ -35,8 +35,9 @@ def open_sinks(
     step, iteration = resumed_at or (None, None)
     jsonl = JsonlSink(run_dir, step)
     for row in read_rows(run_dir) if resumed_at is not None else ():
-        scalars = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
-        logger.health.add(row.get("global_step", 0), scalars)
+        if isinstance(row.get("global_step"), int):
+            scalars = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
+            logger.health.add(row["global_step"], scalars)
     logger.open(TensorBoardSink(run_dir, dict(settings), step), jsonl, SampleSink(run_dir, iteration))
     for name in track:
         logger.open(open_tracker(name, run_dir, dict(settings)))

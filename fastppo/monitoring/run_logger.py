@@ -42,10 +42,10 @@ class RunLogger:
         if not self.sinks:  # not the main process, or all sinks have failed
             return stats
         self.health.add(stats.global_step, stats.scalars)
-        for finding in self.health.findings:
-            if finding.name not in self._printed:
-                self._printed.add(finding.name)
-                self.say(f"health at {stats.global_step:,} steps: {finding}")
+        for record in self.health.records:
+            if record.lasts and record.latest.name not in self._printed:
+                self._printed.add(record.latest.name)
+                self.say(f"health at {record.latest_step:,} steps: {record.latest}")
         stats = dataclasses.replace(stats, findings=self.health.findings)
         for sink in list(self.sinks):
             try:
