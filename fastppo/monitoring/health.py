@@ -416,7 +416,7 @@ RULES = (
     ),
     Rule(
         "KL high",
-        0.1,
+        0.05,
         _recent_above("losses/approx_kl"),
         "the mean KL of an update is {value:.2g} (above {threshold:g}).",
         "Each update changes the policy too much: lower learning_rate or update_epochs, or set target_kl.",
