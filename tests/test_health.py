@@ -36,8 +36,8 @@ CASES = {
         {"losses/clipfrac": 0.005, "charts/learning_rate": 2.5e-4, "charts/episodic_return": SETTLED},
     ),
     "KL high": (
-        {"losses/approx_kl": 0.045, "charts/kl_limit": 0.1},
-        {"losses/approx_kl": 0.055, "charts/kl_limit": 0.1},
+        {"losses/approx_kl": 0.045, "charts/kl_limit": math.nan},
+        {"losses/approx_kl": 0.055, "charts/kl_limit": math.nan},
     ),
     "KL above target": ({"losses/approx_kl": 0.029}, {"losses/approx_kl": 0.031}),
     "entropy collapsed": (
@@ -149,11 +149,9 @@ def test_the_entropy_of_a_gaussian_counts_per_dimension():
     assert names(history({"losses/entropy": np.linspace(2.8, 2.8 - 2 * math.log(10), N)}), action_size=2) == []
 
 
-def test_without_target_kl_the_kl_is_not_checked():
-    h = History()
-    for _ in range(N):
-        h.add({"losses/approx_kl": 0.045})
-    assert names(h) == []
+def test_a_run_with_target_kl_is_measured_by_that():
+    assert names(history({"losses/approx_kl": 0.2, "charts/kl_limit": 0.2})) == []
+    assert names(history({"losses/approx_kl": 0.2, "charts/kl_limit": math.nan})) == ["KL high"]
 
 
 def test_an_empty_history_and_one_of_nan_have_no_findings():

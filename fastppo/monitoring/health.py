@@ -276,6 +276,13 @@ def _clipped_too_little(history: History, threshold: float, traits: RunTraits) -
     return float(np.median(recent)) if np.median(recent) < threshold else None
 
 
+def _kl_high(history: History, threshold: float, traits: RunTraits) -> _Value:
+    """Return the recent median of the KL if it exceeds the threshold and the run sets no limit of its own."""
+    if len(history.recent("charts/kl_limit")):
+        return None
+    return _recent_above("losses/approx_kl")(history, threshold, traits)
+
+
 def _kl_over_target(history: History, threshold: float, _: RunTraits) -> _Value:
     limit, kl = history.recent("charts/kl_limit"), history.recent("losses/approx_kl")
     if not len(limit) or not len(kl):
@@ -417,7 +424,7 @@ RULES = (
     Rule(
         "KL high",
         0.05,
-        _recent_above("losses/approx_kl"),
+        _kl_high,
         "the mean KL of an update is {value:.2g} (above {threshold:g}).",
         "Each update changes the policy too much: lower learning_rate or update_epochs, or set target_kl.",
     ),
