@@ -220,12 +220,12 @@ def test_a_record_keeps_the_first_and_the_latest_numbers_with_their_steps():
     (record,) = monitored({"losses/clipfrac": lambda i: 0.4 if i < 60 else 0.8}, 200).records
     assert (record.first_step, record.lasts) == (3_000, True)
     assert str(record).startswith(
-        "clip fraction high, from step 3,000 to the end: At step 3,000 40% of the ratios are outside the clip range "
-        f"(above 30%). At step {record.latest_step:,} 80% of the ratios"
+        "clip fraction high, from step 3,000 to the end. At step 3,000: 40% of the ratios are outside the clip range "
+        f"(above 30%). At step {record.latest_step:,}: 80% of the ratios"
     )
     (record,) = monitored({"losses/clipfrac": lambda i: 0.4 if i < 60 else 0.1}, 400).records
     assert not record.lasts
-    assert f"to {record.latest_step:,}: " in str(record)
+    assert f"to {record.latest_step:,}. " in str(record)
     assert str(record).count("40%") == 1
 
 

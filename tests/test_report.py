@@ -392,4 +392,4 @@ def test_a_report_gives_the_findings_that_the_terminal_printed(runs, tmp_path):
     name = "clip fraction high"
     assert found([0.1] * 400 + [0.9] * 20 + [0.1] * 220) == {}
     assert found([0.1] * 200 + [0.9] * 300 + [0.1] * 140)[name].startswith("from step")
-    assert " to the end: At step " in found([0.1] * 400 + [0.9] * 240)[name]
+    assert " to the end. At step " in found([0.1] * 400 + [0.9] * 240)[name]

@@ -22,6 +22,9 @@ _FIRST = 20  # number of initial iterations that later ones are compared with
 _CHECK_EVERY = 5  # iterations between two checks, at least
 _CHECK_SHARE = 0.05  # of the iterations so far between two checks
 
+_FLAT = 1.0  # standard deviations by which the returns of a learning run rise
+_TREND = 2.0  # t-statistic of a line through the returns, above which they rise
+
 Rounding = Literal["fp32", "tf32", "bf16"]  # precision of matrix products
 
 
@@ -196,10 +199,10 @@ class HealthRecord:
     def description(self) -> str:
         """Steps, evidence with its step, and remedy."""
         end = "the end" if self.lasts else f"{self.latest_step:,}"
-        evidence = f"At step {self.first_step:,} {self.first.evidence}"
+        evidence = f"At step {self.first_step:,}: {self.first.evidence}"
         if self.latest.evidence != self.first.evidence:
-            evidence += f" At step {self.latest_step:,} {self.latest.evidence}"
-        return f"from step {self.first_step:,} to {end}: {evidence} {self.latest.remedy}"
+            evidence += f" At step {self.latest_step:,}: {self.latest.evidence}"
+        return f"from step {self.first_step:,} to {end}. {evidence} {self.latest.remedy}"
 
 
 class HealthMonitor:
@@ -295,9 +298,8 @@ def _entropy_lost(history: History, threshold: float, traits: RunTraits) -> _Val
     first, recent = history.first("losses/entropy"), history.recent("losses/entropy")
     if not len(first) or not len(recent):
         return None
-    if (
-        traits.action_size
-    ):  # a Gaussian's entropy may be negative; its change per dimension is the log of the scale's ratio
+    if traits.action_size:
+        # a Gaussian's entropy may be negative; its change per dimension is the log of the scale's ratio
         left = float(np.exp((np.median(recent) - first[0]) / traits.action_size))
     else:
         left = float(np.median(recent) / first[0]) if first[0] > 0 else 1.0
@@ -355,10 +357,6 @@ def _actions_small(history: History, threshold: float, _: RunTraits) -> _Value:
 def _returns_flat(history: History, threshold: float, traits: RunTraits) -> _Value:
     rise = _rise_of_returns(history, traits)
     return rise if rise is not None and rise < threshold else None
-
-
-_FLAT = 1.0  # standard deviations by which the returns of a learning run rise
-_TREND = 2.0  # t-statistic of a line through the returns, above which they rise
 
 
 def _rise_of_returns(history: History, traits: RunTraits) -> _Value:
