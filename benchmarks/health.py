@@ -9,7 +9,9 @@ machine.
 
 The tables below were written before any threshold was changed, except that "explained variance low" has become the
 rule "critic not learning". A spoilt run counts as found only if one of its `expected` findings is reported. The
-thresholds were chosen with the seeds of CALIBRATION in view; those of TEST give the result.
+thresholds were chosen with the seeds of CALIBRATION in view; those of TEST give the result. Seed 3 tested the first
+thresholds: 10 of 10 spoilt runs found, and one false finding in 7 good runs (LunarLander, "critic not learning"), after
+which that rule was changed.
 """
 
 from __future__ import annotations
@@ -151,7 +153,7 @@ SPOILT = {
     "dropout": Setting(_CARTPOLE, ("first ratio not 1",), network=noisy_network),
 }
 SETTINGS = GOOD | SPOILT
-CALIBRATION, TEST = (1, 2), (3, 4, 5)  # seeds
+CALIBRATION, TEST = (1, 2, 3), (4, 5)  # seeds
 
 
 @dataclasses.dataclass

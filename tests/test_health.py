@@ -175,6 +175,13 @@ def test_an_explained_variance_of_minus_zero_is_silent():
     assert names(history(columns | {"losses/value_loss": 500.0})) == ["critic not learning"]
 
 
+def test_a_critic_whose_noisy_loss_falls_is_learning():
+    noise = np.exp(0.3 * np.random.default_rng(0).standard_normal(N))
+    columns = {"losses/explained_variance": 0.0, "losses/value_loss": np.linspace(650, 450, N) * noise}
+    assert names(history(columns)) == []
+    assert names(history(columns | {"losses/value_loss": np.linspace(650, 600, N) * noise})) == ["critic not learning"]
+
+
 def test_slow_progress_is_not_flat():
     rng = np.random.default_rng(0)
     rises = -150 + 55 * np.linspace(0, 1, N) + 60 * rng.standard_normal(N)

@@ -24,6 +24,7 @@ _CHECK_SHARE = 0.05  # of the iterations so far between two checks
 
 _FLAT = 1.0  # standard deviations by which the returns of a learning run rise
 _TREND = 2.0  # t-statistic of a line through the returns, above which they rise
+_FALLING = 0.25  # share by which a line through the value loss of a learning critic falls
 
 Rounding = Literal["fp32", "tf32", "bf16"]  # precision of matrix products
 
@@ -319,13 +320,18 @@ def _explained_variance_below(history: History, threshold: float, _: RunTraits) 
 def _critic_stuck(history: History, threshold: float, _: RunTraits) -> _Value:
     """Return the best explained variance of any tenth of the run if it is below the threshold.
 
-    A critic whose loss has halved since the first iterations learns, even if it explains little so far.
+    A critic whose loss falls learns, even if it explains little so far.
     """
-    best = max(_medians(history["losses/explained_variance"]), default=math.inf)
-    first, now = history.first("losses/value_loss"), history.recent("losses/value_loss")
-    if not len(first) or not len(now) or np.median(now) < np.median(first) / 2:
+    explained = _medians(history["losses/explained_variance"])
+    loss = _finite(history["losses/value_loss"])
+    if not explained or len(loss) < 10:
         return None
-    return best if best < threshold else None
+    slope, _error = _line(loss)
+    rise = slope * (len(loss) - 1)
+    start = float(loss.mean()) - rise / 2
+    if -rise > _FALLING * start:
+        return None
+    return max(explained) if max(explained) < threshold else None
 
 
 def _value_loss_jumped(history: History, threshold: float, _: RunTraits) -> _Value:
@@ -368,13 +374,19 @@ def _rise_of_returns(history: History, traits: RunTraits) -> _Value:
     first, row = history.first("charts/episodic_return"), _finite(history["charts/episodic_return"])
     if traits.pretrained or len(first) < 5 or len(row) < 10:
         return None
-    x = np.arange(len(row)) - (len(row) - 1) / 2
-    slope = float(x @ row) / float(x @ x)
-    error = row - row.mean() - slope * x
-    if slope > _TREND * math.sqrt(float(error @ error) / (len(row) - 2) / float(x @ x)):
+    slope, error = _line(row)
+    if slope > _TREND * error:
         return math.inf
     best = max(_medians(row))
     return (best - float(np.median(first))) / max(float(first.std()), abs(float(np.median(first))) * 1e-3, 1e-12)
+
+
+def _line(row: _Array) -> tuple[float, float]:
+    """Return slope and its standard error of a line fitted to a row of at least three values."""
+    x = np.arange(len(row)) - (len(row) - 1) / 2
+    slope = float(x @ row) / float(x @ x)
+    residuals = row - row.mean() - slope * x
+    return slope, math.sqrt(float(residuals @ residuals) / (len(row) - 2) / float(x @ x))
 
 
 def _medians(row: _Array) -> list[float]:
@@ -452,7 +464,7 @@ RULES = (
         "critic not learning",
         0.1,
         _critic_stuck,
-        "explained variance has never exceeded {value:.2f} (below {threshold:g}), and the value loss has not halved.",
+        "explained variance has never exceeded {value:.2f} (below {threshold:g}), and the value loss does not fall.",
         "Use normalize_rewards, turn value_clip off, raise vf_coef; see whether rewards depend on the observations.",
         after=50,
     ),
