@@ -11,7 +11,7 @@ from rich.console import Console
 from fastppo.analysis.checks import CheckResult
 from fastppo.cli import main
 from fastppo.commands.console import print_checks
-from fastppo.monitoring.health import HealthFinding
+from fastppo.monitoring.health import HealthFinding, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink, compact
 from fastppo.monitoring.stats import Stats
@@ -116,7 +116,7 @@ def test_compact_numbers(number, text):
 def test_lines_of_a_run_have_time_stamps_in_a_pipe_and_none_in_a_terminal():
     piped, shown = pipe(), terminal(200)
     for console in (piped, shown):
-        RunLogger(console, 0).say("note: one")
+        RunLogger(console, RunTraits()).say("note: one")
     sink = ConsoleSink(piped, 1000)
     sink.write(STATS)
     sink.close()

@@ -1,13 +1,16 @@
 """Reports: run data, pages, diffs, and the problems of damaged runs."""
 
 import dataclasses
+import io
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from fastppo import Config, Trainer
 from fastppo.analysis.diff import difference
@@ -16,7 +19,9 @@ from fastppo.analysis.run_data import downsample, read_run, read_runs
 from fastppo.analysis.update_section import advantages_by_lambda
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
-from fastppo.monitoring.health import HealthFinding
+from fastppo.monitoring.health import HealthFinding, Rule, RunTraits
+from fastppo.monitoring.run_logger import RunLogger
+from fastppo.monitoring.stats import Stats
 from fastppo.monitoring.update_samples import ROWS, read_samples, spread_rows
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 12, compile="off", threads=1, record_ratios=4, target_kl=0.1)
@@ -116,12 +121,10 @@ def test_sampling_leaves_no_trace_in_a_custom_network(tmp_path):
 
 def test_stats_hold_the_health_findings(tmp_path, monkeypatch):
     finding = HealthFinding("a name", "evidence.", "remedy.")
-    monkeypatch.setattr("fastppo.monitoring.run_logger._HEALTH_SECONDS", -1.0)
-    monkeypatch.setattr(
-        "fastppo.monitoring.run_logger.check_health", lambda history, size: [finding] if history.iterations > 3 else []
-    )
+    rule = Rule("a name", 0.0, lambda *_: 1.0, "evidence.", "remedy.", after=1, patience=2)
+    monkeypatch.setattr("fastppo.monitoring.health.RULES", (rule,))
     trainer = Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run"))
-    assert [stats.findings for stats in trainer.iterations()] == [[]] * 3 + [[finding]] * 9
+    assert [stats.findings for stats in trainer.iterations()] == [[]] * 9 + [[finding]] * 3
 
 
 def test_a_captured_update_is_sampled_too(tmp_path):
@@ -167,7 +170,7 @@ def test_a_resumed_run_removes_samples_of_repeated_iterations(tmp_path):
     assert next(resumed.iterations()).iteration == 5
     resumed.request_stop()
     assert [s.iteration for s in read_samples(tmp_path / "run" / "samples")] == [1, 2, 3, 4, 5]
-    assert resumed.logger.history.iterations == 5
+    assert resumed.logger.health.history.iterations == 5
 
 
 def test_downsample_takes_means_of_neighbours():
@@ -402,22 +405,34 @@ def test_a_run_is_passed_once(runs, tmp_path):
         report([runs / "seed1", runs / "seed2", runs / "seed1"], tmp_path / "x.html")
 
 
-def test_a_short_finding_is_left_out(runs, tmp_path):
-    """A finding that lasts a twentieth of the run, or to its end, is kept, with its steps."""
+def test_a_report_gives_the_findings_that_the_terminal_printed(runs, tmp_path):
+    """With the steps and the numbers of the terminal's line; a finding of a few iterations is in neither."""
+
+    values = {"mean_return": 0.0, "episodes": 1, "seconds": 1.0, "sps": 1.0, "kl": 0.0, "stop": "", "scalars": {}}
+    some_stats = Stats(iteration=1, n_iterations=640, global_step=128, total_timesteps=81_920, **values)
 
     def found(fractions):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         shutil.copytree(runs / "seed1", run)
-        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
         rows = [
-            first | {"iteration": i + 1, "global_step": 128 * (i + 1), "losses/clipfrac": fraction}
+            {"iteration": i + 1, "global_step": 128 * (i + 1), "losses/clipfrac": fraction}
             for i, fraction in enumerate(fractions)
         ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (read,) = read_runs([run])
-        return {f.name: read.step_range(a, b) for f, a, b in read.findings}
+        console = Console(record=True, width=500, file=io.StringIO())
+        logger = RunLogger(console, RunTraits())
+        logger.open(SimpleNamespace(write=lambda _: None, close=lambda: None))
+        for row in rows:
+            scalars = {tag: x for tag, x in row.items() if "/" in tag}
+            logger.write(dataclasses.replace(some_stats, global_step=row["global_step"], scalars=scalars))
+        printed = console.export_text()
+        for record in read.findings:
+            assert f"health at {record.first_step:,} steps: {record.first}" in printed
+        assert printed.count("health at") == len(read.findings)
+        return {record.first.name: record.description for record in read.findings}
 
-    name, n = "clip fraction high", 640
-    assert name not in found([0.1] * n)
+    name = "clip fraction high"
+    assert found([0.1] * 400 + [0.9] * 20 + [0.1] * 220) == {}
     assert found([0.1] * 200 + [0.9] * 300 + [0.1] * 140)[name].startswith("from step")
-    assert found([0.1] * 400 + [0.9] * 240)[name].endswith("to the end")
+    assert " to the end. At step " in found([0.1] * 400 + [0.9] * 240)[name]

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fastppo import Config, Trainer
-from fastppo.monitoring.health import HealthFinding
+from fastppo.monitoring.health import HealthFinding, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
 from fastppo.monitoring.sinks.trackers import ThrottledSink
@@ -104,10 +104,9 @@ def test_a_throttled_sink_receives_the_first_and_last_iteration_and_those_with_h
     assert (recorder.steps, recorder.closed) == ([1, 5, 10], True)
 
 
-def test_findings_are_printed_once_and_reach_every_sink(monkeypatch):
-    monkeypatch.setattr("fastppo.monitoring.run_logger._HEALTH_SECONDS", -1.0)
+def test_findings_are_printed_once_and_reach_every_sink():
     console, recorder = Console(record=True, width=200, file=open(os.devnull, "w")), RecordingSink()
-    logger = RunLogger(console, 0)
+    logger = RunLogger(console, RunTraits())
     logger.open(recorder)
     for step in range(1, 40):
         logger.write(stats(step, **{"losses/clipfrac": 0.9}))

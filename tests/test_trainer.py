@@ -310,7 +310,10 @@ def test_clipped_actions_is_the_share_of_components_outside_the_box(tmp_path):
     ))  # fmt: skip
     trainer.run()
     # a standard normal is below 0 half the time and never beyond 9: half of one of the two components
-    assert rows_of(tmp_path / "run")[0]["charts/clipped_actions"] == pytest.approx(0.25, abs=0.04)
+    row = rows_of(tmp_path / "run")[0]
+    assert row["charts/clipped_actions"] == pytest.approx(0.25, abs=0.04)
+    # the first component has no range; the mean of |a| is 0.8 of the second's 9
+    assert row["charts/action_range"] == pytest.approx(0.8 / 9, abs=0.01)
 
 
 def test_schedules_set_the_coefficients_of_every_update(tmp_path):

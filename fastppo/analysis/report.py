@@ -107,9 +107,9 @@ def _health(runs: Sequence[RunData]) -> str:
         if not len(run):
             continue
         lines = []
-        for finding, first, latest in run.findings:
-            name = f"{run.label}, {finding.name}" if len(runs) > 1 else finding.name
-            lines.append((name, f"{run.step_range(first, latest)}: {finding.evidence} {finding.remedy}"))
+        for record in run.findings:
+            name = f"{run.label}, {record.first.name}" if len(runs) > 1 else record.first.name
+            lines.append((name, record.description))
         parts.append(items(lines) if lines else paragraphs([f"{run.label}: no problems detected."]))
     return "".join(parts)
 

@@ -15,15 +15,13 @@ import numpy as np
 
 from fastppo.config import CHANGES_RESULTS, Config
 from fastppo.errors import CheckpointError
-from fastppo.monitoring.health import HealthFinding, History, check_health
+from fastppo.monitoring.health import HealthMonitor, HealthRecord, RunTraits, rounding_of
 from fastppo.monitoring.sinks.jsonl import read_rows
 from fastppo.monitoring.update_samples import UpdateSample, read_samples
 from fastppo.runs.run_dir import check_run_folder
 
 _Array = np.ndarray[Any, Any]
 
-_MIN_SHARE = 0.05  # of the run; a finding that disappears sooner is not shown
-_HEALTH_CHECKS = 64  # per run, at evenly spaced iterations
 _MAX_ROWS = 30_000  # rows of a longer metrics.jsonl are thinned to about as many
 
 AXES = ("global_step", "seconds", "episodes", "iteration")  # columns that curves can be drawn over
@@ -78,10 +76,11 @@ class RunData:
         return json.dumps({k: v for k, v in self.config.items() if k in CHANGES_RESULTS}, sort_keys=True)
 
     @property
-    def action_size(self) -> int:
-        """Dimensions of a continuous action; 0: discrete or unknown."""
-        size = self.about.get("action_size")
-        return size if isinstance(size, int) else 0
+    def traits(self) -> RunTraits:
+        """Facts about the run that health rules need."""
+        size, device = self.about.get("action_size"), str(self.config.get("device"))
+        rounding = rounding_of(str(self.config.get("precision")), device.partition(":")[0])
+        return RunTraits(size if isinstance(size, int) else 0, rounding, self.config.get("init_from") is not None)
 
     def problems(self) -> list[str]:
         """Return a sentence for each missing or damaged part of the run."""
@@ -113,34 +112,15 @@ class RunData:
             return ""
         return f"Curves and findings are drawn from {len(self):,} of {self.rows:,} logged rows, evenly spaced."
 
-    def step_range(self, first: float, latest: float) -> str:
-        """Return the steps between which a finding was seen, as text."""
-        at_end = latest == self.column("global_step")[-1]
-        return f"from step {first:,.0f} to {'the end' if at_end else f'{latest:,.0f}'}"
-
     @functools.cached_property
-    def findings(self) -> list[tuple[HealthFinding, float, float]]:
-        """Findings of the health rules, with the global steps at which each was first and last seen.
-
-        Findings that came and went within a twentieth of the run are left out.
-        """
-        history, seen = History(), dict[str, tuple[HealthFinding, float, float]]()
-        steps, interval = self.column("global_step"), max(1, len(self) // _HEALTH_CHECKS)
-        tags = [tag for tag in self.columns if "/" in tag]
+    def findings(self) -> list[HealthRecord]:
+        """Findings of the health rules, as the run's terminal printed them."""
+        monitor, tags = HealthMonitor(self.traits), [tag for tag in self.columns if "/" in tag]
         rows = np.stack([self.columns[tag] for tag in tags], 1).tolist() if tags else []
         each = np.diff(self.column("iteration"), prepend=0).clip(min=1).astype(int).tolist()
-        for i, (row, times) in enumerate(zip(rows, each, strict=True)):
-            history.add(dict(zip(tags, row, strict=True)), times)
-            if (i + 1) % interval == 0 or i + 1 == len(rows):
-                for finding in check_health(history, self.action_size):
-                    first = seen[finding.name][1] if finding.name in seen else float(steps[i])
-                    seen[finding.name] = finding, first, float(steps[i])
-        end = steps[-1] if len(steps) else 0.0
-        return [
-            (finding, first, latest)
-            for finding, first, latest in seen.values()
-            if latest == end or latest - first >= _MIN_SHARE * end
-        ]
+        for step, row, times in zip(self.column("global_step").tolist(), rows, each, strict=False):
+            monitor.add(int(step), dict(zip(tags, row, strict=True)), times)
+        return monitor.records
 
 
 def read_runs(run_dirs: Sequence[Path], most: int | None = _MAX_ROWS) -> list[RunData]:

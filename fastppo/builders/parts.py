@@ -23,7 +23,7 @@ from fastppo.functional.adam import adam
 from fastppo.functional.gae import gae_doubling
 from fastppo.functional.losses import PPOLoss
 from fastppo.monitoring.stats import Statistics
-from fastppo.monitoring.update_samples import UpdateSampler, ratio_tolerance
+from fastppo.monitoring.update_samples import UpdateSampler
 from fastppo.policies.actors import choose_act_device
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import RewardNormalizer
@@ -276,7 +276,6 @@ def build_learning(
         n_iterations=n_iterations,
         steps_per_iteration=c.batch_size * world.size,
         box_actions=env.action_spec.kind == "box",
-        ratio_tolerance=ratio_tolerance(device, bf16=c.precision == "bf16"),
     )
     learner = Learner(
         rollout,

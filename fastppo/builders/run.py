@@ -31,6 +31,7 @@ from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.evaluation.video import choose_renderers
 from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
+from fastppo.monitoring.health import RunTraits, rounding_of
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
@@ -118,7 +119,10 @@ def build_run(
         c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None, world=world)
         notes += choices
         n_iterations = count_iterations(c, world.size)
-        logger = RunLogger(console if world.is_main else None, env_info.action_spec.dimensions, c.log_every)
+        traits = RunTraits(
+            env_info.action_spec.dimensions, rounding_of(c.precision, device.type), c.init_from is not None
+        )
+        logger = RunLogger(console if world.is_main else None, traits, c.log_every)
         if made > _SLOW_SECONDS:
             more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
             logger.say(f"making one {env_info.name} and two steps took {made:.1f} s{more}")

@@ -38,8 +38,8 @@ class Report:
         for run in report(self.runs, self.output):
             for problem in run.problems():
                 print_line(console, f"{run.label}: {problem}")
-            for finding, first, latest in run.findings:
-                print_line(console, f"{run.label}, {run.step_range(first, latest)}: {finding}")
+            for record in run.findings:
+                print_line(console, f"{run.label}, {record}")
         print_line(console, f"page:    {self.output}", wrap=False)
         return 0
 

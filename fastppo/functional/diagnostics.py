@@ -1,4 +1,4 @@
-"""Diagnostics of an update: approximate KL, clip fraction, explained variance.
+"""Diagnostics of an update: approximate KL, clip fraction, explained variance, range of actions.
 
 Rows have any shape, such as [B] or [T, N]. `valid`, bool of that shape, marks the rows that count, None stands for all;
 other rows may hold NaN.
@@ -82,3 +82,21 @@ def explained_variance(values: Tensor, returns: Tensor, valid: Tensor | None = N
     noise = mean((error - mean(error)).square())
     spread = mean((returns - mean(returns)).square())
     return torch.where(spread > 0, 1 - noise / spread, torch.nan)
+
+
+def action_range(actions: Tensor, low: Tensor, high: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return the share of their bounds that actions use: mean |a - centre| / half-range, with a clipped to the bounds.
+
+    Args:
+        actions: [..., D] of rows [...].
+        low: [D] lower bounds; a component without two finite bounds does not count.
+        high: [D] upper bounds.
+        valid: bool [...] or None.
+
+    Returns:
+        [] in [0, 1]; NaN if no component has two finite bounds.
+    """
+    bounded = (high - low).isfinite() & (high > low)
+    low, high = torch.where(bounded, low, -1.0), torch.where(bounded, high, 1.0)
+    share = (2 * torch.clamp(actions, low, high) - high - low).abs() / (high - low)
+    return masked_mean(torch.where(bounded, share, torch.nan).nanmean(-1), valid)

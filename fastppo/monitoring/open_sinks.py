@@ -52,7 +52,7 @@ def _restore_history(logger: RunLogger, run_dir: Path) -> None:
     for row in read_rows(run_dir):
         if row is not None and "episodes" in row and isinstance(iteration := row.get("iteration"), int):
             scalars = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
-            logger.history.add(scalars, max(1, iteration - before))
+            logger.health.add(row["global_step"], scalars, max(1, iteration - before))
             before = iteration
     if logger.interval.iterations:
-        logger.history.add(logger.interval.scalars(), logger.interval.iterations)
+        logger.health.add(logger.interval.last_step or 0, logger.interval.scalars(), logger.interval.iterations)

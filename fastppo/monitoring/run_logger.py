@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable
 from functools import partial
 
 from rich.console import Console
 
 from fastppo.errors import first_line
-from fastppo.monitoring.health import HealthFinding, History, check_health
+from fastppo.monitoring.health import HealthMonitor, RunTraits
 from fastppo.monitoring.log_interval import LogInterval
 from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
 from fastppo.runtime.console import print_log
 
 _GROUPS = ("charts", "losses", "time", "samples", "eval", "video")  # of the run's own tags
-_HEALTH_SECONDS = 5.0  # between two health checks
 
 
 class RunLogger:
@@ -27,28 +25,23 @@ class RunLogger:
     Attributes:
         console: prints messages; None: none are printed.
         interval: merges iterations into rows.
-        history: the run's scalars, thinned.
+        health: the run's scalars and health findings.
         sinks: the open sinks.
-        findings: findings of the latest health check.
     """
 
-    def __init__(self, console: Console | None, action_size: int, log_every: int = 1) -> None:
+    def __init__(self, console: Console | None, traits: RunTraits, log_every: int = 1) -> None:
         """Log to `console`.
 
         Args:
             console: see above.
-            action_size: as in `check_health`.
+            traits: as for HealthMonitor.
             log_every: iterations per row.
         """
-        self.console, self._action_size = console, action_size
-        self.interval = LogInterval(log_every)
+        self.console, self.health, self.interval = console, HealthMonitor(traits), LogInterval(log_every)
         self.sinks: list[Sink] = []
         self._live: list[Sink] = []  # those of `sinks` that receive every iteration
-        self._checked_at, self._checked_step, self._step = time.monotonic(), 0, 0
         self._printed: set[str] = set()  # names of findings
         self._latest: Stats | None = None
-        self.history = History()
-        self.findings: list[HealthFinding] = []
 
     def open(self, *sinks: Sink) -> None:
         """Add sinks that receive rows."""
@@ -68,11 +61,12 @@ class RunLogger:
         self._latest = stats
         if not self.sinks:  # not the main process, or all sinks have failed
             return stats
-        self.history.add(stats.scalars)
-        self._step = stats.global_step
-        if time.monotonic() - self._checked_at > _HEALTH_SECONDS or stats.iteration == stats.n_iterations:
-            self._check_health()
-        stats = dataclasses.replace(stats, findings=self.findings)
+        self.health.add(stats.global_step, stats.scalars)
+        for record in self.health.records:
+            if record.lasts and record.latest.name not in self._printed:
+                self._printed.add(record.latest.name)
+                self.say(f"health at {record.latest_step:,} steps: {record.latest}")
+        stats = dataclasses.replace(stats, findings=self.health.findings)
         row = self.interval.add(stats)
         for sink in list(self.sinks):
             if (due := stats if sink in self._live else row) is not None:
@@ -98,9 +92,7 @@ class RunLogger:
             self._send(sink, lambda sink: sink.log(latest.iteration, latest.global_step, {tag: value}))
 
     def close(self) -> None:
-        """Check the health once more if the run stopped early, write the open row, and close all sinks."""
-        if self.sinks and self._checked_step != self._step:
-            self._check_health()
+        """Write the open row, and close all sinks."""
         if (row := self.interval.row()) is not None:
             for sink in list(self.sinks):
                 if sink not in self._live:
@@ -118,14 +110,6 @@ class RunLogger:
             _close(sink)
             reason = getattr(error, "strerror", None) or first_line(error)
             self.say(f"{type(sink).__name__} can't write ({reason}); its log ends here, training continues.")
-
-    def _check_health(self) -> None:
-        self.findings = check_health(self.history, self._action_size)
-        self._checked_at, self._checked_step = time.monotonic(), self._step
-        for finding in self.findings:
-            if finding.name not in self._printed:
-                self._printed.add(finding.name)
-                self.say(f"health at {self._step:,} steps: {finding}")
 
 
 def _write(stats: Stats, sink: Sink) -> None:

@@ -64,7 +64,6 @@ class Statistics:
         n_iterations: int,
         steps_per_iteration: int,
         box_actions: bool,
-        ratio_tolerance: float | None,
     ) -> None:
         """Read counters from `metrics` and times from `clock`.
 
@@ -74,11 +73,10 @@ class Statistics:
             n_iterations: planned number of iterations.
             steps_per_iteration: environment steps per iteration, over all ranks.
             box_actions: whether actions are continuous and clipped to bounds.
-            ratio_tolerance: rounding error of a ratio in TF32 or bf16; None: float32.
         """
         self._metrics, self._clock = metrics, clock
         self._n_iterations, self._steps_per_iteration = n_iterations, steps_per_iteration
-        self._box_actions, self._ratio_tolerance = box_actions, ratio_tolerance
+        self._box_actions = box_actions
         self._seconds = clock.phase_seconds()
 
     def __call__(
@@ -97,7 +95,8 @@ class Statistics:
         previous, self._seconds = self._seconds, clock.phase_seconds()
         elapsed = {phase: total - previous[phase] for phase, total in self._seconds.items()}
         episodes, outside = int(measured.pop("episodes")), int(measured.pop("outside"))
-        clipped, returns, lengths = (measured.pop(name) for name in ("clipped_actions", "returns", "lengths"))
+        clipped, action_range = measured.pop("clipped_actions"), measured.pop("action_range")
+        returns, lengths = measured.pop("returns"), measured.pop("lengths")
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
         reward_per_step = measured.pop("rewards") / max(1.0, measured.pop("steps"))
         for name in ("broken", "skipped_in_a_row"):
@@ -115,14 +114,14 @@ class Statistics:
         }
         if self._box_actions:
             scalars["charts/clipped_actions"] = clipped
+            if math.isfinite(action_range):  # NaN where actions are unbounded
+                scalars["charts/action_range"] = action_range
         if metrics.checks_bounds:
             scalars["charts/obs_outside_space"] = outside
         if math.isfinite(coefs["kl_limit"]):
             scalars["charts/kl_limit"] = coefs["kl_limit"]
         if sample is not None:
             scalars["samples/first_ratio_error"] = sample.first_ratio_error
-            if self._ratio_tolerance is not None:
-                scalars["samples/first_ratio_tolerance"] = self._ratio_tolerance
         if episodes:
             scalars["charts/episodic_return"] = returns / episodes
             scalars["charts/episodic_length"] = lengths / episodes

@@ -108,17 +108,6 @@ def spread_rows(n: int, k: int, device: torch.device) -> Tensor:
     return torch.arange(k, device=device) * (n - 1) // max(1, k - 1)
 
 
-def ratio_tolerance(device: torch.device, *, bf16: bool) -> float | None:
-    """Return the rounding error that a ratio may have before any update; None if it is negligible (float32).
-
-    The policy may act on another device than it learns on, or in other batch sizes, and so round differently. 100 unit
-    roundoffs of the matrix products: bf16 has 8 significant bits; on CUDA, float32 means TF32, with 11.
-    """
-    if bf16:
-        return 100 * 2.0**-8
-    return 100 * 2.0**-11 if device.type == "cuda" else None
-
-
 class UpdateSampler:
     """Samples the update of every N-th iteration.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import EnvError
-from fastppo.functional.diagnostics import explained_variance, masked_mean
+from fastppo.functional.diagnostics import action_range, explained_variance, masked_mean
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.distributed import World
 from fastppo.spaces import ActionSpec
@@ -21,15 +21,8 @@ _Array = np.ndarray[Any, Any]
 WINDOW = 100  # episodes per mean
 # The measured vector holds the update's report, then these, then the latest episodes
 MEASURED = (
-    "explained_variance",
-    "clipped_actions",
-    "broken",
-    "outside",
-    "steps",
-    "rewards",
-    "episodes",
-    "returns",
-    "lengths",
+    *("explained_variance", "clipped_actions", "action_range", "broken", "outside"),
+    *("steps", "rewards", "episodes", "returns", "lengths"),
 )
 
 
@@ -177,13 +170,15 @@ class Metrics:
         """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
-        clipped = torch.zeros_like(variance)
+        clipped, used = torch.zeros_like(variance), torch.full_like(variance, torch.nan)
         if self._bounds is not None:
             low, high = self._bounds
             clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
+            used = action_range(r.actions, low, high, r.valid)
         steps = count_rows(r.rewards, r.valid)
         rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
-        scalars = [x.double() for x in (variance, clipped, self._broken().any(), self._outside().sum(), steps, rewards)]
+        broken, outside = self._broken().any(), self._outside().sum()
+        scalars = [x.double() for x in (variance, clipped, used, broken, outside, steps, rewards)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, measured: Tensor) -> dict[str, float]:
@@ -281,7 +276,8 @@ def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
     at = list(names).index
     merged: _Array = everyone[0].copy()
     steps = everyone[:, at("steps")]
-    merged[at("clipped_actions")] = everyone[:, at("clipped_actions")] @ steps / steps.sum()
+    for name in ("clipped_actions", "action_range"):
+        merged[at(name)] = everyone[:, at(name)] @ steps / steps.sum()
     for name in ("broken", "outside", "steps", "rewards", "episodes", "returns", "lengths"):
         merged[at(name)] = everyone[:, at(name)].sum()
     latest = everyone[:, len(names) :].reshape(len(everyone), 3, -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastppo.functional.diagnostics import (
+    action_range,
     approx_kl_k1,
     approx_kl_k3,
     clip_fraction,
@@ -114,6 +115,15 @@ def test_k3_is_never_negative_and_both_estimate_the_kl():
     tiny = 1e-4 * torch.randn(1000, generator=g)
     assert approx_kl_k3(tiny).item() >= 0
     assert approx_kl_k3(torch.tensor([torch.nan])).isnan()
+
+
+def test_action_range_is_the_share_of_the_bounds_that_actions_use():
+    low, high = torch.tensor([-2.0, 0.0, -math.inf]), torch.tensor([2.0, 10.0, 1.0])
+    actions = torch.tensor([[1.0, 5.0, 100.0], [-3.0, 10.0, 100.0]])  # -3 is clipped to -2; the third has no range
+    assert action_range(actions, low, high).item() == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+    assert action_range(actions, low, high, torch.tensor([True, False])).item() == pytest.approx(0.25)
+    assert action_range(actions, -2000 + low * 0, 2000 + high * 0).item() < 0.1
+    assert action_range(actions[:, 2:], low[2:], high[2:]).isnan()
 
 
 def test_explained_variance():
