@@ -77,7 +77,7 @@ def test_a_resumed_run_completes_the_open_row(every, tmp_path, killed):
                 shutil.rmtree(checkpoint)
     resumed = resume(run)
     for stats in resumed.iterations():
-        assert resumed.logger.history.iterations == stats.iteration
+        assert resumed.logger.health.history.iterations == stats.iteration
     plain = [
         [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in rows_of(folder)]
         for folder in (every / "5", run)

@@ -248,8 +248,8 @@ def test_a_long_run_is_thinned_but_keeps_evaluations_damage_and_its_end(runs, tm
     assert thin.problems() == full.problems()
     assert "in 1 of 4,999 rows, first at step 49,792" in " ".join(thin.problems())
     # findings need no more than the thinned rows
-    found = {f.name: first for f, first, _ in thin.findings}
-    expected = {f.name: first for f, first, _ in full.findings}
+    found = {r.first.name: r.first_step for r in thin.findings}
+    expected = {r.first.name: r.first_step for r in full.findings}
     assert found.keys() == expected.keys()
     assert found["clip fraction high"] == pytest.approx(expected["clip fraction high"], rel=0.05)
     assert "drawn from" in thin.thinning
@@ -415,7 +415,7 @@ def test_a_report_gives_the_findings_that_the_terminal_printed(runs, tmp_path):
         run = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         shutil.copytree(runs / "seed1", run)
         rows = [
-            {"iteration": i + 1, "global_step": 128 * (i + 1), "losses/clipfrac": fraction}
+            {"iteration": i + 1, "global_step": 128 * (i + 1), "episodes": i, "losses/clipfrac": fraction}
             for i, fraction in enumerate(fractions)
         ]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -54,7 +54,7 @@ def value_of_final(policy: Policy, obs: Tensor) -> Tensor:
     values = policy.value(obs)
     if not obs.is_floating_point():
         return values
-    return torch.where(obs.flatten(1).isfinite().all(1), values, torch.nan)
+    return torch.where(obs.reshape(len(obs), -1).isfinite().all(1), values, torch.nan)
 
 
 class ActingCopy:
