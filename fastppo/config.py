@@ -479,6 +479,22 @@ def fill_defaults(config: Config, kind: Kind, *, atari: bool = False, reward_thr
     return dataclasses.replace(config, **changes)
 
 
+def count_iterations(config: Config, processes: int) -> int:
+    """Return the number of whole iterations of a filled config; an iteration is one rollout on each process.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    steps, batch = _filled(config.total_timesteps), config.batch_size * processes
+    if steps < batch:
+        ranks = f" on each of {processes} processes" if processes > 1 else ""
+        raise ConfigError(
+            f"total_timesteps={steps:,} is less than one iteration of {batch:,} steps (n_envs={config.n_envs:,} x "
+            f"n_steps={config.n_steps:,}{ranks}); train for at least {batch:,} steps, or reduce n_envs or n_steps."
+        )
+    return steps // batch
+
+
 def differences_from_defaults(config: Config, kind: Kind, *, atari: bool = False) -> str:
     """Return the settings of a filled config that differ from CleanRL's for this kind of environment, on one line.
 

@@ -389,6 +389,7 @@ for arguments in json.load(sys.stdin):
         ["train", "--n-minibatches", "3"],
         ["train", "--env-id", "Pendulum-v1", "--n-steps", "1000"],  # fits the defaults of other kinds
         ["train", "--gamma", "2"],
+        ["train", "--total-timesteps", "100"],
         ["train", "--env-kwargs", '{"no_such_argument": 1}'],
         ["train", "--run-dir", str(tmp_path.parent)],
         ["train", "--init-from", "x"],

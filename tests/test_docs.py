@@ -35,7 +35,7 @@ SHORT = {
     "export": ["--format", "pt2"],
     "verify-env": ["--steps", "20"],
     "verify-resume": [*TRAIN[2:], "--iterations", "2"],
-    "study": ["--n-envs", "4", "--seeds", "1", "--jobs", "1", "--target-return", "1", *TRAIN[:2], *TRAIN[6:]],
+    "study": [*TRAIN, "--seeds", "1", "--jobs", "1", "--target-return", "1"],
 }
 PARSED = {"bench", "doctor", "replay"}  # tests/test_bench.py, test_doctor.py, faults/test_numbers.py
 
@@ -141,13 +141,15 @@ def shortened(code):
 
 
 def programs():
-    """Yield a page's Python blocks as one program; blocks that need mujoco_warp are separate programs."""
+    """Yield a page's Python blocks as one program, apart from two kinds: those that need mujoco_warp, and those that
+    start processes under `if __name__ == "__main__"`, each of which imports its whole program again."""
     for page in PAGES:
         code = [shortened(block) for block in blocks(page, "python")]
-        apart = [block for block in code if "mujoco_warp" in block]
+        apart = [block for block in code if "mujoco_warp" in block or "__main__" in block]
         together = "\n".join(block for block in code if block not in apart)
         for program in ([together] if together else []) + apart:
-            yield pytest.param(program, id=f"{page}{' mujoco_warp' if program in apart else ''}")
+            kind = " mujoco_warp" if "mujoco_warp" in program else " __main__" if program in apart else ""
+            yield pytest.param(program, id=page + kind)
 
 
 @pytest.mark.parametrize("program", list(programs()))

@@ -90,6 +90,13 @@ def test_less_than_one_iteration_is_refused_with_the_numbers(tmp_path):
     assert not config.run_dir.exists()
 
 
+def test_a_study_refuses_less_than_one_iteration_before_its_first_run(tmp_path, capfd):
+    arguments = ["--n-envs", "4", "16", "--hold", "n_steps", "--total-timesteps", "1000", "--run-dir", str(tmp_path)]
+    assert main(["study", *arguments]) == 2
+    assert "less than one iteration of 2,048 steps (n_envs=16 x n_steps=128)" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 # environments and wrappers
 
 

@@ -230,7 +230,7 @@ def test_a_long_run_is_thinned_but_keeps_evaluations_damage_and_its_end(runs, tm
         lines = [{k: v for k, v in line.items() if v is not None} for line in lines]
         for i in range(5_000):
             places = {"iteration": i + 1, "global_step": (i + 1) * 64, "losses/clipfrac": 0.9 if i > 2_500 else 0.1}
-            places["losses/explained_variance"] = 0.9
+            places |= {"losses/explained_variance": 0.9, "charts/episodic_return": i / 10 + rng.normal()}
             evaluation = {"eval/return_mean": 5.0, "eval/return_std": 1.0} if i == 1_234 else {}
             bad = {"losses/policy_loss": None} if i == 777 else {}
             yield lines[rng.integers(12)] | places | evaluation | bad

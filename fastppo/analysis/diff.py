@@ -70,7 +70,7 @@ def _differing(a: dict[str, Any], b: dict[str, Any], names: Iterable[str]) -> li
 
 
 def _shown(value: object) -> str:
-    return "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _dict(value: object) -> dict[str, Any]:

@@ -6,18 +6,23 @@ from typing import Any
 
 from gymnasium import Env, Space, spaces
 
-from fastppo.config import Config, fill_defaults
+from fastppo.config import Config, count_iterations, fill_defaults
 from fastppo.envs.factory import EnvFactory, build, find_spec, is_atari
 from fastppo.errors import ConfigError
 from fastppo.presets import CLEANRL, Kind
 from fastppo.runs.run_dir import check_new_folder, check_run_folder
+from fastppo.runtime.cores import processes
 
 
-def check_early(config: Config) -> None:
+def check_early(config: Config, *, trains: bool = True) -> None:
     """Raise the errors that the start of a run would raise, as far as they can be found without torch.
 
     An environment is made only if the answer depends on it: its own arguments are given, or the defaults of some kind
     of environment don't fit the settings.
+
+    Args:
+        config: settings as the user gave them.
+        trains: total_timesteps will be used as given, and must hold an iteration.
 
     Raises:
         ConfigError: no such environment, arguments that it refuses, settings that don't fit its defaults, or a run
@@ -29,10 +34,10 @@ def check_early(config: Config) -> None:
         check_new_folder(config.run_dir)
     if config.init_from is not None:
         check_run_folder(config.init_from)
-    refused = {kind: error for kind in CLEANRL if (error := _refusal(config, kind, atari)) is not None}
+    refused = {kind: error for kind in CLEANRL if (error := _refusal(config, kind, atari, trains)) is not None}
     if not refused and not config.env_kwargs:
         return
-    env = build(EnvFactory(config.env_id, config.env_kwargs))
+    env = build(EnvFactory(config.env_id, config.env_kwargs, wrappers=config.wrappers))
     try:
         errors = [refused.get(kind) for kind in _possible_kinds(env)]
     finally:
@@ -41,9 +46,11 @@ def check_early(config: Config) -> None:
         raise errors[0]
 
 
-def _refusal(config: Config, kind: Kind, atari: bool) -> ConfigError | None:
+def _refusal(config: Config, kind: Kind, atari: bool, trains: bool) -> ConfigError | None:
     try:
-        fill_defaults(config, kind, atari=atari)
+        filled = fill_defaults(config, kind, atari=atari)
+        if trains:
+            count_iterations(filled, processes())
     except ConfigError as error:
         return error
     return None

@@ -74,22 +74,6 @@ def _fastest_vectorization(c: Config, env_info: EnvInfo) -> tuple[dict[str, Any]
     return {"vectorization": vectorization}, why
 
 
-def count_iterations(c: Config, processes: int) -> int:
-    """Return the number of whole iterations in total_timesteps; an iteration is one rollout on each process.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    steps, batch = known(c.total_timesteps), c.batch_size * processes
-    if steps < batch:
-        ranks = f" on each of {processes} processes" if processes > 1 else ""
-        raise ConfigError(
-            f"total_timesteps={steps:,} is less than one iteration of {batch:,} steps (n_envs={c.n_envs:,} x "
-            f"n_steps={c.n_steps:,}{ranks}); train for at least {batch:,} steps, or reduce n_envs or n_steps."
-        )
-    return steps // batch
-
-
 def schedule_of(c: Config, name: str) -> tuple[str, float, float]:
     """Return the schedule of coefficient `name` as (shape, start, end)."""
     value = c.schedule(name)

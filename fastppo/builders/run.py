@@ -22,8 +22,8 @@ from fastppo.builders.parts import (
     build_rollout,
     plan_run,
 )
-from fastppo.builders.resolve import count_iterations, known, resolve_config, target_of
-from fastppo.config import Config
+from fastppo.builders.resolve import known, resolve_config, target_of
+from fastppo.config import Config, count_iterations
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError, first_line

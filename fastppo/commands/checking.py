@@ -69,7 +69,7 @@ class VerifyResume(Train):
         from fastppo.builders.early_checks import check_early
 
         config = self.settings()
-        check_early(config)
+        check_early(config, trains=False)
         from fastppo.analysis.verify_resume import verify_resume
 
         return print_checks(verify_resume(config, self.iterations), "a resumed run is the same run")

@@ -85,7 +85,7 @@ class Bench(Train):
 
         configs = self.points()
         for config in configs:
-            check_early(config)  # before the import of torch, and once, not at every point
+            check_early(config, trains=False)  # before the import of torch, and once, not at every point
         from fastppo.analysis import bench, bench_report
         from fastppo.envs.auto_vectorization import env_key, remember
         from fastppo.envs.make_envs import inspect_env
@@ -186,11 +186,13 @@ class Study(Train):
             raise ConfigError("--n-envs needs at least one value, such as 4 16 64.")
         if (smallest := min(self.n_envs)) < 1:
             raise ConfigError(f"n_envs={smallest} must be at least 1; nearest valid value: 1.")
-        check_early(base)
+        check_early(base, trains=False)
         from fastppo.analysis import study, study_report
 
         folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
         plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
+        for config in plan.configs:
+            check_early(config)
         study.begin_study(plan, base, folder)
         jobs, console, failures = self.jobs or study.choose_jobs(plan), open_console(), dict[Path, str]()
         done = sum(map(study.ended, plan.configs))

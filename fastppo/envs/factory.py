@@ -9,7 +9,6 @@ import difflib
 import importlib
 import itertools
 import multiprocessing
-import pickle
 import random
 import signal
 import sys
@@ -257,7 +256,7 @@ class WorkerSetup:
     """Everything a worker process needs before it makes environments.
 
     Attributes:
-        specs: pickled registrations of environments, which a fresh process may lack.
+        specs: registrations of environments, which a fresh process may lack; pickled by the parent process.
         seed: of numpy's, Python's and torch's global random streams; forked workers would share one state.
     """
 
@@ -279,9 +278,11 @@ class WorkerSetup:
 
     def apply(self) -> None:
         """Register the environments that this process lacks, and seed its global random streams."""
+        import cloudpickle
+
         for pickled in self.specs:
             with contextlib.suppress(Exception):  # the module of an environment that isn't used here
-                spec = pickle.loads(pickled)
+                spec = cloudpickle.loads(pickled)
                 gym.registry.setdefault(spec.id, spec)
         seed_global_streams(self.seed)
 

@@ -23,6 +23,11 @@ def usable_cores(root: Path = Path("/")) -> int:
     return max(1, math.floor(min(_affinity(0), share)))
 
 
+def processes() -> int:
+    """Return the number of training processes, from torchrun's WORLD_SIZE."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_processes() -> int:
     """Return the number of training processes on this machine, from torchrun's LOCAL_WORLD_SIZE."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -8,7 +8,8 @@ import platform
 import torch
 
 from fastppo.errors import ConfigError
-from fastppo.runtime.distributed import local_rank, processes
+from fastppo.runtime.cores import processes
+from fastppo.runtime.distributed import local_rank
 from fastppo.runtime.threads import CORES
 
 

@@ -21,6 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from fastppo.errors import ConfigError, FastPPOError, first_line
+from fastppo.runtime.cores import processes
 
 T = TypeVar("T")
 _GROUPS = itertools.count()  # that this process has joined
@@ -208,11 +209,6 @@ def join_world(device: torch.device) -> World:
 def is_main_process() -> bool:
     """Return whether this process has rank 0; also before any group is joined."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def processes() -> int:
-    """Return the number of training processes, from torchrun's WORLD_SIZE."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def local_rank() -> int:

@@ -165,7 +165,16 @@ def test_the_command_line_under_torchrun(tmp_path):
 
 def test_missing_torchrun_variables_are_one_line(tmp_path):
     env = os.environ | {"WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "fastppo", "train", "--total-timesteps", "8", "--run-dir", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "fastppo",
+        "train",
+        "--total-timesteps",
+        "2048",
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 2
     assert (
