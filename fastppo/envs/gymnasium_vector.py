@@ -119,6 +119,7 @@ class GymnasiumVecEnv(VecEnv):
         self.final_obs = torch.from_numpy(self._final)
         self._results: list[StepResult] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked, self._steps = False, 0
+        self._discrete = self.obs_spec.leaf if self.obs_spec.leaf.kind == "discrete" else None
 
     def reset(self, seeds: _Array) -> Tensor:
         """Reset every environment with its own seed, as far as the vector environment takes seeds."""
@@ -297,7 +298,7 @@ class GymnasiumVecEnv(VecEnv):
 
     def _check_discrete(self, obs: _Array, start: int, where: str) -> None:
         """Refuse discrete observations outside their space: they have no one-hot vector."""
-        if self.obs_spec.leaf.kind == "discrete" and (found := self.obs_spec.leaf.outside(obs)):
+        if self._discrete is not None and (found := self._discrete.outside(obs)):
             row, value, space = found
             raise EnvError(
                 f"environment {start + row} returned observation {value} in {where}, outside its observation_space "
