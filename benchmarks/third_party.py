@@ -37,7 +37,7 @@ CASES = (
     Case(".venv-third-party", "minigrid:MiniGrid-DoorKey-5x5-v0", ("--wrappers", "minigrid.wrappers:FlatObsWrapper")),
     Case(".venv-third-party", "highway_env:highway-fast-v0"),
     Case(".venv-third-party", "flappy_bird_gymnasium:FlappyBird-v0", ("--env-kwargs", '{"use_lidar": false}')),
-    Case(".venv-third-party", "benchmarks.trading:Stocks-v0"),
+    Case(".venv-third-party", "gym_anytrading:stocks-v0"),
     Case(".venv-robotics", "gymnasium_robotics:AdroitHandDoor-v1", ("--normalize-obs", "--normalize-rewards")),
     Case(".venv", "ALE/Pong-v5", ("--n-envs", "8")),
 )
