@@ -44,9 +44,9 @@ def machine() -> dict[str, Any]:
 
 def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
     """Print rows as a Markdown table, and rows, `more` and the machine as one line of JSON; write that to `output`."""
+    write(rows, output, **more)
     print(table(rows))
     print(json.dumps(_result(rows, more)))
-    write(rows, output, **more)
 
 
 def write(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
