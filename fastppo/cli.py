@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import os
 import shutil
 import sys
@@ -80,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command that is running ignores such a reader: its work continues without output. `--debug`, which every command
     takes, prints the traceback of an error.
     """
-    _open_missing_streams()
+    _prepare_streams()
     folder = os.getcwd()
     if sys.path[0] not in ("", folder):  # as `python -m` does: the environments beside the user are found, and pickled
         sys.path.insert(0, folder)  # paths reach worker processes
@@ -110,11 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _open_missing_streams() -> None:
-    """Replace closed standard streams, whose descriptors the next opened files would get, and their output with it."""
+def _prepare_streams() -> None:
+    """Replace closed standard streams, whose descriptors the next opened files would get, and their output with it.
+
+    Characters outside the encoding of the output, as in a path, are escaped.
+    """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for the life of the process
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python sets it for stderr
 
 
 def _parse_and_flush(arguments: Sequence[str]) -> Callable[[], int] | None:

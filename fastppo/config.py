@@ -17,6 +17,7 @@ import difflib
 import functools
 import json
 import math
+import numbers
 import tomllib
 import types
 import typing
@@ -541,8 +542,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         ConfigError: no such file, or not TOML.
     """
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        return tomllib.loads(path.read_text("utf-8-sig"))  # some editors begin a file with a byte order mark
     except OSError as error:
         raise ConfigError(f"--config {path}: can't be read ({error.strerror}).") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -586,6 +586,12 @@ def _from_plain(value: object, hint: object) -> object:
         return Path(value)
     if int in (hint, *args) and isinstance(value, float) and value.is_integer():  # 1e6 is a float in TOML and Python
         return int(value)
+    if isinstance(value, (bool, int, float)):
+        return value
+    if int in (hint, *args) and isinstance(value, numbers.Integral):  # numpy's, as a sweep draws them
+        return int(value)
+    if float in (hint, *args) and isinstance(value, numbers.Real):
+        return float(value)
     return value
 
 
@@ -682,6 +688,9 @@ def _check_ranges(config: Config) -> None:
             )
     if config.name != Path(config.name).name or config.name.startswith(".") or "\0" in config.name or not config.name:
         raise ConfigError(f"name={config.name!r} must be a plain folder name, without '/', '..' or a leading dot.")
+    for name in ("run_dir", "init_from"):
+        if "\0" in str(getattr(config, name)):
+            raise ConfigError(f"{name}={str(getattr(config, name))!r} holds a null character, which no path can.")
     device = config.device.split(":")
     if (
         device[0] not in ("auto", "cpu", "cuda")

@@ -35,6 +35,10 @@ class CaptureError(FastPPOError):
     """Work that can't be captured as a graph; the text says why and what to change."""
 
 
+# What an environment's code may raise: sys.exit() in it is an error of its own and must not end the program silently
+ENV_ERRORS = (Exception, SystemExit)
+
+
 def cause_line(error: BaseException) -> str:
     """Return an error's class, the first line of its text, and the place in the code that raised it."""
     name, text = type(error).__name__, first_line(error)

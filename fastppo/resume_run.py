@@ -15,7 +15,7 @@ from fastppo.envs.make_envs import Maker
 from fastppo.errors import ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
 from fastppo.runs.open_run import open_run, read_config
-from fastppo.runs.run_dir import RunLock, check_run_folder, find_run
+from fastppo.runs.run_dir import RunLock, check_run_folder, find_run, is_folder
 from fastppo.runtime.console import print_line, progress_console
 from fastppo.trainer import Trainer
 
@@ -84,7 +84,7 @@ def continue_run(config: Config, run_dir: Path, console: Console | None = None) 
 
 def _clean_up_unless_locked(run_dir: Path) -> None:
     """Remove what a process killed during a save left behind, unless another process trains there."""
-    if not (run_dir / "checkpoints").is_dir():
+    if not is_folder(run_dir) or not (run_dir / "checkpoints").is_dir():
         return
     with contextlib.suppress(ConfigError, OSError):
         lock = RunLock(run_dir)

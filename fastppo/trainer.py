@@ -25,6 +25,7 @@ from fastppo.monitoring.update_samples import UpdateSample
 from fastppo.runs.checkpoint_writer import LONG_ITERATION
 from fastppo.runs.nan_dump import save_nan_dump
 from fastppo.runs.result import Result
+from fastppo.runs.run_dir import is_folder
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.console import progress_console
 from fastppo.runtime.signals import StopSignals
@@ -196,7 +197,7 @@ class Trainer:
             ConfigError: `path` is the folder of a run, or can't be written.
         """
         folder = Path(path)
-        if (folder / "run.json").exists():
+        if is_folder(folder) and (folder / "run.json").exists():
             raise ConfigError(f"save: {folder} is the folder of a run, whose files would be lost; name another.")
         if self.world.is_main:
             try:

@@ -1,6 +1,7 @@
 """Commands on finished runs: their output and their files."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ def test_a_negative_seed_is_one_line(runs, capsys):
 
 def test_a_folder_above_runs_is_named(runs, capsys):
     assert main(["report", str(runs)]) == 2
-    assert f"its runs are in {runs}." in capsys.readouterr().err
+    assert f"name one of its runs, such as {runs}{os.sep}seed" in capsys.readouterr().err
 
 
 def test_report_and_diff(runs, tmp_path, capsys):

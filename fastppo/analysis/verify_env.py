@@ -19,7 +19,7 @@ from fastppo.envs.env_state import probe_seeding
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vectorized
 from fastppo.envs.native import has_native
-from fastppo.errors import ConfigError, first_line
+from fastppo.errors import ENV_ERRORS, ConfigError, first_line
 
 _N = 4  # environments in the comparison of vectorizations
 _COMPARED: tuple[Vectorization, ...] = ("sync", "async", "pool")
@@ -76,7 +76,7 @@ def _or_failure(name: str, check: Callable[[], Iterable[CheckResult]]) -> Iterat
     """Yield the results of `check`; an exception of the environment becomes a bad result."""
     try:
         yield from check()
-    except Exception as error:
+    except ENV_ERRORS as error:
         yield CheckResult(name, f"fails: {type(error).__name__}: {first_line(error)}", "bad")
 
 
@@ -192,7 +192,7 @@ def _equal(x: Any, y: Any) -> bool:  # noqa: ANN401 - numbers, flags, arrays
 def _check_pickling(factory: EnvFactory) -> CheckResult:
     try:
         cloudpickle.loads(cloudpickle.dumps(factory))
-    except Exception as error:
+    except ENV_ERRORS as error:
         reason = first_line(error)
         return CheckResult(
             "processes", f"can't be sent to worker processes: {reason}", "note", "use vectorization sync"
@@ -212,7 +212,7 @@ def _check_vectorizations(env_info: EnvInfo, steps: int, *, repeatable: bool) ->
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 results = _collect(make_vectorized(env_info, _N, vectorization), steps)
-        except Exception as error:
+        except ENV_ERRORS as error:
             yield CheckResult(vectorization, f"fails: {first_line(error)}", "bad")
             continue
         reference = reference or results

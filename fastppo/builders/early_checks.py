@@ -7,6 +7,7 @@ from typing import Any
 from gymnasium import Env, Space, spaces
 
 from fastppo.config import Config, count_iterations, fill_defaults
+from fastppo.envs.env_state import close_env
 from fastppo.envs.factory import EnvFactory, build, find_spec, is_atari
 from fastppo.errors import ConfigError
 from fastppo.presets import CLEANRL, Kind
@@ -41,7 +42,7 @@ def check_early(config: Config, *, trains: bool = True) -> None:
     try:
         errors = [refused.get(kind) for kind in _possible_kinds(env)]
     finally:
-        env.close()
+        close_env(env)
     if errors[0] is not None and None not in errors:
         raise errors[0]
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from fastppo.errors import first_line
+from fastppo.errors import ENV_ERRORS, first_line
 from fastppo.runtime.files import replace_file
 
 Vectorization = Literal["sync", "async", "pool", "native", "envpool", "tensor"]
@@ -102,7 +102,7 @@ def measure(
             continue
         try:
             speeds[name] = _speed(make(), seconds / len(makers))
-        except Exception as error:
+        except ENV_ERRORS as error:
             if name == "sync":
                 raise
             failures[name] = first_line(error)

@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs import factory as single
-from fastppo.envs.env_state import normalizers_of
+from fastppo.envs.env_state import close_env, normalizers_of
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.errors import ConfigError
@@ -133,7 +133,7 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wr
         drawn = tuple(name for name, state in global_states().items() if before.get(name, state) != state)
         normalizers = tuple(normalizers_of(env))
     finally:
-        env.close()
+        close_env(env)
     return EnvInfo(
         obs_spec=obs_spec,
         action_spec=action_spec,

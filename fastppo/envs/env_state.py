@@ -24,6 +24,7 @@ import json
 import random
 import time
 import types
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -33,7 +34,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from fastppo.errors import EnvError, EnvStartError, first_line
+from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, cause_line, first_line
 
 _Array = np.ndarray[Any, Any]
 Way = Literal["exact", "replay", "restart"]
@@ -457,8 +458,18 @@ def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], n_envs: int = 1)
         return _try_out(make, n_envs)
     except EnvStartError:
         raise
-    except Exception as error:  # from any environment's own code
+    except ENV_ERRORS as error:  # from any environment's own code
         return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
+
+
+def close_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:
+    """Close an environment; its own failure to close costs no result, so it is a warning."""
+    try:
+        env.close()
+    except ENV_ERRORS as error:
+        warnings.warn(
+            f"{type(env.unwrapped).__name__}.close failed: {cause_line(error)}.", stacklevel=1
+        )  # once per class
 
 
 def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
@@ -481,11 +492,11 @@ def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
         return _notes_on_streams(env, before, after, other)
     except EnvStartError:
         raise
-    except Exception:  # from any environment's own code; the run will report it
+    except ENV_ERRORS:  # from any environment's own code; the run will report it
         return ()
     finally:
-        env.close()
-        twin.close()
+        close_env(env)
+        close_env(twin)
 
 
 def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSupport:
@@ -521,7 +532,7 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSuppor
         excess = _excess(size, 0.0, n_envs, time.thread_time() - started)
     drawn = _streams(env)
     after = _outputs(env, actions)
-    env.close()
+    close_env(env)
     twin = make()
     try:
         _check_distinct(env, twin)
@@ -532,13 +543,13 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSuppor
         if state is not None and _prepared_outputs(twin, lambda: set_state(twin, state), actions) == after:
             return ResumeSupport("exact", "environment state can be saved", notes)
     finally:
-        twin.close()
+        close_env(twin)
     twin = make()
     try:
         twin.reset(seed=11)
         replayed = _prepared_outputs(twin, lambda: replay_episode(twin, episode), actions)
     finally:
-        twin.close()
+        close_env(twin)
     if replayed == after:
         return ResumeSupport("replay", f"{why}, but replaying an episode's actions restores it", notes)
     return ResumeSupport("restart", f"{why}, and replaying its episode leads to other observations", notes)
@@ -669,17 +680,17 @@ def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], st
             state = json.loads(json.dumps(state_of(venv)))
             outs.append(_outputs_together(venv, actions[steps:]))
         finally:
-            venv.close()
+            close_env(venv)
         twin = make()
         try:
             twin.reset(seed=11)
             set_state(twin, state)
             outs.append(_outputs_together(twin, actions[steps:]))
         finally:
-            twin.close()
+            close_env(twin)
     except NotPlainError as error:
         return ResumeSupport("restart", str(error))
-    except Exception as error:
+    except ENV_ERRORS as error:
         return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
     if outs[0] == outs[1]:
         return ResumeSupport("exact", "environment state can be saved")

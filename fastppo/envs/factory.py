@@ -12,6 +12,7 @@ import multiprocessing
 import random
 import signal
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from fastppo.errors import ConfigError, EnvStartError, FastPPOError, cause_line, first_line
+from fastppo.errors import ENV_ERRORS, ConfigError, EnvStartError, FastPPOError, cause_line, first_line
 
 MakeEnv = Callable[[], "gym.Env[Any, Any]"]
 
@@ -94,10 +95,7 @@ def wrap(env: gym.Env[Any, Any], name: str) -> gym.Env[Any, Any]:
         ConfigError: it can't be imported, or refuses the environment.
     """
     module, _, attribute = name.partition(":")
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"wrappers: {name}: {_no_module(module, error)}") from None
+    found = _import(module, f"wrappers: {name}")
     wrapper = getattr(found, attribute, None)
     if wrapper is None:
         near = difflib.get_close_matches(attribute, dir(found), n=1)
@@ -105,7 +103,7 @@ def wrap(env: gym.Env[Any, Any], name: str) -> gym.Env[Any, Any]:
         raise ConfigError(f"wrappers: {module} has no {attribute}{hint}")
     try:
         wrapped = wrapper(env)
-    except Exception as error:
+    except ENV_ERRORS as error:
         raise ConfigError(
             f"wrappers: {name} refuses the environment ({type(error).__name__}: {first_line(error)}); it is called "
             "with the environment alone: for other arguments name a function of your own that passes them."
@@ -115,11 +113,19 @@ def wrap(env: gym.Env[Any, Any], name: str) -> gym.Env[Any, Any]:
     return wrapped
 
 
-def _no_module(module: str, error: ImportError) -> str:
-    """Return why `module` can't be imported, and where modules are searched if it can't be found."""
-    missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
-    where = "; modules are searched in the working folder, PYTHONPATH and the installed packages" if missing else ""
-    return f"can't import {module} ({error}){where}."
+def _import(module: str, setting: str) -> types.ModuleType:
+    """Import the module that `setting` names.
+
+    Raises:
+        ConfigError: there is no such module, or its own code fails.
+    """
+    try:
+        return importlib.import_module(module)
+    except ENV_ERRORS as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        where = "; modules are searched in the working folder, PYTHONPATH and the installed packages" if missing else ""
+        why = error if isinstance(error, (ImportError, SyntaxError)) else cause_line(error)
+        raise ConfigError(f"{setting}: can't import {module} ({why}){where}.") from error
 
 
 def is_atari(spec: gym.envs.registration.EnvSpec) -> bool:
@@ -143,12 +149,7 @@ def find_spec(env_id: str) -> gym.envs.registration.EnvSpec:
         gym.register_envs(ale_py)
     module, _, name = env_id.rpartition(":")
     if module:
-        try:
-            __import__(module)
-        except ImportError as error:
-            raise ConfigError(f"env_id={env_id!r}: {_no_module(module, error)}") from None
-        except ValueError as error:
-            raise ConfigError(f"env_id={env_id!r} must be Name-v0 or module:Name-v0 ({error}).") from None
+        _import(module, f"env_id={env_id!r}")
     try:
         return gym.spec(name)
     except gym.error.Error as error:
@@ -202,7 +203,7 @@ def build(factory: EnvFactory) -> gym.Env[Any, Any]:
         raise
     except (ModuleNotFoundError, gym.error.DependencyNotInstalled) as error:
         raise ConfigError(f"{maker} needs a package that isn't installed: {first_line(error)}") from error
-    except Exception as error:
+    except ENV_ERRORS as error:
         if factory.make is None and isinstance(error, (TypeError, ValueError, gym.error.Error)):
             raise ConfigError(f"{maker} with env_kwargs={factory.env_kwargs}: {first_line(error)}") from error
         raise EnvStartError(f"{maker} failed: {cause_line(error)}.") from error
@@ -241,7 +242,7 @@ def _first_call(env: gym.Env[Any, Any], name: str, call: Callable[[], Any]) -> t
     owner = type(env.unwrapped).__name__
     try:
         result = call()
-    except Exception as error:
+    except ENV_ERRORS as error:
         old = f"; {_OLD_GYM}" if isinstance(error, TypeError) and "'seed'" in str(error) else ""
         raise EnvStartError(f"{owner}.{name} failed: {cause_line(error)}{old}.") from error
     names = ("obs", "info") if name == "reset" else ("obs", "reward", "terminated", "truncated", "info")

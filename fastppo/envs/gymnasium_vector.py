@@ -16,7 +16,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import Tensor
 
-from fastppo.envs.env_state import NotPlainError, ResumeSupport, moments_of, set_state, state_of
+from fastppo.envs.env_state import NotPlainError, ResumeSupport, close_env, moments_of, set_state, state_of
 from fastppo.envs.sync import StepResult
 from fastppo.envs.vec_env import Transitions, VecEnv, no_access
 from fastppo.errors import EnvError
@@ -260,7 +260,7 @@ class GymnasiumVecEnv(VecEnv):
 
     def close(self) -> None:
         """Close the vector environment."""
-        self.venv.close()
+        close_env(self.venv)
 
     def _reset_with_unknown_seeding(self, seeds: _Array) -> _Array:
         """Reset with an array of seeds (ALE takes one), else a list, else one seed for all."""

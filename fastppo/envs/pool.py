@@ -31,6 +31,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fastppo.envs.env_state import close_env
 from fastppo.envs.factory import WorkerSetup
 from fastppo.envs.pool_worker import (
     CALL,
@@ -114,7 +115,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self.single_observation_space, self.single_action_space = probe.observation_space, probe.action_space
         self.metadata = {**probe.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.spec = probe.spec
-        probe.close()
+        close_env(probe)
         self.num_envs, self.fault_policy = n, fault_policy
         self.observation_space = batch_space(self.single_observation_space, n)
         self.action_space = batch_space(self.single_action_space, n)

@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 
 from fastppo.envs.sync import EnvGroup, FaultPolicy, check_spaces, error_text, layout, make_envs
-from fastppo.errors import EnvError
+from fastppo.errors import ENV_ERRORS, EnvError
 
 _Array = np.ndarray[Any, Any]
 # Orders: plain integers, which the ring buffer holds
@@ -110,7 +110,7 @@ def run_worker(
                 done[group].release()
             else:
                 pipe.send(_answer(order, groups, group, pipe))
-    except Exception as error:
+    except ENV_ERRORS as error:
         text, line = "".join(traceback.format_exception(error)), error_text(error)
         if not isinstance(error, EnvError):
             line = f"{type(error).__name__}: {line}"
@@ -120,7 +120,7 @@ def run_worker(
             semaphore.release()
     finally:
         for env in envs.values():
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(*ENV_ERRORS):
                 env.close()
 
 

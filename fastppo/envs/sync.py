@@ -21,13 +21,14 @@ from fastppo.envs.env_state import (
     EpisodeLog,
     NotPlainError,
     Way,
+    close_env,
     moments_of,
     replay_episode,
     same_instance,
     set_state,
     state_of,
 )
-from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError, cause_line
+from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, EnvStartError, FastPPOError, cause_line
 
 _Array = np.ndarray[Any, Any]
 StepResult = tuple[_Array, _Array, _Array, _Array, dict[str, Any]]  # obs, rewards, terminated, truncated, infos
@@ -104,7 +105,7 @@ def make_envs(
             env = make()
         except FastPPOError:
             raise
-        except Exception as error:
+        except ENV_ERRORS as error:
             raise EnvStartError(f"environment {i} failed in its constructor: {cause_line(error)}.") from error
         if any(env.unwrapped is other.unwrapped for other in made.values()):
             raise EnvStartError(same_instance(env))
@@ -131,7 +132,7 @@ def fresh_seed(seed: int, restarts: int) -> int:
     return seed if seed < 0 else int(np.random.SeedSequence((seed, restarts)).generate_state(1)[0] >> 1)
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """Return an error's text, even if its class fails to produce one."""
     try:
         return str(error)
@@ -183,7 +184,7 @@ class EnvGroup:
             for i in range(len(self.envs)):
                 self.at = i
                 self._put(self.at, self._reset(self.at, int(self._seeds[self.at])))
-        except Exception as error:
+        except ENV_ERRORS as error:
             raise self._named(error, "reset") from error
 
     def step(self) -> None:
@@ -198,7 +199,7 @@ class EnvGroup:
             while len(rewards) < len(self.envs):
                 try:
                     self._step_on(actions, *columns)
-                except Exception as error:
+                except ENV_ERRORS as error:
                     self._replace(self.at, error)
                     for column, value in zip(columns, (0.0, False, True), strict=True):
                         del column[self.at :]
@@ -209,7 +210,7 @@ class EnvGroup:
             plain = _BOOLS.issuperset(map(type, terminated)) and _BOOLS.issuperset(map(type, truncated))
             self._terminated[:] = terminated if plain else self._checked("terminated", terminated)
             self._truncated[:] = truncated if plain else self._checked("truncated", truncated)
-        except Exception as error:
+        except ENV_ERRORS as error:
             raise self._named(error, f"step {self.steps}") from error
 
     def _step_on(self, actions: _Array, rewards: list[Any], terminated: list[Any], truncated: list[Any]) -> None:
@@ -236,7 +237,7 @@ class EnvGroup:
         self._check_shape("reset", obs)
         return obs
 
-    def _named(self, error: Exception, doing: str) -> EnvError:
+    def _named(self, error: BaseException, doing: str) -> EnvError:
         """Return `error` as an EnvError that names the environment."""
         which = f"environment {self._first + self.at} (seed {self._seeds[self.at]})"
         kind = "" if isinstance(error, EnvError) else f"{type(error).__name__}: "
@@ -273,7 +274,7 @@ class EnvGroup:
                 raise EnvError(f"step returned {what} {value!r} ({x.dtype}{shape}); it must be {expected}.")
         raise AssertionError("one of the values has the wrong type")
 
-    def _replace(self, i: int, error: Exception) -> None:
+    def _replace(self, i: int, error: BaseException) -> None:
         """Restart environment i after `error`, or raise it again."""
         restarts, failures = self._arrays["restarts"], self._arrays["failures"]
         if isinstance(error, EnvError) or failures.sum() >= self._fault_policy.restarts:
@@ -282,7 +283,7 @@ class EnvGroup:
         failures[i] += 1
         text = f"environment {self._first + i} failed ({type(error).__name__}: {error_text(error)})"
         self.restart_messages.append(f"{text[:_MAX_MESSAGE]}; restarted, its episode truncated.")
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(*ENV_ERRORS):
             self.envs[i].close()
         self.envs[i] = self._makers[i]()
         self._built[i] = self._constructed(self.envs[i])
@@ -301,7 +302,7 @@ class EnvGroup:
             try:
                 found = env.get_wrapper_attr(name)
                 results.append(found(*args, **kwargs) if callable(found) else found)
-            except Exception as error:
+            except ENV_ERRORS as error:
                 raise EnvError(
                     f"environment {self._first + i} failed in call({name!r}): {cause_line(error)}."
                 ) from error
@@ -316,7 +317,7 @@ class EnvGroup:
         for i, (env, value) in enumerate(zip(self.envs, values, strict=True)):
             try:
                 env.set_wrapper_attr(name, value)
-            except Exception as error:
+            except ENV_ERRORS as error:
                 raise EnvError(f"environment {self._first + i} has no {name!r} to set: {cause_line(error)}.") from error
 
     def state(self) -> list[Any]:
@@ -496,7 +497,7 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
     def close_extras(self, **_: Any) -> None:  # noqa: ANN401 - Gymnasium's signature
         """Close every environment."""
         for env in self.envs:
-            env.close()
+            close_env(env)
 
 
 def seeds(seed: int | Sequence[int | None] | None, n: int, options: dict[str, Any] | None) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fastppo.envs.make_envs import EnvInfo, make_vec_env
+from fastppo.errors import ENV_ERRORS
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
 from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
@@ -113,7 +114,7 @@ class PeriodicEvaluation:
             if self._recorder is not None and _due(self._video_every, previous, self.last_step):
                 try:
                     stats.images["video/episode"] = self._recorder.record_episode(self._seed).gif()
-                except Exception as error:  # whatever it is, it must not stop the training
+                except ENV_ERRORS as error:  # whatever it is, it must not stop the training
                     self._say(f"{str(error).rstrip('.')}. Video recording is off from here on.")
                     recorder, self._recorder = self._recorder, None
                     with contextlib.suppress(Exception):

@@ -50,17 +50,22 @@ class SavedPolicy:
             Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action].
 
         Raises:
-            ValueError: `obs` has another shape, or a discrete one is outside its space.
+            ValueError: `obs` has another shape, holds a NaN, an infinity or anything but numbers, or a discrete one is
+                outside its space.
         """
         array, shape = np.asarray(obs, order="C"), self.spec.obs.shape
         single = array.shape == shape
         if not single and array.shape[1:] != shape:
             raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"obs is of dtype {array.dtype}; this policy takes real numbers.")
         array = array[None] if single else array
         if self.spec.obs.leaf.kind == "discrete" and (outside := self.spec.obs.leaf.outside(array)):
             row, value, space = outside
             raise ValueError(f"row {row} of obs is {value}, outside the observation_space {space}.")
         rows = torch.as_tensor(array).to(self.device, self.spec.obs.dtype)
+        if rows.is_floating_point() and not rows.isfinite().all():
+            raise ValueError("obs holds a NaN or an infinity, for which there is no action; replace such values.")
         noise = None if deterministic else self.policy.draw_noise(len(rows), self._generator)
         step = self.policy.act(rows, noise, self.policy.initial_state(len(rows)))
         out = self.spec.action.to_env(step.actions.numpy(force=True))
@@ -125,8 +130,8 @@ def evaluate(
         ConfigError, EnvError, CheckpointError: see their texts.
     """
     for name, value in (("episodes", episodes), ("max_steps", max_steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} must be at least 1.")
+        if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            raise ConfigError(f"{name}={value!r} must be a whole number, at least 1.")
     saved, env_info, config = _open(Path(run), seed, make_env, policy, allow_import, best)
     n = env_info.vector.num_envs if env_info.vector else min(episodes, 8)
     env, stream = make_vec_env(env_info, n, "sync"), seed_stream(seed, "eval")

@@ -15,8 +15,9 @@ import gymnasium as gym
 import numpy as np
 
 from fastppo.envs import factory
+from fastppo.envs.env_state import close_env
 from fastppo.envs.make_envs import EnvInfo
-from fastppo.errors import ConfigError, EnvError, first_line
+from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, first_line
 
 _Array = np.ndarray[Any, Any]
 
@@ -109,7 +110,7 @@ class VideoRecorder:
         self._act = act
         self._env: gym.Env[Any, Any] = factory.build(dataclasses.replace(env_info.factory, env_kwargs=kwargs))
         if self._env.render_mode != "rgb_array":
-            self._env.close()
+            close_env(self._env)
             raise ConfigError(
                 f"video: {env_info.name} has render_mode {self._env.render_mode}; make it with render_mode=rgb_array."
             )
@@ -117,8 +118,8 @@ class VideoRecorder:
         try:  # so that a failure shows now and not after hours of training
             self._env.reset(seed=0)
             self._render()
-        except Exception as error:
-            self._env.close()
+        except ENV_ERRORS as error:
+            close_env(self._env)
             reason = first_line(error).removeprefix("video: ").rstrip(".")
             gl = os.environ.get("MUJOCO_GL")
             hint = f" (MUJOCO_GL is {gl}; egl needs libEGL, osmesa libOSMesa)" if "mujoco" in sys.modules else ""
@@ -146,13 +147,13 @@ class VideoRecorder:
                     break
         except ConfigError:
             raise
-        except Exception as error:
+        except ENV_ERRORS as error:
             raise EnvError(f"video: the environment failed: {type(error).__name__}: {error}") from error
         return Video(frames, self._fps / stride, total, whole)
 
     def close(self) -> None:
         """Close the environment."""
-        self._env.close()
+        close_env(self._env)
 
     def _render(self) -> _Array:
         frame = self._env.render()

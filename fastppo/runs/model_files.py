@@ -14,6 +14,7 @@ from torch import nn
 
 from fastppo.errors import CheckpointError
 from fastppo.policies.policy_spec import PolicySpec
+from fastppo.runs.run_dir import is_folder
 from fastppo.runs.state_files import FORMAT, Stateful, StateSnapshot, check_format, read_json, read_tensors, snapshot
 from fastppo.runtime.files import replace_file, write_synced
 
@@ -36,10 +37,12 @@ def read_spec(folder: Path) -> tuple[PolicySpec, dict[str, Any]]:
 
     Raises:
         CheckpointError: there is no model.json, or it can't be read.
+        ConfigError: `folder` can't be a folder.
     """
     path = folder / "model.json"
-    if not path.exists():
-        why = f"{path.name} is missing" if folder.is_dir() else "there is no such folder"
+    found = is_folder(folder)
+    if not found or not path.exists():
+        why = f"{path.name} is missing" if found else "there is no such folder"
         raise CheckpointError(f"{folder} holds no saved model ({why}); name a run folder or one of its checkpoints.")
     values = read_json(path)
     try:

@@ -63,9 +63,21 @@ def check_new_folder(folder: Path, *, begin_again: bool = False) -> None:
     Raises:
         ConfigError: it holds files.
     """
-    names = {path.name for path in folder.iterdir()} - {".lock"} if folder.is_dir() else set()
+    names = {path.name for path in folder.iterdir()} - {".lock"} if is_folder(folder) else set()
     if names and not (begin_again and all(map(_RUN_FILE.fullmatch, names))):
         raise ConfigError(f"run_dir={folder} is not empty and runs are never overwritten; name a new folder.")
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether `path` is a folder.
+
+    Raises:
+        ConfigError: the file system can't say, for example because the name is too long or a folder above is closed.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise ConfigError(f"{path} can't be a folder here ({error.strerror}); name another.") from None
 
 
 def check_run_folder(folder: Path) -> None:
@@ -73,16 +85,18 @@ def check_run_folder(folder: Path) -> None:
 
     Raises:
         CheckpointError: it is neither.
+        ConfigError: it can't be a folder.
     """
-    if any((folder / name).exists() for name in ("config.json", "model.json", "state-0.json", "checkpoints")):
+    found = is_folder(folder)
+    if found and any((folder / name).exists() for name in ("config.json", "model.json", "state-0.json", "checkpoints")):
         return
     hint = "name one as train prints it."
-    if not folder.is_dir():
+    if not found:
         why = "it is a file" if folder.exists() else "there is no such folder"
     else:
         why = "it holds no config.json, model.json or checkpoints"
         nested = next((path for depth in ("*", "*/*") for path in folder.glob(f"{depth}/config.json")), None)
-        hint = f"its runs are in {nested.parents[1]}." if nested else hint
+        hint = f"name one of its runs, such as {nested.parent}." if nested else hint
     raise CheckpointError(f"{folder} is not a run folder ({why}); {hint}")
 
 
