@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastppo import Config, Trainer, resume
+from fastppo.analysis.run_data import read_run
 from fastppo.analysis.verify_resume import TIMED, run_hashes
 from fastppo.monitoring.health import History
 from fastppo.monitoring.log_interval import LogInterval
@@ -106,6 +107,7 @@ def test_a_resume_keeps_the_own_figures_of_the_open_row(tmp_path, killed):
         resumed.log("custom/x", stats.iteration)
     own = [(row["global_step"], row["custom/x"]) for row in rows_of(run) if "custom/x" in row]
     assert own == [(64 * k, k) for k in range(1, 13)]
+    assert read_run(run).column("custom/x").tolist() == [5, 10, 12], "of the row's iteration, not of a later one"
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run)).Reload().Scalars("custom/x")
