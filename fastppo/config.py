@@ -410,7 +410,7 @@ class Config:
     def imported(self) -> list[str]:
         """Settings that name code of the user's own to import: an env_id with a module, wrappers outside Gymnasium."""
         found = [f"env_id {self.env_id}"] if ":" in self.env_id else []
-        others = [name for name in self.wrappers if not name.startswith("gymnasium.wrappers")]
+        others = [name for name in self.wrappers if not name.startswith(("gymnasium.wrappers.", "gymnasium.wrappers:"))]
         return found + ([f"wrappers {' '.join(others)}"] if others else [])
 
 

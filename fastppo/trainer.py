@@ -194,11 +194,11 @@ class Trainer:
         A policy saved there before is replaced. The checkpoints that a resume needs are saved without this.
 
         Raises:
-            ConfigError: `path` is the folder of a run, or can't be written.
+            ConfigError: `path` is the folder of a run or a checkpoint, or can't be written.
         """
         folder = Path(path)
-        if is_folder(folder) and (folder / "run.json").exists():
-            raise ConfigError(f"save: {folder} is the folder of a run, whose files would be lost; name another.")
+        if is_folder(folder) and any((folder / name).exists() for name in ("run.json", "state-0.json")):
+            raise ConfigError(f"save: {folder} holds a run or a checkpoint, whose files would be lost; name another.")
         if self.world.is_main:
             try:
                 self._saver.save_policy(folder, self.metrics.global_step, self.config.to_dict())

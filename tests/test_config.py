@@ -471,3 +471,12 @@ def test_python_gets_the_same_errors_as_exceptions():
         Config(n_envs=True)
     with pytest.raises(ValueError, match="at most 1"):
         Config(gamma=2)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "imported"),
+    [("gymnasium.wrappers:FlattenObservation", False), ("gymnasium.wrappers.common:TimeLimit", False)]
+    + [(name, True) for name in ("mine:Wrapper", "gymnasium.wrappers_of_mine:Wrapper", "gymnasium:make")],
+)
+def test_only_gymnasiums_own_wrappers_need_no_permission_to_import(wrapper, imported):
+    assert bool(Config(wrappers=(wrapper,)).imported) == imported

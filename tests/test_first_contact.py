@@ -23,6 +23,7 @@ from fastppo.envs.make_envs import make_vec_env
 from fastppo.errors import CheckpointError
 from fastppo.evaluation import video
 from fastppo.resume_run import continue_run
+from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runtime import threads
 from fastppo.runtime.console import progress_console
 from tests.test_study import setting
@@ -267,8 +268,10 @@ def test_a_policy_saved_in_the_loop_can_be_loaded_evaluated_and_started_from(tmp
             trainer.save(str(tmp_path / "second"))
     assert len(fastppo.evaluate(tmp_path / "second", 2).returns) == 2
     Trainer(short(tmp_path, env_id="CartPole-v1", run_dir=tmp_path / "b", init_from=tmp_path / "second")).run()
-    with pytest.raises(ConfigError, match="is the folder of a run"):
-        trainer.save(trainer.run_dir)
+    for folder in (trainer.run_dir, newest_checkpoint(trainer.run_dir)[0]):
+        with pytest.raises(ConfigError, match="holds a run or a checkpoint"):
+            trainer.save(folder)
+    assert newest_checkpoint(trainer.run_dir)[1] == []
 
 
 def test_progress_is_shown_in_a_terminal_or_on_request(tmp_path, capsys, monkeypatch):

@@ -14,7 +14,7 @@ from fastppo.analysis.doctor import _gae
 from fastppo.builders.resolve import resolve_config
 from fastppo.envs.make_envs import inspect_env
 from fastppo.errors import CaptureError, EnvError, FastPPOError, innermost
-from fastppo.functional.gae import choose_gae, gae_doubling, triton_failure
+from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, triton_failure
 from fastppo.monitoring.health import History, RunTraits, check_health, rounding_of
 from fastppo.resume_run import resume
 from fastppo.runtime import compile as compiling
@@ -412,6 +412,41 @@ def test_rank_0_measures_the_acting_device_for_all(gpu, second, monkeypatch, tmp
     _, place = build_collector(config, trainer.env, trainer.policy, trainer.rollout, trainer.clock, world, notes=notes)
     assert place == "cpu"
     assert notes == ["act_device cpu: measured."]
+
+
+def test_rank_0_chooses_the_threads_for_all(monkeypatch, tmp_path):
+    """With different threads, sums round differently, and the parameters of the ranks drift apart."""
+
+    class Second(World):
+        def shared(self, make):
+            return (3, ["measured by rank 0"]) if "_free_threads" in make.__code__.co_names else make()
+
+    monkeypatch.setattr("fastppo.builders.run.join_world", lambda _: Second())
+    monkeypatch.setattr("fastppo.builders.run._free_threads", lambda *_: fail())
+    monkeypatch.setattr("fastppo.builders.run.set_threads", lambda _: None)
+    trainer = Trainer(short(tmp_path, compile="off"))
+    assert trainer.config.threads == 3
+    assert "measured by rank 0" in trainer.notes
+
+
+@pytest.mark.parametrize("kernel", [gae_loop, gae_doubling])
+def test_every_rank_votes_on_compiling_whatever_its_kernel(kernel, monkeypatch, tmp_path):
+    """Triton may work on some ranks only; a rank that skipped the vote would wait in the next one for ever."""
+    votes = []
+
+    class Counting(World):
+        def together(self, attempt, error, *, collective=False):
+            votes.append(attempt())
+            return votes[-1]
+
+    trainer = Trainer(short(tmp_path, compile="off"))
+    learner = trainer.learner
+    learner.gae = kernel
+    monkeypatch.setattr("fastppo.ppo.learner.compile_graph", lambda fn, _: fn)
+    monkeypatch.setattr(learner.update, "compile", lambda *_: None)
+    monkeypatch.setattr(learner.update, "world", Counting())
+    learner.compile()
+    assert len(votes) == 1
 
 
 @pytest.mark.parametrize("error", [EnvError("rank 0 can't"), ValueError("rank 0 can't")], ids=["ours", "another's"])

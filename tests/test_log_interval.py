@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastppo import Config, Trainer, resume
+from fastppo.analysis.run_data import read_run
 from fastppo.analysis.verify_resume import TIMED, run_hashes
 from fastppo.monitoring.health import History
 from fastppo.monitoring.log_interval import LogInterval
@@ -87,6 +88,37 @@ def test_a_resumed_run_completes_the_open_row(every, tmp_path, killed):
 
     found = EventAccumulator(str(run)).Reload()
     assert [event.step for event in found.Scalars("losses/entropy")] == [320, 640, 768]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_resume_keeps_the_own_figures_of_the_open_row(tmp_path, killed):
+    run = tmp_path / "run"
+    trainer = Trainer(dataclasses.replace(SMALL, run_dir=run, log_every=5, checkpoint_every=64))
+    for stats in trainer.iterations():
+        trainer.log("custom/x", stats.iteration)
+        if stats.iteration == 8:
+            break
+    if killed:  # its last save was two iterations earlier
+        for checkpoint in list_checkpoints(run):
+            if int(checkpoint.name[5:]) > 64 * 6:
+                shutil.rmtree(checkpoint)
+    resumed = resume(run)
+    for stats in resumed.iterations():
+        resumed.log("custom/x", stats.iteration)
+    own = [(row["global_step"], row["custom/x"]) for row in rows_of(run) if "custom/x" in row]
+    assert own == [(64 * k, k) for k in range(1, 13)]
+    assert read_run(run).column("custom/x").tolist() == [5, 10, 12], "of the row's iteration, not of a later one"
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run)).Reload().Scalars("custom/x")
+    assert [(event.step, event.value) for event in events] == own
+
+
+def test_every_figure_measured_in_an_iteration_is_averaged():
+    interval, tags = LogInterval(2), ("action_range", "clipped_actions", "obs_outside_space", "reward_per_step")
+    interval.add(stats(1, **{f"charts/{tag}": 1.0 for tag in tags}))
+    row = interval.add(stats(2, **{f"charts/{tag}": 2.0 for tag in tags}))
+    assert row.scalars == {f"charts/{tag}": 1.5 for tag in tags}
 
 
 def test_an_evaluation_ends_the_row_at_its_own_step(tmp_path):

@@ -74,6 +74,16 @@ def test_resume_trains_to_a_larger_total(name, run):
     assert (run / "checkpoints" / f"step-{128 * 14:012d}").is_dir()
 
 
+def test_a_row_of_the_resumed_run_counts_its_own_episodes_only(name, run):
+    """The first row's mean return is weighted by the episodes since the checkpoint, not since the start."""
+    trainer = resume(run)
+    before = trainer.metrics.episodes.count
+    assert before > 0
+    assert trainer.logger.interval.state_dict()["episodes"] == before
+    next(loop := trainer.iterations())
+    loop.close()
+
+
 def test_resume_continues_the_environments_and_the_optimiser(name, run):
     """The next iteration has the losses and episodes recorded from the old version's own resume."""
     expected = EXPECTED[name]["resumed"]

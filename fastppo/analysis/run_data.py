@@ -186,6 +186,7 @@ def _read_metrics(
     """
     columns: dict[str, array[float]] = {tag: array("d") for tag in (*AXES, "mean_return")}
     returns, return_axes = array("d"), {name: array("d") for name in AXES}
+    own: dict[str, float] = {}  # the latest of the user's own figures, for the next row
     before, n, skipped, bad = dict.fromkeys(AXES, 0.0), 0, 0, 0
     for row in read_rows(run_dir, most):
         if row is None:
@@ -194,17 +195,19 @@ def _read_metrics(
         if not isinstance(row.get("iteration"), int) or not isinstance(row.get("global_step"), int):
             bad += 1
             continue
-        own = "episodes" not in row  # figures of the user's own, after the row of their iteration
-        if own and n == 0:
-            continue
         for tag in row.keys() - columns.keys() - {"returns", "stop"}:
             columns[tag] = array("d", [math.nan]) * n
-        if own:
-            for tag in row.keys() - AXES:
-                columns[tag][-1] = _number(row[tag])
+        if "episodes" not in row:  # the user's own figures, after the row of their iteration if it has one
+            values = {tag: _number(row[tag]) for tag in row.keys() - AXES}
+            if n and row["iteration"] <= columns["iteration"][-1]:
+                for tag, value in values.items():
+                    columns[tag][-1] = value
+            else:
+                own |= values
             continue
         for tag, column in columns.items():
-            column.append(_number(row.get(tag)))
+            column.append(own[tag] if tag in own else _number(row.get(tag)))
+        own = {}
         n += 1
         now = {name: columns[name][-1] for name in AXES}
         logged = row.get("returns")

@@ -127,7 +127,12 @@ def build_run(
             more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
             logger.say(f"making one {env_info.name} and two steps took {made:.1f} s{more}")
         models = build_models(c, env_info, policy, device, world)
-        c = dataclasses.replace(c, threads=c.threads or _free_threads(c.minibatch_size * models.parameters.size, notes))
+        if c.threads is None:
+            work = c.minibatch_size * models.parameters.size
+            # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
+            threads, choices = world.shared(lambda: _free_threads(work))
+            c = dataclasses.replace(c, threads=threads)
+            notes += choices
         notes += check_threads(known(c.threads), resumed=resume_from is not None)
         set_threads(known(c.threads))
         memory = plan_run(c, env_info, models, device, world, notes)
@@ -252,16 +257,16 @@ def build_run(
     return run
 
 
-def _free_threads(work: int, notes: list[str]) -> int:
-    """Return the threads for minibatches of `work` = rows x parameters, without the cores that other processes use."""
+def _free_threads(work: int) -> tuple[int, list[str]]:
+    """Return the threads for minibatches of `work` = rows x parameters, and notes; cores in use don't count."""
     wanted = choose_threads(work)
     threads = min(wanted, free_cores(AT_START)) if wanted > 1 else wanted
-    if threads < wanted:
-        notes.append(
-            f"threads {threads}: other processes use the other {wanted - threads} of {wanted} cores; "
-            f"--threads {wanted} repeats the bits of a run that has them all"
-        )
-    return threads
+    if threads == wanted:
+        return threads, []
+    return threads, [
+        f"threads {threads}: other processes use the other {wanted - threads} of {wanted} cores; "
+        f"--threads {wanted} repeats the bits of a run that has them all"
+    ]
 
 
 def _run_dir(c: Config, env_info: EnvInfo, resume_from: Path | None) -> Path:

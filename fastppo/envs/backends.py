@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.env_info import EnvInfo
 from fastppo.envs.env_state import (
     ResumeSupport,
+    close_env,
     probe_resume_support,
     probe_seeding,
     probe_vector_resume_support,
@@ -168,14 +169,18 @@ def _own(info: EnvInfo, options: VecEnvOptions) -> VecEnv:
         return venv
     assert venv is not None
     inner = venv.unwrapped
-    singles: Sequence[Any] = ()
+    overwrites = False
     if isinstance(inner, SyncVectorEnv):
-        singles = inner.envs
-        if len({id(env.unwrapped) for env in singles}) < len(singles):
-            raise EnvStartError(same_instance(singles[0]))
+        if len({id(env.unwrapped) for env in inner.envs}) < len(inner.envs):
+            raise EnvStartError(same_instance(inner.envs[0]))
+        overwrites = any(map(reuses_observations, inner.envs))
     elif isinstance(inner, AsyncVectorEnv):
-        singles = [inner.env_fns[0]()]
-    if any(reuses_observations(env) for env in singles):
+        env = inner.env_fns[0]()
+        try:
+            overwrites = reuses_observations(env)
+        finally:
+            close_env(env)
+    if overwrites:
         raise EnvError(
             "make_env's environments overwrite observations that they returned before, which loses final observations; "
             "return a single environment from make_env, or copy its observations."

@@ -478,25 +478,26 @@ def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
     Raises:
         EnvStartError: `make` returns the same environment twice.
     """
-    env, twin = make(), make()
-    try:
-        _check_distinct(env, twin)
-        before = _streams(env)
-        env.reset(seed=7)
-        twin.reset(seed=11)
-        after, other = _streams(env), _streams(twin)
-        env.action_space.seed(0)
-        for _ in range(2):
-            if _step(env, env.action_space.sample())[-1]:
-                break
-        return _notes_on_streams(env, before, after, other)
-    except EnvStartError:
-        raise
-    except ENV_ERRORS:  # from any environment's own code; the run will report it
-        return ()
-    finally:
-        close_env(env)
-        close_env(twin)
+    with contextlib.ExitStack() as undo:
+        try:
+            env = make()
+            undo.callback(close_env, env)
+            twin = make()
+            undo.callback(close_env, twin)
+            _check_distinct(env, twin)
+            before = _streams(env)
+            env.reset(seed=7)
+            twin.reset(seed=11)
+            after, other = _streams(env), _streams(twin)
+            env.action_space.seed(0)
+            for _ in range(2):
+                if _step(env, env.action_space.sample())[-1]:
+                    break
+            return _notes_on_streams(env, before, after, other)
+        except EnvStartError:
+            raise
+        except ENV_ERRORS:  # from any environment's own code, which may allow one instance only; the run will report it
+            return ()
 
 
 def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSupport:
@@ -636,8 +637,8 @@ def _notes_on_streams(
     if not fixed:
         return ()
     return (
-        f"the seed changes nothing in {', '.join(fixed)}: every environment draws the same random numbers from it, so "
-        "the N are copies. Draw from self.np_random, after super().reset(seed=seed).",
+        f"the seed changes nothing in {', '.join(fixed)}: every environment draws the same random numbers from it. "
+        "Draw from self.np_random, after super().reset(seed=seed), or the N environments may be copies.",
     )
 
 

@@ -212,8 +212,8 @@ class HealthRecord:
 class HealthMonitor:
     """Checks a run's health as its iterations are added.
 
-    Checks are at least 5 iterations and 5 % of the run so far apart. They depend on the iterations alone: a run's
-    terminal and its report give the same findings.
+    Checks are at least 5 iterations and 5 % of the run so far apart. They depend on the added rows alone: a run's
+    terminal and its report, with a row per iteration, give the same findings.
 
     Attributes:
         traits: facts about the run.
@@ -430,7 +430,7 @@ RULES = (
         "clip fraction low",
         0.01,
         _clipped_too_little,
-        "{value:.1%} of the ratios are outside the clip range (below {threshold:.0%}), and returns don't rise.",
+        "{value:.1%} of the ratios are outside the clip range (below {threshold:.0%}), and returns hardly rise.",
         "Each update changes the policy little: raise learning_rate or update_epochs, or use smaller minibatches.",
         after=100,
     ),
@@ -467,7 +467,8 @@ RULES = (
         "critic not learning",
         0.1,
         _critic_stuck,
-        "explained variance has never exceeded {value:.2f} (below {threshold:g}), and the value loss does not fall.",
+        "explained variance is {value:.2f} in the best tenth of the run (below {threshold:g}), and the value loss "
+        "hardly falls.",
         "Use normalize_rewards, turn value_clip off, raise vf_coef; see whether rewards depend on the observations.",
         after=50,
     ),
@@ -490,7 +491,7 @@ RULES = (
         "actions near 0",
         0.01,
         _actions_small,
-        "actions have used at most {value:.2%} of their bounds (below {threshold:.0%}).",
+        "actions use on average at most {value:.2%} of their bounds (below {threshold:.0%}).",
         "A new policy samples from about -1 to 1: wrap the environment with RescaleAction to [-1, 1].",
         patience=2,
     ),
@@ -506,7 +507,8 @@ RULES = (
         "returns flat",
         _FLAT,
         _returns_flat,
-        "returns have risen by at most {value:.1f} initial standard deviations (below {threshold:g}), without a trend.",
+        "returns are {value:.1f} initial standard deviations above the first ones in the best tenth of the run (below "
+        "{threshold:g}), without a trend.",
         "Fix the other findings first; then try a higher ent_coef, normalize_rewards or another seed.",
         after=100,
     ),

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
-from fastppo.monitoring.sinks.jsonl import JsonlSink, SampleSink, read_rows
+from fastppo.monitoring.sinks.jsonl import JsonlSink, SampleSink, own_figures, read_rows
 from fastppo.monitoring.sinks.tensorboard import TensorBoardSink
 from fastppo.monitoring.sinks.trackers import Tracker, open_tracker
 
@@ -34,12 +34,13 @@ def open_sinks(
             that the checkpoint left open. None: a new run.
     """
     step, iteration = resumed_at or (None, None)
-    if step is not None and logger.interval.iterations:
-        step = logger.interval.last_step or 0
-    jsonl = JsonlSink(run_dir, step)
-    if resumed_at is not None:
+    last_row = step if not logger.interval.iterations else logger.interval.last_step or 0
+    jsonl, tensorboard = JsonlSink(run_dir, step, last_row), TensorBoardSink(run_dir, dict(settings), last_row)
+    if last_row is not None:
         _restore_history(logger, run_dir)
-    logger.open(TensorBoardSink(run_dir, dict(settings), step), jsonl, SampleSink(run_dir, iteration))
+        for own in own_figures(run_dir, last_row):  # TensorBoard drops them with the open row
+            tensorboard.log(*own)
+    logger.open(tensorboard, jsonl, SampleSink(run_dir, iteration))
     for name in track:
         logger.open(open_tracker(name, run_dir, dict(settings)))
     if logger.console is not None:

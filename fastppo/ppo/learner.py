@@ -129,10 +129,8 @@ class Learner:
         Raises:
             CompileError: a kernel can't be compiled on this rank or another.
         """
-        estimate = self._estimate
-        if self.gae is gae_doubling:  # where the loop was chosen, it is faster than compiled doubling
-            example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
-            estimate = self.update.world.together(lambda: compile_graph(self._estimate_eagerly, example), CompileError)
+        # every rank votes, because ranks may differ in the kernel
+        estimate = self.update.world.together(self._compiled_estimate, CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
         self._estimate = estimate
 
@@ -164,6 +162,12 @@ class Learner:
                 return begin()
 
         self._begin, self._finish = replay_begin, finish
+
+    def _compiled_estimate(self) -> Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]]:
+        if self.gae is not gae_doubling:  # where the loop was chosen, it is faster than compiled doubling
+            return self._estimate
+        example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
+        return compile_graph(self._estimate_eagerly, example)
 
     def _begin_eagerly(self) -> Tensor:
         """Compute the advantages and begin the update; return the rewards [T, N] that it uses."""

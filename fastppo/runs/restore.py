@@ -115,8 +115,9 @@ def restore(
         for name, state in (("update", shared.part("update")), ("progress", shared.part("progress"))):
             parts[name].load_state_dict(state)
         parts["metrics"].load_state_dict(metrics)
-        if "log" in shared.values:  # not in older checkpoints
-            parts["log"].load_state_dict(shared.part("log"))
+        # older checkpoints have no open row, but a row needs the number of episodes before it
+        log = shared.part("log") if "log" in shared.values else {"episodes": metrics["episodes"]}
+        parts["log"].load_state_dict({**parts["log"].state_dict(), **log})
         progress = dict(parts["progress"].state_dict())
         # an iteration is one rollout of every process
         rows = before["n_envs"] * before["n_steps"] * int(saved["world_size"])

@@ -207,6 +207,26 @@ def test_a_deterministic_environment_is_legitimate():
     assert probe_seeding(FixedMap) == ()
 
 
+def test_an_environment_that_allows_one_instance_trains(tmp_path):
+    """It holds a port or a lock; the tests at the start may not fail where the run itself would not."""
+    made = []
+
+    class Only(Steps):
+        def __init__(self):
+            if made:
+                raise OSError("the port is in use")
+            made.append(self)
+            super().__init__()
+
+        def close(self):
+            made.clear()
+
+    for settings in ({}, {"resume_envs": "restart"}):
+        made.clear()
+        config = short(tmp_path, n_envs=1, n_steps=16, run_dir=tmp_path / f"run{len(settings)}", **settings)
+        assert Trainer(config, make_env=Only).run().global_step == 48
+
+
 @pytest.mark.parametrize("settings", [{}, {"vectorization": "pool", "workers": 2}, {"vectorization": "async"}], ids=str)
 def test_environments_on_global_streams_are_repeatable(tmp_path, settings):
     runs = []
@@ -321,6 +341,19 @@ def test_overwritten_observations_are_found_at_the_start():
     with pytest.raises(EnvError, match="overwrite observations"):
         make_vec_env(inspect_env("", {}, lambda: venv), 1, "sync")
     venv.close()
+
+
+def test_the_environment_tried_at_the_start_is_closed():
+    closed = []
+
+    class Closes(Steps):
+        def close(self):
+            closed.append(self)
+
+    venv = gym.vector.AsyncVectorEnv([Closes], autoreset_mode=AutoresetMode.SAME_STEP)
+    closed.clear()  # Gymnasium's own first instance
+    make_vec_env(inspect_env("", {}, lambda: venv), 1, "sync").close()
+    assert len(closed) == 1
 
 
 # Calls and attributes

@@ -24,11 +24,18 @@ class JsonlSink:
     The user's own figures are on lines of their own, after that of their iteration.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
-        """Open the file; a run resumed at the global step `resumed_at` keeps the lines up to that step."""
+    def __init__(self, run_dir: Path, resumed_at: int | None = None, last_row: int | None = None) -> None:
+        """Open the file.
+
+        Args:
+            run_dir: the run folder.
+            resumed_at: global step of the checkpoint; later lines are dropped. None: a new run.
+            last_row: global step of the last complete row, if the checkpoint holds an open one, which is dropped here.
+        """
         path = run_dir / "metrics.jsonl"
         if resumed_at is not None and path.exists():
-            replace_file(path, lambda temporary: _copy_lines(path, temporary, resumed_at))
+            last = resumed_at if last_row is None else last_row
+            replace_file(path, lambda temporary: _copy_lines(path, temporary, last, resumed_at))
         self._file = path.open("a" if resumed_at is not None else "w", buffering=1)
 
     def write(self, stats: Stats) -> None:
@@ -116,14 +123,24 @@ def _parse(line: bytes) -> dict[str, Any]:
     return row if isinstance(row, dict) else {}
 
 
-def _copy_lines(source: Path, target: Path, last_step: int) -> None:
+def own_figures(run_dir: Path, after: int) -> Iterator[tuple[int, int, dict[str, float]]]:
+    """Yield iteration, global step and values of the lines of the user's own figures after the step `after`."""
+    for row in read_rows(run_dir):
+        if row and "episodes" not in row and (step := row["global_step"]) > after:
+            values = {tag: x for tag, x in row.items() if "/" in tag and isinstance(x, (int, float))}
+            yield row.get("iteration", 0), step, values
+
+
+def _copy_lines(source: Path, target: Path, last_row: int, last_own: int) -> None:
+    """Copy the rows up to the global step `last_row`, and the user's own figures up to `last_own`."""
     with source.open(errors="replace") as lines, target.open("w") as file:
-        file.writelines(line for line in lines if _step_of(line) <= last_step)
+        file.writelines(line for line in lines if _is_within(line, last_row, last_own))
 
 
-def _step_of(line: str) -> float:
-    """Return the global step of a line, or infinity for a truncated line."""
+def _is_within(line: str, last_row: int, last_own: int) -> bool:
+    """Return whether a line is not truncated and lies within the limits of `_copy_lines`."""
     try:
-        return int(json.loads(line)["global_step"])
+        row = json.loads(line)
+        return int(row["global_step"]) <= (last_row if "episodes" in row else last_own)
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return math.inf
+        return False
