@@ -277,15 +277,27 @@ class WorkerSetup:
                 specs.append(cloudpickle.dumps(spec))
         return cls(tuple(specs), seed)
 
-    def apply(self) -> None:
-        """Register the environments that this process lacks, and seed its global random streams."""
+    def make(self, factory: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
+        """Make an environment; if its id is not registered here, register those of the parent process first."""
+        try:
+            return factory()
+        except (gym.error.UnregisteredEnv, ConfigError):
+            # not before, since unpickling a class imports its module, which takes seconds if that imports torch
+            self._register()
+            self.seed_streams()
+            return factory()
+
+    def seed_streams(self) -> None:
+        """Seed this process's global random streams."""
+        seed_global_streams(self.seed)
+
+    def _register(self) -> None:
         import cloudpickle
 
         for pickled in self.specs:
             with contextlib.suppress(Exception):  # the module of an environment that isn't used here
                 spec = cloudpickle.loads(pickled)
                 gym.registry.setdefault(spec.id, spec)
-        seed_global_streams(self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,9 +309,10 @@ class InWorker:
 
     def __call__(self) -> gym.Env[Any, Any]:
         """Make the environment."""
-        if multiprocessing.parent_process() is not None:
-            self.setup.apply()
-        return self.factory()
+        if multiprocessing.parent_process() is None:
+            return self.factory()
+        self.setup.seed_streams()
+        return self.setup.make(self.factory)
 
 
 def seed_global_streams(seed: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import multiprocessing
 import os
 import signal
@@ -139,8 +140,8 @@ def _make_groups(
     import cloudpickle
 
     setup, makers = cloudpickle.loads(pickled)
-    setup.apply()
-    for i, env in make_envs(makers, envs).items():
+    setup.seed_streams()
+    for i, env in make_envs({i: functools.partial(setup.make, make) for i, make in makers.items()}, envs).items():
         check_spaces(i, env, *spaces)
     ranges = [range(part.start, part.stop) for part in parts]
     return [

@@ -113,10 +113,8 @@ def test_e2_an_unpicklable_error_arrives_as_text(kind):
 
 
 def test_e3_a_constructor_that_fails_in_a_worker_only():
-    begin = time.monotonic()
     with pytest.raises(EnvError, match="environment 3 failed in its constructor: RuntimeError: no licence"):
         pool(kind="constructor", env_index=3)
-    assert time.monotonic() - begin < 5
     assert not workers()
 
 
