@@ -64,6 +64,13 @@ def test_tensorboard_has_an_event_per_row_and_training_is_unchanged(every):
     assert [a[name] for name in names] == [b[name] for name in names]
 
 
+def lose_the_last_save(run):
+    """Leave a run as a kill after its eighth iteration would: saved two iterations earlier."""
+    for checkpoint in list_checkpoints(run):
+        if int(checkpoint.name[5:]) > 64 * 6:
+            shutil.rmtree(checkpoint)
+
+
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_resumed_run_completes_the_open_row(every, tmp_path, killed):
     run = tmp_path / "run"
@@ -72,10 +79,8 @@ def test_a_resumed_run_completes_the_open_row(every, tmp_path, killed):
         if stats.iteration == 8:
             break
     assert [row["iteration"] for row in rows_of(run)] == [5, 8]
-    if killed:  # its last save was two iterations earlier
-        for checkpoint in list_checkpoints(run):
-            if int(checkpoint.name[5:]) > 64 * 6:
-                shutil.rmtree(checkpoint)
+    if killed:
+        lose_the_last_save(run)
     resumed = resume(run)
     for stats in resumed.iterations():
         assert resumed.logger.health.history.iterations == stats.iteration
@@ -98,10 +103,8 @@ def test_a_resume_keeps_the_own_figures_of_the_open_row(tmp_path, killed):
         trainer.log("custom/x", stats.iteration)
         if stats.iteration == 8:
             break
-    if killed:  # its last save was two iterations earlier
-        for checkpoint in list_checkpoints(run):
-            if int(checkpoint.name[5:]) > 64 * 6:
-                shutil.rmtree(checkpoint)
+    if killed:
+        lose_the_last_save(run)
     resumed = resume(run)
     for stats in resumed.iterations():
         resumed.log("custom/x", stats.iteration)
