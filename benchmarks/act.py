@@ -24,7 +24,7 @@ from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Policy
 from fastppo.runtime.compile import compile_graph
 from fastppo.runtime.threads import set_threads
-from fastppo.spaces import ObsSpec
+from fastppo.spaces.observations import ObsSpec
 
 T = 128
 

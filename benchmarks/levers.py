@@ -31,7 +31,7 @@ from fastppo.policies.policy import Policy
 from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.threads import keep_freed_memory, set_threads
-from fastppo.spaces import ObsSpec
+from fastppo.spaces.observations import ObsSpec
 
 
 class Merged(nn.Module):

@@ -62,7 +62,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     from fastppo.ppo.minibatches import Minibatch
     from fastppo.ppo.update import PPOUpdate
     from fastppo.runtime.threads import keep_freed_memory, set_threads
-    from fastppo.spaces import ObsSpec
+    from fastppo.spaces.observations import ObsSpec
 
     torch.manual_seed(0)
     set_threads(threads)

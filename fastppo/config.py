@@ -143,6 +143,14 @@ class Config:
     ] = ()
     """Wrappers of each environment, the innermost first, such as `gymnasium.wrappers:FlattenObservation`: classes or
     functions that take an environment and return one."""
+    obs_keys: Annotated[tuple[str, ...], Setting(section="environment", unit="KEY [...]", on_resume="keep")] = ()
+    """Keys of a Dict (or indices of a Tuple) observation to read, such as `image direction` or `camera/left`; by
+    default all."""
+    critic_obs_keys: Annotated[tuple[str, ...], Setting(section="environment", unit="KEY [...]", on_resume="keep")] = ()
+    """Keys that only the critic reads: what a simulator knows and the policy must do without."""
+    action_masks: Annotated[Literal["auto", "off"], Setting(section="environment", on_resume="keep")] = "auto"
+    """`auto`: choose among allowed actions only, if the environment tells them: by a Dict key `action_mask`, by a
+    method `action_masks()`, or by `info["action_mask"]`."""
     vectorization: Annotated[
         Literal["auto", "sync", "async", "pool", "native", "envpool", "tensor"],
         Setting(section="environment", changes="noise", chosen_at_start=True),
@@ -205,6 +213,11 @@ class Config:
 
     n_minibatches: Annotated[int | None, Setting(section="optimisation", at_least=1, alias="num_minibatches")] = None
     """Minibatches per epoch; must divide n_envs x n_steps."""
+    segment_length: Annotated[
+        int | None, Setting(section="optimisation", at_least=1, unit="STEPS", unset="n_steps")
+    ] = None
+    """Steps per training sequence of a policy with memory; must divide n_steps. Gradients flow no further back; a
+    minibatch holds whole sequences."""
     update_epochs: Annotated[int | None, Setting(section="optimisation", at_least=1)] = None
     """Passes over each rollout, each in a new random order."""
     learning_rate: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
@@ -255,7 +268,12 @@ class Config:
     ] = "tanh"
     """Activation of the MLP."""
     shared_trunk: Annotated[bool, Setting(section="policy", on_resume="keep")] = False
-    """Share one MLP trunk between policy and value; the CNN's is always shared."""
+    """Share one MLP trunk, and its memory, between policy and value; the CNN's is always shared."""
+    memory: Annotated[Literal["none", "lstm", "gru", "mingru"], Setting(section="policy", on_resume="keep")] = "none"
+    """Recurrent layer between trunk and heads, for tasks in which one observation doesn't tell the state. `mingru`: the
+    gates read only the input, so that a sequence is one parallel scan."""
+    memory_size: Annotated[int, Setting(section="policy", at_least=1, unit="UNITS", on_resume="keep")] = 64
+    """Units of the memory."""
 
     normalize_obs: Annotated[bool | None, Setting(section="normalisation", on_resume="keep")] = None
     """Normalise vector observations to mean 0 and variance 1 by running moments."""
@@ -733,16 +751,46 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."
         )
+    if config.segment_length is not None and config.memory == "none":
+        raise ConfigError(
+            "segment_length needs a memory; choose one with --memory lstm, gru or mingru, or leave it out."
+        )
+    if config.critic_obs_keys and config.shared_trunk:
+        raise ConfigError(
+            "critic_obs_keys with shared_trunk: the policy would read them through the shared layers; leave one out."
+        )
+    if both := set(config.obs_keys) & set(config.critic_obs_keys):
+        raise ConfigError(f"obs_keys and critic_obs_keys both name {min(both)!r}; the critic reads both lists.")
     if config.half_batches and config.n_envs == 1:
         raise ConfigError("half_batches=True with n_envs=1: one environment can't be split; leave it out.")
+    if config.segment_length is not None and config.n_steps is not None and config.n_steps % config.segment_length:
+        raise ConfigError(
+            f"segment_length={config.segment_length} does not divide n_steps={config.n_steps}; nearest that do: "
+            f"{_nearest_divisors(config.n_steps, config.segment_length)}."
+        )
     if None in (config.n_envs, config.n_steps, config.n_minibatches):
+        return
+    if config.memory != "none":
+        segments = config.batch_size // (config.segment_length or _filled(config.n_steps))
+        if segments % _filled(config.n_minibatches):
+            length = config.segment_length or config.n_steps
+            raise ConfigError(
+                f"n_minibatches={config.n_minibatches} does not divide the {segments} sequences of {length} steps of a "
+                "rollout, which stay whole; nearest that do: "
+                f"{_nearest_divisors(segments, _filled(config.n_minibatches))}; or choose another --segment-length."
+            )
         return
     batch, parts = config.batch_size, _filled(config.n_minibatches)
     if batch % parts:
-        below = max(d for d in range(1, min(parts, batch) + 1) if batch % d == 0)
-        above = next((d for d in range(parts, batch + 1) if batch % d == 0), None)
-        near = f"{below}, {above}" if above else f"{below}"
         raise ConfigError(
             f"n_minibatches={parts} does not divide the batch of {batch} "
-            f"(n_envs={config.n_envs} x n_steps={config.n_steps}); nearest that do: {near}."
+            f"(n_envs={config.n_envs} x n_steps={config.n_steps}); nearest that do: "
+            f"{_nearest_divisors(batch, parts)}."
         )
+
+
+def _nearest_divisors(whole: int, part: int) -> str:
+    """Return the divisors of `whole` next to `part`, as text."""
+    below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
+    above = next((d for d in range(part, whole + 1) if whole % d == 0), None)
+    return f"{below}, {above}" if above else f"{below}"

@@ -12,7 +12,7 @@ LAYERS = {
     "presets.py": 0,
     "functional": 0,
     "runtime": 1,
-    "spaces.py": 1,
+    "spaces": 1,
     "config.py": 1,
     "policies": 2,
     "envs": 2,

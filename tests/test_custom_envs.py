@@ -14,7 +14,8 @@ from fastppo.envs.env_info import EnvInfo
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.errors import ConfigError, EnvError
 from fastppo.presets import CLEANRL
-from fastppo.spaces import ObsLeaf, ObsSpec
+from fastppo.spaces.leaves import ObsLeaf
+from fastppo.spaces.observations import ObsSpec
 from tests.worlds import Counter, Spaces, short, step
 
 FAR = spaces.Box(np.array([-2000, 5], np.float32), np.array([2000, 6], np.float32))

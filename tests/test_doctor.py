@@ -8,7 +8,7 @@ from fastppo.cli import main
 from fastppo.functional.gae import gae_doubling
 from fastppo.policies.actors import choose_act_device
 from fastppo.runtime.cores import usable_cores
-from fastppo.spaces import ObsSpec
+from fastppo.spaces.observations import ObsSpec
 from tests.test_update import make_policy
 
 

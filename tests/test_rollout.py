@@ -18,7 +18,7 @@ from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.collector import ActingCopy, Collector
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
-from fastppo.spaces import ObsSpec
+from fastppo.spaces.observations import ObsSpec
 from tests.worlds import Counter, short, step
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from fastppo.policies.policy import Policy
 from fastppo.ppo.minibatches import BatchLayout, Minibatch
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime import compile as compiling
-from fastppo.spaces import ObsSpec
+from fastppo.spaces.observations import ObsSpec
 from tests.reference.ppo import reference_update
 
 B, D, A = 256, 4, 3

@@ -87,17 +87,19 @@ def replay(capsule: Path | str, policy: nn.Module | None = None) -> Replay:
 
 def _minibatch_tensors(policy: Policy, dump: NanDump, rows: Tensor) -> Iterator[_Named]:
     """Yield every tensor of a minibatch's loss and gradient, in order of computation."""
-    batch = Batch(*(None if x is None else x[rows] for x in dump.batch))  # type: ignore[arg-type]
+    batch = dump.batch.take(rows, dump.metadata.get("segment_length", 1))
     for name, x in batch._asdict().items():
-        if x is not None:
+        if isinstance(x, Tensor):
             yield f"batch: {name}", x
+    for i, x in enumerate(batch.states):
+        yield f"batch: state {i}", x
     for name, parameter in policy.named_parameters():
         yield f"parameter: {name}", parameter.detach()
     batch = batch._replace(advantages=_normalized_advantages(batch, dump, rows))
     yield "normalised advantages", batch.advantages
     layers: list[_Named] = []
     with torch.enable_grad(), _layer_outputs(policy, layers):
-        output = policy(batch.obs)
+        output = policy(batch.obs, batch.states, batch.starts)
         yield from layers
         yield "distribution parameters", output.params.detach()
         yield "values", output.values.detach()

@@ -28,8 +28,9 @@ from fastppo.analysis.subprocesses import exit_reason
 from fastppo.builders.parts import policy_spec
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config
-from fastppo.envs.make_envs import EnvInfo, inspect_env
+from fastppo.envs.make_envs import EnvInfo
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
+from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.system_info import system_info
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device
@@ -133,7 +134,7 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     Raises:
         ConfigError: there is no target, or an n_envs does not divide the batch.
     """
-    env_info = inspect_env(base.env_id, base.env_kwargs, wrappers=base.wrappers)
+    env_info = inspect_configured(base)
     device = choose_device(base.device)
     resolved = _resolve(dataclasses.replace(base, n_envs=None), env_info, device)
     target = target_of(resolved)

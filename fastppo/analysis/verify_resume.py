@@ -17,9 +17,9 @@ import torch
 from fastppo.analysis.checks import CheckResult
 from fastppo.builders.resolve import resolve_config
 from fastppo.config import Config
-from fastppo.envs.make_envs import inspect_env
 from fastppo.resume_run import resume
 from fastppo.runs.checkpoint import newest_checkpoint
+from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.state_files import read_state, read_tensors
 from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
@@ -46,7 +46,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
     Raises:
         ConfigError, EnvError: the run can't be made with these settings.
     """
-    env_info = inspect_env(config.env_id, config.env_kwargs, wrappers=config.wrappers)
+    env_info = inspect_configured(config)
     c, notes = resolve_config(config, env_info, choose_device(config.device), custom_policy=False)
     c = dataclasses.replace(c, total_timesteps=iterations * c.batch_size, **_FIXED)
     for note in notes:

@@ -77,6 +77,8 @@ def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
         shared_trunk=c.shared_trunk,
         normalize_obs=bool(c.normalize_obs),
         obs_clip=c.obs_clip,
+        memory="none" if custom else c.memory,
+        memory_size=c.memory_size,
     )
 
 
@@ -117,8 +119,8 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
     return Models(spec, policy, reward_normalizer, parameters)
 
 
-def build_update(c: Config, models: Models, device: torch.device, world: World) -> PPOUpdate:
-    """Build the PPO update."""
+def build_update(c: Config, models: Models, device: torch.device, world: World, n_envs: int | None = None) -> PPOUpdate:
+    """Build the PPO update, for `n_envs` environments (None: the config's)."""
     return PPOUpdate(
         policy=models.policy,
         parameters=models.parameters,
@@ -130,6 +132,8 @@ def build_update(c: Config, models: Models, device: torch.device, world: World) 
         normalize=c.normalize_advantages,
         kl_stop=c.kl_stop,
         world=world,
+        segment_length=(c.segment_length or known(c.n_steps)) if models.policy.has_memory else 1,
+        n_envs=n_envs or known(c.n_envs),
     )
 
 
@@ -151,7 +155,7 @@ def plan_run(
         return plan_memory(
             known(c.n_steps),
             shape,
-            lambda: build_update(c, models, device, world),
+            lambda: build_update(c, models, device, world, n_envs),
             gae_doubling,
             graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
             histograms=c.log_histograms,
@@ -247,7 +251,7 @@ def build_collector(
             acting = copy.deepcopy(policy).cpu()
             here = Rollout.allocate(known(c.n_steps), env, acting, torch.device("cpu"))
             acting_copy = ActingCopy(acting, here, policy, rollout)
-            here.obs[-1].copy_(rollout.obs[-1])
+            here.obs[-1].copy_(rollout.obs[-1])  # states and starts of a new rollout are equal already
     noise = generator(c.seed, "noise", here.rewards.device, world.rank)
     whole = c.compile == "graph" and env.capturable_state is not None
     return Collector(env, acting, here, noise, clock, torch_only=whole, acting_copy=acting_copy), place
@@ -269,7 +273,9 @@ def build_learning(
     """Build the parts that learn from `rollout`, for a run of `n_iterations`."""
     device = rollout.rewards.device
     update = build_update(c, models, device, world)
-    metrics = Metrics(rollout, env.action_spec, update.report_names, world=world, obs_bounds=env.obs_bounds)
+    metrics = Metrics(
+        rollout, env.obs_spec, env.action_spec, update.report_names, world=world, obs_bounds=env.obs_bounds
+    )
     statistics = Statistics(
         metrics,
         clock,

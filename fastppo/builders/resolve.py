@@ -41,15 +41,24 @@ def resolve_config(
         changes["network"] = default_network(env_info.obs_spec)
     if custom_policy and config.network != "auto":
         raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
-    if env_info.obs_spec.leaf.kind != "vector" and config.normalize_obs is None:
+    leaves = env_info.obs_spec.seen
+    if config.normalize_obs is None and all(leaf.kind != "vector" for leaf in leaves):
         changes["normalize_obs"] = False
+    if custom_policy and config.memory != "none":
+        raise ConfigError(
+            f"memory={config.memory} and a policy module are both given; give the module an initial_state of its own "
+            "(docs/memory.md), and leave memory out."
+        )
     if config.eval_every is not None and env_info.vector is not None:
         raise ConfigError(
             "eval_every needs environments of its own, but make_env returned a vector environment; "
             "return a single environment from make_env, or leave eval_every out."
         )
     c = dataclasses.replace(filled, **changes)
-    notes = [note for note in (env_info.obs_spec.leaf.note, env_info.action_spec.note) if note is not None]
+    notes = [*env_info.obs_spec.notes, *([env_info.action_spec.note] if env_info.action_spec.note else [])]
+    if env_info.obs_spec.has_mask:
+        source = {"key": "the observation key action_mask", "method": "action_masks()", "info": 'info["action_mask"]'}
+        notes.append(f"action masks: from {source[env_info.obs_spec.leaves[-1].mask_source or 'key']}.")
     if config.target_return == "threshold" and c.target_return is None:
         notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
     if config.preset == "tuned" and config.env_id not in TUNED:

@@ -24,7 +24,7 @@ from fastppo.builders.parts import (
 )
 from fastppo.builders.resolve import known, resolve_config, target_of
 from fastppo.config import Config, count_iterations
-from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env
+from fastppo.envs.make_envs import EnvInfo, Maker
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError, first_line
 from fastppo.evaluation.periodic import PeriodicEvaluation
@@ -38,6 +38,7 @@ from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import clean_up
 from fastppo.runs.checkpoint_writer import CheckpointWriter
+from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.model_files import read_spec
 from fastppo.runs.restore import Part, Progress, restore, run_metadata
 from fastppo.runs.run_dir import RunLock, claim_run_dir, create_run_dir
@@ -108,9 +109,7 @@ def build_run(
     with contextlib.ExitStack() as undo:
         undo.callback(world.close)
         made = time.perf_counter()
-        env_info = inspect_env(
-            config.env_id, config.env_kwargs, make_env, config.wrappers, rescale_actions=config.rescale_actions
-        )
+        env_info = inspect_configured(config, make_env)
         made = time.perf_counter() - made
         if resume_from is not None:  # an earlier version may have read this space in another way
             env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)

@@ -88,13 +88,13 @@ class Bench(Train):
             check_early(config, trains=False)  # before the import of torch, and once, not at every point
         from fastppo.analysis import bench, bench_report
         from fastppo.envs.auto_vectorization import env_key, remember
-        from fastppo.envs.make_envs import inspect_env
+        from fastppo.runs.inspect_env import inspect_configured
         from fastppo.runs.run_dir import create_run_dir
         from fastppo.runs.system_info import system_info
         from fastppo.runtime.device import choose_device, machine_name
 
         # fail here once, not at every point
-        env_name = inspect_env(self.env_id, self.env_kwargs, wrappers=self.wrappers).name
+        env_name = inspect_configured(configs[0]).name
         about = system_info(choose_device(self.device))
         folder = create_run_dir(self.run_dir, env_name, self.name, self.seed)
         console, points = open_console(), list[bench.Point]()

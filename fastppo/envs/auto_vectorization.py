@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from fastppo.envs.pack_observation import sample_actions
 from fastppo.errors import ENV_ERRORS, first_line
 from fastppo.runtime.files import replace_file
+from fastppo.spaces.packing import PackedSpace
 
 Vectorization = Literal["sync", "async", "pool", "native", "envpool", "tensor"]
 
@@ -111,17 +113,19 @@ def measure(
 
 def _speed(venv: VectorEnv[Any, Any, Any], seconds: float) -> float:
     try:
-        venv.reset(seed=0)
+        obs, _ = venv.reset(seed=0)
         venv.action_space.seed(0)
+        for _ in range(8):  # the first steps allocate buffers
+            obs = venv.step(sample_actions(venv, obs))[0]
+        masked = isinstance(venv.single_observation_space, PackedSpace) and venv.single_observation_space.mask
         actions = [venv.action_space.sample() for _ in range(8)]
-        for action in actions:  # the first steps allocate buffers
-            venv.step(action)
         real, over = 0, np.zeros(venv.num_envs, bool)
         next_step = AutoresetMode(venv.metadata["autoreset_mode"]) == AutoresetMode.NEXT_STEP
         begin = now = time.perf_counter()
         rounds = 0
         while now - begin < seconds or rounds < 8:
-            _, _, terminated, truncated, _ = venv.step(actions[rounds % 8])
+            action = sample_actions(venv, obs) if masked else actions[rounds % 8]
+            obs, _, terminated, truncated, _ = venv.step(action)
             real += venv.num_envs - (int(over.sum()) if next_step else 0)
             over = (terminated | truncated) & ~over
             rounds, now = rounds + 1, time.perf_counter()

@@ -29,6 +29,7 @@ from fastppo.envs.envpool_vector import make_envpool
 from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, reuses_observations
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.native import has_native, make_native
+from fastppo.envs.pack_observation import PackVectorObservation
 from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
 from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv
 from fastppo.envs.tensor.simulator import SimulatorEnv
@@ -154,12 +155,18 @@ def _async(info: EnvInfo, options: VecEnvOptions) -> AsyncVectorEnv:
         return _AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def _native(info: EnvInfo, options: VecEnvOptions) -> VectorEnv[Any, Any, Any]:
-    return make_native(_factory(info), options.n_envs, info.atari)
+def _native(info: EnvInfo, n_envs: int) -> VectorEnv[Any, Any, Any]:
+    return _packed(info, make_native(_factory(info), n_envs, info.atari))
 
 
 def _envpool(info: EnvInfo, options: VecEnvOptions) -> VectorEnv[Any, Any, Any]:
-    return make_envpool(_factory(info), options.n_envs, info.atari, options.seed)
+    return _packed(info, make_envpool(_factory(info), options.n_envs, info.atari, options.seed))
+
+
+def _packed(info: EnvInfo, venv: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
+    """Return a vector environment whose observations are packed as those of a single environment are."""
+    space = _factory(info).packed
+    return venv if space is None else PackVectorObservation(venv, space)
 
 
 def _own(info: EnvInfo, options: VecEnvOptions) -> VecEnv:
@@ -207,11 +214,9 @@ BACKENDS: dict[Vectorization, Backend] = {
         auto_margin=1.0,
     ),
     "native": _gymnasium(
-        _native,
+        lambda info, options: _native(info, options.n_envs),
         lambda venv, options: GymnasiumVecEnv(venv, seeding="unknown", resume_support=options.resume_support),
-        probe_resume=lambda info, n_envs: probe_vector_resume_support(
-            lambda: make_native(_factory(info), min(n_envs, _PROBE_ENVS), info.atari)
-        ),
+        probe_resume=lambda info, n_envs: probe_vector_resume_support(lambda: _native(info, min(n_envs, _PROBE_ENVS))),
         available=lambda info: has_native(_factory(info)),
         auto_margin=1.5,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -13,12 +13,29 @@ from gymnasium.vector import VectorEnv
 from fastppo.envs import factory as single
 from fastppo.envs.env_state import close_env, normalizers_of
 from fastppo.envs.factory import EnvFactory
+from fastppo.envs.pack_observation import PackObservation, PackVectorObservation, packed_space
 from fastppo.envs.tensor.simulator import SimulatorEnv
-from fastppo.errors import ConfigError
+from fastppo.errors import ENV_ERRORS, ConfigError
 from fastppo.runtime.seeding import global_states
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 
 Maker = Callable[[], Any]  # -> a gymnasium Env; or a VectorEnv or SimulatorEnv, which is used as it is
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What to read of an environment's observations.
+
+    Attributes:
+        obs_keys: keys of a Dict or Tuple observation to read; empty: all but `critic_obs_keys`.
+        critic_obs_keys: keys that only the critic reads.
+        masks: use the environment's masks of allowed actions, if it gives any.
+    """
+
+    obs_keys: tuple[str, ...] = ()
+    critic_obs_keys: tuple[str, ...] = ()
+    masks: bool = True
 
 
 @dataclasses.dataclass
@@ -57,9 +74,13 @@ class EnvInfo:
     @property
     def kind(self) -> Literal["discrete", "image", "continuous"]:
         """The CleanRL script whose defaults fit."""
-        if self.obs_spec.leaf.kind == "image":
+        leaves = self.obs_spec.seen
+        if leaves[0].kind == "image" or any(leaf.fits_cnn for leaf in leaves):
             return "image"
         return "continuous" if self.action_spec.kind == "box" else "discrete"
+
+
+EVERYTHING = Reading()
 
 
 def inspect_env(
@@ -69,6 +90,7 @@ def inspect_env(
     wrappers: tuple[str, ...] = (),
     *,
     rescale_actions: bool = False,
+    reading: Reading = EVERYTHING,
 ) -> EnvInfo:
     """Make one environment, read its properties and close it.
 
@@ -78,19 +100,22 @@ def inspect_env(
         make_env: the user's own constructor.
         wrappers: "module:name" of wrappers, the innermost first.
         rescale_actions: map actions in [-1, 1] to the bounds of the Box action space.
+        reading: what to read of its observations.
 
     Raises:
-        ConfigError: its package is missing, or its arguments are refused.
+        ConfigError: its package is missing, its arguments are refused, or its observations have no such keys.
         EnvStartError: it can't be made, or its first reset or step fails.
         EnvError: its spaces aren't supported.
     """
-    env_info = _inspect(env_id, env_kwargs, make_env, wrappers)
+    env_info = _inspect(env_id, env_kwargs, make_env, wrappers, reading)
     if rescale_actions:
         env_info.action_spec = env_info.action_spec.rescaled()
     return env_info
 
 
-def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wrappers: tuple[str, ...]) -> EnvInfo:
+def _inspect(
+    env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wrappers: tuple[str, ...], reading: Reading
+) -> EnvInfo:
     atari = False
     if make_env is None:
         spec = single.find_spec(env_id)
@@ -112,6 +137,11 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wr
         )
     if isinstance(env, VectorEnv):
         _check_vector(env)
+        packed = packed_space(
+            env, reading.obs_keys, reading.critic_obs_keys, (lambda: _vector_info(env)) if reading.masks else None
+        )
+        if packed is not None:
+            env = PackVectorObservation(env, packed)
         return EnvInfo(
             obs_spec=ObsSpec.from_space(env.single_observation_space),
             action_spec=ActionSpec.from_space(env.single_action_space),
@@ -120,16 +150,27 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wr
             normalizers=tuple(normalizers_of(env)),
         )
     if isinstance(env, SimulatorEnv):
+        env.read(reading.obs_keys, reading.critic_obs_keys, masks=reading.masks)
         return EnvInfo(obs_spec=env.obs_spec, action_spec=env.action_spec, name=env.name, vector=env)
     if not isinstance(env, gym.Env):
         raise ConfigError(
             f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv, or a SimulatorEnv."
         )
     try:
-        obs_spec, action_spec = ObsSpec.from_space(env.observation_space), ActionSpec.from_space(env.action_space)
+        action_spec = ActionSpec.from_space(env.action_space)
         threshold = env.spec.reward_threshold if env.spec else None
         before = global_states()
-        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env), quiet=True)
+        plain = env
+        packed = packed_space(
+            env,
+            reading.obs_keys,
+            reading.critic_obs_keys,
+            (lambda: single.first_reset(plain)[1]) if reading.masks else None,
+        )
+        if packed is not None:
+            env = PackObservation(env, packed)
+        obs_spec = ObsSpec.from_space(env.observation_space)
+        factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env), packed=packed, quiet=True)
         drawn = tuple(name for name, state in global_states().items() if before.get(name, state) != state)
         normalizers = tuple(normalizers_of(env))
     finally:
@@ -145,6 +186,15 @@ def _inspect(env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wr
         normalizers=normalizers,
         global_streams=drawn,
     )
+
+
+def _vector_info(venv: VectorEnv[Any, Any, Any]) -> Mapping[str, Any]:
+    """Return the info of a reset; empty if it fails, as it may under a seed of this form."""
+    try:
+        info: Mapping[str, Any] = venv.reset(seed=0)[1]
+    except ENV_ERRORS:
+        return {}
+    return info
 
 
 def _vector_name(venv: VectorEnv[Any, Any, Any]) -> str:

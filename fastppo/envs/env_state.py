@@ -34,6 +34,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
+from fastppo.envs.pack_observation import sample_action, sample_actions
 from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, cause_line, first_line
 
 _Array = np.ndarray[Any, Any]
@@ -486,12 +487,13 @@ def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
             undo.callback(close_env, twin)
             _check_distinct(env, twin)
             before = _streams(env)
-            env.reset(seed=7)
+            obs, _ = env.reset(seed=7)
             twin.reset(seed=11)
             after, other = _streams(env), _streams(twin)
             env.action_space.seed(0)
             for _ in range(2):
-                if _step(env, env.action_space.sample())[-1]:
+                obs, _, terminated, truncated, _ = env.step(sample_action(env, obs))
+                if terminated or truncated:
                     break
             return _notes_on_streams(env, before, after, other)
         except EnvStartError:
@@ -503,22 +505,21 @@ def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
 def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSupport:
     env = make()
     env.action_space.seed(0)
-    actions = [env.action_space.sample() for _ in range(3 * _STEPS)]
     # a seeded episode, then unseeded ones; the state is taken in the middle of one
     log, built = EpisodeLog(1), ConstructedData(env)
     fresh = _streams(env)
     log.begin(0, env, 7, built)
     started = time.perf_counter()
-    env.reset(seed=7)
+    obs, _ = env.reset(seed=7)
     seeded, steps = _streams(env), 0
     while steps < 2 or (steps < _STEPS and time.perf_counter() - started < _PROBE_SECONDS / 10):
-        over = _step(env, actions[steps])[-1]
-        log.add(np.array([actions[steps]]))
+        action = sample_action(env, obs)
+        obs, _, terminated, truncated, _ = env.step(action)
+        log.add(np.array([action]))
         steps += 1
-        if over or steps == 1:  # the replay must cover an episode that began without a seed
+        if terminated or truncated or steps == 1:  # the replay must cover an episode that began without a seed
             log.begin(0, env, None, built)
-            env.reset()
-    actions = actions[steps : 3 * steps]
+            obs, _ = env.reset()
     episode = json.loads(json.dumps(log.episode(0)))
     state, why, excess = None, "a copy of its attributes behaves differently", ""
     started = time.thread_time()  # not the clock: a busy machine must not decide about a resume
@@ -532,7 +533,7 @@ def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSuppor
         size = len(json.dumps(state_of(env, built, all_of_it=False, check=False)))
         excess = _excess(size, 0.0, n_envs, time.thread_time() - started)
     drawn = _streams(env)
-    after = _outputs(env, actions)
+    actions, after = _sampled_outputs(env, obs, 2 * steps)
     close_env(env)
     twin = make()
     try:
@@ -651,19 +652,31 @@ def _prepared_outputs(twin: gym.Env[Any, Any], prepare: Callable[[], Any], actio
         return None
 
 
-def _step(env: gym.Env[Any, Any], action: Any) -> tuple[Any, float, bool]:  # noqa: ANN401 - an action
-    obs, reward, terminated, truncated, _ = env.step(action)
-    return np.asarray(obs).tobytes(), float(reward), bool(terminated or truncated)
-
-
 def _outputs(env: gym.Env[Any, Any], actions: Sequence[Any]) -> list[Any]:
     """Return all outputs of `actions`, with a reset after half of them and after each episode end."""
+    return _play(env, lambda k, obs: actions[k], len(actions), None)
+
+
+def _sampled_outputs(env: gym.Env[Any, Any], obs: Any, n: int) -> tuple[list[Any], list[Any]]:  # noqa: ANN401
+    """Return `n` random actions, the first taken after observation `obs`, and their outputs as `_outputs` does."""
+    actions: list[Any] = []
+
+    def sample(k: int, obs: Any) -> Any:  # noqa: ANN401 - an observation, an action
+        actions.append(sample_action(env, obs))
+        return actions[k]
+
+    return actions, _play(env, sample, n, obs)
+
+
+def _play(env: gym.Env[Any, Any], choose: Callable[[int, Any], Any], n: int, obs: Any) -> list[Any]:  # noqa: ANN401
     found: list[Any] = []
-    for k, action in enumerate(actions):
-        out = _step(env, action)
-        found.append(out)
-        if out[-1] or k == len(actions) // 2:
-            found.append(np.asarray(env.reset()[0]).tobytes())
+    for k in range(n):
+        obs, reward, terminated, truncated, _ = env.step(choose(k, obs))
+        over = bool(terminated or truncated)
+        found.append((np.asarray(obs).tobytes(), float(reward), over))
+        if over or k == n // 2:
+            obs, _ = env.reset()
+            found.append(np.asarray(obs).tobytes())
     return found
 
 
@@ -672,21 +685,26 @@ def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], st
     try:
         venv = make()
         venv.action_space.seed(0)
-        actions = [venv.action_space.sample() for _ in range(2 * steps)]
-        outs = []
+        venv.single_action_space.seed(0)
+        outs, actions = [], []
         try:
-            venv.reset(seed=7)
-            for action in actions[:steps]:
-                venv.step(action)
-            state = json.loads(json.dumps(state_of(venv)))
-            outs.append(_outputs_together(venv, actions[steps:]))
+            obs, _ = venv.reset(seed=7)
+            for _ in range(steps):
+                obs = venv.step(sample_actions(venv, obs))[0]
+            state, out = json.loads(json.dumps(state_of(venv))), list[bytes]()
+            for _ in range(steps):
+                actions.append(sample_actions(venv, obs))
+                obs, *rest = venv.step(actions[-1])[:4]
+                out += [np.asarray(part).tobytes() for part in (obs, *rest)]
+            outs.append(out)
         finally:
             close_env(venv)
         twin = make()
         try:
             twin.reset(seed=11)
             set_state(twin, state)
-            outs.append(_outputs_together(twin, actions[steps:]))
+            results = [twin.step(action)[:4] for action in actions]
+            outs.append([np.asarray(part).tobytes() for result in results for part in result])
         finally:
             close_env(twin)
     except NotPlainError as error:
@@ -696,7 +714,3 @@ def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], st
     if outs[0] == outs[1]:
         return ResumeSupport("exact", "environment state can be saved")
     return ResumeSupport("restart", "a copy of its attributes behaves differently")
-
-
-def _outputs_together(venv: VectorEnv[Any, Any, Any], actions: Sequence[_Array]) -> list[bytes]:
-    return [np.asarray(part).tobytes() for action in actions for part in venv.step(action)[:4]]

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import itertools
 import multiprocessing
@@ -20,7 +21,9 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from fastppo.envs.pack_observation import PackObservation, sample_action
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvStartError, FastPPOError, cause_line, first_line
+from fastppo.spaces.packing import PackedSpace
 
 MakeEnv = Callable[[], "gym.Env[Any, Any]"]
 
@@ -48,6 +51,7 @@ class EnvFactory:
         copy_obs: whether its observations must be copied (see `CopyObservation`).
         make: the user's own constructor.
         wrappers: "module:name" of each wrapper, the innermost first; they come on top of the Atari preprocessing.
+        packed: the space of its rows; None: its observations are single arrays.
         quiet: whether to drop warnings of the constructor, which the first environment has shown.
     """
 
@@ -56,6 +60,7 @@ class EnvFactory:
     copy_obs: bool = False
     make: MakeEnv | None = None
     wrappers: tuple[str, ...] = ()
+    packed: PackedSpace | None = None
     quiet: bool = False
 
     def __call__(self) -> gym.Env[Any, Any]:
@@ -70,6 +75,8 @@ class EnvFactory:
             if isinstance(env, gym.Env):  # `inspect_env` refuses wrappers of anything else
                 for name in self.wrappers:
                     env = wrap(env, name)
+        if self.packed is not None:  # packing copies
+            return PackObservation(env, self.packed)
         return CopyObservation(env) if self.copy_obs else env
 
     def _make(self) -> gym.Env[Any, Any]:
@@ -225,9 +232,11 @@ def reuses_observations(env: gym.Env[Any, Any]) -> bool:
     def keep(obs: Any) -> None:  # noqa: ANN401 - whatever the space holds
         kept.append((obs, copy.copy(obs)))
 
-    keep(_first_call(env, "reset", lambda: env.reset(seed=0))[0])
+    obs = first_reset(env)[0]
+    keep(obs)
     for _ in range(2):
-        obs, _, terminated, truncated, _ = _first_call(env, "step", lambda: env.step(env.action_space.sample()))
+        action = sample_action(env, obs)
+        obs, _, terminated, truncated, _ = _first_call(env, "step", functools.partial(env.step, action))
         keep(obs)
         if np.any(terminated) or np.any(truncated):
             break
@@ -235,6 +244,16 @@ def reuses_observations(env: gym.Env[Any, Any]) -> bool:
     arrays = [(obs, before) for obs, before in kept if isinstance(obs, np.ndarray)]
     shared = any(np.shares_memory(a, b) for (a, _), (b, _) in itertools.combinations(arrays, 2))
     return shared or any(obs.tobytes() != before.tobytes() for obs, before in arrays)
+
+
+def first_reset(env: gym.Env[Any, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return observation and info of an environment's first reset.
+
+    Raises:
+        EnvStartError: it fails, or doesn't return what Gymnasium's do.
+    """
+    obs, info = _first_call(env, "reset", lambda: env.reset(seed=0))
+    return obs, info if isinstance(info, dict) else {}
 
 
 def _first_call(env: gym.Env[Any, Any], name: str, call: Callable[[], Any]) -> tuple[Any, ...]:

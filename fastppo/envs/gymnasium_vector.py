@@ -20,7 +20,8 @@ from fastppo.envs.env_state import NotPlainError, ResumeSupport, close_env, mome
 from fastppo.envs.sync import StepResult
 from fastppo.envs.vec_env import Transitions, VecEnv, no_access
 from fastppo.errors import EnvError
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 
 _Array = np.ndarray[Any, Any]
 
@@ -111,7 +112,8 @@ class GymnasiumVecEnv(VecEnv):
         self.fillers = self.mode == AutoresetMode.NEXT_STEP
         self.notes = []
         self.obs_bounds = _bounds(venv.single_observation_space)
-        if self.obs_spec.leaf.kind == "vector" and self.obs_spec.source_dtype != "float32":
+        first = self.obs_spec.leaves[0]
+        if first.kind == "vector" and self.obs_spec.source_dtype != "float32" and self.obs_spec.dtype == torch.float32:
             self._note(f"observations are {self.obs_spec.source_dtype}; stored as float32, cast once.")
         self.groups = getattr(venv, "groups", [slice(0, self.n_envs)])
         self._ended = np.zeros(self.n_envs, bool)
@@ -119,7 +121,7 @@ class GymnasiumVecEnv(VecEnv):
         self.final_obs = torch.from_numpy(self._final)
         self._results: list[StepResult] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked, self._steps = False, 0
-        self._discrete = self.obs_spec.leaf if self.obs_spec.leaf.kind == "discrete" else None
+        self._discrete = first if self.obs_spec.is_single and first.kind == "discrete" else None
 
     def reset(self, seeds: _Array) -> Tensor:
         """Reset every environment with its own seed, as far as the vector environment takes seeds."""

@@ -12,6 +12,7 @@ from fastppo.envs.auto_vectorization import Vectorization, choose, measure
 from fastppo.envs.backends import BACKENDS, VecEnvOptions, backend_of
 from fastppo.envs.env_info import EnvInfo as EnvInfo
 from fastppo.envs.env_info import Maker as Maker
+from fastppo.envs.env_info import Reading as Reading
 from fastppo.envs.env_info import inspect_env as inspect_env
 from fastppo.envs.env_state import ResumeSupport, probe_seeding
 from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastppo.envs.env_state import ResumeSupport
 from fastppo.errors import EnvError
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 
 
 class Transitions(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from torch import Tensor
 from fastppo.config import Config
 from fastppo.envs.vec_env import Step, VecEnv, env_seeds, stepper
 from fastppo.policies.policy import Policy
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
+
+_Array = np.ndarray[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,32 @@ class Evaluation:
         return float(np.std(self.returns))
 
 
+def begin_episode(
+    policy: Policy, obs_spec: ObsSpec, action_spec: ActionSpec, device: torch.device, generator: torch.Generator | None
+) -> Callable[[_Array], _Array]:
+    """Return a function from each stored observation of one episode, in turn, to the environment's action.
+
+    Args:
+        policy: acts, on `device`.
+        obs_spec: of the observations.
+        action_spec: of the actions.
+        device: of the policy.
+        generator: samples actions; None: the most probable ones.
+    """
+    state, starts = policy.initial_state(1), torch.ones(1, dtype=torch.bool, device=device)
+
+    def act(obs: _Array) -> _Array:
+        nonlocal state
+        row = torch.as_tensor(np.asarray(obs)[None]).to(device, obs_spec.dtype)
+        step = policy.act(row, None if generator is None else policy.draw_noise(1, generator), state, starts)
+        state = step.state
+        starts.zero_()
+        action: _Array = action_spec.to_env(step.actions.numpy(force=True))[0]
+        return action
+
+    return act
+
+
 class EpisodePlayer:
     """Plays complete episodes in a vector environment; every call starts from the same seeds."""
 
@@ -89,10 +120,11 @@ class EpisodePlayer:
             self._step = stepper(self._env, obs.device)
         cut = 0
         state = self._policy.initial_state(n)
+        starts = torch.ones(n, dtype=torch.bool, device=self._device)
         while any(len(own) < k for own, k in zip(played, quota, strict=True)):
             raw = obs.to(self._device, self._env.obs_spec.dtype)
             noise = None if generator is None else self._policy.draw_noise(n, generator)
-            action = self._policy.act(raw, noise, state)
+            action = self._policy.act(raw, noise, state, starts)
             state = action.state
             step = self._step(action.actions)
             real = np.ones(n, bool) if step.valid is None else step.valid.numpy(force=True)
@@ -107,6 +139,8 @@ class EpisodePlayer:
                     quota[i], cut = len(played[i]), cut + 1
                 length[i] = 0
             obs = step.obs
+            ended = step.terminated | step.truncated if step.valid is None else ~step.valid
+            starts = ended.to(self._device)
         kept = [episode for own, k in zip(played, quota, strict=True) for episode in own[:k]]
         returns, lengths = [r for r, _ in kept], [k for _, k in kept]
         return Evaluation(returns, lengths, cut, self._max_steps, self._normalizers)

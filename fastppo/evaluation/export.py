@@ -15,7 +15,7 @@ from fastppo.errors import ConfigError, first_line
 from fastppo.evaluation.saved_policy import load_policy
 from fastppo.policies.policy import Policy
 from fastppo.runtime.files import replace_file
-from fastppo.spaces import ActionSpec, ToEnv
+from fastppo.spaces.actions import ActionSpec, ToEnv
 
 Format = Literal["onnx", "pt2"]
 

@@ -12,14 +12,13 @@ import torch
 
 from fastppo.envs.make_envs import EnvInfo, make_vec_env
 from fastppo.errors import ENV_ERRORS
-from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
+from fastppo.evaluation.episodes import EpisodePlayer, Evaluation, begin_episode
 from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
 from fastppo.runs.restore import Progress
 from fastppo.runtime.distributed import World
 from fastppo.runtime.seeding import preserve_global_random_state, seed_stream
-from fastppo.spaces import ActionSpec, ObsSpec
 
 _MAX_ENVS = 8
 
@@ -81,8 +80,8 @@ class PeriodicEvaluation:
                 )
                 undo.callback(self._player.close)
             if world.is_main and video_every is not None:
-                act = _greedy(policy, env_info.obs_spec, env_info.action_spec, device)
-                self._recorder = VideoRecorder(env_info, act)
+                specs = env_info.obs_spec, env_info.action_spec
+                self._recorder = VideoRecorder(env_info, lambda: begin_episode(policy, *specs, device, None))
             undo.pop_all()
 
     def __call__(self, stats: Stats, progress: Progress) -> bool:
@@ -134,19 +133,6 @@ class PeriodicEvaluation:
             for part in (self._player, self._recorder):
                 if part is not None:
                     stack.callback(part.close)
-
-
-def _greedy(
-    policy: Policy, obs_spec: ObsSpec, action_spec: ActionSpec, device: torch.device
-) -> Callable[[_Array], _Array]:
-    """Return a function from one observation to the environment's most probable action."""
-
-    def act(obs: _Array) -> _Array:
-        row = torch.as_tensor(obs[None]).to(device, obs_spec.dtype)
-        action: _Array = action_spec.to_env(policy.act(row, None).actions.numpy(force=True))[0]
-        return action
-
-    return act
 
 
 def _due(every: int | None, previous: int, now: int) -> bool:

@@ -7,20 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastppo.config import Config
-from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vec_env
-from fastppo.errors import CheckpointError, ConfigError
-from fastppo.evaluation.episodes import EpisodePlayer, Evaluation
+from fastppo.envs.make_envs import EnvInfo, Maker, make_vec_env
+from fastppo.errors import CheckpointError, ConfigError, EnvError
+from fastppo.evaluation.episodes import EpisodePlayer, Evaluation, begin_episode
 from fastppo.evaluation.video import Video, VideoRecorder, check_video_name, choose_renderers
-from fastppo.policies.policy import Policy
+from fastppo.policies.policy import Policy, PolicyState
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint import best_checkpoint, verify_checkpoint
+from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.model_files import load_model, read_spec, weights_file
 from fastppo.runs.open_run import open_run
 from fastppo.runtime.device import choose_device
 from fastppo.runtime.seeding import generator, seed_stream
+from fastppo.spaces.packing import find
 
 
 class SavedPolicy:
@@ -39,37 +41,72 @@ class SavedPolicy:
         self.device = device
         self._generator = generator(seed, "noise", device)
 
-    def predict(self, obs: Any, deterministic: bool = True) -> np.ndarray[Any, Any]:  # noqa: ANN401 - array-like
-        """Return the action for one observation, or the actions for a batch.
+    def predict(
+        self,
+        obs: Any,  # noqa: ANN401 - array-like, or a tree of them
+        state: PolicyState | None = None,
+        episode_start: Any = None,  # noqa: ANN401 - array-like
+        deterministic: bool = True,
+        *,
+        action_mask: Any = None,  # noqa: ANN401 - array-like
+    ) -> tuple[np.ndarray[Any, Any], PolicyState]:
+        """Return the action for one observation, or the actions for a batch, and the policy's next state.
 
         Args:
-            obs: raw observations as the environment returns them, [*obs] or [B, *obs].
+            obs: raw observations as the environment returns them, [*obs] or [B, *obs]; a dict or tuple of arrays where
+                the space is.
+            state: the state that the last call returned; None: that of new episodes. `()` without memory.
+            episode_start: whether an episode starts here, a bool or [B]; None: only where `state` is None.
             deterministic: take the most probable action; otherwise sample.
+            action_mask: the allowed actions, [A] or [B, A]; None: under the key `action_mask` of obs, or all.
 
         Returns:
-            Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action].
+            Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action], and the state.
 
         Raises:
-            ValueError: `obs` has another shape, holds a NaN, an infinity or anything but numbers, or a discrete one is
-                outside its space.
+            ValueError: `obs` has another shape, holds a NaN, an infinity or anything but numbers, a discrete one is
+                outside its space, a mask has the wrong size, or `state` is of another batch.
         """
-        array, shape = np.asarray(obs, order="C"), self.spec.obs.shape
-        single = array.shape == shape
-        if not single and array.shape[1:] != shape:
-            raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
-        if array.dtype.kind not in "biuf":
-            raise ValueError(f"obs is of dtype {array.dtype}; this policy takes real numbers.")
-        array = array[None] if single else array
-        if self.spec.obs.leaf.kind == "discrete" and (outside := self.spec.obs.leaf.outside(array)):
-            row, value, space = outside
-            raise ValueError(f"row {row} of obs is {value}, outside the observation_space {space}.")
-        rows = torch.as_tensor(array).to(self.device, self.spec.obs.dtype)
-        if rows.is_floating_point() and not rows.isfinite().all():
+        rows, single = self._rows(obs, action_mask)
+        if rows.is_floating_point() and not self.spec.obs.finite(rows).all():
             raise ValueError("obs holds a NaN or an infinity, for which there is no action; replace such values.")
-        noise = None if deterministic else self.policy.draw_noise(len(rows), self._generator)
-        step = self.policy.act(rows, noise, self.policy.initial_state(len(rows)))
+        n = len(rows)
+        starts = torch.full((n,), state is None, device=self.device)
+        if episode_start is not None:
+            starts |= torch.as_tensor(np.broadcast_to(np.asarray(episode_start, bool), n).copy()).to(self.device)
+        if state is None:
+            state = self.policy.initial_state(n)
+        elif any(len(part) != n for part in state):
+            raise ValueError(f"state is of {len(state[0])} episodes, but obs holds {n}; leave it out to begin anew.")
+        noise = None if deterministic else self.policy.draw_noise(n, self._generator)
+        step = self.policy.act(rows, noise, state, starts)
         out = self.spec.action.to_env(step.actions.numpy(force=True))
-        return out[0] if single else out
+        return (out[0] if single else out), step.state
+
+    def _rows(self, obs: Any, mask: Any) -> tuple[Tensor, bool]:  # noqa: ANN401 - trees of arrays
+        """Return obs as stored rows [B, *obs], and whether it is a single observation."""
+        spec = self.spec.obs
+        if mask is not None and not spec.has_mask:
+            raise ValueError("this policy was trained without action masks; leave action_mask out.")
+        if spec.is_single and not spec.leaf.path:
+            array, shape = np.asarray(obs, order="C"), spec.shape
+            single = array.shape == shape
+            if not single and array.shape[1:] != shape:
+                raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"obs is of dtype {array.dtype}; this policy takes real numbers.")
+            array = array[None] if single else array
+            if spec.leaf.kind == "discrete" and (outside := spec.leaf.outside(array)):
+                row, value, space = outside
+                raise ValueError(f"row {row} of obs is {value}, outside the observation_space {space}.")
+            return torch.as_tensor(array).to(self.device, spec.dtype), single
+        try:
+            first = np.asarray(find(obs, spec.leaves[0]))
+            single = first.ndim == len(spec.leaves[0].shape)
+            packed = spec.space.pack(obs, mask, None if single else len(first))
+        except EnvError as error:
+            raise ValueError(str(error)) from None
+        return torch.from_numpy(packed[None] if single else packed).to(self.device), single
 
 
 def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = "cpu", seed: int = 0) -> SavedPolicy:
@@ -174,7 +211,9 @@ def record_video(
     check_video_name(output)
     choose_renderers()
     saved, env_info, _ = _open(Path(run), seed, make_env, policy, allow_import, best)
-    recorder = VideoRecorder(env_info, lambda obs: saved.predict(obs, deterministic))
+    noise = None if deterministic else saved._generator
+    specs = saved.spec.obs, saved.spec.action
+    recorder = VideoRecorder(env_info, lambda: begin_episode(saved.policy, *specs, saved.device, noise))
     try:
         video = recorder.record_episode(seed)
     finally:
@@ -194,9 +233,7 @@ def _open(
         folder = best_folder
     saved = load_policy(folder, policy, seed=seed)
     config = open_run(folder, make_env, allow_import)
-    env_info = inspect_env(
-        config.env_id, config.env_kwargs, make_env, config.wrappers, rescale_actions=config.rescale_actions
-    )
+    env_info = inspect_configured(config, make_env)
     env_info.obs_spec = env_info.obs_spec.read_as(saved.spec.obs)
     if (env_info.obs_spec, env_info.action_spec) != (saved.spec.obs, saved.spec.action):
         raise ConfigError(f"{config.env_id} has other spaces than the policy in {folder}; give its make_env.")

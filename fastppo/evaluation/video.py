@@ -92,12 +92,13 @@ def choose_renderers() -> None:
 class VideoRecorder:
     """Records episodes in an environment of its own."""
 
-    def __init__(self, env_info: EnvInfo, act: Callable[[_Array], _Array]) -> None:
+    def __init__(self, env_info: EnvInfo, begin: Callable[[], Callable[[_Array], _Array]]) -> None:
         """Make the environment with `render_mode="rgb_array"`.
 
         Args:
             env_info: of the environment, as `inspect_env` returns it.
-            act: maps one observation to the environment's action.
+            begin: called at the start of an episode; returns a function from each observation to the environment's
+                action.
 
         Raises:
             ConfigError: the environment can't be rendered, or a library is missing.
@@ -107,7 +108,7 @@ class VideoRecorder:
         if env_info.factory is None:
             raise ConfigError("video: your own VectorEnv can't be recorded; give a make_env that returns one Env.")
         kwargs = env_info.factory.env_kwargs | {"render_mode": "rgb_array"}
-        self._act = act
+        self._begin = begin
         self._env: gym.Env[Any, Any] = factory.build(dataclasses.replace(env_info.factory, env_kwargs=kwargs))
         if self._env.render_mode != "rgb_array":
             close_env(self._env)
@@ -134,9 +135,10 @@ class VideoRecorder:
         """
         try:
             obs, _ = self._env.reset(seed=seed)
+            act = self._begin()
             frames, total, stride, whole = [self._render()], 0.0, 1, False
             for step in range(1, _MAX_STEPS + 1):
-                obs, reward, terminated, truncated, _ = self._env.step(self._act(np.asarray(obs)))
+                obs, reward, terminated, truncated, _ = self._env.step(act(np.asarray(obs)))
                 total += float(reward)
                 if step % stride == 0:
                     frames.append(self._render())

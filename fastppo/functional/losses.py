@@ -26,6 +26,9 @@ class Batch(NamedTuple):
         advantages: [B].
         returns: [B] the critic's targets.
         valid: [B] bool, or None where every row is a real transition.
+        starts: [B] bool: an episode starts at this row; None: the policy has no memory.
+        states: the policy's state before each row, [B, ...] each; in a minibatch of sequences, before the first row
+            of each.
     """
 
     obs: Tensor
@@ -36,6 +39,13 @@ class Batch(NamedTuple):
     advantages: Tensor
     returns: Tensor
     valid: Tensor | None
+    starts: Tensor | None = None
+    states: tuple[Tensor, ...] = ()
+
+    def take(self, rows: Tensor, length: int = 1) -> Batch:
+        """Return the chosen rows [B]; with memory, whole sequences of `length` rows, all first rows first."""
+        chosen = {name: x[rows] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return self._replace(**chosen, states=tuple(x[rows[: len(rows) // length]] for x in self.states))
 
 
 class Coefficients(NamedTuple):

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor
 
+from fastppo.ppo.minibatches import sequence_rows
 from fastppo.runtime.files import replace_file
 from fastppo.runtime.seeding import preserve_global_random_state
 
@@ -124,8 +125,9 @@ class UpdateSampler:
             histograms: also collect histograms of weights, gradients, actions and ratios.
         """
         self._rollout, self._update, self._every, self._histograms = rollout, update, every, histograms
-        n = rollout.rewards.numel()
-        self._rows = spread_rows(n, ROWS, rollout.rewards.device)
+        n, length, device = rollout.rewards.numel(), update.segment_length, rollout.rewards.device
+        sequences = spread_rows(n // length, max(1, ROWS // length), device)
+        self._rows = sequences if length == 1 else sequence_rows(sequences, rollout.rewards.shape[1], length)
         self._ratios: list[Tensor] = []
 
     def due(self, iteration: int) -> bool:
@@ -135,11 +137,11 @@ class UpdateSampler:
     @torch.no_grad()
     def measure(self) -> None:
         """Compute the ratios of the sampled rows under the current policy."""
-        policy, batch, rows = self._update.policy, self._rollout.batch(), self._rows
+        policy, batch = self._update.policy, self._rollout.batch().take(self._rows, self._update.segment_length)
         with _unchanged(policy):
-            params = policy(batch.obs[rows]).params
-        logprobs = policy.distribution.log_prob(params, batch.actions[rows])
-        self._ratios.append(torch.exp(logprobs - batch.logprobs[rows]))
+            params = policy(batch.obs, batch.states, batch.starts).params
+        logprobs = policy.distribution.log_prob(params, batch.actions)
+        self._ratios.append(torch.exp(logprobs - batch.logprobs))
 
     def sample(self, iteration: int, coefs: Coefficients, rewards: Tensor) -> UpdateSample:
         """Return the sample of the update that has just ended.

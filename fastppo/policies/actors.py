@@ -22,7 +22,7 @@ from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import ActionStep, Policy, PolicyState
 from fastppo.runtime.compile import compile_graph
 from fastppo.runtime.graphs import capture
-from fastppo.spaces import ObsSpec
+from fastppo.spaces.observations import ObsSpec
 
 _Array = np.ndarray[Any, Any]
 _CHUNK = 4096  # rows per pass; they fit a core's cache
@@ -38,7 +38,8 @@ class Decisions(NamedTuple):
         logprobs: [T, N] of those actions.
         params: [T, N, P] distribution parameters.
         values: [T, N] V(s_t).
-        state: the policy's recurrent state, [N, ...] each, read and written in each step.
+        states: the policy's state before each step, [T + 1, N, ...] each; a step reads its own and writes the next.
+        starts: [T + 1, N] bool: an episode starts at this step; read only. None: the policy has no memory.
     """
 
     obs: Tensor
@@ -47,12 +48,21 @@ class Decisions(NamedTuple):
     logprobs: Tensor
     params: Tensor
     values: Tensor
-    state: PolicyState = ()
+    states: PolicyState = ()
+    starts: Tensor | None = None
 
     def of_group(self, group: slice) -> Decisions:
         """Return the slices of the environments in `group`."""
-        rows = {name: x[:, group] for name, x in self._asdict().items() if name != "state"}
-        return Decisions(**rows, state=tuple(x[group] for x in self.state))
+        rows = {name: x[:, group] for name, x in self._asdict().items() if isinstance(x, Tensor)}
+        return Decisions(**rows, states=tuple(x[:, group] for x in self.states))
+
+    def state(self, t: int) -> PolicyState:
+        """Return the state before step t, as views."""
+        return tuple(x[t] for x in self.states)
+
+    def starts_at(self, t: int) -> Tensor | None:
+        """Return where step t starts an episode, as a view."""
+        return None if self.starts is None else self.starts[t]
 
 
 class Actor(Protocol):
@@ -110,12 +120,15 @@ def choose_act_device(
     actions = torch.zeros(1, n_envs, *dist.action_shape, dtype=dist.action_dtype)
     scalars = torch.zeros(1, n_envs)
     params = torch.zeros(1, n_envs, dist.n_params)
-    actor = make_actor(here, Decisions(obs, noise, actions, scalars, params, scalars.clone()))
+    states = tuple(torch.stack((x, x)) for x in here.initial_state(n_envs))
+    starts = torch.ones(2, n_envs, dtype=torch.bool) if states else None
+    actor = make_actor(here, Decisions(obs, noise, actions, scalars, params, scalars.clone(), states, starts))
     obs_there, noise_there = obs[0].to(device), noise[0].to(device)
+    state_there = policy.initial_state(n_envs)
 
     def there() -> None:
         obs_there.copy_(obs[0])
-        policy.act(obs_there, noise_there).actions.to(cpu)
+        policy.act(obs_there, noise_there, state_there).actions.to(cpu)
 
     times = {"cpu": _seconds(lambda: actor.act(0)), "cuda": _seconds(there)}
     figures = ", ".join(f"{name} {seconds * 1e6:,.0f} us" for name, seconds in times.items())
@@ -139,7 +152,10 @@ def fill_values_and_logprobs(policy: Policy, d: Decisions) -> None:
         rows = slice(t, min(t + chunk, steps))
         params, actions = d.params[rows].flatten(0, 1), d.actions[rows].flatten(0, 1)
         d.logprobs[rows] = policy.distribution.log_prob(params, actions).view(-1, n)
-        d.values[rows] = policy.value(d.obs[rows].flatten(0, 1)).view(-1, n)
+        # each row is a sequence of one step, from the state that was stored before it
+        state = tuple(x[rows].flatten(0, 1) for x in d.states)
+        starts = None if d.starts is None else d.starts[rows].flatten()
+        d.values[rows] = policy.value(d.obs[rows].flatten(0, 1), state, starts).view(-1, n)
 
 
 class ModuleActor:
@@ -153,7 +169,7 @@ class ModuleActor:
         # the row index is on the device, so a replayed step is a single launch
         self._row = torch.zeros(1, dtype=torch.int64, device=decisions.obs.device)
         self._replay: Callable[[], None] | None = None
-        self._decide: Callable[[Tensor, Tensor, PolicyState], ActionStep] = policy.act
+        self._decide: Callable[[Tensor, Tensor, PolicyState, Tensor | None], ActionStep] = policy.act
         self._compiled = False
 
     def begin(self) -> None:
@@ -166,12 +182,13 @@ class ModuleActor:
             self._replay()
             return
         d = self._d
-        step = self._decide(d.obs[t], d.noise[t], d.state)
+        step = self._decide(d.obs[t], d.noise[t], d.state(t), d.starts_at(t))
         d.actions[t].copy_(step.actions)
         d.logprobs[t].copy_(step.logprobs)
         d.params[t].copy_(step.params)
         d.values[t].copy_(step.values)
-        self._carry(step.state)
+        for states, new in zip(d.states, step.state, strict=True):
+            states[t + 1].copy_(new)
 
     def compile(self) -> None:
         """Compile the decision; each call reads the current parameters and buffers."""
@@ -179,38 +196,42 @@ class ModuleActor:
         tensors = dict(policy.named_parameters()) | dict(policy.named_buffers())
         weights = tuple(x.detach() for x in tensors.values())
 
-        def act(obs: Tensor, noise: Tensor, weights: tuple[Tensor, ...], state: PolicyState) -> ActionStep:
-            output = functional_call(policy, dict(zip(tensors, weights, strict=True)), (obs, state))
+        def act(
+            obs: Tensor, noise: Tensor, weights: tuple[Tensor, ...], state: PolicyState, starts: Tensor | None
+        ) -> ActionStep:
+            output = functional_call(policy, dict(zip(tensors, weights, strict=True)), (obs, state, starts))
             return policy.decide(output, noise)
 
-        compiled = compile_graph(act, (d.obs[0], d.noise[0], weights, d.state))
-        self._decide = lambda obs, noise, state: compiled(obs, noise, weights, state)
+        compiled = compile_graph(act, (d.obs[0], d.noise[0], weights, d.state(0), d.starts_at(0)))
+        self._decide = lambda obs, noise, state, starts: compiled(obs, noise, weights, state, starts)
         self._compiled = True
 
     def capture(self, device: torch.device) -> None:
         """Capture the decision, unless it is compiled for the CPU: that code can't be captured."""
         if device.type == "cuda" or not self._compiled:
-            self._replay = capture(self._act_on_row, keep=[self._row, *self._d.state], fresh=[], device=device)
+            self._replay = capture(self._act_on_row, keep=[self._row], fresh=[], device=device)
 
     def _act_on_row(self) -> None:
         d, row = self._d, self._row
-        step = self._decide(d.obs.index_select(0, row)[0], d.noise.index_select(0, row)[0], d.state)
+
+        def at_row(x: Tensor) -> Tensor:
+            return x.index_select(0, row)[0]
+
+        starts = None if d.starts is None else at_row(d.starts)
+        step = self._decide(at_row(d.obs), at_row(d.noise), tuple(map(at_row, d.states)), starts)
         d.actions.index_copy_(0, row, step.actions.unsqueeze(0).to(d.actions.dtype))
         d.logprobs.index_copy_(0, row, step.logprobs.unsqueeze(0))
         d.params.index_copy_(0, row, step.params.unsqueeze(0))
         d.values.index_copy_(0, row, step.values.unsqueeze(0))
-        self._carry(step.state)
         row.add_(1)
-
-    def _carry(self, state: PolicyState) -> None:
-        for kept, new in zip(self._d.state, state, strict=True):
-            kept.copy_(new)
+        for states, new in zip(d.states, step.state, strict=True):
+            states.index_copy_(0, row, new.unsqueeze(0))
 
 
 def plain_layers(policy: Policy) -> list[nn.Linear] | None:
     """Return the actor's linear layers if it is a plain MLP with tanh or ReLU on vector observations, else None."""
     network = policy.network
-    if type(network) is not MLP or network.actor_trunk is None or policy.encoder.spec.leaf.kind != "vector":
+    if type(network) is not MLP or network.actor_trunk is None or not policy.encoder.spec.is_plain:
         return None
     if not isinstance(policy.distribution, (Categorical, Gaussian)):
         return None
@@ -241,7 +262,7 @@ class NumpyActor:
         assert isinstance(policy.network, MLP)
         self._log_std = policy.network.actor.log_std
         self._scaled = np.empty(self._obs.shape[1:], np.float32)
-        self._divisor = np.float32(policy.encoder.spec.leaf.divisor)
+        self._divisor = np.float32(policy.encoder.spec.leaves[0].divisor)
         self.begin()
 
     def begin(self) -> None:

@@ -7,31 +7,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastppo.policies.normalizers import ObsNormalizer
-from fastppo.spaces import ObsLeaf, ObsSpec
+from fastppo.spaces.leaves import ObsLeaf
+from fastppo.spaces.observations import ObsSpec
+
+Encoded = Tensor | dict[str, Tensor]
+
+
+def normalized_leaves(spec: ObsSpec) -> tuple[ObsLeaf, ...]:
+    """Return the leaves that running moments normalise: vectors, never images, one-hots or masks."""
+    return tuple(leaf for leaf in spec.seen if leaf.kind == "vector")
 
 
 class Encoder(nn.Module):
     """Unpacks stored rows and encodes each leaf of the observation."""
 
-    def __init__(self, spec: ObsSpec, normalizer: ObsNormalizer | None = None) -> None:
-        """Encode observations of `spec`; vectors pass through `normalizer` if there is one."""
+    def __init__(self, spec: ObsSpec, normalizer: ObsNormalizer | None = None, *, joined: bool = False) -> None:
+        """Encode observations of `spec`.
+
+        Args:
+            spec: the observations.
+            normalizer: normalises vectors; of several, their joined features. None: vectors stay as they are.
+            joined: join several leaves to one vector, those of the critic alone last; otherwise give them by name.
+        """
         super().__init__()
         self.spec = spec
         self.normalizer = normalizer
+        self.joined = joined
 
-    def forward(self, obs: Tensor) -> Tensor:
+    def forward(self, obs: Tensor) -> Encoded:
         """Encode rows [B, *spec.shape].
 
         Returns:
-            The only leaf, encoded by `encode_leaf`.
+            The leaf, encoded by `encode_leaf`, if the observation is one array; else float32 [B, spec.features], or a
+            dict of the encoded leaves by name.
         """
-        (leaf,), (array,) = self.spec.leaves, self.spec.unpack(obs)
-        return encode_leaf(leaf, array, self.normalizer)
+        arrays = self.spec.unpack(obs)
+        if self.spec.is_single:
+            return encode_leaf(self.spec.leaf, arrays[0], self.normalizer)
+        pieces = iter(tuple[Tensor, ...]())
+        if self.normalizer is not None:
+            sizes = [leaf.size for leaf in normalized_leaves(self.spec)]
+            pieces = iter(self.normalizer(self._vectors(arrays)).split(sizes, 1))
+        encoded: dict[str, Tensor] = {}
+        for leaf, x in zip(self.spec.leaves, arrays, strict=True):
+            if leaf.kind == "vector" and self.normalizer is not None:
+                encoded[leaf.name] = next(pieces).reshape(x.shape if x.dim() > 1 else (-1, 1))
+            elif leaf.kind != "mask":
+                encoded[leaf.name] = encode_leaf(leaf, x)
+        if len(encoded) == 1:  # one array, and a mask
+            return next(iter(encoded.values()))
+        return torch.cat([x.flatten(1) for x in encoded.values()], 1) if self.joined else encoded
+
+    def _vectors(self, arrays: tuple[Tensor, ...]) -> Tensor:
+        """Return the vectors among the leaves' arrays, joined to [B, D]."""
+        pairs = zip(self.spec.leaves, arrays, strict=True)
+        return torch.cat([x.reshape(x.shape[0], leaf.size) for leaf, x in pairs if leaf.kind == "vector"], 1)
 
     def update_moments(self, obs: Tensor, valid: Tensor | None) -> None:
         """Add rows [B, *spec.shape], except where `valid` [B] is False, to the normaliser's moments."""
         if self.normalizer is not None:
-            self.normalizer.update(self.spec.unpack(obs)[0], valid)
+            arrays = self.spec.unpack(obs)
+            self.normalizer.update(arrays[0] if self.spec.is_single else self._vectors(arrays), valid)
 
 
 def encode_leaf(leaf: ObsLeaf, x: Tensor, normalizer: ObsNormalizer | None = None) -> Tensor:

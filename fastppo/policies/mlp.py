@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,31 @@ class ActionHead(nn.Module):
         return out if self.log_std is None else torch.cat((out, self.log_std.expand_as(out)), -1)
 
 
-class MLP(nn.Module):
+class Body(nn.Module):
+    """A network in two halves: trunks that make features, and heads on them. A memory fits between the halves.
+
+    Attributes:
+        width: number of features.
+    """
+
+    width: int
+    critic: nn.Module
+    actor: ActionHead
+
+    def features(self, x: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - what the encoder gives
+        """Return the features [B, width] for the critic and for the actor; one tensor if they share a trunk."""
+        raise NotImplementedError
+
+    def heads(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """Return distribution parameters [B, n_params] and values [B] for features of the critic and the actor."""
+        return self.actor(features[-1]), self.critic(features[0]).squeeze(-1)
+
+    def forward(self, x: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - what the encoder gives
+        """Return distribution parameters [B, n_params] and values [B] for encoded observations."""
+        return self.heads(self.features(x))
+
+
+class MLP(Body):
     """Policy and value networks of fully connected layers, with separate trunks or a shared one."""
 
     def __init__(
@@ -57,6 +82,8 @@ class MLP(nn.Module):
         hidden_sizes: Sequence[int],
         activation: str,
         shared_trunk: bool,
+        n_critic_features: int = 0,
+        head_width: int | None = None,
     ) -> None:
         """Initialise orthogonally, as CleanRL: gain sqrt(2) for hidden layers, 0.01 for the policy head, 1 for values.
 
@@ -67,28 +94,32 @@ class MLP(nn.Module):
             hidden_sizes: widths of the hidden layers.
             activation: a key of ACTIVATIONS.
             shared_trunk: whether policy and value share the hidden layers.
+            n_critic_features: how many of the features, the last ones, only the value reads.
+            head_width: features that the heads take; None: the last width of `hidden_sizes`.
         """
         super().__init__()
+        self.n_actor_features = n_features - n_critic_features
+        self.width = hidden_sizes[-1]
+        head_width = head_width or self.width
 
-        def trunk() -> nn.Sequential:
-            widths = [n_features, *hidden_sizes]
+        def trunk(n: int) -> nn.Sequential:
             layers: list[nn.Module] = [nn.Flatten()]
-            for a, b in itertools.pairwise(widths):
+            for a, b in itertools.pairwise([n, *hidden_sizes]):
                 layers += [orthogonal(nn.Linear(a, b)), ACTIVATIONS[activation]()]
             return nn.Sequential(*layers)
 
-        self.critic_trunk = trunk()
-        self.critic = orthogonal(nn.Linear(hidden_sizes[-1], 1), 1.0)
-        self.actor_trunk = None if shared_trunk else trunk()
-        self.actor = ActionHead(hidden_sizes[-1], n_params, gaussian)
+        self.critic_trunk = trunk(n_features)
+        self.critic = orthogonal(nn.Linear(head_width, 1), 1.0)
+        self.actor_trunk = None if shared_trunk else trunk(self.n_actor_features)
+        self.actor = ActionHead(head_width, n_params, gaussian)
+        self._splits = n_critic_features > 0
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return distribution parameters [B, n_params] and values [B] for x [B, ...]."""
-        features = self.critic_trunk(x)
-        return (
-            self.actor(features if self.actor_trunk is None else self.actor_trunk(x)),
-            self.critic(features).squeeze(-1),
-        )
+    def features(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the features [B, width] for x [B, ...]."""
+        if self.actor_trunk is None:
+            return (self.critic_trunk(x),)
+        mine = x.flatten(1)[:, : self.n_actor_features] if self._splits else x
+        return self.critic_trunk(x), self.actor_trunk(mine)
 
     def value(self, x: Tensor) -> Tensor:
         """Return only the values [B] of `forward`."""

@@ -9,13 +9,20 @@ for vectors (normalised if enabled), float32 [B, C, H, W] in [0, 1] for images, 
 discrete observations. It must be deterministic (no dropout) and process each row independently (no batch
 normalisation).
 
-A policy has a state, a tuple of tensors [N, ...] that the rollout carries from step to step. It is empty, `()`, for
-networks without memory.
+For observations of several arrays (Dict, Tuple), x is a dict of encoded arrays by name: "camera", "camera/left".
+
+A network with memory has `initial_state(n) -> state`, a tuple of tensors [n, ...], and
+
+    forward(x, state, episode_start) -> (params [L, S, P], value [L, S], state)
+
+where x is [L, S, ...], S sequences of L steps (one when it acts), state belongs to the first step, and episode_start
+[L, S] tells where an episode starts: the state that enters such a step must count as the initial one.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +30,11 @@ from torch import Tensor, nn
 from fastppo.errors import ConfigError, first_line
 from fastppo.functional.distributions import Distribution
 from fastppo.functional.losses import ActionEvaluation
-from fastppo.policies.encoder import Encoder
+from fastppo.policies.encoder import Encoded, Encoder
 from fastppo.policies.mlp import MLP
 
 PolicyState = tuple[Tensor, ...]  # each [N, ...], one row per environment; () without memory
+FORBIDDEN = -1e8  # logit of an action that the mask forbids: its probability is exactly 0, and no gradient is NaN
 
 
 class PolicyOutput(NamedTuple):
@@ -82,31 +90,66 @@ class Policy(nn.Module):
         self.bf16 = False
         self._check()
 
-    def initial_state(self, n_envs: int) -> PolicyState:
-        """Return the state [n_envs, ...] at the start of an episode: `()`, since no network has memory yet."""
-        return ()
+    @property
+    def has_memory(self) -> bool:
+        """Whether the network carries a state from step to step."""
+        return hasattr(self.network, "initial_state")
 
-    def forward(self, obs: Tensor, state: PolicyState = ()) -> PolicyOutput:
-        """Evaluate the network on stored observations [B, *obs], from `state`."""
+    def initial_state(self, n_envs: int) -> PolicyState:
+        """Return the state [n_envs, ...] at the start of an episode; `()` without memory."""
+        return tuple(self.network.initial_state(n_envs)) if self.has_memory else ()  # type: ignore[operator]
+
+    def forward(self, obs: Tensor, state: PolicyState = (), starts: Tensor | None = None) -> PolicyOutput:
+        """Evaluate the network on stored observations.
+
+        Args:
+            obs: [B, *obs]. With memory, B = L * S: the rows of S sequences of L steps, all first steps first.
+            state: [S, ...] each, before the first step.
+            starts: [B] bool: an episode starts at this row; only with memory, None: nowhere.
+        """
         x = self.encoder(obs)
-        with self._precision(x.device):
-            params, values = self.network(x)
-        return PolicyOutput(params.float(), values.float(), state)
+        with self._precision(obs.device):
+            if self.has_memory:
+                params, values, state = self._run_sequences(x, state, starts)
+            else:
+                params, values = self.network(x)
+        params = params.float()
+        if (allowed := self.encoder.spec.allowed(obs)) is not None:
+            params = torch.where(allowed, params, FORBIDDEN)
+        return PolicyOutput(params, values.float(), state)
+
+    def _run_sequences(
+        self, x: Encoded, state: PolicyState, starts: Tensor | None
+    ) -> tuple[Tensor, Tensor, PolicyState]:
+        n = state[0].shape[0]
+
+        def sequences(rows: Tensor) -> Tensor:
+            return rows.reshape(-1, n, *rows.shape[1:])
+
+        given = sequences(x) if isinstance(x, Tensor) else {name: sequences(part) for name, part in x.items()}
+        if starts is None:
+            example = x if isinstance(x, Tensor) else next(iter(x.values()))
+            starts = torch.zeros(example.shape[0], dtype=torch.bool, device=example.device)
+        params, values, state = self.network(given, state, sequences(starts))
+        return params.flatten(0, 1), values.flatten(0, 1), tuple(state)
 
     def _precision(self, device: torch.device) -> torch.autocast:
         # no cache of cast weights: a capture would keep the first ones
         return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     @torch.no_grad()
-    def act(self, obs: Tensor, noise: Tensor | None, state: PolicyState = ()) -> ActionStep:
+    def act(
+        self, obs: Tensor, noise: Tensor | None, state: PolicyState = (), starts: Tensor | None = None
+    ) -> ActionStep:
         """Choose an action for each row of obs [N, *obs].
 
         Args:
             obs: stored observations.
             noise: [N, noise_size] from `draw_noise`, to sample with; None: the most probable actions.
             state: policy state before this step.
+            starts: [N] bool: an episode starts at this step; None: nowhere.
         """
-        return self.decide(self(obs, state), noise)
+        return self.decide(self(obs, state, starts), noise)
 
     def decide(self, output: PolicyOutput, noise: Tensor | None) -> ActionStep:
         """Choose an action for each row of the network's output; see `act`."""
@@ -122,13 +165,13 @@ class Policy(nn.Module):
         return noise
 
     @torch.no_grad()
-    def value(self, obs: Tensor, state: PolicyState = ()) -> Tensor:
-        """Return V of each row of obs, [B]."""
+    def value(self, obs: Tensor, state: PolicyState = (), starts: Tensor | None = None) -> Tensor:
+        """Return V of each row of obs, [B]; arguments as for `forward`."""
         if type(self.network) is MLP:  # computes values without the policy's layers
             x = self.encoder(obs)
             with self._precision(x.device):
                 return self.network.value(x).float()
-        values: Tensor = self(obs, state).values
+        values: Tensor = self(obs, state, starts).values
         return values
 
     def evaluate_actions(self, output: PolicyOutput, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
@@ -149,7 +192,8 @@ class Policy(nn.Module):
         buffers = list(self.network.named_buffers())
         before = [buffer._version for _, buffer in buffers]
         with torch.no_grad():
-            self(self.encoder.spec.blank(2, device=next(self.network.parameters()).device))
+            device = next(self.network.parameters()).device
+            self(self.encoder.spec.blank(2, device=device), self.initial_state(2))
         for (name, buffer), version in zip(buffers, before, strict=True):
             if buffer._version != version:
                 return f"forward changes the buffer {name}"
@@ -159,8 +203,9 @@ class Policy(nn.Module):
     def _check(self) -> None:
         expected = self.distribution.n_params
         device = next((p.device for p in self.network.parameters()), torch.device("cpu"))
-        x = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
-        x = torch.linspace(0, 1, x.numel(), device=device).view_as(x)  # dropout of zeros would go unnoticed
+        blank = self.encoder.to(device)(self.encoder.spec.blank(2, device=device))
+        # dropout of zeros would go unnoticed
+        x = _map(lambda part: torch.linspace(0, 1, part.numel(), device=device).view_as(part), blank)
         name = type(self.network).__name__
         for at, module in self.network.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
@@ -169,25 +214,47 @@ class Policy(nn.Module):
                     "LayerNorm or GroupNorm, or freeze it with eval()."
                 )
         try:
-            out, again = self.network(x), self.network(x)
+            out, again = self._outputs(x), self._outputs(x)
         except Exception as error:
-            raise ConfigError(
-                f"network {name} fails on observations of shape {tuple(x.shape)}: {first_line(error)}"
-            ) from error
+            shapes: Any = tuple(x.shape) if isinstance(x, Tensor) else {key: tuple(v.shape) for key, v in x.items()}
+            raise ConfigError(f"network {name} fails on observations of shape {shapes}: {first_line(error)}") from error
         parts = out if isinstance(out, tuple) else (out,)
-        shapes = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
-        if shapes != [(2, expected), (2,)]:
+        found = [tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__ for part in parts]
+        if found != [(2, expected), (2,)]:
             raise ConfigError(
-                f"network {name} returned {' and '.join(map(str, shapes))} for 2 observations; "
+                f"network {name} returned {' and '.join(map(str, found))} for 2 observations; "
                 f"it must return distribution parameters (2, {expected}) and values (2,)."
             )
         if not all(map(torch.equal, out, again)):
             raise ConfigError(
                 f"network {name} gives different outputs for equal observations; remove dropout or noise."
             )
-        beside_itself = self.network(torch.cat((x[:1], x[:1])))
+        beside_itself = self._outputs(_map(lambda part: torch.cat((part[:1], part[:1])), x))
         if not all(torch.allclose(a[0], b[0], 1e-3, 1e-5) for a, b in zip(out, beside_itself, strict=True)):
             raise ConfigError(
                 f"network {name} mixes the rows of a batch: its output for an observation depends on the others; "
                 "process each row independently."
             )
+
+    def _outputs(self, x: Encoded) -> Any:  # noqa: ANN401 - what a user's network returns
+        """Return the network's outputs for encoded rows [2, ...]; with memory, for two sequences of one step."""
+        if not self.has_memory:
+            return self.network(x)
+        name, state = type(self.network).__name__, self.initial_state(2)
+        if not state or not all(isinstance(part, Tensor) and part.shape[:1] == (2,) for part in state):
+            raise ConfigError(f"network {name}.initial_state(2) must return a tuple of tensors with 2 rows each.")
+        starts = torch.zeros(1, 2, dtype=torch.bool, device=state[0].device)
+        result = self.network(_map(lambda part: part.unsqueeze(0), x), state, starts)
+        if not isinstance(result, tuple) or len(result) != 3:
+            raise ConfigError(f"network {name} has memory, so it must return (params, values, state).")
+        *outputs, after = result
+        if [part.shape for part in after] != [part.shape for part in state]:
+            raise ConfigError(
+                f"network {name} returned a state of shapes {[tuple(part.shape) for part in after]} after one of "
+                f"{[tuple(part.shape) for part in state]}; they must be the same."
+            )
+        return tuple(part[0] for part in outputs)
+
+
+def _map(change: Callable[[Tensor], Tensor], x: Encoded) -> Encoded:
+    return change(x) if isinstance(x, Tensor) else {name: change(part) for name, part in x.items()}

@@ -10,30 +10,38 @@ from typing import Any, Literal
 from torch import nn
 
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.functional.distributions import Gaussian
-from fastppo.policies.cnn import NatureCNN
-from fastppo.policies.encoder import Encoder
-from fastppo.policies.mlp import MLP
+from fastppo.functional.distributions import Distribution, Gaussian
+from fastppo.policies.cnn import MultiInputNetwork, NatureCNN
+from fastppo.policies.encoder import Encoder, normalized_leaves
+from fastppo.policies.memory import RecurrentNetwork
+from fastppo.policies.mlp import MLP, Body
 from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.policies.policy import Policy
-from fastppo.spaces import MIN_IMAGE_SIDE, ActionSpec, ObsLeaf, ObsSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.leaves import MIN_IMAGE_SIDE, ObsLeaf
+from fastppo.spaces.observations import ObsSpec
 
 _ALWAYS_BUILT = 4_000_000  # weights; a network of this size is built in an instant, so its size is not checked
 
 
 def default_network(obs: ObsSpec) -> Literal["mlp", "cnn"]:
     """Return "cnn" for images of at least 36 x 36, else "mlp"."""
-    leaf = obs.leaf
-    return "cnn" if leaf.kind == "image" and min(leaf.image_size[1:]) >= MIN_IMAGE_SIDE else "mlp"
+    return "cnn" if any(leaf.fits_cnn for leaf in obs.seen) else "mlp"
 
 
 def _plain(kind: str, shape: tuple[int, ...], nvec: tuple[int, ...]) -> str:
     return " ".join([kind, *(str(x) for x in (shape, nvec) if x)])
 
 
-def _reading(leaf: ObsLeaf) -> str:
+def _reading(obs: ObsSpec) -> str:
+    return " + ".join(_reading_of_leaf(leaf) for leaf in obs.leaves)
+
+
+def _reading_of_leaf(leaf: ObsLeaf) -> str:
+    name = f"{leaf.name}: " if leaf.path else ""
     scale = "" if leaf.high is None else f" divided by {leaf.high:g}"
-    return f"{_plain(leaf.kind, leaf.shape, leaf.nvec)}{scale}"
+    reader = " for the critic" if leaf.critic_only else ""
+    return f"{name}{_plain(leaf.kind, leaf.shape, leaf.nvec)}{scale}{reader}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,8 @@ class PolicySpec:
         shared_trunk: whether the MLP's policy and value share the hidden layers.
         normalize_obs: whether observations are normalised by running moments.
         obs_clip: clip range of normalised observations.
+        memory: recurrent layer between trunk and heads; "none" too for a custom network, whose memory is its own.
+        memory_size: its units.
     """
 
     obs: ObsSpec
@@ -59,6 +69,8 @@ class PolicySpec:
     shared_trunk: bool
     normalize_obs: bool
     obs_clip: float
+    memory: Literal["none", "lstm", "gru", "mingru"] = "none"
+    memory_size: int = 64
 
     def build(self, custom: nn.Module | None = None) -> Policy:
         """Build the policy with initial weights drawn from torch's global random state.
@@ -69,13 +81,7 @@ class PolicySpec:
         Raises:
             ConfigError: the parts don't fit together, or the custom network is missing.
         """
-        normalizer, leaf = None, self.obs.leaf
-        if self.normalize_obs:
-            if leaf.kind != "vector":
-                raise ConfigError(f"normalize_obs needs vector observations, not {leaf.kind}: switch it off.")
-            normalizer = ObsNormalizer(self.obs.shape, self.obs_clip)
         distribution = self.action.distribution
-        gaussian = isinstance(distribution, Gaussian)
         network: nn.Module
         if self.network == "custom":
             if custom is None:
@@ -84,24 +90,47 @@ class PolicySpec:
                     "load_policy or resume, or to fastppo.evaluation.export.export."
                 )
             network = custom
-        elif self.network == "cnn":
-            if leaf.kind != "image":
-                raise ConfigError(
-                    f"network=cnn needs images, but observations are {_plain(leaf.kind, leaf.shape, leaf.nvec)}; use "
-                    f"network=mlp, or give images of at least {MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE} a Box of uint8, or of "
-                    "floats from 0 to 1, -1 to 1 or 0 to 255."
-                )
-            network = NatureCNN(leaf.image_size, distribution.n_params, gaussian=gaussian)
         else:
-            network = MLP(
-                leaf.features,
-                distribution.n_params,
-                gaussian=gaussian,
-                hidden_sizes=self.hidden_sizes,
-                activation=self.activation,
-                shared_trunk=self.shared_trunk,
+            body, shared = self._body(distribution)
+            network = body if self.memory == "none" else self._with_memory(body, shared)
+        return Policy(Encoder(self.obs, self._normalizer(), joined=self.network == "mlp"), network, distribution)
+
+    def _normalizer(self) -> ObsNormalizer | None:
+        if not self.normalize_obs:
+            return None
+        if self.obs.is_single and self.obs.leaf.kind == "vector":
+            return ObsNormalizer(self.obs.shape, self.obs_clip)
+        if n := sum(leaf.size for leaf in normalized_leaves(self.obs)):
+            return ObsNormalizer((n,), self.obs_clip)
+        raise ConfigError(f"normalize_obs needs vector observations, not {_reading(self.obs)}: switch it off.")
+
+    def _body(self, distribution: Distribution) -> tuple[Body, bool]:
+        """Return trunks and heads, and whether policy and value share the trunk."""
+        seen, gaussian = self.obs.seen, isinstance(distribution, Gaussian)
+        head_width = None if self.memory == "none" else self.memory_size
+        if self.network == "cnn" and not any(leaf.kind == "image" for leaf in seen):
+            raise ConfigError(
+                f"network=cnn needs images, but observations are {_reading(self.obs)}; use "
+                f"network=mlp, or give images of at least {MIN_IMAGE_SIDE}x{MIN_IMAGE_SIDE} a Box of uint8, or of "
+                "floats from 0 to 1, -1 to 1 or 0 to 255."
             )
-        return Policy(Encoder(self.obs, normalizer), network, distribution)
+        if self.network == "cnn" and len(seen) == 1:
+            return NatureCNN(seen[0].image_size, distribution.n_params, gaussian=gaussian, head_width=head_width), True
+        layers: dict[str, Any] = {
+            "gaussian": gaussian,
+            "hidden_sizes": self.hidden_sizes,
+            "activation": self.activation,
+            "shared_trunk": self.shared_trunk,
+            "head_width": head_width,
+        }
+        if self.network == "cnn":
+            return MultiInputNetwork(seen, distribution.n_params, **layers), self.shared_trunk
+        mlp = MLP(self.obs.features, distribution.n_params, n_critic_features=self.obs.critic_features, **layers)
+        return mlp, self.shared_trunk
+
+    def _with_memory(self, body: Body, shared: bool) -> RecurrentNetwork:
+        assert self.memory != "none", "it has a memory"
+        return RecurrentNetwork(body, self.memory, self.memory_size, shared=shared)
 
     def least_weights(self) -> int:
         """Estimate the minimum number of weights of such a network without building it.
@@ -109,7 +138,7 @@ class PolicySpec:
         Each layer counts 1,000 weights more, for the time it takes to build even if narrow. Of a custom network only
         the inputs are known.
         """
-        outputs, inputs = self.action.distribution.n_params, max(self.obs.leaf.features, math.prod(self.obs.shape))
+        outputs, inputs = self.action.distribution.n_params, max(self.obs.features, math.prod(self.obs.shape))
         hidden = {"mlp": self.hidden_sizes, "cnn": (1, 512), "custom": ()}[self.network]
         sizes = (inputs, *hidden, outputs) if self.network != "custom" else (inputs, 1)
         return sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
@@ -131,7 +160,7 @@ class PolicySpec:
     def differences(self, saved: PolicySpec) -> list[str]:
         """Describe each difference that makes weights saved under `saved` unusable here."""
         pairs = {
-            "observations": (_reading(saved.obs.leaf), _reading(self.obs.leaf)),
+            "observations": (_reading(saved.obs), _reading(self.obs)),
             "actions": (
                 _plain(saved.action.kind, saved.action.shape, saved.action.nvec),
                 _plain(self.action.kind, self.action.shape, self.action.nvec),
@@ -139,7 +168,10 @@ class PolicySpec:
             "rescale_actions": (saved.action.rescale, self.action.rescale),
             "network": (saved.network, self.network),
             "normalize_obs": (saved.normalize_obs, self.normalize_obs),
+            "memory": (saved.memory, self.memory),
         }
+        if saved.memory == self.memory != "none":
+            pairs["memory_size"] = (saved.memory_size, self.memory_size)
         if saved.network == self.network == "mlp":
             for name in ("hidden_sizes", "activation", "shared_trunk"):
                 pairs[name] = (getattr(saved, name), getattr(self, name))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastppo.envs.vec_env import VecEnv
 from fastppo.policies.actors import fill_values_and_logprobs, make_actor
-from fastppo.policies.policy import Policy
+from fastppo.policies.policy import Policy, PolicyState
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.graphs import capture
@@ -19,19 +19,24 @@ from fastppo.runtime.graphs import capture
 class FinalValues:
     """Evaluates V of the final observations of truncated episodes, in batches of one fixed shape.
 
-    Observations gather in a preallocated block; the critic is called when the block is full, and at the end.
+    Observations gather in a preallocated block; the critic is called when the block is full, and at the end. With
+    memory, the state after the last step of the episode goes with each observation.
     """
 
-    def __init__(self, rollout: Rollout, value: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, rollout: Rollout, value: Callable[[Tensor, PolicyState], Tensor]) -> None:
         """Gather in `rollout.final_obs`, evaluate by `value` and write into `rollout.next_values`."""
         self._rollout = rollout
         self._value = value
+        rows = len(rollout.final_obs)
+        self._states = tuple(x.new_zeros((rows, *x.shape[2:])) for x in rollout.states)
         self._rows: list[tuple[int, int]] = []
 
     def add(self, t: int, truncated: Sequence[int], final_obs: Tensor) -> None:
         """Add the final observations `final_obs[truncated]` of the environments that step t truncated."""
         for i in truncated:
             self._rollout.final_obs[len(self._rows)].copy_(final_obs[i])
+            for block, states in zip(self._states, self._rollout.states, strict=True):
+                block[len(self._rows)].copy_(states[t + 1, i])
             self._rows.append((t, i))
             if len(self._rows) == len(self._rollout.final_obs):
                 self.flush()
@@ -39,22 +44,19 @@ class FinalValues:
     def flush(self) -> None:
         """Evaluate the block and empty it."""
         if self._rows:
-            values = self._value(self._rollout.final_obs)
+            values = self._value(self._rollout.final_obs, self._states)
             t, i = torch.tensor(self._rows, device=values.device).unbind(1)
             self._rollout.next_values[t, i] = values[: len(self._rows)]
             self._rows.clear()
 
 
-def value_of_final(policy: Policy, obs: Tensor) -> Tensor:
-    """Return V [B] of final observations [B, *obs]: NaN where an observation is not finite.
+def value_of_final(policy: Policy, obs: Tensor, state: PolicyState = ()) -> Tensor:
+    """Return V [B] of final observations [B, *obs], seen from `state`: NaN where an observation is not finite.
 
     Final observations are not stored, so a bad one must show in its value, which a bounded activation or a
     normaliser's clipping could hide.
     """
-    values = policy.value(obs)
-    if not obs.is_floating_point():
-        return values
-    return torch.where(obs.reshape(len(obs), -1).isfinite().all(1), values, torch.nan)
+    return torch.where(policy.encoder.spec.finite(obs), policy.value(obs, state), torch.nan)
 
 
 class ActingCopy:
@@ -74,7 +76,9 @@ class ActingCopy:
         if there.rewards.device.type == "cuda":
             self._here = {name: x.pin_memory() if name in self._there else x for name, x in self._here.items()}
             for name, x in self._here.items():
-                setattr(here, name, x)
+                if hasattr(here, name):
+                    setattr(here, name, x)
+            here.states = tuple(self._here[f"states{i}"] for i in range(len(here.states)))
 
     def fetch_policy(self) -> None:
         """Copy parameters and observation moments to the acting policy."""
@@ -173,6 +177,8 @@ class Collector:
         n_steps = len(r.rewards)
         with acting:
             r.obs[0].copy_(r.obs[-1])
+            for states in self._memory:
+                states[0].copy_(states[-1])
             if env.final_obs_buffer is not None:
                 env.final_obs_buffer.clear(n_steps)
         for t in range(n_steps + 1):
@@ -185,6 +191,8 @@ class Collector:
                         env.wait(group)
                     with storing:
                         truncated = env.store(t - 1, group)
+                        if r.starts is not None:
+                            self._mark_starts(r.starts, t, env.groups[group])
                     if truncated:
                         with acting:
                             self._final_values.add(t - 1, truncated, env.final_obs)
@@ -196,6 +204,20 @@ class Collector:
         with acting:
             self.compute_values()
 
+    @property
+    def _memory(self) -> list[Tensor]:
+        """The tensors [T + 1, N, ...] that a policy with memory carries from one rollout to the next."""
+        r = self.rollout
+        return [*r.states, *([] if r.starts is None else [r.starts])]
+
+    def _mark_starts(self, starts: Tensor, t: int, group: slice) -> None:
+        """Write where step t starts an episode: after an end, or after the filler row that only reset."""
+        r = self.rollout
+        if r.valid is None:
+            torch.logical_or(r.terminated[t - 1, group], r.truncated[t - 1, group], out=starts[t, group])
+        else:
+            torch.logical_not(r.valid[t - 1, group], out=starts[t, group])
+
     def compute_values(self) -> None:
         """Fill in values and log-probabilities where acting did not, and the values of the true successors."""
         r = self.rollout
@@ -206,13 +228,19 @@ class Collector:
         elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated
             k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
             if len(k):
-                r.next_values[final.end_steps[k, n], n] = value_of_final(self._policy, final.obs[k, n])
+                t = final.end_steps[k, n]
+                state = tuple(x[t + 1, n] for x in r.states)
+                r.next_values[t, n] = value_of_final(self._policy, final.obs[k, n], state)
         elif len(final.end_steps):
-            values = value_of_final(self._policy, final.obs.flatten(0, 1)).view(final.end_steps.shape)
+            after = (final.end_steps + 1).clamp(max=len(r.rewards))  # of unused slots, any
+            everyone = torch.arange(final.end_steps.shape[1], device=after.device)
+            state = tuple(x[after, everyone].flatten(0, 1) for x in r.states)
+            values = value_of_final(self._policy, final.obs.flatten(0, 1), state).view(final.end_steps.shape)
             # the extra row takes the writes of unused slots
             padded = torch.cat((r.next_values, r.next_values[:1]))
             r.next_values.copy_(padded.scatter(0, final.end_steps, values)[:-1])
-        last_values = self._policy.value(r.obs[-1])
+        last_starts = None if r.starts is None else r.starts[-1]
+        last_values = self._policy.value(r.obs[-1], tuple(x[-1] for x in r.states), last_starts)
         torch.logical_or(r.terminated, r.truncated, out=r.done)
         successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
         if r.valid is None:
@@ -241,7 +269,10 @@ class Collector:
                 actor.capture(device)
             return
         roll = capture(
-            self._roll, keep=[*env.capturable_state.values(), r.obs[-1], *r.state], fresh=[r.noise], device=device
+            self._roll,
+            keep=[*env.capturable_state.values(), r.obs[-1], *(x[-1] for x in self._memory)],
+            fresh=[r.noise],
+            device=device,
         )
 
         def replay() -> None:
@@ -252,12 +283,12 @@ class Collector:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the next observations, the policy's state and the random stream of the noise."""
-        states = {f"state{i}": x for i, x in enumerate(self.rollout.state)}
+        states = {f"memory{i}": x[-1] for i, x in enumerate(self._memory)}
         return {"obs": self.rollout.obs[-1], "noise": self._generator.get_state(), **states}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Restore in place from `state_dict()`."""
         self.rollout.obs[-1].copy_(saved["obs"])
-        for i, x in enumerate(self.rollout.state):
-            x.copy_(saved[f"state{i}"])
+        for i, x in enumerate(self._memory):
+            x[-1].copy_(saved[f"memory{i}"])
         self._generator.set_state(saved["noise"].cpu())

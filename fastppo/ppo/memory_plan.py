@@ -24,7 +24,8 @@ from fastppo.functional.losses import Coefficients
 from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 
 # Bytes per row of episode statistics: three float32 on the host, five 8-byte arrays
 _STATISTICS = 3 * 4 + 5 * 8
@@ -86,7 +87,7 @@ def plan_memory(
         graphs: the update is captured as CUDA graphs, which share a memory pool.
         histograms: a sampled update also computes the gradient of one minibatch, eagerly.
     """
-    obs = env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
+    staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         learner = update()
         device, before = learner.parameters.vector.device, live.bytes
@@ -104,21 +105,25 @@ def plan_memory(
         learner.scales(batch)
         peaks = [live.take_peak()]
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
-        rows = order[: max(1, len(order) // learner.n_minibatches)]
+        length = learner.segment_length
+        rows = order[: max(1, len(order) // length // learner.n_minibatches) * length]
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         peaks += [live.take_peak()] * (1 + histograms)
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         peaks.append(live.take_peak())
         if cuts is not None:
-            learner.policy.value(cuts.obs.flatten(0, 1))  # cuts count as storage, so they live until here
+            obs = cuts.obs.flatten(0, 1)
+            learner.policy.value(
+                obs, learner.policy.initial_state(len(obs))
+            )  # cuts count as storage, so they live until here
         rollout_peak, resting = live.take_peak(), live.bytes  # with the packed batch and the optimiser's state
     statistics = n_steps * env.n_envs * _STATISTICS
     if not graphs:
-        return MemoryPlan(storage, 3 * obs, max(max(*peaks, rollout_peak) - storage, statistics))
+        return MemoryPlan(storage, staging, max(max(*peaks, rollout_peak) - storage, statistics))
     # one part runs eagerly, to warm up or uncaptured, while the pool holds the temporary tensors of another; the graph
     # of a rollout has a pool of its own
     second, first = sorted((*(peak - resting for peak in peaks), statistics))[-2:]
-    return MemoryPlan(storage, 3 * obs, first + second + rollout_peak - storage)
+    return MemoryPlan(storage, staging, first + second + rollout_peak - storage)
 
 
 def check_memory(plan: Callable[[int], MemoryPlan], n_envs: int, n_steps: int, free: int) -> MemoryPlan:

@@ -14,7 +14,8 @@ from fastppo.errors import EnvError
 from fastppo.functional.diagnostics import action_range, explained_variance, masked_mean
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.distributed import World
-from fastppo.spaces import ActionSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 
 _Array = np.ndarray[Any, Any]
 
@@ -113,6 +114,7 @@ class Metrics:
     def __init__(
         self,
         rollout: Rollout,
+        obs_spec: ObsSpec,
         spec: ActionSpec,
         report_names: Sequence[str],
         *,
@@ -123,12 +125,14 @@ class Metrics:
 
         Args:
             rollout: the storage that every iteration fills.
+            obs_spec: the observation spec.
             spec: the action spec.
             report_names: names of the values that an update reports.
             world: the ranks that train together.
             obs_bounds: low and high [*obs] of the observation space; None: unbounded.
         """
-        self._rollout, self._world = rollout, world
+        self._rollout, self._world, self._obs_spec = rollout, world, obs_spec
+        self._nvec = spec.nvec if obs_spec.has_mask else ()
         self.names: tuple[str, ...] = (*report_names, *MEASURED)
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
@@ -221,7 +225,12 @@ class Metrics:
                 "another process stopped: its environment returned a value that is not finite; see its message."
             )
         t, n = broken.any(0).nonzero()[0].tolist()
-        reward, obs, _ = broken[:, t, n].tolist()
+        reward, obs, _, stuck = broken[:, t, n].tolist()
+        if stuck:
+            raise EnvError(
+                f"{self._where(t, n, 'had an action mask that allows no action')} of its run; allow one, or end the "
+                "episode."
+            )
         value = (
             f"a reward of {r.rewards[t, n].item()}"
             if reward
@@ -248,20 +257,27 @@ class Metrics:
         return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
 
     def _broken(self) -> Tensor:
-        """Return where a number of the environment is not finite, [3, T, N] bool.
+        """Return where a number of the environment can't be used, [4, T, N] bool.
 
         In a valid row's reward [0], in the observation after a row [1], in the last observation of an episode that a
-        time limit cut [2]. That observation is not stored; its value, which the advantage needs, shows it.
+        time limit cut [2]. That observation is not stored; its value, which the advantage needs, shows it. And where
+        no action was allowed [3].
         """
         r = self._rollout
         rewards = ~r.rewards.isfinite() if r.valid is None else ~r.rewards.isfinite() & r.valid
-        obs = (
-            ~r.obs[1:].reshape(*rewards.shape, -1).isfinite().all(-1)
-            if r.obs.is_floating_point()
-            else torch.zeros_like(rewards)
-        )
+        obs = ~self._obs_spec.finite(r.obs[1:])
         cut = r.truncated & ~r.terminated & r.values.isfinite() & ~r.next_values.isfinite()
-        return torch.stack((rewards, obs, cut))
+        return torch.stack((rewards, obs, cut, self._stuck()))
+
+    def _stuck(self) -> Tensor:
+        """Return where the mask of the observation before a row allows no action, [T, N] bool."""
+        r = self._rollout
+        if not self._nvec:
+            return torch.zeros_like(r.done)
+        allowed = self._obs_spec.allowed(r.obs[:-1])
+        assert allowed is not None, "masks come with observations"
+        stuck = torch.stack([~part.any(-1) for part in torch.split(allowed, list(self._nvec), -1)]).any(0)
+        return stuck if r.valid is None else stuck & r.valid
 
 
 def count_rows(rewards: Tensor, valid: Tensor | None) -> Tensor:

@@ -33,7 +33,9 @@ class Rollout:
         returns: [T, N].
         noise: [T, N, noise_size], drawn once per rollout.
         final_obs: [K, *obs] staging for the final observations of truncated episodes; see `FinalValues`.
-        state: the policy's recurrent state before the next step, [N, ...] each; `()` for a policy without one.
+        states: the policy's state before each step, [T + 1, N, ...] each, not yet reset where an episode starts; row
+            T is the start of the next rollout. `()` without memory.
+        starts: [T + 1, N] bool: an episode starts at this step; None: the policy has no memory.
     """
 
     obs: Tensor
@@ -51,7 +53,8 @@ class Rollout:
     returns: Tensor
     noise: Tensor
     final_obs: Tensor
-    state: PolicyState
+    states: PolicyState
+    starts: Tensor | None
 
     @classmethod
     def allocate(cls, n_steps: int, env: VecEnv, policy: Policy, device: torch.device) -> Rollout:
@@ -72,7 +75,10 @@ class Rollout:
             returns=zeros(),
             noise=zeros(dist.noise_size),
             final_obs=env.obs_spec.blank(max(n, 32), device=device),
-            state=policy.initial_state(n),
+            states=tuple(
+                torch.zeros((n_steps + 1, *x.shape), dtype=x.dtype, device=device) + x for x in policy.initial_state(n)
+            ),
+            starts=torch.ones((n_steps + 1, n), dtype=torch.bool, device=device) if policy.has_memory else None,
         )
 
     def transitions(self) -> Transitions:
@@ -88,13 +94,15 @@ class Rollout:
             logprobs=self.logprobs,
             params=self.params,
             values=self.values,
-            state=self.state,
+            states=self.states,
+            starts=self.starts,
         )
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors [T, N, ...] by name."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        states = {f"states{i}": x for i, x in enumerate(self.states)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)} | states
 
     def batch(self) -> Batch:
         """Return all T x N rows, flattened, as views."""
@@ -111,4 +119,6 @@ class Rollout:
             advantages=flat(self.advantages),
             returns=flat(self.returns),
             valid=None if self.valid is None else flat(self.valid),
+            starts=None if self.starts is None else flat(self.starts[:-1]),
+            states=tuple(flat(x[:-1]) for x in self.states),
         )

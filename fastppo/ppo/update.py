@@ -18,7 +18,7 @@ from fastppo.functional.losses import Batch, Coefficients, Loss, advantage_scale
 from fastppo.functional.optimizer import Optimizer
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.policy import Policy
-from fastppo.ppo.minibatches import BatchLayout, Minibatch
+from fastppo.ppo.minibatches import BatchLayout, Minibatch, sequence_rows
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
@@ -37,7 +37,10 @@ class PPOUpdate:
         parameters: its network's parameters, as one vector.
         generator: draws the permutations.
         update_epochs: E, number of passes over the rollout.
-        n_minibatches: M, minibatches per epoch; divides the number of rows.
+        n_minibatches: M, minibatches per epoch; divides the number of sequences.
+        segment_length: L, steps of a sequence; the T x N rows of a rollout are cut into sequences of one environment
+            each, and a minibatch is whole sequences. 1: single rows.
+        n_envs: N; only used if L > 1.
         normalize: normalise advantages per "minibatch", per "batch", or not ("off").
         kl_stop: "epoch" stops after an epoch whose mean KL exceeds the limit, "minibatch" before the step of a
             minibatch whose KL does.
@@ -63,6 +66,8 @@ class PPOUpdate:
         normalize: Literal["minibatch", "batch", "off"],
         kl_stop: Literal["epoch", "minibatch"],
         world: World | None = None,
+        segment_length: int = 1,
+        n_envs: int = 1,
     ) -> None:
         """Allocate the state and initialise the optimiser.
 
@@ -77,7 +82,10 @@ class PPOUpdate:
             normalize: see the attribute.
             kl_stop: see the attribute.
             world: None: a single rank.
+            segment_length: L.
+            n_envs: N.
         """
+        self.segment_length, self.n_envs = segment_length, n_envs
         self.policy, self.parameters, self.generator = policy, parameters, generator
         self.update_epochs, self.n_minibatches = update_epochs, n_minibatches
         self.normalize, self.kl_stop, self.world = normalize, kl_stop, world or World()
@@ -173,8 +181,11 @@ class PPOUpdate:
         """Set the KL limit (inf: none) and draw a permutation of the `n` rows for each of the E epochs."""
         self.parameters.check()
         self.allocate(n)
-        for order in self._orders:
-            order.copy_(torch.randperm(n, generator=self.generator, device=self.generator.device))
+        length = self.segment_length
+        for order in self._orders.view(self.update_epochs, self.n_minibatches, -1):
+            drawn = torch.randperm(n // length, generator=self.generator, device=self.generator.device)
+            drawn = drawn.view(self.n_minibatches, -1)
+            order.copy_(drawn if length == 1 else sequence_rows(drawn, self.n_envs, length))
         by_epoch = self.kl_stop == "epoch"
         self._epoch_limit.fill_(kl_limit if by_epoch else math.inf)
         self.state.kl_limit.fill_(math.inf if by_epoch else kl_limit)
@@ -280,7 +291,7 @@ class PPOUpdate:
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Pack `batch` for minibatches."""
         if self._layout is None:
-            self._layout = self._gradient.layout = BatchLayout(batch)
+            self._layout = self._gradient.layout = BatchLayout(batch, self.segment_length)
         return self._layout.pack(batch)
 
     def scales(self, batch: Batch) -> Tensor:

@@ -143,7 +143,7 @@ class LossGradient:
         with torch.enable_grad():
             leaves = [view.detach().requires_grad_() for view in self._parameters.views(params)]
             by_name = dict(zip([*self.trained, *self._fixed], [*leaves, *constants], strict=True))
-            output: PolicyOutput = functional_call(self._policy, by_name, (batch.obs,))
+            output: PolicyOutput = functional_call(self._policy, by_name, (batch.obs, batch.states, batch.starts))
             current = self._policy.evaluate_actions(output, batch.actions, batch.params)
             loss, diagnostics = self._loss(current, batch, coefs)
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)

@@ -52,10 +52,12 @@ def save_nan_dump(
 ) -> None:
     """Write a dump into `folder`; `metadata` joins the settings of `update` in capsule.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.detach().cpu().contiguous() for name, x in batch._asdict().items() if x is not None}
+    fields = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor)}
+    fields |= {f"states.{i}": x for i, x in enumerate(batch.states)}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in fields.items()}
     tensors["orders"] = update.orders.cpu().contiguous()
     tensors |= {f"coefs.{name}": x.cpu().clone() for name, x in coefs._asdict().items()}
-    settings = {**vars(update.loss), "normalize": update.normalize}
+    settings = {**vars(update.loss), "normalize": update.normalize, "segment_length": update.segment_length}
     text = json.dumps({"format": FORMAT, **settings, **metadata}, indent=2)
     files = model_files(snapshot(models), spec, {})
     files |= {"batch.safetensors": safetensors.torch.save(tensors), "capsule.json": text.encode()}
@@ -73,7 +75,9 @@ def read_nan_dump(folder: Path) -> NanDump:
     try:
         check_format(folder, metadata)
         metadata["value_clip"], metadata["normalize"]
-        batch = Batch(**{name: tensors.get(name) for name in Batch._fields})  # type: ignore[arg-type]
+        states = tuple(tensors[f"states.{i}"] for i in range(sum(name.startswith("states.") for name in tensors)))
+        fields = {name: tensors.get(name) for name in Batch._fields if name != "states"}
+        batch = Batch(**fields, states=states)  # type: ignore[arg-type]
         coefs = Coefficients(*(tensors[f"coefs.{name}"] for name in Coefficients._fields))
         return NanDump(batch, tensors["orders"], coefs, dict(metadata))
     except (KeyError, TypeError, ValueError) as error:

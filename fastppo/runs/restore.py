@@ -225,7 +225,8 @@ def _begin_new_episodes(
     seeds = env_seeds(seed_stream(c.seed, "envs", 0, iteration + 1), env.n_envs, world.rank, world.size)
     obs.copy_(env.reset(seeds))
     noise = generator(c.seed, "noise", obs.device, world.rank, iteration + 1).get_state()
-    parts["collector"].load_state_dict({"obs": obs.clone(), "noise": noise})
+    # the memory of a policy, if it has one, is that of new episodes already
+    parts["collector"].load_state_dict({**parts["collector"].state_dict(), "obs": obs.clone(), "noise": noise})
     metrics = dict(parts["metrics"].state_dict())
     metrics["open"] = torch.zeros_like(metrics["open"])
     parts["metrics"].load_state_dict(metrics)

@@ -8,7 +8,8 @@ import torch
 from gymnasium import spaces
 
 from fastppo.errors import ConfigError, EnvError
-from fastppo.spaces import ActionSpec, ObsSpec, ToEnv
+from fastppo.spaces.actions import ActionSpec, ToEnv
+from fastppo.spaces.observations import ObsSpec
 
 OBS = {
     "float32": (spaces.Box(-1, 1, (3,), np.float32), "vector", torch.float32),

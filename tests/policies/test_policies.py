@@ -13,7 +13,8 @@ from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import ObsNormalizer, RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec, default_network
-from fastppo.spaces import ActionSpec, ObsSpec
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 
 VECTOR = ObsSpec.from_space(spaces.Box(-1, 1, (3,)))
 

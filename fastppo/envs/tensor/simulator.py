@@ -14,9 +14,13 @@ from gymnasium import spaces
 from torch import Tensor
 
 from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.pack_observation import mask_under_key, n_choices
 from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
 from fastppo.errors import EnvError
-from fastppo.spaces import ActionSpec, ObsSpec, ToEnv
+from fastppo.spaces.actions import ActionSpec, ToEnv
+from fastppo.spaces.leaves import ObsLeaf
+from fastppo.spaces.observations import ObsSpec
+from fastppo.spaces.packing import MASK_KEY, find, leaves_of, mask_leaf
 
 
 class Simulator(Protocol):
@@ -54,6 +58,7 @@ class SimulatorEnv(VecEnv):
         *,
         obs_key: str = "policy",
         final_obs_key: str | None = None,
+        mask_key: str | None = None,
     ) -> None:
         """Wrap `simulator`.
 
@@ -61,16 +66,19 @@ class SimulatorEnv(VecEnv):
             simulator: the simulator, with N environments.
             observation_space: space of one environment.
             action_space: space of one environment.
-            obs_key: key of the policy's observations, where observations are a mapping.
+            obs_key: key of the policy's observations, where observations are a mapping but the space is no Dict.
             final_obs_key: key of the final observations [N, *obs] in extras, valid in ended rows; None: no such key.
+            mask_key: key of the masks of allowed actions [N, A] in the extras of reset and step; None: no such key.
 
         Raises:
             EnvError: a space is not supported.
         """
-        self._simulator, self._key, self._final_key = simulator, obs_key, final_obs_key
+        self._simulator, self._key, self._final_key, self._mask_key = simulator, obs_key, final_obs_key, mask_key
         self.n_envs = self.num_envs = simulator.num_envs
         self.name = type(simulator).__name__
-        self.obs_spec, self.action_spec = ObsSpec.from_space(observation_space), ActionSpec.from_space(action_space)
+        self.action_spec = ActionSpec.from_space(action_space)
+        self._observation_space, self._action_space = observation_space, action_space
+        self.read((), (), masks=True)
         self.groups = [slice(0, self.n_envs)]
         if final_obs_key is None:
             self.notes = [
@@ -79,11 +87,29 @@ class SimulatorEnv(VecEnv):
             ]
         self._checked = False
 
+    def read(self, obs_keys: Sequence[str], critic_obs_keys: Sequence[str], *, masks: bool) -> None:
+        """Choose what to read of Dict observations, which the simulator returns as mappings of their keys.
+
+        A mask of allowed actions is the key `action_mask` of the observation space, or `mask_key` of the extras.
+
+        Raises:
+            ConfigError: the observation space has no such keys.
+            EnvError: a space is not supported, or a mask has the wrong size.
+        """
+        space, n = self._observation_space, n_choices(self._action_space)
+        mask = None
+        if masks and n and isinstance(space, spaces.Dict) and MASK_KEY in space.spaces:
+            mask = mask_under_key(space.spaces[MASK_KEY], n)
+        elif masks and n and self._mask_key is not None:
+            mask = mask_leaf("info", n)
+        self.obs_spec = ObsSpec(leaves_of(space, obs_keys, critic_obs_keys, mask))
+
     def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:
         """Reset every environment; the first seed seeds torch's global generators, which simulators draw from."""
         torch.manual_seed(int(seeds[0]))
         found = self._simulator.reset()
-        return self._obs(found[0] if isinstance(found, tuple) else found, "reset")
+        obs, extras = found if isinstance(found, tuple) else (found, {})
+        return self._obs(obs, "reset", extras)
 
     def attach(self, transitions: Transitions) -> None:
         """Use `transitions` as the storage of all later steps."""
@@ -101,13 +127,13 @@ class SimulatorEnv(VecEnv):
         """
         to, buffer = self._to, self.final_obs_buffer
         obs, rewards, terminated, truncated, extras = self._simulator.step(self._actions(to.actions[t]))
-        obs = self._obs(obs, "step")
+        obs = self._obs(obs, "step", extras)
         if not self._checked:
             self._check(rewards, terminated, truncated)
         if self._final_key is None:
             last = to.obs[t]
         elif self._final_key in extras:
-            last = self._obs(extras[self._final_key], "step's extras")
+            last = self._obs(extras[self._final_key], "step's extras", {})  # nobody acts on these
         else:
             raise EnvError(
                 f"step's extras hold no {self._final_key!r}, but {', '.join(map(repr, extras)) or 'nothing'}."
@@ -139,27 +165,43 @@ class SimulatorEnv(VecEnv):
         converted: Tensor = self._to_env(actions)
         return converted.reshape(self.n_envs, *self.action_spec.shape).clone()
 
-    def _obs(self, found: Any, where: str) -> Tensor:  # noqa: ANN401 - a tensor, or a mapping of them
-        if isinstance(found, Mapping):
+    def _obs(self, found: Any, where: str, extras: Mapping[str, Any]) -> Tensor:  # noqa: ANN401 - a tree of tensors
+        """Return packed observations [N, *obs], checked."""
+        spec = self.obs_spec
+        if isinstance(found, Mapping) and not isinstance(self._observation_space, (spaces.Dict, spaces.Tuple)):
             if self._key not in found:
                 raise EnvError(f"observations of {where} are {', '.join(map(repr, found))}; name one with obs_key.")
             found = found[self._key]
-        expected = (self.n_envs, *self.obs_spec.shape)
-        if not isinstance(found, Tensor) or found.shape != expected:
-            what = f"of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"as {type(found).__name__}"
-            raise EnvError(f"{where} gave observations {what}; its space says a tensor of {expected}.")
-        if hasattr(self, "_to") and found.device != self._to.rewards.device:
+        for leaf in spec.leaves:
+            if leaf.kind != "mask" or leaf.path:
+                self._check_leaf(leaf, find(found, leaf), where)
+        mask = None
+        if spec.has_mask and not spec.leaves[-1].path and where != "step's extras":
+            mask = extras.get(str(self._mask_key))
+            if not isinstance(mask, Tensor) or mask.shape != (self.n_envs, spec.leaves[-1].size):
+                raise EnvError(
+                    f"{where} gave extras without masks of {(self.n_envs, spec.leaves[-1].size)} under "
+                    f"{self._mask_key!r}; return them with every observation."
+                )
+        packed = spec.pack_tree(found, mask).detach()
+        if hasattr(self, "_to") and packed.device != self._to.rewards.device:
             raise EnvError(
-                f"{where} gave observations on {found.device}; the rollout lies on {self._to.rewards.device}."
+                f"{where} gave observations on {packed.device}; the rollout lies on {self._to.rewards.device}."
             )
-        leaf = self.obs_spec.leaf
+        return packed
+
+    def _check_leaf(self, leaf: ObsLeaf, x: Any, where: str) -> None:  # noqa: ANN401 - a tensor, hopefully
+        name, expected = f" {leaf.name}" if leaf.path else "", (self.n_envs, *leaf.shape)
+        if not isinstance(x, Tensor) or x.shape != expected:
+            what = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"as {type(x).__name__}"
+            raise EnvError(f"{where} gave observations{name} {what}; its space says a tensor of {expected}.")
         # read back in each step, because one-hot encoding would fail on the device
-        if leaf.kind == "discrete" and (outside := leaf.outside(found.numpy(force=True))):
+        if leaf.kind == "discrete" and (outside := leaf.outside(x.numpy(force=True))):
             row, value, space = outside
             raise EnvError(
-                f"environment {row} returned observation {value} in {where}, outside its observation_space {space}."
+                f"environment {row} returned observation{name} {value} in {where}, outside its observation_space "
+                f"{space}."
             )
-        return found.detach()
 
     def _check(self, rewards: Tensor, terminated: Tensor, truncated: Tensor) -> None:
         rows = {"rewards": rewards, "terminated": terminated, "truncated": truncated}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,8 +32,16 @@ class Task(Protocol):
             actions: [N] int64 counted from 0, or [N, D] within the bounds of the action space.
         """
 
-    def observe(self, state: State) -> Tensor:
-        """Return the observations [N, *obs] of a state."""
+    def observe(self, state: State) -> Any:  # noqa: ANN401 - a tree of tensors
+        """Return the observations [N, *obs] of a state; a tree of tensors where the space is Dict or Tuple."""
+
+
+@runtime_checkable
+class MaskedTask(Task, Protocol):
+    """A task in which some actions are not allowed."""
+
+    def action_mask(self, state: State) -> Tensor:
+        """Return which actions a state allows, [N, A] bool, for each action of each component."""
 
 
 # Odd constants of SplitMix64 as signed 64-bit numbers; source: Steele, Lea and Flood 2014, "Fast splittable

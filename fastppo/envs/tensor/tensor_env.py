@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastppo.envs.env_state import ResumeSupport
-from fastppo.envs.tensor.task import Task, uniforms
+from fastppo.envs.tensor.task import MaskedTask, State, Task, uniforms
 from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
-from fastppo.spaces import ActionSpec, ObsSpec, ToEnv
+from fastppo.spaces.actions import ActionSpec, ToEnv
+from fastppo.spaces.observations import ObsSpec
 
 
 class TensorEnv(VecEnv):
@@ -59,7 +60,7 @@ class TensorEnv(VecEnv):
         seed_column, episode, _, *columns = self.capturable_state.values()
         for column, first in zip(columns, self._fresh(seed_column, episode), strict=True):
             column.copy_(first)
-        return self._task.observe(tuple(columns))
+        return self._observe(tuple(columns))
 
     def attach(self, transitions: Transitions) -> None:
         """Use `transitions` as the storage of all later steps."""
@@ -94,6 +95,11 @@ class TensorEnv(VecEnv):
         rows = (to.actions[t], to.obs[t + 1], to.rewards[t], to.terminated[t], to.truncated[t])
         return [*rows, *buffer, *self.capturable_state.values()]
 
+    def _observe(self, state: State) -> Tensor:
+        """Return packed observations [N, *obs] of a state, with its mask of allowed actions if the task has one."""
+        mask = self._task.action_mask(state) if isinstance(self._task, MaskedTask) else None
+        return self.obs_spec.pack_tree(self._task.observe(state), mask)
+
     def _fresh(self, seed: Tensor, episode: Tensor) -> tuple[Tensor, ...]:
         return self._task.reset(uniforms(seed, episode, self._task.n_uniforms, self._dtype))
 
@@ -121,14 +127,14 @@ class TensorEnv(VecEnv):
         following = episode + done
         fresh = self._fresh(seed, following)
         now = tuple(torch.where(done, new, old) for new, old in zip(fresh, after, strict=True))
-        last = self._task.observe(after)
+        last = self._observe(after)
         for k in range(len(end_steps)):
             mine = truncations & (counts == k)
             end_steps[k].copy_(torch.where(mine, step, end_steps[k]))
             final_obs[k].copy_(torch.where(mine.view(-1, *[1] * (last.dim() - 1)), last, final_obs[k]))
         counts.add_(truncations)
         step.add_(1)
-        obs.copy_(self._task.observe(now))
+        obs.copy_(self._observe(now))
         rewards.copy_(reward)
         terminated.copy_(ended)
         truncated.copy_(out_of_time)
