@@ -119,7 +119,7 @@ def _time_plain_pytorch(policy: Any, batch: Any, coefs: Any, order: Any) -> dict
         return ppo_loss(current, part, coefs)[0]
 
     def step(loss: Any) -> None:
-        part = Batch(*(None if x is None else x[order] for x in batch))
+        part = batch.take(order)
         adam.zero_grad()
         loss(part).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.5)

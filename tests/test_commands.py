@@ -77,4 +77,4 @@ def test_export_writes_what_acts_like_the_policy(runs, tmp_path, capsys, kind):
         import torch
 
         actions = torch.export.load(path).module()(torch.as_tensor(obs))[0].numpy()
-    assert actions.tolist() == load_policy(runs / "seed1").predict(obs).tolist()
+    assert actions.tolist() == load_policy(runs / "seed1").predict(obs)[0].tolist()

@@ -91,7 +91,7 @@ def test_a_run_with_rescaled_actions_is_evaluated_resumed_and_used(tmp_path):
     saved = load_policy(tmp_path / "run")
     obs = np.array([[0.1, 0.2, 0.3]], np.float32)
     mode = saved.policy.act(torch.from_numpy(obs), None).actions.numpy()
-    np.testing.assert_allclose(saved.predict(obs), np.clip(mode, -1, 1) * [2000, 0.5] + [0, 5.5], rtol=1e-5)
+    np.testing.assert_allclose(saved.predict(obs)[0], np.clip(mode, -1, 1) * [2000, 0.5] + [0, 5.5], rtol=1e-5)
     assert len(evaluate(tmp_path / "run", 2, make_env=far_env).returns) == 2
     again = resume(tmp_path / "run", total_timesteps=64, make_env=far_env)
     assert (again.config.rescale_actions, again.run().ended) == (True, "finished")

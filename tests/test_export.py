@@ -57,7 +57,7 @@ def run(request, tmp_path_factory):
     rows = torch.as_tensor(obs).to(saved.spec.obs.dtype)
     with torch.no_grad():
         params, values, _ = saved.policy(rows)
-    return folder, rows, saved.predict(obs), params.numpy(), values.numpy()
+    return folder, rows, saved.predict(obs)[0], params.numpy(), values.numpy()
 
 
 def agree(found, expected):

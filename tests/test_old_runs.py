@@ -42,16 +42,16 @@ def test_the_policy_gives_the_recorded_outputs(name, run):
         params, values = saved.policy.network(saved.policy.encoder(torch.as_tensor(obs)))
     np.testing.assert_allclose(params, expected["params"], atol=1e-6)
     np.testing.assert_allclose(values, expected["values"], atol=1e-6)
-    np.testing.assert_allclose(saved.predict(obs), expected["actions"], atol=1e-6)
-    np.testing.assert_allclose(saved.predict(obs[0]), expected["actions"][0], atol=1e-6)
-    sampled = load_policy(run, seed=3).predict(obs, deterministic=False)
+    np.testing.assert_allclose(saved.predict(obs)[0], expected["actions"], atol=1e-6)
+    np.testing.assert_allclose(saved.predict(obs[0])[0], expected["actions"][0], atol=1e-6)
+    sampled = load_policy(run, seed=3).predict(obs, deterministic=False)[0]
     np.testing.assert_allclose(sampled, expected["sampled"], atol=1e-6)
 
 
 def test_a_checkpoint_can_be_evaluated(name, run):
     last = max((run / "checkpoints").iterdir())
     np.testing.assert_array_equal(
-        load_policy(last).predict(EXPECTED[name]["obs"]), load_policy(run).predict(EXPECTED[name]["obs"])
+        load_policy(last).predict(EXPECTED[name]["obs"])[0], load_policy(run).predict(EXPECTED[name]["obs"])[0]
     )
     assert len(evaluate(last, 2).returns) == 2
 

@@ -221,9 +221,9 @@ def test_a_custom_environment_and_network_train_load_and_fine_tune(tmp_path):
         load_policy(run)
     loaded = load_policy(run, policy=Own(3, 4))
     obs = np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
-    assert loaded.predict(obs).shape == (5, 2)
-    assert np.allclose(loaded.predict(obs)[2], loaded.predict(obs[2]), atol=1e-6)  # a batch rounds otherwise
-    assert np.abs(loaded.predict(100 * obs, deterministic=False)).max() <= 1
+    assert loaded.predict(obs)[0].shape == (5, 2)
+    assert np.allclose(loaded.predict(obs)[0][2], loaded.predict(obs[2])[0], atol=1e-6)  # a batch rounds otherwise
+    assert np.abs(loaded.predict(100 * obs, deterministic=False)[0]).max() <= 1
     assert len(evaluate(run, 3, make_env=make, policy=Own(3, 4)).returns) == 3
     config = short(tmp_path, init_from=run, run_dir=tmp_path / "second", normalize_rewards=True, learning_rate=0.0)
     second = Trainer(config, make_env=make, policy=Own(3, 4))
@@ -302,7 +302,7 @@ def test_every_pair_of_spaces_trains(tmp_path, observation_space, action_space):
     assert all(math.isfinite(loss) for loss in losses)
     assert ("charts/clipped_actions" in rows_of(result.run_dir)[0]) is isinstance(action_space, spaces.Box)
     obs = np.asarray(observation_space.sample())
-    action = load_policy(result.run_dir).predict(obs)
+    action, _ = load_policy(result.run_dir).predict(obs)
     assert action_space.contains(action if action_space.shape else action[()])
 
 
@@ -341,7 +341,7 @@ def test_an_environment_error_saves_the_model(tmp_path):
     with pytest.raises(EnvError, match="environment 0 .* failed in step 16: RuntimeError: the simulator is gone"):
         trainer.run()
     assert trainer.result.iterations == 1
-    assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32)) in (0, 1)
+    assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32))[0] in (0, 1)
 
 
 def test_atari_trains_and_reports_raw_returns(tmp_path):
@@ -410,7 +410,7 @@ def test_a_dead_worker_stops_the_run_and_the_model_is_saved(tmp_path):
     trainer = Trainer(short(tmp_path, total_timesteps=1600, vectorization="async"), make_env=Dies)
     with pytest.raises(EnvError, match=r"worker process of environment [01] \(exit code 1\)"):
         trainer.run()
-    assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32)) in (0, 1)
+    assert load_policy(tmp_path / "run").predict(np.zeros(2, np.float32))[0] in (0, 1)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["iterations"] == 1
 
 
@@ -458,7 +458,7 @@ def test_ctrl_c_stops_after_the_iteration_and_saves_the_model(tmp_path):
     assert process.returncode == 130, output
     assert "interrupted; everything is saved" in output
     assert "Traceback" not in output
-    assert load_policy(tmp_path / "run").predict(np.zeros(4, np.float32)) in (0, 1)
+    assert load_policy(tmp_path / "run").predict(np.zeros(4, np.float32))[0] in (0, 1)
 
 
 @pytest.mark.parametrize("where", ["closed pipe", "full disk"])

@@ -105,7 +105,7 @@ def test_long_episodes_keep_at_most_1000_frames():
         env.unwrapped.screen_width, env.unwrapped.screen_height = 30, 20
         return env
 
-    recorder = VideoRecorder(inspect_env("", {}, make), lambda obs: np.int64(0))
+    recorder = VideoRecorder(inspect_env("", {}, make), lambda: lambda obs: np.int64(0))
     video = recorder.record_episode(0)
     recorder.close()
     assert video.episode_return == 3000
