@@ -211,7 +211,7 @@ def _lstm_backward(
 
     with_c = grads[..., : 3 * units].view(length, sequences, 3, units)
     dh, earlier = _gradients_from_outside(grad_outputs, grad_hidden, hidden, length)
-    dc = torch.zeros_like(cell) if grad_cell is None else grad_cell.clone()
+    dc = cell.new_zeros(cell.shape) if grad_cell is None else grad_cell.clone(memory_format=torch.contiguous_format)
     each_dc = dc.unsqueeze(1)
     keep, resets = _kept(starts, f), _steps_with_starts(starts)
     rows = (x.unbind()[::-1] for x in (through_h, grads, with_c, factor_o, f))
@@ -329,8 +329,9 @@ def _gradients_from_outside(
     Returns:
         that of the last h, and those of the h that enters each step, from the last step to the first.
     """
-    zero = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    rows = [zero] * length if grad_outputs is None else list(grad_outputs.unbind())
+    zero = hidden.new_zeros(hidden.shape)
+    # contiguous, since the strides of the results follow them
+    rows = [zero] * length if grad_outputs is None else list(grad_outputs.contiguous().unbind())
     last = rows[-1] if grad_hidden is None else rows[-1] + grad_hidden
     return last, [zero, *rows[:-1]][::-1]
 
