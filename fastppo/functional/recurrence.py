@@ -330,8 +330,7 @@ def _gradients_from_outside(
         that of the last h, and those of the h that enters each step, from the last step to the first.
     """
     zero = hidden.new_zeros(hidden.shape)
-    # contiguous, since the strides of the results follow them
-    rows = [zero] * length if grad_outputs is None else list(grad_outputs.contiguous().unbind())
+    rows = [zero] * length if grad_outputs is None else list(grad_outputs.unbind())
     last = rows[-1] if grad_hidden is None else rows[-1] + grad_hidden
     return last, [zero, *rows[:-1]][::-1]
 
