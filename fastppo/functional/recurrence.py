@@ -153,22 +153,24 @@ def _lstm_forward(
     These are the activated gates [L, S, 4H], f being 0 at episode starts, and c_t and tanh(c_t) [L, S, H] of all steps.
     """
     units = hidden.shape[-1]
-    gates = gates.clone(memory_format=torch.contiguous_format)
+    gates, weight = gates.clone(memory_format=torch.contiguous_format), weight.clone()
     outputs, cells, tanh_cells = (gates.new_empty(*gates.shape[:2], units) for _ in range(3))
-    masks, transposed = starts.unsqueeze(-1), weight.t()
-    resets = _steps_with_starts(starts)
-    i, f, g, o = (part.unbind() for part in gates.chunk(4, -1))
-    both = gates[..., : 2 * units].unbind()
-    for t, (gate, out, c, tanh_c) in enumerate(zip(gates, outputs, cells, tanh_cells, strict=True)):
+    i, f, g, o = gates.chunk(4, -1)
+    # one sigmoid for all gates: u = sigmoid(-2 g), tanh(g) = 1 - 2 u, i tanh(g) = i - 2 i u
+    g.mul_(-2)
+    weight[2 * units : 3 * units].mul_(-2)
+    transposed, zero = weight.t(), gates.new_zeros(())
+    masks, resets = starts.unsqueeze(-1), _steps_with_starts(starts)
+    rows = (x.unbind() for x in (gates, i, f, g, o, cells, tanh_cells, outputs))
+    for t, (gate, i_t, f_t, u_t, o_t, c_t, tanh_c_t, h_t) in enumerate(zip(*rows, strict=True)):
         if resets[t]:
-            hidden, cell = hidden.masked_fill(masks[t], 0.0), cell.masked_fill(masks[t], 0.0)
-        gate.addmm_(hidden, transposed)
-        both[t].sigmoid_()
-        g[t].tanh_()
-        o[t].sigmoid_()
-        torch.mul(f[t], cell, out=c).addcmul_(i[t], g[t])
-        hidden, cell = torch.mul(o[t], torch.tanh(c, out=tanh_c), out=out), c
-    gates.chunk(4, -1)[1].masked_fill_(masks, 0.0)
+            hidden, cell = (torch.where(masks[t], zero, x) for x in (hidden, cell))
+        gate.addmm_(hidden, transposed).sigmoid_()
+        cell = torch.addcmul(i_t, i_t, u_t, value=-2, out=c_t).addcmul_(f_t, cell)
+        hidden = torch.mul(o_t, torch.tanh(cell, out=tanh_c_t), out=h_t)
+    torch.add(gates.new_ones(()), g, alpha=-2, out=g)
+    if any(resets):
+        f.mul_(_kept(starts, f))
     return outputs, hidden.clone(), cell.clone(), gates, cells, tanh_cells
 
 
@@ -205,28 +207,23 @@ def _lstm_backward(
     aten.sigmoid_backward.grad_input(cells[:-1], f[1:], grad_input=factor_f[1:])
     aten.tanh_backward.grad_input(i, g, grad_input=factor_g)
     aten.sigmoid_backward.grad_input(tanh_cells, o, grad_input=factor_o)
-    through_h = aten.tanh_backward(o, tanh_cells).unbind()
+    through_h = aten.tanh_backward(o, tanh_cells)
 
-    # row t is the gradient with respect to the h that enters step t
-    dh = _entering_gradients(grad_outputs, grad_hidden, outputs)
-    dc = torch.zeros_like(cell) if grad_cell is None else grad_cell.clone()
-    dh_rows, grad_rows, f_rows = dh.unbind(), grads.unbind(), f.unbind()
-    with_c = grads[..., : 3 * units].view(length, sequences, 3, units).unbind()
-    with_h = factor_o.unbind()
-    masks, resets = starts.unsqueeze(-1), _steps_with_starts(starts)
-    for t in range(length - 1, -1, -1):
-        grad_h = dh_rows[t + 1]
-        dc.addcmul_(grad_h, through_h[t])
-        with_c[t].mul_(dc.unsqueeze(1))
-        with_h[t].mul_(grad_h)
-        if resets[t]:
-            dh_rows[t].add_(torch.mm(grad_rows[t], weight).masked_fill_(masks[t], 0.0))
-        else:
-            dh_rows[t].addmm_(grad_rows[t], weight)
-        dc.mul_(f_rows[t])
+    with_c = grads[..., : 3 * units].view(length, sequences, 3, units)
+    dh, earlier = _gradients_from_outside(grad_outputs, grad_hidden, hidden, length)
+    dc = cell.new_zeros(cell.shape) if grad_cell is None else grad_cell.clone(memory_format=torch.contiguous_format)
+    each_dc = dc.unsqueeze(1)
+    keep, resets = _kept(starts, f), _steps_with_starts(starts)
+    rows = (x.unbind()[::-1] for x in (through_h, grads, with_c, factor_o, f))
+    steps = range(length - 1, -1, -1)
+    for t, outside, through, grad, c_part, o_part, f_t in zip(steps, earlier, *rows, strict=True):
+        dc.addcmul_(dh, through)
+        c_part.mul_(each_dc)
+        o_part.mul_(dh)
+        dh = torch.addcmul(outside, keep[t], grad.mm(weight)) if resets[t] else torch.addmm(outside, grad, weight)
+        dc.mul_(f_t)
     entering = _entering(hidden, outputs, starts)
-    grad_weight = grads.flatten(0, 1).t().mm(entering.flatten(0, 1))
-    return grads, grad_weight, dh[0].clone(), dc
+    return grads, _weight_gradient(grads, entering), dh, dc
 
 
 @torch.library.custom_op("fastppo::gru_forward", mutates_args=())
@@ -241,17 +238,18 @@ def _gru_forward(
     candidates = gates[..., 2 * units :].clone(memory_format=torch.contiguous_format)
     gates = torch.cat((gates[..., : 2 * units], bias.expand_as(candidates)), -1)
     outputs = torch.empty_like(candidates)
-    masks, transposed = starts.unsqueeze(-1), weight.t()
-    resets = _steps_with_starts(starts)
-    r, z, d = (part.unbind() for part in gates.chunk(3, -1))
-    both = gates[..., : 2 * units].unbind()
-    for t, (gate, n, out) in enumerate(zip(gates, candidates, outputs, strict=True)):
+    r, z, d = gates.chunk(3, -1)
+    both = gates[..., : 2 * units]
+    transposed, zero = weight.t(), gates.new_zeros(())
+    masks, resets = starts.unsqueeze(-1), _steps_with_starts(starts)
+    rows = (x.unbind() for x in (gates, both, r, z, d, candidates, outputs))
+    for t, (gate, both_t, r_t, z_t, d_t, n_t, h_t) in enumerate(zip(*rows, strict=True)):
         if resets[t]:
-            hidden = hidden.masked_fill(masks[t], 0.0)
+            hidden = torch.where(masks[t], zero, hidden)
         gate.addmm_(hidden, transposed)
-        both[t].sigmoid_()
-        n.addcmul_(r[t], d[t]).tanh_()
-        hidden = torch.lerp(n, hidden, z[t], out=out)
+        both_t.sigmoid_()
+        n_t.addcmul_(r_t, d_t).tanh_()
+        hidden = torch.lerp(n_t, hidden, z_t, out=h_t)
     return outputs, hidden.clone(), gates, candidates
 
 
@@ -285,23 +283,21 @@ def _gru_backward(
     aten.sigmoid_backward.grad_input(entering - candidates, z, grad_input=factor_b)
     torch.mul(through_n, r, out=factor_d)
 
-    # row t is the gradient with respect to the h that enters step t
-    dh = _entering_gradients(grad_outputs, grad_hidden, outputs)
-    dh_rows, grad_rows, z_rows = dh.unbind(), grads.unbind(), z.unbind()
-    by_gate = grads.view(length, sequences, 3, units).unbind()
-    masks, resets = starts.unsqueeze(-1), _steps_with_starts(starts)
-    for t in range(length - 1, -1, -1):
-        grad_h = dh_rows[t + 1]
-        by_gate[t].mul_(grad_h.unsqueeze(1))
+    dh, earlier = _gradients_from_outside(grad_outputs, grad_hidden, hidden, length)
+    each_dh = []  # from the last step to the first
+    by_gate = grads.view(length, sequences, 3, units)
+    keep, resets = _kept(starts, z), _steps_with_starts(starts)
+    rows = (x.unbind()[::-1] for x in (grads, by_gate, z))
+    for t, outside, grad, parts, z_t in zip(range(length - 1, -1, -1), earlier, *rows, strict=True):
+        each_dh.append(dh)
+        parts.mul_(dh.unsqueeze(1))
         if resets[t]:
-            passed = torch.mm(grad_rows[t], weight).addcmul_(z_rows[t], grad_h)
-            dh_rows[t].add_(passed.masked_fill_(masks[t], 0.0))
+            dh = torch.addcmul(outside, keep[t], grad.mm(weight).addcmul_(z_t, dh))
         else:
-            dh_rows[t].addcmul_(z_rows[t], grad_h).addmm_(grad_rows[t], weight)
-    grad_weight = grads.flatten(0, 1).t().mm(entering.flatten(0, 1))
-    grad_bias = factor_d.sum((0, 1))
-    torch.mul(through_n, dh[1:], out=factor_d)
-    return grads, grad_weight, grad_bias, dh[0].clone()
+            dh = torch.addcmul(outside, z_t, dh).addmm_(grad, weight)
+    grad_weight, grad_bias = _weight_gradient(grads, entering), factor_d.sum((0, 1))
+    torch.mul(through_n, torch.stack(each_dh[::-1]), out=factor_d)
+    return grads, grad_weight, grad_bias, dh
 
 
 def _steps_with_starts(starts: Tensor) -> list[bool]:
@@ -310,21 +306,33 @@ def _steps_with_starts(starts: Tensor) -> list[bool]:
     return some
 
 
+def _kept(starts: Tensor, like: Tensor) -> Tensor:
+    """1 where a memory is kept and 0 where an episode starts, [L, S, 1]."""
+    return starts.logical_not().to(like.dtype).unsqueeze(-1)
+
+
 def _entering(hidden: Tensor, outputs: Tensor, starts: Tensor) -> Tensor:
     """The h that enters each step, after the reset, [L, S, H]."""
-    return torch.cat((hidden.unsqueeze(0), outputs[:-1])).masked_fill_(starts.unsqueeze(-1), 0.0)
+    return torch.cat((hidden.unsqueeze(0), outputs[:-1])).mul_(_kept(starts, outputs))
 
 
-def _entering_gradients(grad_outputs: Tensor | None, grad_hidden: Tensor | None, outputs: Tensor) -> Tensor:
-    """The gradients from outside the recurrence, [L + 1, S, H]: 0 for the first h, then those of each step's h."""
-    length, sequences, units = outputs.shape
-    if grad_outputs is None:
-        dh = outputs.new_zeros(length + 1, sequences, units)
-    else:
-        dh = torch.cat((grad_outputs.new_zeros(1, sequences, units), grad_outputs))
-    if grad_hidden is not None:
-        dh[-1].add_(grad_hidden)
-    return dh
+def _weight_gradient(grads: Tensor, entering: Tensor) -> Tensor:
+    """The sum over all steps and sequences of grads [.., K] times entering [.., H]: [K, H], in one product."""
+    return grads.flatten(0, 1).t().mm(entering.flatten(0, 1))
+
+
+def _gradients_from_outside(
+    grad_outputs: Tensor | None, grad_hidden: Tensor | None, hidden: Tensor, length: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The gradients that do not come through the recurrence.
+
+    Returns:
+        that of the last h, and those of the h that enters each step, from the last step to the first.
+    """
+    zero = hidden.new_zeros(hidden.shape)
+    rows = [zero] * length if grad_outputs is None else list(grad_outputs.unbind())
+    last = rows[-1] if grad_hidden is None else rows[-1] + grad_hidden
+    return last, [zero, *rows[:-1]][::-1]
 
 
 @_lstm_forward.register_fake

@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_the_definition(name, length, pattern, dtype)
 @pytest.mark.parametrize("name", SCANS)
 def test_transposed_inputs_are_read_by_their_strides(name, length):
     arguments = make_case(name, length)
-    assert_equals_the_definition(name, [x.t().contiguous().t() if x.dim() == 2 else x for x in arguments])
+    assert_equals_the_definition(name, [mirrored(x) if x.dim() > 1 else x for x in arguments])
     gates = arguments[0].transpose(0, 1).contiguous().transpose(0, 1)
     assert_equals_the_definition(name, [gates, *arguments[1:]])
 
@@ -262,6 +262,11 @@ def test_the_memory_keeps_full_precision_under_autocast(name, length):
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
+def mirrored(x):
+    """The same values in other strides."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
 def operator_cases():
     lstm, gru = make_case("lstm", 5), make_case("gru", 5)
     ops = torch.ops.fastppo
@@ -272,9 +277,12 @@ def operator_cases():
     _, weight, starts, *memory = (x.detach() for x in lstm)
     yield "lstm_backward", [outputs.cos(), hidden, cell, weight, starts, *memory, outputs, *saved]
     yield "lstm_backward", [outputs.cos(), None, None, weight, starts, *memory, outputs, *saved]
+    memory = [mirrored(x) for x in memory]
+    yield "lstm_backward", [mirrored(outputs), hidden, mirrored(cell), weight, starts, *memory, outputs, *saved]
     outputs, hidden, *saved = (x.detach() for x in ops.gru_forward(*gru))
     _, weight, _, starts, memory = (x.detach() for x in gru)
     yield "gru_backward", [outputs.cos(), hidden, weight, starts, memory, outputs, *saved]
+    yield "gru_backward", [mirrored(outputs), hidden, weight, starts, memory, outputs, *saved]
     yield "gru_backward", [None, hidden, weight, starts, memory, outputs, *saved]
 
 
