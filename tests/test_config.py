@@ -84,6 +84,11 @@ KEPT = {
     "hidden_sizes": "the network",
     "activation": "the network",
     "shared_trunk": "the network",
+    "memory": "the network",
+    "memory_size": "the network",
+    "obs_keys": "the input of the network",
+    "critic_obs_keys": "the input of the network",
+    "action_masks": "the input of the network",
     "normalize_obs": "the input of the network",
     "obs_clip": "the input of the network",
 }
@@ -126,7 +131,7 @@ def test_exclusive_bounds_are_refused_themselves(name):
 def test_inclusive_bounds_are_accepted(name):
     setting = SETTINGS[name]
     of = (lambda x: (x,)) if name == "hidden_sizes" else lambda x: x
-    Config(**{name: of(setting.at_least), "vectorization": "pool"})
+    Config(**{name: of(setting.at_least), "vectorization": "pool", "memory": "gru"})
     with pytest.raises(ConfigError, match=rf"{name}=.*-?\d+.* must be at least {setting.at_least}; nearest valid"):
         Config(**{name: of(setting.at_least - 1), "vectorization": "pool"})
 
@@ -221,7 +226,7 @@ MISTAKES = {
     "colons": ("--env-id a:b:c", "can't import a:b"),
     "nothing registered": ("--env-id math:Nope-v0", "math was imported, but registers no environment 'Nope-v0'"),
     "unknown module": ("--env-id no_such_module:Env-v0", "can't import no_such_module"),
-    "unsupported observations": ("--env-id Blackjack-v1", "observation space Tuple is not supported"),
+    "unknown keys": ("--env-id Blackjack-v1 --obs-keys 0 7", "obs_keys: observations have no '7'; there are 0, 1, 2."),
     "environment's argument": ('--env-id Pendulum-v1 --env-kwargs {"gg":1}', "unexpected keyword argument 'gg'"),
     "kwargs no JSON": ("--env-kwargs {a:1}", "env_kwargs='{a:1}' must be a table of keyword arguments"),
     "kwargs no object": ("--env-kwargs [1]", "env_kwargs=[1] must be a table"),

@@ -14,7 +14,7 @@ from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Policy
-from fastppo.ppo.minibatches import BatchLayout, Minibatch
+from fastppo.ppo.minibatches import BatchLayout, Minibatch, sequence_rows
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime import compile as compiling
 from fastppo.spaces.observations import ObsSpec
@@ -389,4 +389,24 @@ def test_gather_returns_the_same_rows_of_every_column():
         layout = BatchLayout(batch)
         index = torch.tensor([7, 0, 3])
         taken = layout.gather(Minibatch(torch.zeros(2), index, layout.pack(batch)))
-        assert all(torch.equal(a, b[index]) and a.dtype == b.dtype for a, b in zip(taken, batch, strict=True))
+        for name in ("obs", "actions", "logprobs", "params", "values", "advantages", "returns", "valid"):
+            ours, whole = getattr(taken, name), getattr(batch, name)
+            assert torch.equal(ours, whole[index]) and ours.dtype == whole.dtype, name
+        assert taken.starts is None and taken.states == ()
+
+
+def test_gather_takes_the_state_before_each_sequence():
+    n_envs, length, sequences = 3, 4, torch.tensor([4, 0])  # the second of environment 1, the first of environment 0
+    rows = sequence_rows(sequences, n_envs, length)
+    assert rows.tolist() == [13, 0, 16, 3, 19, 6, 22, 9]
+    column = torch.arange(24.0)
+    states = torch.arange(48.0).view(24, 2), torch.arange(24.0).view(24, 1)
+    starts = torch.arange(24) % 5 == 0
+    batch = Batch(column.unsqueeze(1), *[column] * 6, None, starts, states)
+    layout = BatchLayout(batch, length)
+    taken = layout.gather(Minibatch(torch.zeros(2), rows, layout.pack(batch)))
+    assert taken.obs.flatten().tolist() == rows.tolist()
+    assert torch.equal(taken.starts, starts[rows])
+    assert [x.tolist() for x in taken.states] == [[[26.0, 27.0], [0.0, 1.0]], [[13.0], [0.0]]]
+    for ours, direct in zip(taken.states, batch.take(rows, length).states, strict=True):
+        assert torch.equal(ours, direct)
