@@ -32,12 +32,14 @@ class Memory(nn.Module):
 
     n_states = 1
     n_gates: int
+    input: nn.Linear
 
     def __init__(self, n_features: int, size: int) -> None:
         """Read `n_features` into `size` units; weights orthogonal, biases zero, as in CleanRL's Atari LSTM."""
         super().__init__()
         self.size = size
-        self.input = orthogonal(nn.Linear(n_features, self.n_gates * size), 1.0)
+        self.input = nn.Linear(n_features, self.n_gates * size)
+        orthogonal(self.input, 1.0)
 
     def forward(self, x: Tensor, state: State, starts: Tensor) -> tuple[Tensor, State]:
         """Return outputs [L, S, size] and the state after the last step.
