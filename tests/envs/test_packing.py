@@ -277,9 +277,7 @@ def test_components_of_a_mask_are_joined(mask):
     [(np.ones(4), None), ([[1, 1], [1]], None), ("all", None), (None, None), (1, None), (np.ones((2, 5)), 3)],
 )
 def test_masks_of_another_size_are_refused(mask, n):
-    with pytest.raises(
-        EnvError, match=r"an action mask has shape .*; .* needs (3 x )?5 numbers or bools"
-    ):
+    with pytest.raises(EnvError, match=r"an action mask has shape .*; .* needs (3 x )?5 numbers or bools"):
         flat_mask(mask, 5, n)
 
 

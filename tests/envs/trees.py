@@ -17,7 +17,7 @@ class Illegal(ValueError):
 class Scene(gym.Env):
     """Random observations of several kinds, and a random mask; an action that it forbids is an error.
 
-    Episode k has 3 + k % 3 steps and ends by time limit if k is odd. The last observation of an episode has a mask of
+    Episode k since the last seed has 3 + k % 3 steps and ends by time limit if k is odd. The last observation of an episode has a mask of
     zeros. The reward depends on observation and action, so that misplaced rows show.
 
     Args:
@@ -78,6 +78,8 @@ class Scene(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
+        if seed is not None:
+            self.episode, self.total = -1, 0
         self.episode, self.steps = self.episode + 1, 0
         return self._obs(), self._info()
 
@@ -115,7 +117,7 @@ class Sliced(gym.ObservationWrapper):
             {key: spaces.Box(low[at], high[at], dtype=np.float32) for key, at in self.parts.items()}
         )
 
-    parts = {"position": slice(0, 1), "speed": slice(1, 2), "pole": slice(2, 4)}  # noqa: RUF012 - constant
+    parts = {"a": slice(0, 1), "b": slice(1, 2), "c": slice(2, 4)}  # noqa: RUF012 - constant
 
     def observation(self, obs):
         return {key: obs[at] for key, at in self.parts.items()}
