@@ -328,17 +328,21 @@ class WorkerSetup:
 
 @dataclasses.dataclass(frozen=True)
 class InWorker:
-    """Applies a `WorkerSetup` before it makes an environment, for workers that aren't fastppo's own."""
+    """Applies a `WorkerSetup` before it makes environment `index`, for workers that aren't fastppo's own."""
 
     setup: WorkerSetup
     factory: EnvFactory
+    index: int
 
     def __call__(self) -> gym.Env[Any, Any]:
         """Make the environment."""
         if multiprocessing.parent_process() is None:
             return self.factory()
         self.setup.seed_streams()
-        return self.setup.make(self.factory)
+        env = self.setup.make(self.factory)
+        if isinstance(env, PackObservation):
+            env.index = self.index
+        return env
 
 
 def seed_global_streams(seed: int) -> None:

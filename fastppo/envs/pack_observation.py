@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space
 
 from fastppo.errors import ENV_ERRORS, EnvError, cause_line
 from fastppo.spaces.leaves import ObsLeaf
-from fastppo.spaces.packing import MASK_KEY, PackedSpace, flat_mask, leaves_of, mask_leaf
+from fastppo.spaces.packing import MASK_KEY, PackedSpace, find, flat_mask, leaves_of, mask_leaf
 
 _Array = np.ndarray[Any, Any]
 
@@ -101,17 +101,23 @@ def mask_under_key(part: spaces.Space[Any], n: int) -> ObsLeaf:
 
 
 class PackObservation(gym.Wrapper[Any, Any, Any, Any]):
-    """Packs the observations of one environment, and its masks of allowed actions, into rows."""
+    """Packs the observations of one environment, and its masks of allowed actions, into rows.
+
+    Attributes:
+        index: of the environment, for the messages of errors; None: whoever steps it names it.
+    """
 
     def __init__(self, env: gym.Env[Any, Any], space: PackedSpace) -> None:
         """Pack into rows of `space`."""
         super().__init__(env)
         self.observation_space = self._space = space
+        self.index: int | None = None
+        self._steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[_Array, dict[str, Any]]:
         """Reset, and return the packed observation and info."""
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._row(obs, info, acts=True), info
+        return self._row(obs, info, "reset", acts=True), info
 
     def step(self, action: Any) -> tuple[_Array, Any, Any, Any, dict[str, Any]]:  # noqa: ANN401 - an action
         """Step, and pack the observation.
@@ -120,9 +126,19 @@ class PackObservation(gym.Wrapper[Any, Any, Any, Any]):
             EnvError: no action is allowed, though the episode goes on.
         """
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self._row(obs, info, acts=not (terminated or truncated)), reward, terminated, truncated, info
+        self._steps += 1
+        row = self._row(obs, info, f"step {self._steps}", acts=not (terminated or truncated))
+        return row, reward, terminated, truncated, info
 
-    def _row(self, obs: Any, info: dict[str, Any], *, acts: bool) -> _Array:  # noqa: ANN401 - an observation
+    def _row(self, obs: Any, info: dict[str, Any], doing: str, *, acts: bool) -> _Array:  # noqa: ANN401 - an observation
+        try:
+            return self._packed(obs, info, acts=acts)
+        except EnvError as error:
+            if self.index is None:
+                raise
+            raise EnvError(f"environment {self.index} failed in {doing}: {error}") from error
+
+    def _packed(self, obs: Any, info: dict[str, Any], *, acts: bool) -> _Array:  # noqa: ANN401 - an observation
         space, mask = self._space, None
         if space.mask is not None and acts:  # nobody acts on a last observation, whatever its mask
             if space.mask.mask_source == "method":
@@ -161,6 +177,7 @@ class PackVectorObservation(VectorWrapper):
         self.single_observation_space = self._space = space
         self.observation_space = batch_space(space, env.num_envs)
         self._masks = None if space.mask is None else np.ones((env.num_envs, space.mask.size), bool)
+        self._steps = 0
 
     def reset(
         self,
@@ -180,8 +197,9 @@ class PackVectorObservation(VectorWrapper):
             EnvError: an environment allows no action, though its episode goes on.
         """
         obs, rewards, terminated, truncated, info = self.env.step(actions)
+        self._steps += 1
         if "final_obs" in info:
-            info = info | {"final_obs": self._final(info["final_obs"], terminated | truncated)}
+            info = info | {"final_obs": self._final(info["final_obs"], obs, terminated | truncated)}
             ended = np.zeros(self.num_envs, bool)  # same-step autoreset: every row is the start of an episode or within
         else:
             ended = terminated | truncated
@@ -202,16 +220,28 @@ class PackVectorObservation(VectorWrapper):
                 try:
                     _check_allowed(allowed[i], self.single_action_space)
                 except EnvError as error:
-                    raise EnvError(f"environment {i}: {error}") from None
+                    doing = f"step {self._steps}" if self._steps else "reset"
+                    raise EnvError(f"environment {i} failed in {doing}: {error}") from None
         return rows
 
-    def _final(self, final: Any, ended: _Array) -> _Array:  # noqa: ANN401 - an array or a tree of observations
-        """Pack the final observations of ended environments; None elsewhere, whatever the others hold."""
+    def _final(self, final: Any, following: Any, ended: _Array) -> _Array:  # noqa: ANN401 - trees of observations
+        """Pack the final observations of ended environments; None elsewhere, whatever the others hold.
+
+        Raises:
+            EnvError: they lie in the memory of the `following` observations, and so are overwritten.
+        """
+        seen = [leaf for leaf in self._space.leaves if leaf.kind != "mask"]
         packed = np.full(self.num_envs, None, object)
         each = final if isinstance(final, np.ndarray) else _unbatched(final, self.num_envs)
         for i in np.flatnonzero(ended):
-            if each[i] is not None:
-                packed[i] = self._space.pack(each[i])
+            if each[i] is None:
+                continue
+            packed[i] = self._space.pack(each[i])
+            if all(np.shares_memory(find(each[i], leaf), find(following, leaf)) for leaf in seen):
+                raise EnvError(
+                    f"infos['final_obs'][{i}] shares memory with the next observation and is overwritten by it; "
+                    "copy it in the vector environment."
+                )
         return packed
 
 

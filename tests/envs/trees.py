@@ -17,8 +17,8 @@ class Illegal(ValueError):
 class Scene(gym.Env):
     """Random observations of several kinds, and a random mask; an action that it forbids is an error.
 
-    Episode k since the last seed has 3 + k % 3 steps and ends by time limit if k is odd. The last observation of an episode has a mask of
-    zeros. The reward depends on observation and action, so that misplaced rows show.
+    Episode k since the last seed has 3 + k % 3 steps and ends by time limit if k is odd. The last observation of an
+    episode has a mask of zeros. The reward depends on observation and action, so that misplaced rows show.
 
     Args:
         masks: where the mask is given: "key", "method", "info", "sometimes" (in every second info) or "none".
