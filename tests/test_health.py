@@ -74,8 +74,8 @@ CASES = {
     ),
     "memory's gradient vanishes": (
         # one sample below the threshold is not enough
-        {"memory/gradient_share": np.where(np.arange(N) == 150, 0.0, np.where(np.arange(N) % 50, math.nan, 2e-4))},
-        {"memory/gradient_share": np.where(np.arange(N) % 50, math.nan, 5e-5)},
+        {"memory/gradient_share": np.where(np.arange(N) == 150, 0.0, np.where(np.arange(N) % 50, math.nan, 2e-5))},
+        {"memory/gradient_share": np.where(np.arange(N) % 50, math.nan, 5e-6)},
     ),
     "speed dropped": (
         {"charts/sps_window": np.linspace(30_000, 18_000, N)},

@@ -76,7 +76,7 @@ DIAGNOSTICS = (
     Diagnostic("Epochs per update", (("losses/epochs_run", ""),)),
     Diagnostic("Masked actions", (("charts/masked_actions", ""),), y_range=(-0.02, 1.02), optional=True),
     Diagnostic(
-        "Memory's share of the gradient (healthy: above 0.0001)",
+        "Memory's share of the gradient (healthy: above 1e-5)",
         (("memory/gradient_share", ""),),
         log=True,
         optional=True,
