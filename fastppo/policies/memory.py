@@ -133,6 +133,19 @@ class RecurrentNetwork(nn.Module):
             torch.zeros(n_envs, memory.size, device=device) for memory in self._each() for _ in range(memory.n_states)
         )
 
+    def recurrences(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Return each memory's recurrent weight, with the parameters of that memory and of the heads on it.
+
+        Empty for minGRU, which has no recurrent weights.
+        """
+        critic, actor = self.body.critic, self.body.actor
+        heads: list[list[nn.Module]] = [[critic, actor]] if len(self.memories) == 1 else [[critic], [actor]]
+        return [
+            (memory.recurrent, [*memory.parameters(), *(p for head in own for p in head.parameters())])
+            for memory, own in zip(self._each(), heads, strict=True)
+            if isinstance(memory, (LSTM, GRU))
+        ]
+
     def _each(self) -> list[Memory]:
         return [memory for memory in self.memories if isinstance(memory, Memory)]
 
