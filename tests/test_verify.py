@@ -147,10 +147,12 @@ def test_a_native_version_with_masks_is_checked():
 
 
 def test_verify_env_takes_keys(capsys):
-    command = (
-        "verify-env --steps 20 --env-id tests.envs.trees:fastppo-tests/Scene-v0 --obs-keys place --action-masks off"
-    )
-    assert main(command.split()) in (0, 1), "without its masks the environment may fail"
-    assert "place: vector (3,), discrete" in capsys.readouterr().out
+    command = "verify-env --steps 20 --env-id tests.envs.trees:fastppo-tests/Scene-v0 --obs-keys place"
+    assert main(command.split()) == 0
+    assert "place: vector (3,) + mask of 4 actions, discrete" in capsys.readouterr().out
+    assert main([*command.split(), "--action-masks", "off"]) == 1, "the environment refuses forbidden actions"
+    said = capsys.readouterr()
+    assert "place: vector (3,), discrete" in said.out
+    assert "Traceback" not in said.out + said.err
     assert main(["verify-env", "--env-id", "CartPole-v1", "--obs-keys", "place"]) == 2
     assert "obs_keys need observations with keys, but these are one Box" in capsys.readouterr().err
