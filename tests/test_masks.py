@@ -108,7 +108,7 @@ def test_gradients_are_finite_and_zero_for_forbidden_actions(actions):
     taken = policy.distribution.mode(output.params)
     evaluated = policy.evaluate_actions(output, taken, output.params.detach())
     kl = policy.distribution.kl(output.params.detach() * 0.5, output.params)
-    (evaluated.log_prob.sum() - evaluated.entropy.sum() + kl[kl.isfinite()].sum()).backward()
+    (evaluated.logprobs.sum() - evaluated.entropy.sum() + kl[kl.isfinite()].sum()).backward()
     assert (logits[0].grad[~mask] == 0).all()
     assert (logits[0].grad[mask] != 0).any()
     for name, p in policy.named_parameters():

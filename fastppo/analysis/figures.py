@@ -74,7 +74,9 @@ DIAGNOSTICS = (
         "Gradient norm before clipping", (("losses/grad_norm", "norm"), ("charts/max_grad_norm", "limit")), log=True
     ),
     Diagnostic("Epochs per update", (("losses/epochs_run", ""),)),
-    Diagnostic("Masked actions", (("charts/masked_actions", ""),), y_range=(-0.02, 1.02), optional=True),
+    Diagnostic(
+        "Share of actions that masks forbid", (("charts/masked_actions", ""),), y_range=(-0.02, 1.02), optional=True
+    ),
     Diagnostic(
         "Memory's share of the gradient (healthy: above 1e-5)",
         (("memory/gradient_share", ""),),
@@ -82,7 +84,7 @@ DIAGNOSTICS = (
         optional=True,
         sampled=True,
     ),
-    Diagnostic("Size of the memory's state", (("memory/state_norm", ""),), optional=True, sampled=True),
+    Diagnostic("Root mean square of the memory's state", (("memory/state_norm", ""),), optional=True, sampled=True),
 )
 
 

@@ -162,3 +162,41 @@ gym.register(
     vector_entry_point=scenes,
     disable_env_checker=True,  # it warns about the shape () of a part
 )
+
+
+class WrongMask(Scene):
+    """Declares or tells a mask of three actions, of which there are four."""
+
+    def __init__(self, masks="key"):
+        super().__init__(masks)
+        if masks == "key":
+            self.observation_space = spaces.Dict(
+                {**self.observation_space.spaces, "action_mask": spaces.MultiBinary(3)}
+            )
+
+    def _obs(self, over=False):
+        obs = super()._obs(over)
+        self.mask = self.mask[:3]
+        return obs
+
+
+class Told(gym.Env):
+    """Observes a number and a text."""
+
+    observation_space = spaces.Dict(number=spaces.Discrete(3), mission=spaces.Text(9))
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return {"number": 1, "mission": "go"}, {}
+
+    def step(self, action):
+        return *self.reset()[:1], 0.0, True, False, {}
+
+
+class Nothing(Told):
+    observation_space = spaces.Dict()
+
+
+for _name, _kind in {"WrongMask": WrongMask, "Told": Told, "Nothing": Nothing}.items():
+    gym.register(f"fastppo-tests/{_name}-v0", _kind, disable_env_checker=True)
