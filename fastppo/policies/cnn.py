@@ -111,6 +111,7 @@ class MultiInputNetwork(Body):
         ]
         return self.tail.features(torch.cat(parts, 1))
 
-    def heads(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return distribution parameters [B, n_params] and values [B]."""
-        return self.tail.heads(features)
+    @property
+    def outputs(self) -> tuple[nn.Module, nn.Module]:
+        """The heads: of the critic and of the actor."""
+        return self.tail.outputs

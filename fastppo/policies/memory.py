@@ -138,7 +138,7 @@ class RecurrentNetwork(nn.Module):
 
         Empty for minGRU, which has no recurrent weights.
         """
-        critic, actor = self.body.critic, self.body.actor
+        critic, actor = self.body.outputs
         heads: list[list[nn.Module]] = [[critic, actor]] if len(self.memories) == 1 else [[critic], [actor]]
         return [
             (memory.recurrent, [*memory.parameters(), *(p for head in own for p in head.parameters())])
