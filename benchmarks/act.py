@@ -18,9 +18,11 @@ import tyro
 
 from benchmarks import median_ms, report
 from fastppo.functional.distributions import Categorical
-from fastppo.policies.actors import Decisions, ModuleActor, NumpyActor, fill_values_and_logprobs, plain_layers
+from fastppo.policies.actors import ModuleActor, fill_values_and_logprobs
+from fastppo.policies.decisions import Decisions
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
+from fastppo.policies.numpy_actor import NumpyActor
 from fastppo.policies.policy import Policy
 from fastppo.runtime.compile import compile_graph
 from fastppo.runtime.threads import set_threads
@@ -54,9 +56,7 @@ def main(options: Options) -> None:
             torch.zeros(T, n, 2),
             torch.zeros(T, n),
         )
-        layers = plain_layers(policy)
-        assert layers is not None
-        numpy, module = NumpyActor(policy, layers, d), ModuleActor(policy, d)
+        numpy, module = NumpyActor(policy, d), ModuleActor(policy, d)
         one = (d.obs[0], d.noise[0])
         compiled = compile_graph(policy.act, one)
         rows.append(

@@ -751,10 +751,6 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."
         )
-    if config.segment_length is not None and config.memory == "none":
-        raise ConfigError(
-            "segment_length needs a memory; choose one with --memory lstm, gru or mingru, or leave it out."
-        )
     if config.critic_obs_keys and config.shared_trunk:
         raise ConfigError(
             "critic_obs_keys with shared_trunk: the policy would read them through the shared layers; leave one out."
@@ -763,22 +759,10 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f"obs_keys and critic_obs_keys both name {min(both)!r}; the critic reads both lists.")
     if config.half_batches and config.n_envs == 1:
         raise ConfigError("half_batches=True with n_envs=1: one environment can't be split; leave it out.")
-    if config.segment_length is not None and config.n_steps is not None and config.n_steps % config.segment_length:
-        raise ConfigError(
-            f"segment_length={config.segment_length} does not divide n_steps={config.n_steps}; nearest that do: "
-            f"{_nearest_divisors(config.n_steps, config.segment_length)}."
-        )
     if None in (config.n_envs, config.n_steps, config.n_minibatches):
         return
     if config.memory != "none":
-        segments = config.batch_size // (config.segment_length or _filled(config.n_steps))
-        if segments % _filled(config.n_minibatches):
-            length = config.segment_length or config.n_steps
-            raise ConfigError(
-                f"n_minibatches={config.n_minibatches} does not divide the {segments} sequences of {length} steps of a "
-                "rollout, which stay whole; nearest that do: "
-                f"{_nearest_divisors(segments, _filled(config.n_minibatches))}; or choose another --segment-length."
-            )
+        check_sequences(config)
         return
     batch, parts = config.batch_size, _filled(config.n_minibatches)
     if batch % parts:
@@ -786,6 +770,27 @@ def _check_combinations(config: Config) -> None:
             f"n_minibatches={parts} does not divide the batch of {batch} "
             f"(n_envs={config.n_envs} x n_steps={config.n_steps}); nearest that do: "
             f"{_nearest_divisors(batch, parts)}."
+        )
+
+
+def check_sequences(config: Config) -> None:
+    """Check that the rollouts of a filled config can be cut into sequences, and these into minibatches.
+
+    Raises:
+        ConfigError: they can't.
+    """
+    n_steps, parts = _filled(config.n_steps), _filled(config.n_minibatches)
+    length = config.segment_length or n_steps
+    if n_steps % length:
+        raise ConfigError(
+            f"segment_length={length} does not divide n_steps={n_steps}; nearest that do: "
+            f"{_nearest_divisors(n_steps, length)}."
+        )
+    sequences = config.batch_size // length
+    if sequences % parts:
+        raise ConfigError(
+            f"n_minibatches={parts} does not divide the {sequences} sequences of {length} steps of a rollout, which "
+            f"stay whole; nearest that do: {_nearest_divisors(sequences, parts)}; or choose another --segment-length."
         )
 
 

@@ -391,8 +391,10 @@ def test_gather_returns_the_same_rows_of_every_column():
         taken = layout.gather(Minibatch(torch.zeros(2), index, layout.pack(batch)))
         for name in ("obs", "actions", "logprobs", "params", "values", "advantages", "returns", "valid"):
             ours, whole = getattr(taken, name), getattr(batch, name)
-            assert torch.equal(ours, whole[index]) and ours.dtype == whole.dtype, name
-        assert taken.starts is None and taken.states == ()
+            assert torch.equal(ours, whole[index]), name
+            assert ours.dtype == whole.dtype, name
+        assert taken.starts is None
+        assert taken.states == ()
 
 
 def test_gather_takes_the_state_before_each_sequence():

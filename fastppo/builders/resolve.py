@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastppo.config import Config, fill_defaults, parse_schedule
+from fastppo.config import Config, check_sequences, fill_defaults, parse_schedule
 from fastppo.envs.auto_vectorization import env_key, recall
 from fastppo.envs.make_envs import EnvInfo, choose_vectorization
 from fastppo.errors import ConfigError
@@ -20,9 +20,23 @@ T = TypeVar("T")
 
 
 def resolve_config(
-    config: Config, env_info: EnvInfo, device: torch.device, *, custom_policy: bool, world: World | None = None
+    config: Config,
+    env_info: EnvInfo,
+    device: torch.device,
+    *,
+    custom_policy: bool,
+    custom_memory: bool = False,
+    world: World | None = None,
 ) -> tuple[Config, list[str]]:
     """Return the config with every choice that precedes building made, and notes about the choices.
+
+    Args:
+        config: settings as the user gave them.
+        env_info: of the environment.
+        device: to train on.
+        custom_policy: whether the network is the user's own module.
+        custom_memory: whether that module has memory.
+        world: the ranks that train together.
 
     What is measured, the main rank of `world` (None: a single rank) measures for all.
 
@@ -34,6 +48,10 @@ def resolve_config(
     if not env_info.from_id:  # so that neither the default id nor its preset is taken for make_env's environment
         config = dataclasses.replace(config, env_id=env_info.name)
     filled = fill_defaults(config, env_info.kind, atari=env_info.atari, reward_threshold=env_info.reward_threshold)
+    if custom_memory:
+        check_sequences(filled)
+    elif config.segment_length is not None and config.memory == "none":
+        raise ConfigError("segment_length needs a memory: --memory lstm, gru or mingru; or leave it out.")
     changes: dict[str, Any] = {}
     if config.device == "auto":  # a resumed run keeps the device type; each rank chooses its own index
         changes["device"] = device.type

@@ -115,7 +115,14 @@ def build_run(
             env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
-        c, choices = resolve_config(config, env_info, device, custom_policy=policy is not None, world=world)
+        c, choices = resolve_config(
+            config,
+            env_info,
+            device,
+            custom_policy=policy is not None,
+            custom_memory=hasattr(policy, "initial_state"),
+            world=world,
+        )
         notes += choices
         n_iterations = count_iterations(c, world.size)
         traits = RunTraits(

@@ -9,82 +9,21 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
-from fastppo.functional.distributions import Categorical, Gaussian, bound_log_std
-from fastppo.policies.mlp import MLP
+from fastppo.policies.decisions import Actor, Decisions
+from fastppo.policies.numpy_actor import NumpyActor, can_act_in_numpy
 from fastppo.policies.policy import ActionStep, Policy, PolicyState
 from fastppo.runtime.compile import compile_graph
 from fastppo.runtime.graphs import capture
 from fastppo.spaces.observations import ObsSpec
 
-_Array = np.ndarray[Any, Any]
 _CHUNK = 4096  # rows per pass; they fit a core's cache
-
-
-class Decisions(NamedTuple):
-    """The tensors of a rollout that acting reads and writes, for N environments.
-
-    Attributes:
-        obs: [T + 1, N, *obs] observation before each step; read only.
-        noise: [T, N, noise_size]; read only.
-        actions: [T, N, *action].
-        logprobs: [T, N] of those actions.
-        params: [T, N, P] distribution parameters.
-        values: [T, N] V(s_t).
-        states: the policy's state before each step, [T + 1, N, ...] each; a step reads its own and writes the next.
-        starts: [T + 1, N] bool: an episode starts at this step; read only. None: the policy has no memory.
-    """
-
-    obs: Tensor
-    noise: Tensor
-    actions: Tensor
-    logprobs: Tensor
-    params: Tensor
-    values: Tensor
-    states: PolicyState = ()
-    starts: Tensor | None = None
-
-    def of_group(self, group: slice) -> Decisions:
-        """Return the slices of the environments in `group`."""
-        rows = {name: x[:, group] for name, x in self._asdict().items() if isinstance(x, Tensor)}
-        return Decisions(**rows, states=tuple(x[:, group] for x in self.states))
-
-    def state(self, t: int) -> PolicyState:
-        """Return the state before step t, as views."""
-        return tuple(x[t] for x in self.states)
-
-    def starts_at(self, t: int) -> Tensor | None:
-        """Return where step t starts an episode, as a view."""
-        return None if self.starts is None else self.starts[t]
-
-
-class Actor(Protocol):
-    """Acts for one group of environments.
-
-    Attributes:
-        complete: whether `act` also fills log-probabilities and values, beside actions and parameters.
-    """
-
-    complete: bool
-
-    def compile(self) -> None:
-        """Compile the decision, if it runs in torch."""
-
-    def capture(self, device: torch.device) -> None:
-        """Capture the decision on `device`, if it runs in torch."""
-
-    def begin(self) -> None:
-        """Begin a rollout: parameters and moments may have changed."""
-
-    def act(self, t: int) -> None:
-        """Decide step t from obs[t] and noise[t]."""
 
 
 def make_actor(policy: Policy, decisions: Decisions, *, torch_only: bool = False) -> Actor:
@@ -94,13 +33,8 @@ def make_actor(policy: Policy, decisions: Decisions, *, torch_only: bool = False
     64-wide layers takes 13 us instead of 35 at N=1 and 32 instead of 59 at N=64; at N=512 it gains nothing (150 against
     145; benchmarks/act.py).
     """
-    if (
-        not torch_only
-        and not policy.bf16
-        and decisions.obs.device.type == "cpu"
-        and (layers := plain_layers(policy)) is not None
-    ):
-        return NumpyActor(policy, layers, decisions)
+    if not torch_only and decisions.obs.device.type == "cpu" and can_act_in_numpy(policy):
+        return NumpyActor(policy, decisions)
     return ModuleActor(policy, decisions)
 
 
@@ -226,91 +160,3 @@ class ModuleActor:
         row.add_(1)
         for states, new in zip(d.states, step.state, strict=True):
             states.index_copy_(0, row, new.unsqueeze(0))
-
-
-def plain_layers(policy: Policy) -> list[nn.Linear] | None:
-    """Return the actor's linear layers if it is a plain MLP with tanh or ReLU on vector observations, else None."""
-    network = policy.network
-    if type(network) is not MLP or network.actor_trunk is None or not policy.encoder.spec.is_plain:
-        return None
-    if not isinstance(policy.distribution, (Categorical, Gaussian)):
-        return None
-    trunk = list(network.actor_trunk)
-    if not all(isinstance(layer, (nn.Flatten, nn.Linear, nn.Tanh, nn.ReLU)) for layer in trunk):
-        return None
-    return [layer for layer in (*trunk, network.actor.linear) if isinstance(layer, nn.Linear)]
-
-
-class NumpyActor:
-    """Acts with an MLP in preallocated numpy arrays, on views of the network's parameters."""
-
-    complete = False
-
-    def __init__(self, policy: Policy, layers: Sequence[nn.Linear], decisions: Decisions) -> None:
-        """Act with the actor `layers` of `policy` (see `plain_layers`), writing into `decisions`."""
-        steps, n = decisions.noise.shape[:2]
-        self._policy = policy
-        obs = decisions.obs.numpy()
-        self._obs = obs.reshape(steps + 1, n, -1) if obs.ndim != 3 else obs
-        self._noise, self._actions, self._params = (
-            x.numpy() for x in (decisions.noise, decisions.actions, decisions.params)
-        )
-        self._layers = layers
-        self._outs = [np.empty((n, layer.out_features), np.float32) for layer in layers]
-        relu = any(isinstance(layer, nn.ReLU) for layer in policy.network.modules())
-        self._activate: Callable[..., Any] = _relu if relu else np.tanh
-        assert isinstance(policy.network, MLP)
-        self._log_std = policy.network.actor.log_std
-        self._scaled = np.empty(self._obs.shape[1:], np.float32)
-        self._divisor = np.float32(policy.encoder.spec.leaves[0].divisor)
-        self.begin()
-
-    def begin(self) -> None:
-        """Refresh the views of the parameters and the constants of a rollout."""
-        with torch.no_grad():
-            self._weights = [layer.weight.numpy().T for layer in self._layers]
-            self._biases = [layer.bias.numpy() for layer in self._layers]
-            self._std: _Array | None = None
-            if self._log_std is not None:
-                self._std = bound_log_std(self._log_std).exp().numpy()
-                self._params[..., len(self._std) :] = self._log_std.numpy()
-        normalizer = self._policy.encoder.normalizer
-        self._moments = None
-        if normalizer is not None:
-            mean, scale = normalizer.mean.numpy(), (normalizer.var + 1e-8).rsqrt().numpy()
-            self._moments = mean.reshape(-1), scale.reshape(-1), normalizer.clip
-
-    def compile(self) -> None:
-        """Do nothing: numpy isn't compiled."""
-
-    def capture(self, device: torch.device) -> None:
-        """Do nothing: numpy launches no kernels."""
-
-    def act(self, t: int) -> None:
-        """Fill params[t] and actions[t] from obs[t] and noise[t]."""
-        x = self._obs[t]
-        if self._moments is not None:
-            mean, scale, clip = self._moments
-            # the difference is in float64, as in ObsNormalizer
-            x = np.clip((x - mean) * scale, -clip, clip, out=self._scaled, casting="same_kind")
-        elif self._divisor != 1:
-            x = np.divide(x, self._divisor, out=self._scaled)
-        last = len(self._outs) - 1
-        for i, out in enumerate(self._outs):
-            np.dot(x, self._weights[i], out=out)
-            np.add(out, self._biases[i], out=out)
-            if i < last:
-                self._activate(out, out=out)
-            x = out
-        self._params[t, :, : x.shape[1]] = x
-        if self._std is not None:
-            action = self._actions[t]
-            np.multiply(self._noise[t], self._std, out=action)
-            np.add(action, x, out=action)
-        else:
-            np.add(x, self._noise[t], out=x)
-            np.argmax(x, 1, out=self._actions[t])
-
-
-def _relu(x: _Array, out: _Array) -> None:
-    np.maximum(x, 0.0, out=out)

@@ -32,12 +32,14 @@ class Memory(nn.Module):
 
     n_states = 1
     n_gates: int
+    input: nn.Linear
 
     def __init__(self, n_features: int, size: int) -> None:
         """Read `n_features` into `size` units; weights orthogonal, biases zero, as in CleanRL's Atari LSTM."""
         super().__init__()
         self.size = size
-        self.input = orthogonal(nn.Linear(n_features, self.n_gates * size), 1.0)
+        self.input = nn.Linear(n_features, self.n_gates * size)
+        orthogonal(self.input, 1.0)
 
     def forward(self, x: Tensor, state: State, starts: Tensor) -> tuple[Tensor, State]:
         """Return outputs [L, S, size] and the state after the last step.
@@ -130,6 +132,19 @@ class RecurrentNetwork(nn.Module):
         return tuple(
             torch.zeros(n_envs, memory.size, device=device) for memory in self._each() for _ in range(memory.n_states)
         )
+
+    def recurrences(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Return each memory's recurrent weight, with the parameters of that memory and of the heads on it.
+
+        Empty for minGRU, which has no recurrent weights.
+        """
+        critic, actor = self.body.critic, self.body.actor
+        heads: list[list[nn.Module]] = [[critic, actor]] if len(self.memories) == 1 else [[critic], [actor]]
+        return [
+            (memory.recurrent, [*memory.parameters(), *(p for head in own for p in head.parameters())])
+            for memory, own in zip(self._each(), heads, strict=True)
+            if isinstance(memory, (LSTM, GRU))
+        ]
 
     def _each(self) -> list[Memory]:
         return [memory for memory in self.memories if isinstance(memory, Memory)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastppo.envs.vec_env import Transitions, VecEnv
 from fastppo.functional.losses import Batch
-from fastppo.policies.actors import Decisions
+from fastppo.policies.decisions import Decisions
 from fastppo.policies.policy import Policy, PolicyState
 
 

@@ -7,10 +7,12 @@ from torch import nn
 
 from fastppo.errors import ConfigError
 from fastppo.functional.distributions import Categorical
-from fastppo.policies.actors import Decisions, NumpyActor, make_actor
+from fastppo.policies.actors import fill_values_and_logprobs, make_actor
+from fastppo.policies.decisions import Decisions
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.normalizers import ObsNormalizer, RewardNormalizer
+from fastppo.policies.numpy_actor import NumpyActor
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec, default_network
 from fastppo.spaces.actions import ActionSpec
@@ -92,6 +94,44 @@ def test_acting_in_numpy_divides_as_the_encoder_does():
     assert isinstance(actor, NumpyActor)
     actor.act(0)
     torch.testing.assert_close(decisions.params[0], policy(decisions.obs[0]).params)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", ["lstm", "gru", "mingru"])
+def test_memory_in_numpy_equals_memory_in_torch(kind, shared):
+    torch.manual_seed(0)
+    action = spaces.Box(-1, 1, (2,)) if shared else spaces.Discrete(3)
+    policy = spec(
+        spaces.Box(-1, 1, (5,)), action, hidden_sizes=(8, 6), shared_trunk=shared, memory=kind, memory_size=7
+    ).build()
+    for parameter in policy.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    n_steps, n, dist = 6, 4, policy.distribution
+    written = []
+    for torch_only in (False, True):
+        g = torch.Generator().manual_seed(1)
+        states = tuple(torch.randn(n_steps + 1, n, 7, generator=g) for _ in policy.initial_state(n))
+        decisions = Decisions(
+            obs=torch.randn(n_steps + 1, n, 5, generator=g),
+            noise=torch.randn(n_steps, n, dist.noise_size, generator=g),
+            actions=torch.zeros(n_steps, n, *dist.action_shape, dtype=dist.action_dtype),
+            logprobs=torch.zeros(n_steps, n),
+            params=torch.zeros(n_steps, n, dist.n_params),
+            values=torch.zeros(n_steps, n),
+            states=states,
+            starts=torch.rand(n_steps + 1, n, generator=g) < 0.3,
+        )
+        actor = make_actor(policy, decisions, torch_only=torch_only)
+        assert isinstance(actor, NumpyActor) != torch_only
+        for t in range(n_steps):
+            actor.act(t)
+        if not actor.complete:
+            fill_values_and_logprobs(policy, decisions)
+        written.append(decisions)
+    for ours, theirs in zip(written[0].states, written[1].states, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for name in ("actions", "params", "logprobs", "values"):
+        torch.testing.assert_close(getattr(written[0], name), getattr(written[1], name))
 
 
 def test_the_encoder_makes_discrete_observations_one_hot():
