@@ -103,6 +103,17 @@ class MultiInputNetwork(Body):
         )
         self.width = self.tail.width
 
+    # not attributes: a module that is registered twice is saved twice
+    @property
+    def critic(self) -> nn.Module:  # type: ignore[override]
+        """The head of the values."""
+        return self.tail.critic
+
+    @property
+    def actor(self) -> ActionHead:  # type: ignore[override]
+        """The head of the policy."""
+        return self.tail.actor
+
     def features(self, x: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the features [B, width] for encoded leaves x [B, ...] by name."""
         parts = [
