@@ -3,7 +3,7 @@
 A file takes and returns tensors in this order, each with a batch of any size B in front:
 
     inputs   obs                 an observation that is one array [B, *obs], in the dtype in which it is stored;
-             or PATH, ...        each array of a Dict or Tuple observation [B, *array] in its space's dtype, named by its
+             or PATH, ...        each array of a Dict or Tuple observation [B, *array] in its space's dtype, under its
                                  path ("camera", "camera/left"), without those that only the critic reads
              action_mask         [B, A] bool, the allowed actions; if the policy was trained with masks
              state_0, ...        [B, ...] each, the memory before this step; if the policy has one
@@ -77,38 +77,42 @@ class ExportedPolicy(nn.Module):
         self._spec = spec
         self._dtype: torch.dtype = getattr(torch, spec.action.dtype)
         self.to_env = ToEnv(spec.action)
-        self._has_values = not spec.obs.critic_features
-        # without its inputs, the critic has neither values nor a memory; a network of the user's may not tell them apart
-        network = policy.network
-        recurrent = isinstance(network, RecurrentNetwork) and not self._has_values
-        self._n_critic_states = network.n_critic_states if recurrent else 0  # type: ignore[operator]
+        self._has_values = not any(leaf.critic_only for leaf in spec.obs.leaves)
+        # without its inputs, a critic has neither values nor a memory; which states are its own in a network of the
+        # user's is unknown
+        network, self._n_critic_states = policy.network, 0
+        if isinstance(network, RecurrentNetwork) and not self._has_values:
+            self._n_critic_states = network.n_critic_states
         self.signature = self._describe()
 
     def _describe(self) -> Signature:
         action, state = self._spec.action, self.policy.initial_state(1)[self._n_critic_states :]
-        states = [Port(f"state_{i}", str(x.dtype).removeprefix("torch."), tuple(x.shape[1:])) for i, x in enumerate(state)]
+        states = [
+            Port(f"state_{i}", str(x.dtype).removeprefix("torch."), tuple(x.shape[1:])) for i, x in enumerate(state)
+        ]
         outputs = [
             Port("actions", action.dtype, action.shape),
             Port("params", "float32", (self.policy.distribution.n_params,)),
             *([Port("values", "float32", ())] if self._has_values else []),
             *(port._replace(name=f"next_{port.name}") for port in states),
         ]
-        others = [*states, *([Port(_START, "bool", ())] if states else [])]
+        others = [*states, *([Port(_START, "bool", ())] if self.policy.has_memory else [])]
         taken = {port.name for port in (*others, *outputs)} | {MASK_KEY}
         arrays = [_port(leaf, taken) for leaf in self._spec.obs.leaves if not leaf.critic_only]
         return Signature((*arrays, *others), tuple(outputs))
 
     def forward(self, obs: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs, as `signature` lists them, for its inputs; `obs` is the first array of the observation."""
+        """Return the outputs that `signature` lists for its inputs; `obs` is the observation's first array."""
         given, n = iter((obs, *others)), obs.shape[0]
-        arrays = [
-            blank_array(leaf).expand(n, *leaf.shape).to(obs.device) if leaf.critic_only else next(given).to(getattr(torch, leaf.stored_as))
-            for leaf in self._spec.obs.leaves
-        ]
+        arrays = []
+        for leaf in self._spec.obs.leaves:
+            x = blank_array(leaf).expand(n, *leaf.shape).to(obs.device) if leaf.critic_only else next(given)
+            arrays.append(x.to(getattr(torch, leaf.stored_as)))
         state, starts = list(given), None
         if self.policy.has_memory:
             starts = state.pop()
-            state = [*self.policy.initial_state(n)[: self._n_critic_states], *state]
+            unused = self.policy.initial_state(n)[: self._n_critic_states] if self._n_critic_states else ()
+            state = [*unused, *state]
         params, values, after = self.policy.read(tuple(arrays), tuple(state), starts)
         actions = self.to_env(self.policy.distribution.mode(params)).reshape(-1, *self._spec.action.shape)
         results = (actions.to(self._dtype), params, *((values,) if self._has_values else ()))
@@ -130,6 +134,7 @@ def _port(leaf: ObsLeaf, taken: set[str]) -> Port:
     name = leaf.name or _OBS
     while name in taken:
         name = f"{_OBS}/{name}"
+    taken.add(name)
     # a single array is taken as it is stored, as it was before there were others
     return Port(name, leaf.source_dtype if leaf.path else leaf.stored_as, leaf.shape)
 

@@ -109,9 +109,7 @@ class Policy(nn.Module):
         """
         return self.read(self.encoder.spec.unpack(obs), state, starts)
 
-    def read(
-        self, arrays: tuple[Tensor, ...], state: PolicyState = (), starts: Tensor | None = None
-    ) -> PolicyOutput:
+    def read(self, arrays: tuple[Tensor, ...], state: PolicyState = (), starts: Tensor | None = None) -> PolicyOutput:
         """Evaluate the network on the arrays [B, *leaf.shape] of observations, in storage dtypes; see `forward`."""
         x = self.encoder.encode(arrays)
         with self._precision(arrays[0].device):

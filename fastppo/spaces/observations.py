@@ -204,7 +204,7 @@ def _leaf(values: Mapping[str, Any]) -> ObsLeaf:
 
 
 def blank_array(leaf: ObsLeaf) -> Tensor:
-    """Return an array [*leaf.shape] that any policy can read: zeros, the first values of indices, all actions allowed."""
+    """Return an array [*leaf.shape] that any policy can read: zeros, first values of indices, all actions allowed."""
     if leaf.kind == "mask":
         return torch.ones(leaf.shape)
     if leaf.kind == "discrete":

@@ -38,12 +38,15 @@ def leaves_of(
 
     Raises:
         ConfigError: an unknown key, keys of an observation that has none, or no key left for the policy.
-        EnvError: a space that is not supported.
+        EnvError: a space that is not supported, or two parts whose keys make the same path.
     """
     found = list(_walk(space, ()))
     if (obs_keys or critic_obs_keys) and not isinstance(space, (spaces.Dict, spaces.Tuple)):
         setting = "obs_keys" if obs_keys else "critic_obs_keys"
         raise ConfigError(f"{setting} need observations with keys, but these are one {type(space).__name__}.")
+    names = ["/".join(map(str, path)) for path, _ in found]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise EnvError(f"two parts of the observation space have the path {twice[0]!r}; rename a key of one.")
     known = {"/".join(map(str, path[:i])): None for path, _ in found for i in range(1, len(path) + 1)}
     for setting, keys in (("obs_keys", obs_keys), ("critic_obs_keys", critic_obs_keys)):
         for key in keys:
@@ -128,13 +131,21 @@ class PackedSpace(spaces.Box):
         """The mask of allowed actions, if the rows hold one."""
         return self.leaves[-1] if self.leaves[-1].kind == "mask" else None
 
-    def pack(self, obs: Any, masks: Any = None, n: int | None = None) -> _Array:  # noqa: ANN401 - trees of arrays
+    def pack(
+        self,
+        obs: Any,  # noqa: ANN401 - a tree of arrays
+        masks: Any = None,  # noqa: ANN401 - an array, or one per component
+        n: int | None = None,
+        *,
+        critic: bool = True,
+    ) -> _Array:
         """Pack an observation, or with `n` a batch of `n`, into a new row [*shape], or rows [n, *shape].
 
         Args:
             obs: a tree of arrays, as the space says.
             masks: the allowed actions, [A] or [n, A]; None: under the mask's path in `obs`, or all are allowed.
             n: rows of a batch.
+            critic: whether to read what only the critic reads; otherwise it is zeros, or the first value of an index.
 
         Raises:
             EnvError: an array is missing, has another shape, or an index lies outside its space.
@@ -145,7 +156,9 @@ class PackedSpace(spaces.Box):
             return single
         row = np.empty((*lead, *self.shape), self.dtype)
         for leaf, place in zip(self.leaves, self._places, strict=True):
-            if leaf.kind != "mask":
+            if leaf.critic_only and not critic:
+                x = np.broadcast_to(np.asarray(leaf.start or 0).reshape(-1), (*lead, leaf.size))
+            elif leaf.kind != "mask":
                 x = self._read(leaf, obs, lead)
             elif masks is None and not leaf.path:
                 x = np.ones((*lead, leaf.size), bool)
@@ -200,10 +213,12 @@ def flat_mask(mask: Any, size: int, n: int | None = None) -> _Array:  # noqa: AN
     """
     if isinstance(mask, (tuple, list)) and mask and all(isinstance(part, np.ndarray) for part in mask):
         mask = np.concatenate([part if n is None else part.reshape(n, -1) for part in mask], -1)
-    flat = np.asarray(mask).reshape(*(() if n is None else (n,)), -1)
-    if flat.shape[-1] != size or flat.dtype.kind not in "biuf":
+    flat, rows = np.asarray(mask), 1 if n is None else n
+    if rows and flat.size % rows:
+        raise EnvError(f"action masks of shape {flat.shape} for {n} observations; they need shape ({n}, {size}).")
+    if flat.size != size * rows or flat.dtype.kind not in "biuf":
         raise EnvError(
-            f"an action mask of {flat.shape[-1]} entries ({flat.dtype}); the action space needs {size} numbers or "
-            "bools, one for each action of each component."
+            f"an action mask of {flat.size // max(rows, 1)} entries ({flat.dtype}); the action space needs {size} "
+            "numbers or bools, one for each action of each component."
         )
-    return flat > 0
+    return flat.reshape(*(() if n is None else (n,)), size) > 0
