@@ -226,9 +226,15 @@ def test_arrays_masks_and_memory_step_like_predict(tree, tmp_path, kind):
                 else:
                     inputs[port.name] = at(obs, port.name).astype(port.dtype, casting="no")
             outputs = run(inputs)
-            actions, state = saved.predict(obs, state, starts, action_mask=mask if saved.spec.obs.has_mask else None)
+            mask_of_run = mask if saved.spec.obs.has_mask else None
+            rows, _ = saved._rows(obs, mask_of_run)
+            with torch.no_grad():
+                whole = saved.policy(rows, state or saved.policy.initial_state(n), torch.as_tensor(starts))
+            actions, state = saved.predict(obs, state, starts, action_mask=mask_of_run)
             assert [(x.dtype.name, x.shape) for x in outputs] == [(p.dtype, (n, *p.shape)) for p in signature.outputs]
             np.testing.assert_array_equal(outputs[0], actions)
+            for ours, theirs in zip(outputs[1 : len(results)], (whole.params, whole.values), strict=False):
+                np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
             memory = outputs[len(results) :]
             for ours, theirs in zip(memory, state[len(state) - len(memory) :], strict=True):
                 np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-4, atol=1e-5)
@@ -236,27 +242,6 @@ def test_arrays_masks_and_memory_step_like_predict(tree, tmp_path, kind):
                 choice = (outputs[0] - np.asarray(saved.spec.action.start)).reshape(n, -1) + first
                 assert mask[np.arange(n)[:, None], choice].all()
                 assert (outputs[1][~mask] == np.float32(-1e8)).all()
-
-
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
-def test_params_and_values_are_those_of_the_saved_policy(tree, tmp_path, kind):
-    name, folder, saved = tree
-    if name.startswith("critic"):
-        pytest.skip("it exports no values")
-    path, signature = export_policy(folder, tmp_path / f"policy.{kind}", kind)
-    obs, n = batch(TREES[name][0], 5), 5
-    rows, _ = saved._rows(obs, np.ones((n, sum(saved.spec.action.nvec))) if saved.spec.obs.has_mask else None)
-    with torch.no_grad():
-        params, values, _ = saved.policy(rows, saved.policy.initial_state(n), torch.ones(n, dtype=torch.bool))
-    blanks = {port.name: np.ones((n, *port.shape), port.dtype) for port in signature.inputs}
-    arrays = {
-        port.name: at(obs, port.name)
-        for port in signature.inputs
-        if port.name not in ("action_mask", "episode_start") and not port.name.startswith("state_")
-    }
-    _, ours, our_values, *_ = runner(path, kind)(blanks | arrays)
-    np.testing.assert_allclose(ours, params.numpy(), rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(our_values, values.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_critic_reads_changes_nothing_that_is_exported(tmp_path):
