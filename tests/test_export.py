@@ -138,7 +138,7 @@ TREES = {
     "critic camera": (CAMERA, FIVE, "info", {"critic_obs_keys": ("camera", "goal")}),
 }
 INPUTS = {
-    "dict": "camera:uint8 goal:int64 pos/bits:int8 pos/xy:float64 action_mask:bool",
+    "dict": "camera:uint8 goal:int64 pos/xy:float64 pos/bits:int8 action_mask:bool",
     "tuple": "0:float32 1:int64",
     "one of several": "own:float32",
     "masked index": "obs:int64 action_mask:bool",
@@ -147,12 +147,12 @@ INPUTS = {
     "gru": "obs:float32 state_0:float32 state_1:float32 episode_start:bool",
     "mingru": "obs:int64 state_0:float32 episode_start:bool",
     "lstm dict": (
-        "camera:uint8 goal:int64 pos/bits:int8 pos/xy:float64 action_mask:bool "
+        "camera:uint8 goal:int64 pos/xy:float64 pos/bits:int8 action_mask:bool "
         "state_0:float32 state_1:float32 state_2:float32 state_3:float32 episode_start:bool"
     ),
     "critic": "own:float32",
     "critic lstm": "own:float32 action_mask:bool state_0:float32 state_1:float32 episode_start:bool",
-    "critic camera": "pos/bits:int8 pos/xy:float64 action_mask:bool",
+    "critic camera": "pos/xy:float64 pos/bits:int8 action_mask:bool",
 }
 
 
@@ -305,13 +305,13 @@ def test_a_network_of_the_users_own_with_memory_is_exported(tmp_path, kind):
     )
     Trainer(config, lambda: Spaces(PRIVILEGED, FIVE), policy=Own()).run()
     path, signature = export_policy(tmp_path / "run", tmp_path / "policy", kind, Own())
-    assert [port.name for port in signature.inputs] == ["cell", "own", "state_0", "episode_start"]
+    assert [port.name for port in signature.inputs] == ["own", "cell", "state_0", "episode_start"]
     run, saved = runner(path, kind), load_policy(tmp_path / "run", Own())
     state, memory = None, np.zeros((3, 2, 2), np.float32)
     for t in range(4):
         obs, starts = batch(PRIVILEGED, 3, 10 * t), np.array([t == 0, t in (0, 2), t == 0])
         actions, state = saved.predict(obs, state, starts)
-        inputs = {"cell": obs["cell"], "own": obs["own"], "state_0": memory, "episode_start": starts}
+        inputs = {"own": obs["own"], "cell": obs["cell"], "state_0": memory, "episode_start": starts}
         ours, _, _, memory = run(inputs)
         np.testing.assert_array_equal(ours, actions)
         np.testing.assert_allclose(memory, state[0].numpy(), rtol=1e-5, atol=1e-5)

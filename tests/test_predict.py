@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer, load_policy
+from fastppo.errors import EnvError
 from fastppo.evaluation.saved_policy import SavedPolicy, record_video
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.spaces.actions import ActionSpec
@@ -224,3 +225,9 @@ def test_a_video_of_a_run_with_trees_masks_and_memory(tmp_path, space):
         obs, reward, _, ended, info = env.step(action)
         total += reward
     assert video.episode_return == total
+
+
+def test_two_parts_of_an_observation_with_the_same_path_are_refused():
+    box = spaces.Box(-1, 1, (2,), np.float32)
+    with pytest.raises(EnvError, match="two parts of the observation space have the path 'arm/left'; rename a key"):
+        leaves_of(spaces.Dict({"arm/left": box, "arm": spaces.Dict(left=box)}))
