@@ -121,8 +121,3 @@ class MultiInputNetwork(Body):
             for i, name in enumerate(self._names)
         ]
         return self.tail.features(torch.cat(parts, 1))
-
-    @property
-    def outputs(self) -> tuple[nn.Module, nn.Module]:
-        """The heads: of the critic and of the actor."""
-        return self.tail.outputs

@@ -138,13 +138,18 @@ class RecurrentNetwork(nn.Module):
 
         Empty for minGRU, which has no recurrent weights.
         """
-        critic, actor = self.body.outputs
+        critic, actor = self.body.critic, self.body.actor
         heads: list[list[nn.Module]] = [[critic, actor]] if len(self.memories) == 1 else [[critic], [actor]]
         return [
             (memory.recurrent, [*memory.parameters(), *(p for head in own for p in head.parameters())])
             for memory, own in zip(self._each(), heads, strict=True)
             if isinstance(memory, (LSTM, GRU))
         ]
+
+    @property
+    def n_critic_states(self) -> int:
+        """How many tensors of the state, the first ones, belong to the critic alone."""
+        return sum(memory.n_states for memory in self._each()[:-1])
 
     def _each(self) -> list[Memory]:
         return [memory for memory in self.memories if isinstance(memory, Memory)]

@@ -57,19 +57,13 @@ class Body(nn.Module):
     critic: nn.Module
     actor: ActionHead
 
-    @property
-    def outputs(self) -> tuple[nn.Module, nn.Module]:
-        """The heads: of the critic and of the actor."""
-        return self.critic, self.actor
-
     def features(self, x: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - what the encoder gives
         """Return the features [B, width] for the critic and for the actor; one tensor if they share a trunk."""
         raise NotImplementedError
 
     def heads(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Return distribution parameters [B, n_params] and values [B] for features of the critic and the actor."""
-        critic, actor = self.outputs
-        return actor(features[-1]), critic(features[0]).squeeze(-1)
+        return self.actor(features[-1]), self.critic(features[0]).squeeze(-1)
 
     def forward(self, x: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - what the encoder gives
         """Return distribution parameters [B, n_params] and values [B] for encoded observations."""
