@@ -128,7 +128,7 @@ TASKS = {
         {
             "total_timesteps": 300_000,
             "n_envs": 16,
-            "n_steps": 32,
+            "n_steps": 64,
             "update_epochs": 5,
             "gamma": 0.98,
             "gae_lambda": 0.8,
