@@ -62,7 +62,7 @@ class TMaze(gym.Env[Any, Any]):
     observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
     action_space = gym.spaces.Discrete(3)
 
-    def __init__(self, length: int = 10) -> None:
+    def __init__(self, length: int = 5) -> None:
         self._length = length
 
     def _obs(self) -> Any:
