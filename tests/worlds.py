@@ -153,18 +153,6 @@ class Endings(gym.Env):
         return self._obs(), float(self.np_random.normal()), over and not by_limit, over and by_limit, {}
 
 
-class NoVelocity(gym.ObservationWrapper):
-    """CartPole without its two velocities: a single observation doesn't tell the state."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        box = env.observation_space
-        self.observation_space = spaces.Box(box.low[[0, 2]], box.high[[0, 2]])
-
-    def observation(self, observation):
-        return observation[[0, 2]]
-
-
 class Masked(Spaces):
     """As `Spaces`, but also checks that each action is allowed: the first, and each other one with probability 1/2.
 
