@@ -153,13 +153,41 @@ class Endings(gym.Env):
         return self._obs(), float(self.np_random.normal()), over and not by_limit, over and by_limit, {}
 
 
-class NoVelocity(gym.ObservationWrapper):
-    """CartPole without its two velocities: a single observation doesn't tell the state."""
+class Masked(Spaces):
+    """As `Spaces`, but also checks that each action is allowed: the first, and each other one with probability 1/2.
 
-    def __init__(self, env):
-        super().__init__(env)
-        box = env.observation_space
-        self.observation_space = spaces.Box(box.low[[0, 2]], box.high[[0, 2]])
+    `source` is where the masks are given: "method", "info" or "key"; None: nowhere.
+    """
 
-    def observation(self, observation):
-        return observation[[0, 2]]
+    def __init__(self, observation_space, action_space, source="method"):
+        self.inner, self.source = observation_space, source
+        n = int(np.sum(action_space.nvec if isinstance(action_space, spaces.MultiDiscrete) else action_space.n))
+        self.mask = np.ones(n, bool)
+        if source == "key":
+            own = {"action_mask": spaces.MultiBinary(n)}
+            observation_space = spaces.Dict({**observation_space.spaces, **own})
+        super().__init__(observation_space, action_space)
+        if source == "method":
+            self.action_masks = lambda: self.mask
+
+    def _obs(self):
+        obs = super()._obs()
+        if self.source is not None:
+            nvec = np.ravel(getattr(self.action_space, "nvec", len(self.mask)))
+            self.mask = self.np_random.random(len(self.mask)) < 0.5
+            self.mask[np.cumsum(nvec) - nvec] = True
+        return obs | {"action_mask": self.mask.astype(np.int8)} if self.source == "key" else obs
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        return obs, info | self._info()
+
+    def step(self, action):
+        nvec = np.ravel(getattr(self.action_space, "nvec", len(self.mask)))
+        starts = np.ravel(self.action_space.start)
+        assert self.mask[np.cumsum(nvec) - nvec + np.ravel(action) - starts].all(), f"{action} is forbidden"
+        obs, reward, terminated, truncated, info = super().step(action)
+        return obs, reward, terminated, truncated, info | self._info()
+
+    def _info(self):
+        return {"action_mask": self.mask} if self.source == "info" else {}

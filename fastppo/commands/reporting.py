@@ -91,7 +91,10 @@ class Diff:
 class Export:
     """Export the policy of a run as one file that runs without fastppo.
 
-    Its inputs are raw observations, its outputs actions.
+    It takes raw observations, each array of a Dict or Tuple by its path; then, if the policy has them, the mask of
+    allowed actions and the memory: action_mask, state_0 and so on, episode_start. It returns the most probable
+    actions, the parameters of their distribution, the values and the next memory. Arrays that only the critic reads
+    are left out, and the values with them. Names, dtypes and shapes are printed; B is the size of a batch.
     """
 
     run: RunFolder
@@ -104,10 +107,17 @@ class Export:
     """File to write."""
 
     def __call__(self) -> int:
-        """Write the file and print its path."""
+        """Write the file; print its path, its inputs and its outputs."""
         check_run_folder(self.run)
-        from fastppo.evaluation.export import export
+        from fastppo.evaluation.export import export_policy
 
-        path = export(self.run, self.output, self.format)
-        print_line(open_console(), f"policy:  {path}", wrap=False)
+        path, signature = export_policy(self.run, self.output, self.format)
+        console = open_console()
+        print_line(console, f"policy:  {path}", wrap=False)
+        width = max(len(port.name) for ports in signature for port in ports)
+        for title, ports in signature._asdict().items():
+            for i, port in enumerate(ports):
+                shape = ", ".join(("B", *map(str, port.shape)))
+                line = f"{'' if i else f'{title}:':<8} {port.name:<{width}}  {port.dtype:<7}  [{shape}]"
+                print_line(console, line, wrap=False)
         return 0

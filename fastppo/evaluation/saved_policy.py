@@ -54,7 +54,7 @@ class SavedPolicy:
 
         Args:
             obs: raw observations as the environment returns them, [*obs] or [B, *obs]; a dict or tuple of arrays where
-                the space is.
+                the space is, of which those of the critic alone aren't read.
             state: the state that the last call returned; None: that of new episodes. `()` without memory.
             episode_start: whether an episode starts here, a bool or [B]; None: only where `state` is None.
             deterministic: take the most probable action; otherwise sample.
@@ -64,24 +64,47 @@ class SavedPolicy:
             Actions as the environment takes them (clipped to its bounds), [*action] or [B, *action], and the state.
 
         Raises:
-            ValueError: `obs` has another shape, holds a NaN, an infinity or anything but numbers, a discrete one is
-                outside its space, a mask has the wrong size, or `state` is of another batch.
+            ValueError: `obs` lacks a part, has another shape, holds a NaN, an infinity or anything but numbers, a
+                discrete one is outside its space, a mask has the wrong size or allows no action, or `state` or
+                `episode_start` is of another batch or policy.
         """
         rows, single = self._rows(obs, action_mask)
-        if rows.is_floating_point() and not self.spec.obs.finite(rows).all():
+        if not self.spec.obs.finite(rows).all():
             raise ValueError("obs holds a NaN or an infinity, for which there is no action; replace such values.")
+        self._check_choice(rows)
         n = len(rows)
         starts = torch.full((n,), state is None, device=self.device)
         if episode_start is not None:
-            starts |= torch.as_tensor(np.broadcast_to(np.asarray(episode_start, bool), n).copy()).to(self.device)
+            given = np.asarray(episode_start, bool)
+            if given.shape not in ((), (n,)):
+                raise ValueError(f"episode_start has shape {given.shape}, but obs holds {n}; give a bool or ({n},).")
+            starts |= torch.as_tensor(given).to(self.device)
+        initial = self.policy.initial_state(n)
         if state is None:
-            state = self.policy.initial_state(n)
+            state = initial
         elif any(len(part) != n for part in state):
             raise ValueError(f"state is of {len(state[0])} episodes, but obs holds {n}; leave it out to begin anew.")
+        elif [part.shape for part in state] != [part.shape for part in initial]:
+            found, wanted = ([tuple(part.shape) for part in parts] for parts in (state, initial))
+            raise ValueError(f"state has shapes {found}, that of this policy {wanted}; leave it out to begin anew.")
         noise = None if deterministic else self.policy.draw_noise(n, self._generator)
         step = self.policy.act(rows, noise, state, starts)
         out = self.spec.action.to_env(step.actions.numpy(force=True))
         return (out[0] if single else out), step.state
+
+    def _check_choice(self, rows: Tensor) -> None:
+        """Check that the masks in stored rows [B, *obs] allow an action.
+
+        Raises:
+            ValueError: one allows none.
+        """
+        allowed = self.spec.obs.allowed(rows)
+        if allowed is None:
+            return
+        for i, part in enumerate(torch.split(allowed, list(self.spec.action.nvec), 1)):
+            for row in (~part.any(1)).nonzero().flatten().tolist():
+                where = f" of component {i}" if len(self.spec.action.nvec) > 1 else ""
+                raise ValueError(f"the action mask in row {row} allows no action{where}; allow one.")
 
     def _rows(self, obs: Any, mask: Any) -> tuple[Tensor, bool]:  # noqa: ANN401 - trees of arrays
         """Return obs as stored rows [B, *obs], and whether it is a single observation."""
@@ -102,8 +125,8 @@ class SavedPolicy:
             return torch.as_tensor(array).to(self.device, spec.dtype), single
         try:
             first = np.asarray(find(obs, spec.leaves[0]))
-            single = first.ndim == len(spec.leaves[0].shape)
-            packed = spec.space.pack(obs, mask, None if single else len(first))
+            single = first.ndim <= len(spec.leaves[0].shape)
+            packed = spec.space.pack(obs, mask, None if single else len(first), critic=False)
         except EnvError as error:
             raise ValueError(str(error)) from None
         return torch.from_numpy(packed[None] if single else packed).to(self.device), single

@@ -40,7 +40,10 @@ class Encoder(nn.Module):
             The leaf, encoded by `encode_leaf`, if the observation is one array; else float32 [B, spec.features], or a
             dict of the encoded leaves by name.
         """
-        arrays = self.spec.unpack(obs)
+        return self.encode(self.spec.unpack(obs))
+
+    def encode(self, arrays: tuple[Tensor, ...]) -> Encoded:
+        """Encode the leaves' arrays [B, *leaf.shape], in their storage dtypes; returns what `forward` does."""
         if self.spec.is_single:
             return encode_leaf(self.spec.leaf, arrays[0], self.normalizer)
         pieces = iter(tuple[Tensor, ...]())

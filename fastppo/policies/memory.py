@@ -146,6 +146,11 @@ class RecurrentNetwork(nn.Module):
             if isinstance(memory, (LSTM, GRU))
         ]
 
+    @property
+    def n_critic_states(self) -> int:
+        """How many tensors of the state, the first ones, belong to the critic alone."""
+        return sum(memory.n_states for memory in self._each()[:-1])
+
     def _each(self) -> list[Memory]:
         return [memory for memory in self.memories if isinstance(memory, Memory)]
 

@@ -112,15 +112,19 @@ class Policy(nn.Module):
             state: [S, ...] each, before the first step.
             starts: [B] bool: an episode starts at this row; only with memory, None: nowhere.
         """
-        x = self.encoder(obs)
-        with self._precision(obs.device):
+        return self.read(self.encoder.spec.unpack(obs), state, starts)
+
+    def read(self, arrays: tuple[Tensor, ...], state: PolicyState = (), starts: Tensor | None = None) -> PolicyOutput:
+        """Evaluate the network on the arrays [B, *leaf.shape] of observations, in storage dtypes; see `forward`."""
+        x = self.encoder.encode(arrays)
+        with self._precision(arrays[0].device):
             if self.has_memory:
                 params, values, state = self._run_sequences(x, state, starts)
             else:
                 params, values = self.network(x)
         params = params.float()
-        if (allowed := self.encoder.spec.allowed(obs)) is not None:
-            params = torch.where(allowed, params, FORBIDDEN)
+        if self.encoder.spec.has_mask:
+            params = torch.where(arrays[-1] > 0, params, FORBIDDEN)
         return PolicyOutput(params, values.float(), state)
 
     def _run_sequences(

@@ -122,7 +122,7 @@ class ObsSpec:
             if self.leaf.kind == "discrete":
                 block += torch.tensor(self.leaf.start, device=device).reshape(self.shape)
             return block
-        row = self.pack([_blank(leaf) for leaf in self.leaves])
+        row = self.pack([blank_array(leaf) for leaf in self.leaves])
         return row.to(device).expand(*rows, *self.shape).clone()
 
     def pack(self, arrays: Sequence[Tensor]) -> Tensor:
@@ -206,7 +206,8 @@ def _leaf(values: Mapping[str, Any]) -> ObsLeaf:
     return ObsLeaf(**plain)
 
 
-def _blank(leaf: ObsLeaf) -> Tensor:
+def blank_array(leaf: ObsLeaf) -> Tensor:
+    """Return an array [*leaf.shape] that any policy can read: zeros, first values of indices, all actions allowed."""
     if leaf.kind == "mask":
         return torch.ones(leaf.shape)
     if leaf.kind == "discrete":

@@ -46,6 +46,9 @@ def leaves_of(
     if (obs_keys or critic_obs_keys) and not isinstance(space, (spaces.Dict, spaces.Tuple)):
         setting = "obs_keys" if obs_keys else "critic_obs_keys"
         raise ConfigError(f"{setting} need observations with keys, but these are one {type(space).__name__}.")
+    names = ["/".join(map(str, path)) for path, _ in found]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise EnvError(f"two parts of the observation space have the path {twice[0]!r}; rename a key of one.")
     known = {"/".join(map(str, path[:i])): None for path, _ in found for i in range(1, len(path) + 1)}
     for setting, keys in (("obs_keys", obs_keys), ("critic_obs_keys", critic_obs_keys)):
         for key in keys:
@@ -153,13 +156,21 @@ class PackedSpace(spaces.Box):
         """The mask of allowed actions, if the rows hold one."""
         return self.leaves[-1] if self.leaves[-1].kind == "mask" else None
 
-    def pack(self, obs: Any, masks: Any = None, n: int | None = None) -> _Array:  # noqa: ANN401 - trees of arrays
+    def pack(
+        self,
+        obs: Any,  # noqa: ANN401 - a tree of arrays
+        masks: Any = None,  # noqa: ANN401 - an array, or one per component
+        n: int | None = None,
+        *,
+        critic: bool = True,
+    ) -> _Array:
         """Pack an observation, or with `n` a batch of `n`, into a new row [*shape], or rows [n, *shape].
 
         Args:
             obs: a tree of arrays, as the space says.
             masks: the allowed actions, [A] or [n, A]; None: under the mask's path in `obs`, or all are allowed.
             n: rows of a batch.
+            critic: whether to read what only the critic reads; otherwise it is zeros, or the first value of an index.
 
         Raises:
             EnvError: an array is missing, has another shape, or an index lies outside its space.
@@ -170,7 +181,9 @@ class PackedSpace(spaces.Box):
             return single
         row = np.zeros((*lead, *self.shape), self.dtype)
         for leaf, place in zip(self.leaves, self._places, strict=True):
-            if leaf.kind != "mask":
+            if leaf.critic_only and not critic:
+                x = np.broadcast_to(np.asarray(leaf.start or 0).reshape(-1), (*lead, leaf.size))
+            elif leaf.kind != "mask":
                 x = self._read(leaf, obs, lead)
             elif masks is None and not leaf.path:
                 x = np.ones((*lead, leaf.size), bool)
