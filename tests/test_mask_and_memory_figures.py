@@ -200,8 +200,8 @@ def test_a_memory_without_anything_to_remember_is_found(tmp_path):
 
 
 def test_a_memory_that_saturates_is_found(tmp_path):
-    """Steps a thousand times too large drive the gates to where they pass no gradient."""
-    trainer = train(tmp_path / "run", **LONG | {"learning_rate": 0.3, "anneal_lr": False})
+    """Steps ten thousand times too large drive the gates to where they pass no gradient."""
+    trainer = train(tmp_path / "run", **LONG | {"learning_rate": 3.0, "anneal_lr": False})
     found = vanishing(trainer)
     assert found is not None
     assert trainer.update.parameters.vector.isfinite().all()
