@@ -1,17 +1,30 @@
-"""Policies with memory: states follow the episodes, updates see what acting saw, and nothing is lost on the way."""
+"""Whole runs with memory against their definition, in every way of stepping: states, values, ratios, gradients.
 
+`tests/test_memory.py` has the ratios of each mode, and the rest of memory.
+"""
+
+import copy
+import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from torch import nn
 
-from fastppo import Trainer
+from fastppo import Trainer, load_policy, resume
+from fastppo.analysis.verify_resume import run_hashes
+from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.tensor.tasks import TASKS
+from fastppo.envs.vec_env import env_seeds
+from fastppo.errors import CheckpointError
+from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.policies.decisions import Decisions
-from fastppo.ppo.collector import Collector
-from fastppo.ppo.minibatches import BatchLayout, Minibatch, sequence_rows
+from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.minibatches import BatchLayout, Minibatch
 from fastppo.ppo.rollout import Rollout
+from fastppo.runs.checkpoint import newest_checkpoint
 from tests.envs import walks
 from tests.envs.walks import LIMIT, LOW, Seen, Walk
 from tests.reference.recurrent_policy import Shadow, ppo_gradient
@@ -153,45 +166,6 @@ def assert_first_ratios(trainer, **options):
         assert check.endings == {"terminated", "truncated"}
 
 
-LENGTHS = (1, 8, STEPS)
-COMPILE = ("off", "on", "graph")
-# each pair of a cell, a way and a length is in some row; compiling takes most of a minute, so that one row does
-PAIRS = [
-    ("lstm", "off", "sync", 8),
-    ("lstm", "off", "pool", 1),
-    ("lstm", "off", "pool half_batches", STEPS),
-    ("lstm", "off", "tensor", 8),
-    ("gru", "off", "sync", STEPS),
-    ("gru", "off", "pool", 8),
-    ("gru", "off", "pool half_batches", 1),
-    ("gru", "off", "tensor", 1),
-    ("mingru", "off", "sync", 1),
-    ("mingru", "off", "pool", STEPS),
-    ("mingru", "off", "pool half_batches", 8),
-    ("mingru", "off", "tensor", STEPS),
-    ("lstm", "on", "sync", 8),
-    ("lstm", "graph", "sync", 1),
-    ("gru", "graph", "pool half_batches", STEPS),
-    ("mingru", "graph", "tensor", 8),
-]
-
-
-@pytest.mark.parametrize(("cell", "compile", "way", "length"), PAIRS)
-def test_the_ratio_is_1_before_the_first_step(tmp_path, cell, compile, way, length):
-    trainer = make(tmp_path, way, memory=cell, compile=compile, segment_length=length)
-    assert trainer.config.compile == compile
-    assert_first_ratios(trainer)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("way", ["sync", "pool", "pool half_batches", "tensor"])
-@pytest.mark.parametrize("compile", COMPILE)
-@pytest.mark.parametrize("cell", CELLS)
-def test_the_ratio_is_1_in_every_mode(tmp_path, cell, compile, way, length):
-    test_the_ratio_is_1_before_the_first_step(tmp_path, cell, compile, way, length)
-
-
 @pytest.mark.parametrize("shared_trunk", [False, True])
 @pytest.mark.parametrize("way", VECTOR)
 def test_the_ratio_is_1_in_vector_environments(tmp_path, way, shared_trunk):
@@ -309,14 +283,6 @@ def test_modules_act_as_the_definition_says(tmp_path, cell, shared_trunk):
     assert_follows_the_definition(trainer)
 
 
-def test_one_memory_for_each_trunk(tmp_path):
-    for shared_trunk, n in ((False, 2), (True, 1)):
-        trainer = make(tmp_path, memory="lstm", shared_trunk=shared_trunk, name=f"run{n}")
-        assert len(trainer.policy.network.memories) == n
-        assert len(trainer.rollout.states) == 2 * n
-        trainer.run()
-
-
 def test_a_mistake_shows_in_states_and_values(tmp_path, monkeypatch):
     trainer = make(tmp_path, memory="gru", segment_length=8)
     add = trainer.collect._final_values.add
@@ -338,19 +304,6 @@ def test_a_forgotten_state_between_rollouts_shows(tmp_path):
     trainer.collect.prepare = forget
     with pytest.raises(AssertionError, match="states"):
         assert_follows_the_definition(trainer)
-
-
-def test_sequence_rows_equal_a_loop():
-    for n_envs, n_steps, length in ((1, 6, 3), (3, 8, 4), (4, 5, 1), (2, 6, 6)):
-        expected = {}
-        for k in range(n_steps // length):
-            for n in range(n_envs):
-                expected[k * n_envs + n] = [(k * length + t) * n_envs + n for t in range(length)]
-        order = torch.randperm(len(expected), generator=torch.Generator().manual_seed(n_steps))
-        rows = sequence_rows(order.view(1, -1), n_envs, length)
-        by_step = rows.view(length, -1)
-        assert [by_step[:, i].tolist() for i in range(len(order))] == [expected[k] for k in order.tolist()]
-        assert sorted(rows.flatten().tolist()) == list(range(n_envs * n_steps))
 
 
 # ---- gradients
@@ -390,3 +343,166 @@ def test_gradients_equal_those_of_a_loop_over_environments_and_steps(tmp_path, c
     update.begin = compare
     trainer.run()
     assert compared
+
+
+# ---- copies of a run: resumed, on another device, in a network of one's own
+
+
+@pytest.mark.parametrize(
+    ("cell", "way", "changes"),
+    [
+        ("lstm", "pool half_batches", {"segment_length": 4}),
+        ("gru", "tensor", {"segment_length": 8, "normalize_obs": True}),
+        ("mingru", "sync", {"segment_length": 1, "shared_trunk": True}),
+        pytest.param(
+            "lstm",
+            "tensor",
+            {"compile": "graph", "n_steps": 4, "total_timesteps": 4 * 4 * 4},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_resumed_run_is_bit_identical_in_every_way(tmp_path, cell, way, changes):
+    settings = {"memory": cell, "total_timesteps": 4 * STEPS * 4} | changes
+    make(tmp_path, way, name="whole", **settings).run()
+    stepped = make(tmp_path, way, name="parted", **settings).iterations()
+    next(stepped)
+    stepped.close()
+    continued = resume(tmp_path / "parted", make_env=None if way == "tensor" else Walk, progress=False)
+    assert any("exact" in note for note in continued.notes)
+    assert not continued.rollout.starts[-1].all(), "memory goes on in some episode"
+    continued.run()
+    assert run_hashes(tmp_path / "parted") == run_hashes(tmp_path / "whole")
+
+
+def test_a_resume_refuses_another_memory(tmp_path):
+    trainer = make(tmp_path, memory="lstm", segment_length=8)
+    trainer.run()
+    path, _ = newest_checkpoint(tmp_path / "run")
+    for changes, message in (
+        ({"memory": "gru"}, "memory lstm there, gru here"),
+        ({"memory": "none", "segment_length": None}, "memory lstm there, none here"),
+        ({"memory_size": 7}, "memory_size 6 there, 7 here"),
+    ):
+        with pytest.raises(CheckpointError, match=f"another policy.*{message}") as error:
+            Trainer(dataclasses.replace(trainer.config, **changes), make_env=Walk, resume_from=path)
+        assert "\n" not in str(error.value)
+
+
+def copied(trainer):
+    """Act with a second policy and storage, as a trainer does that learns on a GPU and acts on the CPU."""
+    acting, learning = copy.deepcopy(trainer.policy), trainer.rollout
+    with torch.no_grad():
+        for parameter in acting.parameters():
+            parameter.fill_(torch.nan)  # to be overwritten with the trainer's parameters
+    here = Rollout.allocate(STEPS, trainer.env, acting, torch.device("cpu"))
+    here.obs[-1].copy_(learning.obs[-1])
+    for x in (learning.obs, *learning.states):
+        x.fill_(torch.nan)
+    learning.starts.fill_(False)
+    trainer.collect = Collector(
+        trainer.env,
+        acting,
+        here,
+        trainer.collect._generator,
+        trainer.clock,
+        acting_copy=ActingCopy(acting, here, trainer.policy, learning),
+    )
+
+
+COPIED = [("lstm", "sync"), ("gru", "pool half_batches"), ("gru", "vector, next step")]
+
+
+@pytest.mark.parametrize(("cell", "way"), COPIED)
+def test_acting_on_another_device_copies_states_and_starts(tmp_path, cell, way):
+    plain, other = (make(tmp_path, way, name=name, memory=cell, segment_length=4) for name in ("plain", "other"))
+    copied(other)
+    plain.run()
+    assert_follows_the_definition(other)
+    assert torch.equal(plain.update.parameters.vector, other.update.parameters.vector)
+
+
+class Cells(nn.Module):
+    """A user's network around a cell of torch, in a loop or, if `whole`, as one layer that ignores episode starts."""
+
+    def __init__(self, kind=nn.LSTMCell, whole=False):
+        super().__init__()
+        self.cell, self.actor, self.critic = kind(2, 6), nn.Linear(6, 3), nn.Linear(6, 1)
+        self.n_states, self.whole = 2 if kind in (nn.LSTMCell, nn.LSTM) else 1, whole
+
+    def initial_state(self, n):
+        return tuple(self.actor.weight.new_full((n, 6), 0.5) for _ in range(self.n_states))
+
+    def forward(self, x, state, episode_start):
+        if self.whole:
+            out, after = self.cell(x, tuple(part.unsqueeze(0) for part in state))
+            return self.actor(out), self.critic(out).squeeze(-1), tuple(part[0] for part in after)
+        outputs = []
+        for row, start in zip(x, episode_start, strict=True):
+            kept = tuple(torch.where(start.unsqueeze(-1), 0.5, part) for part in state)
+            after = self.cell(row, kept if self.n_states == 2 else kept[0])
+            state = after if self.n_states == 2 else (after,)
+            outputs.append(state[0])
+        out = torch.stack(outputs)
+        return 20 * self.actor(out), self.critic(out).squeeze(-1), state
+
+
+@pytest.mark.parametrize(
+    ("kind", "compile"),
+    [(nn.LSTMCell, "off"), (nn.GRUCell, "off"), pytest.param(nn.LSTMCell, "on", marks=pytest.mark.slow)],
+)
+def test_cells_of_torch_train_compiled_or_not(tmp_path, kind, compile):
+    """Their initial state need not be zero."""
+    torch.manual_seed(0)
+    trainer = make(tmp_path, policy=Cells(kind), segment_length=4, compile=compile)
+    assert trainer.config.compile == compile, trainer.notes
+    assert not any("memory is not planned" in note for note in trainer.notes)
+    assert torch.equal(trainer.rollout.states[0], torch.full_like(trainer.rollout.states[0], 0.5))
+    assert_first_ratios(trainer)
+
+
+def test_a_layer_of_torch_stays_eager(tmp_path):
+    trainer = make(tmp_path, policy=Cells(nn.LSTM, whole=True), segment_length=4, compile="on")
+    assert trainer.config.compile == "off"
+    assert any("compile off: it can't be compiled: LSTM (cell) is one opaque operation" in x for x in trainer.notes)
+    trainer.run()
+
+
+def test_a_resumed_network_of_ones_own_is_bit_identical(tmp_path):
+    torch.manual_seed(0)
+    first = Cells(nn.GRUCell)
+    make(tmp_path, name="whole", policy=copy.deepcopy(first), segment_length=4).run()
+    stepped = make(tmp_path, name="parted", policy=copy.deepcopy(first), segment_length=4).iterations()
+    next(stepped)
+    stepped.close()
+    resume(tmp_path / "parted", make_env=Walk, policy=Cells(nn.GRUCell), progress=False).run()
+    assert run_hashes(tmp_path / "parted") == run_hashes(tmp_path / "whole")
+
+
+# ---- evaluation and prediction
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_predict_repeats_an_episode_of_evaluation(tmp_path, cell):
+    make(tmp_path, memory=cell).run()
+    saved = load_policy(tmp_path / "run")
+    env = inspect_env("", {}, Walk)
+    player = EpisodePlayer(
+        make_vec_env(env, 1, "sync"), saved.policy, saved.device, np.random.SeedSequence(5), max_steps=50
+    )
+    played = player(3)
+    # one environment plays all episodes from one seed, and so does the loop below
+    walk, state, returns = Walk(), None, []
+    obs, _ = walk.reset(seed=int(env_seeds(np.random.SeedSequence(5), 1)[0]))
+    start, total = True, 0.0
+    while len(returns) < 3:
+        action, state = saved.predict(obs, state, start)
+        obs, reward, terminated, truncated, _ = walk.step(action)
+        total, start = total + reward, terminated or truncated
+        if start:
+            returns.append(total)
+            total = 0.0
+            obs, _ = walk.reset()
+    assert returns == pytest.approx(played.returns)
+    anew, _ = saved.predict(obs, None)
+    assert anew == saved.predict(obs, state, True)[0]
