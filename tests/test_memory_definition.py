@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from torch import nn
 
 from fastppo import Trainer, load_policy, resume
+from fastppo.analysis.nan_replay import _minibatch_tensors
 from fastppo.analysis.verify_resume import run_hashes
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.tensor.tasks import TASKS
@@ -25,6 +26,7 @@ from fastppo.ppo.collector import ActingCopy, Collector
 from fastppo.ppo.minibatches import BatchLayout, Minibatch
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import newest_checkpoint
+from fastppo.runs.nan_dump import read_nan_dump, save_nan_dump
 from tests.envs import walks
 from tests.envs.walks import LIMIT, LOW, Seen, Walk
 from tests.reference.recurrent_policy import Shadow, ppo_gradient
@@ -271,8 +273,9 @@ def assert_follows_the_definition(trainer, final_obs=final_obs, tolerance=1e-5):
 )
 def test_states_and_values_are_those_of_the_definition(tmp_path, cell, way, compile):
     """V at a time limit uses the state before the reset; states go on from rollout to rollout."""
-    steps = {"n_steps": 8, "total_timesteps": 4 * 8 * 3} if compile == "graph" else {}
-    assert_follows_the_definition(make(tmp_path, way, memory=cell, compile=compile, segment_length=8, **steps))
+    # a graph is recorded step by step
+    steps = {"segment_length": 4, "n_steps": 4, "total_timesteps": 4 * 4 * 9} if compile == "graph" else {}
+    assert_follows_the_definition(make(tmp_path, way, memory=cell, compile=compile, **steps))
 
 
 @pytest.mark.parametrize("shared_trunk", [False, True])
@@ -343,6 +346,30 @@ def test_gradients_equal_those_of_a_loop_over_environments_and_steps(tmp_path, c
     update.begin = compare
     trainer.run()
     assert compared
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_replayed_minibatch_has_the_gradient_of_the_update(tmp_path, cell):
+    trainer = make(tmp_path, memory=cell, segment_length=8)
+    trainer.run()
+    batch, coefs, update = trainer.rollout.batch(), trainer.learner.coefs, trainer.update
+    saved = {"policy": trainer.policy}
+    save_nan_dump(tmp_path / "dump", trainer.spec, saved, batch, coefs, update=update, metadata={})
+    dump, policy = read_nan_dump(tmp_path / "dump"), load_policy(tmp_path / "dump").policy
+    found = dict(_minibatch_tensors(policy, dump, dump.orders[0, 0]))
+    for name, x in zip(update.trained, update.parameters.views(update.gradient(batch, coefs)), strict=True):
+        torch.testing.assert_close(found[f"gradient: {name}"], x, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_plan_runs_on_shapes_alone_and_counts_every_byte(tmp_path, cell):
+    trainer = make(tmp_path, memory=cell, segment_length=8)
+    assert not any("memory is not planned" in note for note in trainer.notes)
+    held = sum(x.numel() * x.element_size() for x in trainer.rollout.tensors().values())
+    # the plan does not know yet whether there are filler rows, so it counts a flag for every row
+    assert trainer.memory.storage == held + trainer.rollout.rewards.numel()
+    assert trainer.memory.update > 0
+    trainer.run()
 
 
 # ---- copies of a run: resumed, on another device, in a network of one's own
@@ -461,11 +488,11 @@ def test_cells_of_torch_train_compiled_or_not(tmp_path, kind, compile):
     assert_first_ratios(trainer)
 
 
-def test_a_layer_of_torch_stays_eager(tmp_path):
-    trainer = make(tmp_path, policy=Cells(nn.LSTM, whole=True), segment_length=4, compile="on")
-    assert trainer.config.compile == "off"
-    assert any("compile off: it can't be compiled: LSTM (cell) is one opaque operation" in x for x in trainer.notes)
+def test_layers_of_torch_stay_eager_and_its_cells_do_not(tmp_path):
+    trainer = make(tmp_path, policy=Cells(nn.LSTM, whole=True), segment_length=4)
+    assert trainer.policy.uncompilable() == "LSTM (cell) is one opaque operation"
     trainer.run()
+    assert make(tmp_path, policy=Cells(nn.LSTMCell), name="cells").policy.uncompilable() is None
 
 
 def test_a_resumed_network_of_ones_own_is_bit_identical(tmp_path):
