@@ -24,10 +24,16 @@ def median_ms(call: Callable[[], Any], seconds: float = 0.5) -> float:
     return statistics.median(times) * 1e3
 
 
-def run_task(module: str, task: Any) -> Any:
-    """Run `python -m module --one TASK` in a fresh process; return the JSON in the last line of its output."""
-    command = [sys.executable, "-m", module, "--one", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+def run_task(module: str, task: Any, python: str = sys.executable) -> Any:
+    """Run `python -m module --one TASK` in a fresh process; return the JSON in the last line of its output.
+
+    Raises:
+        RuntimeError: it failed; the text ends with its error output.
+    """
+    command = [python, "-m", module, "--one", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -32,13 +32,19 @@ class Case(NamedTuple):
     arguments: tuple[str, ...] = ()
 
 
+# the Dict observation as it is, without its third key, the mission as text
+_MINIGRID_KEYS = ("--obs-keys", "image", "direction")
 CASES = (
     Case(".venv-third-party", "minigrid:MiniGrid-Empty-5x5-v0", ("--wrappers", "minigrid.wrappers:ImgObsWrapper")),
     Case(".venv-third-party", "minigrid:MiniGrid-DoorKey-5x5-v0", ("--wrappers", "minigrid.wrappers:FlatObsWrapper")),
+    Case(".venv-third-party", "minigrid:MiniGrid-Empty-5x5-v0", _MINIGRID_KEYS),
+    Case(".venv-third-party", "minigrid:MiniGrid-DoorKey-5x5-v0", _MINIGRID_KEYS),
     Case(".venv-third-party", "highway_env:highway-fast-v0"),
     Case(".venv-third-party", "flappy_bird_gymnasium:FlappyBird-v0", ("--env-kwargs", '{"use_lidar": false}')),
     Case(".venv-third-party", "gym_anytrading:stocks-v0"),
     Case(".venv-robotics", "gymnasium_robotics:AdroitHandDoor-v1", ("--normalize-obs", "--normalize-rewards")),
+    Case(".venv-robotics", "gymnasium_robotics:FetchReach-v4"),
+    Case(".venv-robotics", "gymnasium_robotics:FetchReachDense-v4"),
     Case(".venv", "ALE/Pong-v5", ("--n-envs", "8")),
 )
 

@@ -24,6 +24,7 @@ HEALTHY = {
     "charts/episodic_return": np.linspace(20, 400, N),
     "charts/sps_window": 30_000.0,
     "samples/first_ratio_error": 5e-7,
+    "memory/gradient_share": 0.2,
 }
 SETTLED = 20 + 5 * np.sin(np.arange(N))
 EXPLAINED_ONCE = np.where(np.arange(N) < 60, 0.5, 0.0)
@@ -70,6 +71,11 @@ CASES = {
         {"samples/first_ratio_error": 1e-4},
         # logged in few iterations; the last value counts
         {"samples/first_ratio_error": np.where(np.arange(N) % 50, math.nan, 0.05)},
+    ),
+    "memory's gradient vanishes": (
+        # one sample below the threshold is not enough
+        {"memory/gradient_share": np.where(np.arange(N) == 150, 0.0, np.where(np.arange(N) % 50, math.nan, 2e-5))},
+        {"memory/gradient_share": np.where(np.arange(N) % 50, math.nan, 5e-6)},
     ),
     "speed dropped": (
         {"charts/sps_window": np.linspace(30_000, 18_000, N)},

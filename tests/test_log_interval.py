@@ -118,7 +118,8 @@ def test_a_resume_keeps_the_own_figures_of_the_open_row(tmp_path, killed):
 
 
 def test_every_figure_measured_in_an_iteration_is_averaged():
-    interval, tags = LogInterval(2), ("action_range", "clipped_actions", "obs_outside_space", "reward_per_step")
+    interval = LogInterval(2)
+    tags = ("action_range", "clipped_actions", "masked_actions", "obs_outside_space", "reward_per_step")
     interval.add(stats(1, **{f"charts/{tag}": 1.0 for tag in tags}))
     row = interval.add(stats(2, **{f"charts/{tag}": 2.0 for tag in tags}))
     assert row.scalars == {f"charts/{tag}": 1.5 for tag in tags}

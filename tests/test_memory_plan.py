@@ -170,9 +170,9 @@ def test_the_plan_adds_eager_work_to_the_memory_that_graphs_hold(tmp_path):
     assert graphs.storage == eager.storage
     assert eager.update < graphs.update < 2 * eager.update
     # the gradient of a histogram takes nearly the memory of a captured minibatch
-    histograms = plan_of(trainer, graphs=True, histograms=True)
+    histograms = plan_of(trainer, graphs=True, gradients=True)
     assert graphs.update < histograms.update < 2 * eager.update
-    assert plan_of(trainer, histograms=True) == eager
+    assert plan_of(trainer, gradients=True) == eager
     # a captured rollout evaluates the final observations of all its rows, and keeps the memory
     assert plan_of(trainer, max_steps=1, graphs=True).update > graphs.update
     assert plan_of(trainer, max_steps=1).update == eager.update
@@ -189,4 +189,4 @@ def test_the_plan_expects_graphs_where_a_run_captures_them_on_cuda(monkeypatch, 
     monkeypatch.setattr(parts, "plan_memory", lambda *_, **options: (asked.append(options), MemoryPlan(0, 0, 0))[1])
     config = Config(n_envs=1, n_steps=1, compile=compile, log_histograms=True)
     plan_run(config, _probe(), None, torch.device(device), World(), [])
-    assert asked == [{"graphs": graphs, "histograms": True}]
+    assert asked == [{"graphs": graphs, "gradients": True}]

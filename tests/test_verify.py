@@ -1,5 +1,6 @@
 """verify-env: results for correct environments and for broken ones."""
 
+import functools
 import subprocess
 import sys
 
@@ -9,7 +10,10 @@ import pytest
 from gymnasium import spaces
 
 from fastppo.analysis.verify_env import verify_env
+from fastppo.cli import main
+from fastppo.envs.make_envs import Reading
 from fastppo.errors import ConfigError
+from tests.envs.trees import scene
 from tests.faults.worlds import Dice, FaultEnv, Gravity, Reusing
 from tests.worlds import Counter
 
@@ -120,3 +124,35 @@ def test_invalid_numbers_of_steps_are_rejected():
         done = subprocess.run([sys.executable, "-m", "fastppo", *command], capture_output=True, text=True, timeout=60)
         assert done.returncode == 2
         assert done.stderr.startswith("ConfigError: ")
+
+
+@pytest.mark.parametrize("masks", ["key", "method", "info"])
+def test_dicts_and_masks_are_described_and_their_masks_kept(masks):
+    """The environment refuses forbidden actions."""
+    found = results(
+        make_env=functools.partial(scene, masks), reading=Reading(("place", "direction", "camera"), ("pair/1",))
+    )
+    assert found["environment"].value == (
+        "Scene: camera: image (37, 37, 1) + direction: discrete () + place: vector (3,) + pair/1: vector () for the "
+        "critic + mask of 4 actions, discrete"
+    ).replace("Scene", type(scene(masks)).__name__)
+    assert {name for name, result in found.items() if result.state != "ok"} == set(), found
+    assert "same results as sync" in found["async"].value
+
+
+def test_a_native_version_with_masks_is_checked():
+    found = {x.name: x for x in verify_env("fastppo-tests/Scene-v0", {}, 30)}
+    assert found["native"].value == "declares SAME_STEP, and final_obs holds the last observations"
+    assert found["native"].state == "ok"
+
+
+def test_verify_env_takes_keys(capsys):
+    command = "verify-env --steps 20 --env-id tests.envs.trees:fastppo-tests/Scene-v0 --obs-keys place"
+    assert main(command.split()) == 0
+    assert "place: vector (3,) + mask of 4 actions, discrete" in capsys.readouterr().out
+    assert main([*command.split(), "--action-masks", "off"]) == 1, "the environment refuses forbidden actions"
+    said = capsys.readouterr()
+    assert "place: vector (3,), discrete" in said.out
+    assert "Traceback" not in said.out + said.err
+    assert main(["verify-env", "--env-id", "CartPole-v1", "--obs-keys", "place"]) == 2
+    assert "obs_keys need observations with keys, but these are one Box" in capsys.readouterr().err

@@ -320,9 +320,15 @@ def ceilings(trainer: Trainer, seconds: float) -> dict[str, float]:
 
 
 def _step(trainer: Trainer) -> None:
-    """Step all environments with the rollout's actions."""
-    env = trainer.env
-    for t in range(len(trainer.rollout.rewards)):
+    """Step all environments with the rollout's actions; with masks, the most probable ones that are allowed."""
+    import torch
+
+    from fastppo.policies.policy import FORBIDDEN
+
+    env, r, distribution = trainer.env, trainer.collect.rollout, trainer.policy.distribution
+    for t in range(len(r.rewards)):
+        if (allowed := env.obs_spec.allowed(r.obs[t if t > 0 else -1])) is not None:
+            r.actions[t] = distribution.mode(torch.where(allowed, r.params[t], FORBIDDEN))
         for group in range(len(env.groups)):
             env.send(t, group)
         for group in range(len(env.groups)):

@@ -19,6 +19,7 @@ from fastppo.config import shown
 from fastppo.runtime.files import write_json
 
 _SETTINGS = ("n_steps", "update_epochs", "n_minibatches", "network", "hidden_sizes", "compile", "device", "workers")
+_MEMORY = ("memory", "memory_size", "segment_length")
 _PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log", "other")
 
 
@@ -71,7 +72,8 @@ def write_files(folder: Path, env_name: str, points: Sequence[Point], about: dic
     measured = [p for p in points if not p.failure]
     if measured:
         config = measured[0].config
-        lines.insert(0, ", ".join(f"{name} {shown(config[name])}" for name in _SETTINGS if config[name] is not None))
+        names = (*_SETTINGS, *(_MEMORY if config.get("memory", "none") != "none" else ()))
+        lines.insert(0, ", ".join(f"{name} {shown(config[name])}" for name in names if config[name] is not None))
     path = folder / "bench.html"
     path.write_text(page(f"{env_name}: training speed", points, lines), encoding="utf-8")
     return path

@@ -15,7 +15,7 @@ _Array = np.ndarray[Any, Any]
 Row = tuple[str, str, str]  # name, value of the first run, value of the second
 
 # Prefixes of tags that are not compared: measured times, and figures of sampled or evaluated iterations only
-_NOT_COMPARED = ("time/", "charts/SPS", "charts/sps_", "samples/", "eval/")
+_NOT_COMPARED = ("time/", "charts/SPS", "charts/sps_", "samples/", "memory/", "eval/")
 _HARDWARE = ("device_name", "device", "cpu_count", "platform", "processes", "git_commit", "git_dirty")
 _TOLERANCE = 0.1  # of the range of both runs' returns
 _POINTS = 400  # of the common axis on which mean returns are compared

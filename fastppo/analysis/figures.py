@@ -34,6 +34,8 @@ class Diagnostic(NamedTuple):
         healthy: range of healthy values, drawn as a band.
         y_range: range of the y-axis; None: all values.
         log: whether the y-axis is logarithmic.
+        optional: whether the figure is left out if no run has logged any of its lines.
+        sampled: whether only sampled iterations have values, which are drawn as dots.
     """
 
     title: str
@@ -41,6 +43,8 @@ class Diagnostic(NamedTuple):
     healthy: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     log: bool = False
+    optional: bool = False
+    sampled: bool = False
 
     @property
     def name(self) -> str:
@@ -70,6 +74,17 @@ DIAGNOSTICS = (
         "Gradient norm before clipping", (("losses/grad_norm", "norm"), ("charts/max_grad_norm", "limit")), log=True
     ),
     Diagnostic("Epochs per update", (("losses/epochs_run", ""),)),
+    Diagnostic(
+        "Share of actions that masks forbid", (("charts/masked_actions", ""),), y_range=(-0.02, 1.02), optional=True
+    ),
+    Diagnostic(
+        "Memory's share of the gradient (healthy: above 1e-5)",
+        (("memory/gradient_share", ""),),
+        log=True,
+        optional=True,
+        sampled=True,
+    ),
+    Diagnostic("Root mean square of the memory's state", (("memory/state_norm", ""),), optional=True, sampled=True),
 )
 
 
@@ -216,6 +231,15 @@ def _outline(forward: _Array, back: _Array) -> list[float | None]:
     return plain(np.concatenate((forward, back[::-1])))
 
 
+def diagnostics_of(runs: Sequence[RunData]) -> list[Diagnostic]:
+    """Return DIAGNOSTICS without the optional ones that no run has logged."""
+
+    def logged(diagnostic: Diagnostic) -> bool:
+        return any(np.isfinite(run.column(tag)).any() for run in runs for tag, _ in diagnostic.lines)
+
+    return [d for d in DIAGNOSTICS if not d.optional or logged(d)]
+
+
 def diagnostic_figure(runs: Sequence[RunData], diagnostic: Diagnostic) -> go.Figure:
     """Draw the lines of a diagnostic for each run; lines that were never logged are left out."""
     figure, alone = go.Figure(), len(runs) == 1
@@ -229,7 +253,8 @@ def diagnostic_figure(runs: Sequence[RunData], diagnostic: Diagnostic) -> go.Fig
                 figure.add_scatter(
                     x=steps,
                     y=plain(downsample(run.column(tag))),
-                    mode="lines" if len(run) > 1 else "markers",
+                    mode="lines+markers" if diagnostic.sampled else "lines" if len(run) > 1 else "markers",
+                    connectgaps=diagnostic.sampled,
                     line={"color": COLORS[k] if alone else color, "dash": ("solid", "dot", "dash")[k], "width": 1.5},
                     name=" ".join(word for word in ("" if alone else run.label, name) if word),
                 )

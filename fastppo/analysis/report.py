@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastppo.analysis.figures import DIAGNOSTICS, diagnostic_figure, phases_figure, returns_figure, speed_figure
+from fastppo.analysis.figures import diagnostic_figure, diagnostics_of, phases_figure, returns_figure, speed_figure
 from fastppo.analysis.html import Figures, heading, items, page, paragraphs, table
 from fastppo.analysis.run_data import RunData, read_runs
 from fastppo.analysis.update_section import update_section
@@ -50,7 +50,7 @@ def report_page(runs: Sequence[RunData]) -> str:
     env_ids = list(dict.fromkeys(str(run.config.get("env_id")) for run in runs))
     subject = f"{len(runs)} runs" if len(runs) > 1 else runs[0].label
     figures = Figures()
-    diagnostics = (figures.draw(diagnostic_figure(runs, d), d.name) for d in DIAGNOSTICS)
+    diagnostics = (figures.draw(diagnostic_figure(runs, d), d.name) for d in diagnostics_of(runs))
     parts = [
         _summary(runs),
         _health(runs),

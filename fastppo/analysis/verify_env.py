@@ -15,11 +15,14 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.backends import backend_of
+from fastppo.envs.env_info import EVERYTHING
 from fastppo.envs.env_state import probe_seeding
 from fastppo.envs.factory import EnvFactory
-from fastppo.envs.make_envs import EnvInfo, Maker, inspect_env, make_vectorized
+from fastppo.envs.make_envs import EnvInfo, Maker, Reading, inspect_env, make_vectorized
 from fastppo.envs.native import has_native
+from fastppo.envs.pack_observation import sample_action, sample_actions
 from fastppo.errors import ENV_ERRORS, ConfigError, first_line
+from fastppo.spaces.leaves import ObsLeaf
 
 _N = 4  # environments in the comparison of vectorizations
 _COMPARED: tuple[Vectorization, ...] = ("sync", "async", "pool")
@@ -39,8 +42,9 @@ def verify_env(
     steps: int = 300,
     make_env: Maker | None = None,
     wrappers: tuple[str, ...] = (),
+    reading: Reading = EVERYTHING,
 ) -> Iterator[CheckResult]:
-    """Check one environment alone, then several of them in each vectorization.
+    """Check one environment alone, then several of them in each vectorization, with random actions that it allows.
 
     Args:
         env_id: Gymnasium id.
@@ -48,16 +52,17 @@ def verify_env(
         steps: environment steps per check.
         make_env: function that makes one environment, instead of `env_id`.
         wrappers: wrappers around it, as in `Config.wrappers`.
+        reading: what a run would read of its observations.
 
     Raises:
         ConfigError, EnvError: the environment can't be made, or its spaces aren't supported.
     """
-    env_info = inspect_env(env_id, env_kwargs, make_env, wrappers)
+    env_info = inspect_env(env_id, env_kwargs, make_env, wrappers, reading=reading)
     factory = env_info.factory
     if factory is None:
         raise ConfigError("make_env returned a vector environment; verify-env needs one that returns a single one.")
-    spaces = f"{env_info.obs_spec.leaf.kind} {env_info.obs_spec.shape}, {env_info.action_spec.kind}"
-    yield CheckResult("environment", f"{env_info.name}: {spaces}")
+    leaves = " + ".join(map(_described, env_info.obs_spec.leaves))
+    yield CheckResult("environment", f"{env_info.name}: {leaves}, {env_info.action_spec.kind}")
     yield from _or_failure("steps", lambda: _check_steps(factory, steps))
     seeds = list(_or_failure("seeds", lambda: [_check_seeds(factory, steps, env_info.global_streams)]))
     yield from seeds
@@ -70,6 +75,14 @@ def verify_env(
         "ok" if resume.way == "exact" else "note",
         _RESUME_ADVICE[resume.way],
     )
+
+
+def _described(leaf: ObsLeaf) -> str:
+    """Return name, kind and shape of an array, and who reads it."""
+    if leaf.kind == "mask":
+        return f"mask of {leaf.size} actions"
+    name, reader = f"{leaf.name}: " if leaf.path else "", " for the critic" if leaf.critic_only else ""
+    return f"{name}{leaf.kind} {leaf.shape}{reader}"
 
 
 def _or_failure(name: str, check: Callable[[], Iterable[CheckResult]]) -> Iterator[CheckResult]:
@@ -94,7 +107,7 @@ def _check_steps(factory: EnvFactory, steps: int) -> Iterator[CheckResult]:
             for kind, text in _obs_violations(space, x, step):
                 wrong.setdefault(kind, text)
             outside += not _inside(space, x)
-            action = env.action_space.sample()
+            action = sample_action(env, obs)
             begin = time.perf_counter()
             obs, reward, terminated, truncated, _ = env.step(action)
             spent += time.perf_counter() - begin
@@ -152,9 +165,11 @@ def _check_seeds(factory: EnvFactory, steps: int, global_streams: Sequence[str])
         return CheckResult("seeds", text, "note", advice)
     fresh, used = factory(), factory()
     try:
-        used.reset(seed=99)
+        obs, _ = used.reset(seed=99)
         for _ in range(5):
-            used.step(used.action_space.sample())
+            obs, _, terminated, truncated, _ = used.step(sample_action(used, obs))
+            if terminated or truncated:
+                obs, _ = used.reset()
         difference = _difference_after_seeding(fresh, used, steps)
     finally:
         fresh.close()
@@ -172,7 +187,7 @@ def _difference_after_seeding(a: gym.Env[Any, Any], b: gym.Env[Any, Any], steps:
     for step in range(steps):
         if not _equal(obs_a, obs_b):
             return f"obs at step {step}"
-        action = a.action_space.sample()
+        action = sample_action(a, obs_a)
         obs_a, *results_a, _ = a.step(action)
         obs_b, *results_b, _ = b.step(action)
         for name, x, y in zip(("reward", "terminated", "truncated"), results_a, results_b, strict=True):
@@ -227,18 +242,18 @@ def _check_vectorizations(env_info: EnvInfo, steps: int, *, repeatable: bool) ->
         else:
             yield CheckResult(vectorization, f"{_N} environments, {steps} steps: same results as sync")
     if has_native(env_info.factory):
-        yield _check_autoreset(make_vectorized(env_info, _N, "native"))
+        yield from _or_failure("native", lambda: [_check_autoreset(make_vectorized(env_info, _N, "native"))])
 
 
 def _collect(venv: VectorEnv[Any, Any, Any], steps: int) -> list[dict[str, _Array]]:
     """Return the results of `steps` random steps, and close the environment."""
     try:
-        venv.action_space.seed(3)
+        _seed_actions(venv, 3)
         seeds: Any = [10 + i for i in range(_N)]
         obs, _ = venv.reset(seed=seeds)
         collected = [{"obs": obs.copy()}]
         for _ in range(steps):
-            obs, rewards, terminated, truncated, infos = venv.step(venv.action_space.sample())
+            obs, rewards, terminated, truncated, infos = venv.step(sample_actions(venv, obs))
             step = {"obs": obs, "reward": rewards, "terminated": terminated, "truncated": truncated}
             final_obs = np.zeros_like(obs)
             for i in np.flatnonzero(terminated | truncated):
@@ -247,6 +262,12 @@ def _collect(venv: VectorEnv[Any, Any, Any], steps: int) -> list[dict[str, _Arra
         return collected
     finally:
         venv.close()
+
+
+def _seed_actions(venv: VectorEnv[Any, Any, Any], seed: int) -> None:
+    """Seed the spaces that `sample_actions` draws from."""
+    venv.action_space.seed(seed)
+    venv.single_action_space.seed(seed)
 
 
 def _first_difference(a: list[dict[str, _Array]], b: list[dict[str, _Array]]) -> tuple[int, int, str] | None:
@@ -274,10 +295,10 @@ def _check_autoreset(venv: VectorEnv[Any, Any, Any]) -> CheckResult:
 
 def _compare_autoreset(venv: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> CheckResult:
     """Step until an episode ends, and compare what follows with `mode`."""
-    venv.action_space.seed(0)
-    venv.reset(seed=0)
+    _seed_actions(venv, 0)
+    obs, _ = venv.reset(seed=0)
     for _ in range(_AUTORESET_STEPS):
-        obs, _, terminated, truncated, infos = venv.step(venv.action_space.sample())
+        obs, _, terminated, truncated, infos = venv.step(sample_actions(venv, obs))
         done = terminated | truncated
         if done.any():
             break
@@ -291,7 +312,7 @@ def _compare_autoreset(venv: VectorEnv[Any, Any, Any], mode: AutoresetMode) -> C
         if np.array_equal(np.array(infos["final_obs"][i]), obs[i]):
             return CheckResult("native", "declares SAME_STEP, but final_obs equals the next observation", "bad")
         return CheckResult("native", "declares SAME_STEP, and final_obs holds the last observations")
-    _, rewards, terminated, truncated, _ = venv.step(venv.action_space.sample())
+    _, rewards, terminated, truncated, _ = venv.step(sample_actions(venv, obs))
     only_resets = float(rewards[i]) == 0.0 and not (terminated | truncated)[i]
     if mode == AutoresetMode.NEXT_STEP and only_resets and not same_step:
         return CheckResult("native", "declares NEXT_STEP, and the step after an episode only resets")

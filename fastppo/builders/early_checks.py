@@ -4,30 +4,33 @@ from __future__ import annotations
 
 from typing import Any
 
-from gymnasium import Env, Space, spaces
+from gymnasium import Env, spaces
 
 from fastppo.config import Config, count_iterations, fill_defaults
 from fastppo.envs.env_state import close_env
-from fastppo.envs.factory import EnvFactory, build, find_spec, is_atari
+from fastppo.envs.factory import EnvFactory, build, find_spec, first_reset, is_atari
+from fastppo.envs.pack_observation import packed_space
 from fastppo.errors import ConfigError
 from fastppo.presets import CLEANRL, Kind
 from fastppo.runs.run_dir import check_new_folder, check_run_folder
 from fastppo.runtime.cores import processes
+from fastppo.spaces.leaves import ObsLeaf, read_as_images
 
 
 def check_early(config: Config, *, trains: bool = True) -> None:
     """Raise the errors that the start of a run would raise, as far as they can be found without torch.
 
-    An environment is made only if the answer depends on it: its own arguments are given, or the defaults of some kind
-    of environment don't fit the settings.
+    An environment is made only if the answer depends on it: its own arguments or keys of its observations are given, or
+    the defaults of some kind of environment don't fit the settings.
 
     Args:
         config: settings as the user gave them.
         trains: total_timesteps will be used as given, and must hold an iteration.
 
     Raises:
-        ConfigError: no such environment, arguments that it refuses, settings that don't fit its defaults, or a run
-            folder that can't be used.
+        ConfigError: no such environment, arguments that it refuses, keys that its observations lack, settings that
+            don't fit its defaults, or a run folder that can't be used.
+        EnvError: its observations aren't supported, or its masks have the wrong size.
         CheckpointError: `init_from` is no run folder.
     """
     atari = is_atari(find_spec(config.env_id))
@@ -36,15 +39,15 @@ def check_early(config: Config, *, trains: bool = True) -> None:
     if config.init_from is not None:
         check_run_folder(config.init_from)
     refused = {kind: error for kind in CLEANRL if (error := _refusal(config, kind, atari, trains)) is not None}
-    if not refused and not config.env_kwargs:
+    if not (refused or config.env_kwargs or config.obs_keys or config.critic_obs_keys):
         return
     env = build(EnvFactory(config.env_id, config.env_kwargs, wrappers=config.wrappers))
     try:
-        errors = [refused.get(kind) for kind in _possible_kinds(env)]
+        error = refused.get(_kind(env, config))
     finally:
         close_env(env)
-    if errors[0] is not None and None not in errors:
-        raise errors[0]
+    if error is not None:
+        raise error
 
 
 def _refusal(config: Config, kind: Kind, atari: bool, trains: bool) -> ConfigError | None:
@@ -57,11 +60,11 @@ def _refusal(config: Config, kind: Kind, atari: bool, trains: bool) -> ConfigErr
     return None
 
 
-def _possible_kinds(env: Env[Any, Any]) -> list[Kind]:
-    """Return the kinds that an environment may turn out to be; `EnvInfo.kind` decides."""
-    kind: Kind = "continuous" if isinstance(env.action_space, spaces.Box) else "discrete"
-    return ["image", kind] if _may_be_image(env.observation_space) else [kind]
-
-
-def _may_be_image(space: Space[Any]) -> bool:
-    return space.shape is None or len(space.shape) >= 2
+def _kind(env: Env[Any, Any], config: Config) -> Kind:
+    """Return the kind of an environment, as `EnvInfo.kind` does."""
+    masks = (lambda: first_reset(env)[1]) if config.action_masks == "auto" else None
+    packed = packed_space(env, config.obs_keys, config.critic_obs_keys, masks)
+    leaves = (ObsLeaf.from_space(env.observation_space),) if packed is None else packed.leaves
+    if read_as_images(leaves):
+        return "image"
+    return "continuous" if isinstance(env.action_space, spaces.Box) else "discrete"

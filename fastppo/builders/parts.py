@@ -158,7 +158,7 @@ def plan_run(
             lambda: build_update(c, models, device, world, n_envs),
             gae_doubling,
             graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
-            histograms=c.log_histograms,
+            gradients=c.log_histograms or (c.record_ratios != 0 and len(models.policy.recurrences()) > 0),
         )
 
     free = free_memory(device)

@@ -29,6 +29,14 @@ class VerifyEnv:
         tuple[str, ...], tyro.conf.arg(metavar="[MODULE:NAME ...]", help_behavior_hint="(default: none)")
     ] = ()
     """Wrappers of the environment, the innermost first."""
+    obs_keys: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="(default: all)")] = ()
+    """Keys of a Dict (or indices of a Tuple) observation to read."""
+    critic_obs_keys: Annotated[
+        tuple[str, ...], tyro.conf.arg(metavar="[KEY ...]", help_behavior_hint="(default: none)")
+    ] = ()
+    """Keys that only the critic reads."""
+    action_masks: Literal["auto", "off"] = "auto"
+    """Choose among allowed actions only, if the environment tells them."""
     steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 300
     """Steps to compare, of four environments."""
 
@@ -36,13 +44,21 @@ class VerifyEnv:
         """Print the checks and return 1 if one failed, else 0."""
         if self.steps < 1:
             raise ConfigError(f"steps={self.steps} must be at least 1; nearest valid value: 1.")
-        from fastppo.envs.factory import find_spec
+        from fastppo.builders.early_checks import check_early
 
-        find_spec(self.env_id)  # before the import of torch
-        settings = Config(env_id=self.env_id, env_kwargs=self.env_kwargs, wrappers=self.wrappers)
+        c = Config(
+            env_id=self.env_id,
+            env_kwargs=self.env_kwargs,
+            wrappers=self.wrappers,
+            obs_keys=self.obs_keys,
+            critic_obs_keys=self.critic_obs_keys,
+            action_masks=self.action_masks,
+        )
+        check_early(c, trains=False)
         from fastppo.analysis.verify_env import verify_env
+        from fastppo.runs.inspect_env import reading_of
 
-        checks = verify_env(settings.env_id, settings.env_kwargs, self.steps, wrappers=settings.wrappers)
+        checks = verify_env(c.env_id, c.env_kwargs, self.steps, wrappers=c.wrappers, reading=reading_of(c))
         return print_checks(checks, "this environment passes all checks")
 
 

@@ -150,7 +150,7 @@ def _async(info: EnvInfo, options: VecEnvOptions) -> AsyncVectorEnv:
     factory = dataclasses.replace(_factory(info), copy_obs=True)
     setup = WorkerSetup.collect()
     seeds = np.random.SeedSequence(options.seed).generate_state(options.n_envs)
-    factories = [InWorker(dataclasses.replace(setup, seed=int(seed)), factory) for seed in seeds]
+    factories = [InWorker(dataclasses.replace(setup, seed=int(seed)), factory, i) for i, seed in enumerate(seeds)]
     with importable_main():
         return _AsyncVectorEnv(factories, copy=False, context=_start_method(), autoreset_mode=AutoresetMode.SAME_STEP)
 

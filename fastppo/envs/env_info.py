@@ -18,6 +18,7 @@ from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.errors import ENV_ERRORS, ConfigError
 from fastppo.runtime.seeding import global_states
 from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.leaves import read_as_images
 from fastppo.spaces.observations import ObsSpec
 
 Maker = Callable[[], Any]  # -> a gymnasium Env; or a VectorEnv or SimulatorEnv, which is used as it is
@@ -74,8 +75,7 @@ class EnvInfo:
     @property
     def kind(self) -> Literal["discrete", "image", "continuous"]:
         """The CleanRL script whose defaults fit."""
-        leaves = self.obs_spec.seen
-        if leaves[0].kind == "image" or any(leaf.fits_cnn for leaf in leaves):
+        if read_as_images(self.obs_spec.leaves):
             return "image"
         return "continuous" if self.action_spec.kind == "box" else "discrete"
 

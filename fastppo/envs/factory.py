@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import difflib
 import functools
@@ -15,7 +14,7 @@ import signal
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -227,23 +226,31 @@ def reuses_observations(env: gym.Env[Any, Any]) -> bool:
     Raises:
         EnvStartError: its first resets and steps fail, or don't return what Gymnasium's do.
     """
-    kept: list[tuple[Any, Any]] = []  # observations and copies of them
+    kept: list[tuple[Any, list[bytes]]] = []  # observations and their bytes
 
     def keep(obs: Any) -> None:  # noqa: ANN401 - whatever the space holds
-        kept.append((obs, copy.copy(obs)))
+        kept.append((obs, [x.tobytes() for x in _arrays(obs)]))
 
-    obs = first_reset(env)[0]
+    obs, info = first_reset(env)
     keep(obs)
     for _ in range(2):
-        action = sample_action(env, obs)
-        obs, _, terminated, truncated, _ = _first_call(env, "step", functools.partial(env.step, action))
+        action = sample_action(env, obs, info)
+        obs, _, terminated, truncated, info = _first_call(env, "step", functools.partial(env.step, action))
         keep(obs)
         if np.any(terminated) or np.any(truncated):
             break
     keep(_first_call(env, "reset", env.reset)[0])
-    arrays = [(obs, before) for obs, before in kept if isinstance(obs, np.ndarray)]
-    shared = any(np.shares_memory(a, b) for (a, _), (b, _) in itertools.combinations(arrays, 2))
-    return shared or any(obs.tobytes() != before.tobytes() for obs, before in arrays)
+    # parts of a Dict or Tuple may well be one array throughout, such as a goal; it matters only if they change
+    arrays = [obs for obs, _ in kept if isinstance(obs, np.ndarray)]
+    shared = any(np.shares_memory(a, b) for a, b in itertools.combinations(arrays, 2))
+    return shared or any([x.tobytes() for x in _arrays(obs)] != before for obs, before in kept)
+
+
+def _arrays(obs: Any) -> list[np.ndarray[Any, Any]]:  # noqa: ANN401 - whatever the space holds
+    """Return the arrays of an observation, or of the parts of a Dict or Tuple."""
+    if isinstance(obs, (Mapping, tuple, list)):
+        return [x for part in (obs.values() if isinstance(obs, Mapping) else obs) for x in _arrays(part)]
+    return [obs] if isinstance(obs, np.ndarray) else []
 
 
 def first_reset(env: gym.Env[Any, Any]) -> tuple[Any, dict[str, Any]]:
@@ -321,17 +328,21 @@ class WorkerSetup:
 
 @dataclasses.dataclass(frozen=True)
 class InWorker:
-    """Applies a `WorkerSetup` before it makes an environment, for workers that aren't fastppo's own."""
+    """Applies a `WorkerSetup` before it makes environment `index`, for workers that aren't fastppo's own."""
 
     setup: WorkerSetup
     factory: EnvFactory
+    index: int
 
     def __call__(self) -> gym.Env[Any, Any]:
         """Make the environment."""
         if multiprocessing.parent_process() is None:
             return self.factory()
         self.setup.seed_streams()
-        return self.setup.make(self.factory)
+        env = self.setup.make(self.factory)
+        if isinstance(env, PackObservation):
+            env.index = self.index
+        return env
 
 
 def seed_global_streams(seed: int) -> None:

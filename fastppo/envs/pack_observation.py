@@ -12,9 +12,9 @@ from gymnasium import spaces
 from gymnasium.vector import VectorEnv, VectorWrapper
 from gymnasium.vector.utils import batch_space
 
-from fastppo.errors import EnvError
+from fastppo.errors import ENV_ERRORS, EnvError, cause_line
 from fastppo.spaces.leaves import ObsLeaf
-from fastppo.spaces.packing import MASK_KEY, PackedSpace, flat_mask, leaves_of, mask_leaf
+from fastppo.spaces.packing import MASK_KEY, PackedSpace, find, flat_mask, leaves_of, mask_leaf
 
 _Array = np.ndarray[Any, Any]
 
@@ -37,7 +37,6 @@ def packed_space(
         ConfigError: see `leaves_of`.
         EnvError: a space that is not supported, or a mask of the wrong size.
     """
-    vector = isinstance(env, VectorEnv)
     space = env.single_observation_space if isinstance(env, VectorEnv) else env.observation_space
     action_space = env.single_action_space if isinstance(env, VectorEnv) else env.action_space
     n, mask = n_choices(action_space), None
@@ -46,15 +45,38 @@ def packed_space(
             mask = mask_under_key(space.spaces[MASK_KEY], n)
         else:
             info = reset_info()
-            if not vector and env.has_wrapper_attr("action_masks"):  # type: ignore[union-attr]
-                flat_mask(env.get_wrapper_attr("action_masks")(), n)  # type: ignore[union-attr]
+            if isinstance(env, gym.Env) and env.has_wrapper_attr("action_masks"):
+                flat_mask(_from_method(env), n)
                 mask = mask_leaf("method", n)
             elif MASK_KEY in info:
-                flat_mask(info[MASK_KEY], n, getattr(env, "num_envs", None))
+                for own in _masks_in(info, env.num_envs) if isinstance(env, VectorEnv) else [info[MASK_KEY]]:
+                    if own is not None:
+                        flat_mask(own, n)
                 mask = mask_leaf("info", n)
     if mask is None and not obs_keys and not critic_obs_keys and not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return None
     return PackedSpace(leaves_of(space, obs_keys, critic_obs_keys, mask))
+
+
+def _from_method(env: gym.Env[Any, Any]) -> Any:  # noqa: ANN401 - a mask
+    """Return the mask that `action_masks()` gives.
+
+    Raises:
+        EnvError: it fails.
+    """
+    try:
+        return env.get_wrapper_attr("action_masks")()
+    except ENV_ERRORS as error:
+        raise EnvError(f"{type(env.unwrapped).__name__}.action_masks() failed: {cause_line(error)}.") from error
+
+
+def _masks_in(info: Mapping[str, Any], n_envs: int) -> list[Any]:
+    """Return the masks in the info of a vector environment; None for environments that gave none."""
+    given = info.get(MASK_KEY)
+    if given is None:
+        return [None] * n_envs
+    has = info.get(f"_{MASK_KEY}", np.ones(n_envs, bool))
+    return [own if there else None for own, there in zip(given, has, strict=True)]
 
 
 def n_choices(space: spaces.Space[Any]) -> int:
@@ -79,17 +101,23 @@ def mask_under_key(part: spaces.Space[Any], n: int) -> ObsLeaf:
 
 
 class PackObservation(gym.Wrapper[Any, Any, Any, Any]):
-    """Packs the observations of one environment, and its masks of allowed actions, into rows."""
+    """Packs the observations of one environment, and its masks of allowed actions, into rows.
+
+    Attributes:
+        index: of the environment, for the messages of errors; None: whoever steps it names it.
+    """
 
     def __init__(self, env: gym.Env[Any, Any], space: PackedSpace) -> None:
         """Pack into rows of `space`."""
         super().__init__(env)
         self.observation_space = self._space = space
+        self.index: int | None = None
+        self._steps = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[_Array, dict[str, Any]]:
         """Reset, and return the packed observation and info."""
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._row(obs, info, acts=True), info
+        return self._row(obs, info, "reset", acts=True), info
 
     def step(self, action: Any) -> tuple[_Array, Any, Any, Any, dict[str, Any]]:  # noqa: ANN401 - an action
         """Step, and pack the observation.
@@ -98,13 +126,23 @@ class PackObservation(gym.Wrapper[Any, Any, Any, Any]):
             EnvError: no action is allowed, though the episode goes on.
         """
         obs, reward, terminated, truncated, info = self.env.step(action)
-        return self._row(obs, info, acts=not (terminated or truncated)), reward, terminated, truncated, info
+        self._steps += 1
+        row = self._row(obs, info, f"step {self._steps}", acts=not (terminated or truncated))
+        return row, reward, terminated, truncated, info
 
-    def _row(self, obs: Any, info: dict[str, Any], *, acts: bool) -> _Array:  # noqa: ANN401 - an observation
+    def _row(self, obs: Any, info: dict[str, Any], doing: str, *, acts: bool) -> _Array:  # noqa: ANN401 - an observation
+        try:
+            return self._packed(obs, info, acts=acts)
+        except EnvError as error:
+            if self.index is None:
+                raise
+            raise EnvError(f"environment {self.index} failed in {doing}: {error}") from error
+
+    def _packed(self, obs: Any, info: dict[str, Any], *, acts: bool) -> _Array:  # noqa: ANN401 - an observation
         space, mask = self._space, None
         if space.mask is not None and acts:  # nobody acts on a last observation, whatever its mask
             if space.mask.mask_source == "method":
-                mask = self.env.get_wrapper_attr("action_masks")()
+                mask = _from_method(self.env)
             elif space.mask.mask_source == "info":
                 mask = info.get(MASK_KEY)
         row = space.pack(obs, mask)
@@ -139,6 +177,7 @@ class PackVectorObservation(VectorWrapper):
         self.single_observation_space = self._space = space
         self.observation_space = batch_space(space, env.num_envs)
         self._masks = None if space.mask is None else np.ones((env.num_envs, space.mask.size), bool)
+        self._steps = 0
 
     def reset(
         self,
@@ -158,8 +197,9 @@ class PackVectorObservation(VectorWrapper):
             EnvError: an environment allows no action, though its episode goes on.
         """
         obs, rewards, terminated, truncated, info = self.env.step(actions)
+        self._steps += 1
         if "final_obs" in info:
-            info = info | {"final_obs": self._final(info["final_obs"])}
+            info = info | {"final_obs": self._final(info["final_obs"], obs, terminated | truncated)}
             ended = np.zeros(self.num_envs, bool)  # same-step autoreset: every row is the start of an episode or within
         else:
             ended = terminated | truncated
@@ -171,26 +211,37 @@ class PackVectorObservation(VectorWrapper):
         if self._masks is None or space.mask is None or space.mask.mask_source == "key":
             rows = space.pack(obs, n=self.num_envs)
         else:
-            given = info.get(MASK_KEY)
-            has = info.get(f"_{MASK_KEY}", np.ones(self.num_envs, bool))
+            given = _masks_in(info, self.num_envs)
             for i in np.flatnonzero(changed):
-                own = None if given is None or not has[i] else given[i]
-                self._masks[i] = True if own is None else flat_mask(own, self._masks.shape[1])
+                self._masks[i] = True if given[i] is None else flat_mask(given[i], self._masks.shape[1])
             rows = space.pack(obs, self._masks, n=self.num_envs)
         if (allowed := space.allowed(rows)) is not None:
             for i in np.flatnonzero(acts & ~allowed.all(1)):
                 try:
                     _check_allowed(allowed[i], self.single_action_space)
                 except EnvError as error:
-                    raise EnvError(f"environment {i}: {error}") from None
+                    doing = f"step {self._steps}" if self._steps else "reset"
+                    raise EnvError(f"environment {i} failed in {doing}: {error}") from None
         return rows
 
-    def _final(self, final: Any) -> _Array:  # noqa: ANN401 - an array of observations, or None
-        """Pack the final observations of ended environments; None elsewhere."""
+    def _final(self, final: Any, following: Any, ended: _Array) -> _Array:  # noqa: ANN401 - trees of observations
+        """Pack the final observations of ended environments; None elsewhere, whatever the others hold.
+
+        Raises:
+            EnvError: they lie in the memory of the `following` observations, and so are overwritten.
+        """
+        seen = [leaf for leaf in self._space.leaves if leaf.kind != "mask"]
         packed = np.full(self.num_envs, None, object)
-        for i, obs in enumerate(final if isinstance(final, np.ndarray) else _unbatched(final, self.num_envs)):
-            if obs is not None:
-                packed[i] = self._space.pack(obs)
+        each = final if isinstance(final, np.ndarray) else _unbatched(final, self.num_envs)
+        for i in np.flatnonzero(ended):
+            if each[i] is None:
+                continue
+            packed[i] = self._space.pack(each[i])
+            if all(np.shares_memory(find(each[i], leaf), find(following, leaf)) for leaf in seen):
+                raise EnvError(
+                    f"infos['final_obs'][{i}] shares memory with the next observation and is overwritten by it; "
+                    "copy it in the vector environment."
+                )
         return packed
 
 
@@ -204,16 +255,29 @@ def _unbatched(obs: Any, n: int) -> list[Any]:  # noqa: ANN401 - a tree of array
     return list(obs)
 
 
-def sample_action(env: gym.Env[Any, Any], row: Any = None) -> Any:  # noqa: ANN401 - an observation, an action
-    """Return a random action that the mask in `row`, the latest observation of a packed environment, allows.
+def sample_action(env: gym.Env[Any, Any], obs: Any = None, info: Mapping[str, Any] | None = None) -> Any:  # noqa: ANN401 - an observation, an action
+    """Return a random action that an environment allows.
 
-    Other environments have no mask; theirs is any action of the space.
+    Args:
+        env: the environment, packed or not.
+        obs: its latest observation, which may hold a mask.
+        info: of that observation; a mask in it counts if the environment is not packed.
     """
-    space = env.observation_space
-    allowed = space.allowed(row) if isinstance(space, PackedSpace) and row is not None else None
+    space, n = env.observation_space, n_choices(env.action_space)
+    if isinstance(space, PackedSpace):
+        allowed = None if obs is None else space.allowed(obs)
+    else:
+        mask = _raw_mask(env, obs, info or {}) if n else None
+        allowed = None if mask is None else flat_mask(mask, n)
     if allowed is None:
         return env.action_space.sample()
     return env.action_space.sample(mask=as_sample_mask(allowed, env.action_space))
+
+
+def _raw_mask(env: gym.Env[Any, Any], obs: Any, info: Mapping[str, Any]) -> Any:  # noqa: ANN401 - trees of arrays
+    if isinstance(obs, Mapping) and MASK_KEY in obs:
+        return obs[MASK_KEY]
+    return _from_method(env) if env.has_wrapper_attr("action_masks") else info.get(MASK_KEY)
 
 
 def as_sample_mask(allowed: _Array, space: spaces.Space[Any]) -> Any:  # noqa: ANN401 - as the space takes it

@@ -105,7 +105,7 @@ class ExportedPolicy(nn.Module):
         """Return the outputs that `signature` lists for its inputs; `obs` is the observation's first array."""
         given, n = iter((obs, *others)), obs.shape[0]
         for x in others:  # otherwise the trace holds a division of batch sizes, which admits some of them only
-            torch._check(x.shape[0] == n)
+            torch._check(x.shape[0] == n)  # type: ignore[no-untyped-call]
         arrays = []
         for leaf in self._spec.obs.leaves:
             x = blank_array(leaf).expand(n, *leaf.shape).to(obs.device) if leaf.critic_only else next(given)

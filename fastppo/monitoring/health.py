@@ -409,6 +409,12 @@ def _last_two_above(tag: str) -> RuleValue:
     return value
 
 
+def _memory_idle(history: History, threshold: float, _: RunTraits) -> _Value:
+    """Return the larger of the last two gradient shares of the memory if it is below the threshold."""
+    latest = _finite(history["memory/gradient_share"])[-2:]
+    return float(latest.max()) if len(latest) == 2 and latest.max() < threshold else None
+
+
 def _speed_lost(history: History, threshold: float, _: RunTraits) -> _Value:
     row = _finite(history["charts/sps_window"])
     n = max(5, len(row) // 10)
@@ -518,8 +524,19 @@ RULES = (
         {"fp32": 0.01, "tf32": 0.05, "bf16": 0.3},
         _last_two_above("samples/first_ratio_error"),
         "before the first optimiser step of an update, a ratio differs from 1 by {value:.2g} (above {threshold:g}).",
-        "The updated policy isn't the one that acted: look for dropout, batch norm or memory in the network.",
+        "The updated policy isn't the one that acted: look for dropout, batch norm, or a state that the network keeps "
+        "to itself instead of returning it.",
         after=1,
+        patience=1,
+    ),
+    Rule(
+        "memory's gradient vanishes",
+        # CartPole's unscaled returns saturate the critic's memory while it learns: its share falls to 50 times this
+        1e-5,
+        _memory_idle,
+        "the memory's recurrent weights get {value:.1e} of the gradient of memory and head (below {threshold:g}).",
+        "Saturated gates learn nothing: use normalize_rewards or normalize_obs, or lower learning_rate. Nothing is "
+        "remembered in episodes of one step either: check that the task needs memory.",
         patience=1,
     ),
     Rule(

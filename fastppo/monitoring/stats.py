@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from fastppo.monitoring.health import HealthFinding
 from fastppo.monitoring.update_samples import UpdateSample
-from fastppo.ppo.metrics import Metrics
+from fastppo.ppo.metrics import MASKED, Metrics
 from fastppo.runtime.clock import Clock
 
 MAX_RETURNS = 32  # episode returns logged per row
@@ -96,6 +96,7 @@ class Statistics:
         elapsed = {phase: total - previous[phase] for phase, total in self._seconds.items()}
         episodes, outside = int(measured.pop("episodes")), int(measured.pop("outside"))
         clipped, action_range = measured.pop("clipped_actions"), measured.pop("action_range")
+        masked = measured.pop(MASKED, None)
         returns, lengths = measured.pop("returns"), measured.pop("lengths")
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
         reward_per_step = measured.pop("rewards") / max(1.0, measured.pop("steps"))
@@ -116,12 +117,15 @@ class Statistics:
             scalars["charts/clipped_actions"] = clipped
             if math.isfinite(action_range):  # NaN where actions are unbounded
                 scalars["charts/action_range"] = action_range
+        if masked is not None:
+            scalars["charts/masked_actions"] = masked
         if metrics.checks_bounds:
             scalars["charts/obs_outside_space"] = outside
         if math.isfinite(coefs["kl_limit"]):
             scalars["charts/kl_limit"] = coefs["kl_limit"]
         if sample is not None:
             scalars["samples/first_ratio_error"] = sample.first_ratio_error
+            scalars |= sample.memory
         if episodes:
             scalars["charts/episodic_return"] = returns / episodes
             scalars["charts/episodic_length"] = lengths / episodes

@@ -2,6 +2,7 @@
 
 In a sampled iteration, the policy evaluates a few hundred rows of the rollout before the first epoch and after each
 one, which doesn't affect training. Each epoch is a graph of its own, so captured updates are sampled between replays.
+For a policy with recurrent weights, the gradient of one more minibatch shows whether they learn.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +49,7 @@ class UpdateSample:
         ratios: [E + 1, K] ratios of K rows, before the first epoch and after each of the E epochs.
         advantages: [K], normalised over the rollout if the update normalises.
         trajectory: the tensors TRAJECTORY of one environment, [T] each; rewards as the update uses them.
+        memory: figures of a policy with memory by TensorBoard tag; empty without memory. They are logged, not written.
         histograms: values by TensorBoard tag; empty unless histograms are on.
     """
 
@@ -55,6 +58,7 @@ class UpdateSample:
     ratios: _Array
     advantages: _Array
     trajectory: dict[str, _Array]
+    memory: dict[str, float] = dataclasses.field(default_factory=dict)
     histograms: dict[str, _Array] = dataclasses.field(default_factory=dict)
 
     @property
@@ -63,7 +67,7 @@ class UpdateSample:
         return float(np.abs(self.ratios[0] - 1).max(initial=0.0))
 
     def write(self, folder: Path) -> None:
-        """Write the sample, without histograms, to one file in `folder`."""
+        """Write the sample, without memory and histograms, to one file in `folder`."""
         folder.mkdir(exist_ok=True)
         metadata = {"sample": json.dumps({"iteration": self.iteration, "coefs": self.coefs})}
         arrays = {f"trajectory.{name}": x for name, x in self.trajectory.items()}
@@ -129,6 +133,12 @@ class UpdateSampler:
         sequences = spread_rows(n // length, max(1, ROWS // length), device)
         self._rows = sequences if length == 1 else sequence_rows(sequences, rollout.rewards.shape[1], length)
         self._ratios: list[Tensor] = []
+        trained = {id(p) for p in update.parameters.parameters}
+        self._recurrences = [
+            (weight, [p for p in parts if id(p) in trained])
+            for weight, parts in update.policy.recurrences()
+            if id(weight) in trained
+        ]
 
     def due(self, iteration: int) -> bool:
         """Return whether to sample `iteration`, counted from 1."""
@@ -161,21 +171,52 @@ class UpdateSampler:
         ratios = torch.stack(self._ratios)
         self._ratios = []
         trajectory = {name: rewards if name == "rewards" else getattr(r, name) for name in TRAJECTORY}
+        gradient = self._first_gradient(coefs) if self._histograms or self._recurrences else None
+        histograms = {}
+        if self._histograms and gradient is not None:
+            histograms = self._collect_histograms(ratios[-1][kept], valid, gradient)
         return UpdateSample(
             iteration=iteration,
             coefs={name: getattr(coefs, name).item() for name in COEFS},
             ratios=_numpy(ratios[:, kept]),
             advantages=_numpy(advantages[rows][kept]),
             trajectory={name: _numpy(_first_env(x)[_first_env(valid)]) for name, x in trajectory.items()},
-            histograms=self._collect_histograms(ratios[-1][kept], valid, coefs) if self._histograms else {},
+            memory=self._measure_memory(gradient),
+            histograms=histograms,
         )
 
-    def _collect_histograms(self, ratios: Tensor, valid: Tensor, coefs: Coefficients) -> dict[str, _Array]:
+    def _first_gradient(self, coefs: Coefficients) -> Tensor:
+        """Return the gradient [P] of the update's first minibatch, at the parameters after the update."""
+        with _unchanged(self._update.policy):
+            return self._update.gradient(self._rollout.batch(), coefs)
+
+    def _measure_memory(self, gradient: Tensor | None) -> dict[str, float]:
+        """Return the root mean square of the stored states, and how much of `gradient` [P] reaches the recurrence.
+
+        The share is |gradient of the recurrent weights| / |gradient of memory and heads|, the smaller one of actor and
+        critic. It is 0 if no state passes from step to step, and falls where gates or states saturate: then the heads
+        alone learn. A gradient of 0, as with a clipped value loss, has no share.
+        """
+        states = self._rollout.states
+        if not states:
+            return {}
+        squares = torch.stack([x[:-1].square().mean() for x in states])
+        figures = {"memory/state_norm": squares.mean().sqrt().item()}
+        if gradient is not None:
+            learned = self._update.parameters
+            norms = {id(p): x.norm() for p, x in zip(learned.parameters, learned.views(gradient), strict=True)}
+            shares = [
+                (norms[id(weight)] / torch.stack([norms[id(p)] for p in parts]).norm()).item()
+                for weight, parts in self._recurrences
+            ]
+            if finite := [share for share in shares if math.isfinite(share)]:
+                figures["memory/gradient_share"] = min(finite)
+        return figures
+
+    def _collect_histograms(self, ratios: Tensor, valid: Tensor, gradient: Tensor) -> dict[str, _Array]:
         """Return weights and gradients by the parameter's name, actions and ratios, flat, by TensorBoard tag."""
         update, actions = self._update, self._rollout.actions[valid]
         values = {"actions": actions if actions.dtype != torch.bool else actions.float(), "ratios": ratios}
-        with _unchanged(update.policy):
-            gradient = update.gradient(self._rollout.batch(), coefs)
         for kind, flat in (("weights", update.parameters.vector), ("gradients", gradient)):
             views = update.parameters.views(flat)
             values |= {f"{kind}/{name}": view for name, view in zip(update.trained, views, strict=True)}

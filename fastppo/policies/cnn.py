@@ -103,6 +103,11 @@ class MultiInputNetwork(Body):
         )
         self.width = self.tail.width
 
+    @property
+    def last_layers(self) -> tuple[nn.Module, nn.Module]:
+        """The heads of the critic and of the actor."""
+        return self.tail.last_layers
+
     def features(self, x: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the features [B, width] for encoded leaves x [B, ...] by name."""
         parts = [

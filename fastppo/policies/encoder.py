@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastppo.policies.normalizers import ObsNormalizer
@@ -87,7 +86,10 @@ def encode_leaf(leaf: ObsLeaf, x: Tensor, normalizer: ObsNormalizer | None = Non
     if leaf.kind == "discrete":
         flat = x.reshape(x.shape[0], -1)  # not len(): torch.export would treat the batch size as a constant
         indices = zip(flat.unbind(1), leaf.nvec, leaf.start, strict=True)
-        return torch.cat([F.one_hot(index - start, n) for index, n, start in indices], 1).float()
+        # not F.one_hot, which reads its input on the host, so that no graph can hold it
+        return torch.cat(
+            [index.unsqueeze(1) == torch.arange(start, start + n, device=x.device) for index, n, start in indices], 1
+        ).float()
     x = x.unsqueeze(-1) if x.dim() == 1 else x  # an observation of shape () is a vector of one number
     if normalizer is not None:
         normalized: Tensor = normalizer(x)

@@ -138,6 +138,19 @@ class RecurrentNetwork(nn.Module):
         """How many tensors of the state, the first ones, belong to the critic alone."""
         return sum(memory.n_states for memory in self._each()[:-1])
 
+    def recurrences(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Return each memory's recurrent weight, with the parameters of that memory and of the heads on it.
+
+        Empty for minGRU, which has no recurrent weights.
+        """
+        critic, actor = self.body.last_layers
+        heads: list[list[nn.Module]] = [[critic, actor]] if len(self.memories) == 1 else [[critic], [actor]]
+        return [
+            (memory.recurrent, [*memory.parameters(), *(p for head in own for p in head.parameters())])
+            for memory, own in zip(self._each(), heads, strict=True)
+            if isinstance(memory, (LSTM, GRU))
+        ]
+
     def _each(self) -> list[Memory]:
         return [memory for memory in self.memories if isinstance(memory, Memory)]
 

@@ -31,6 +31,7 @@ from fastppo.errors import ConfigError, first_line
 from fastppo.functional.distributions import Distribution
 from fastppo.functional.losses import ActionEvaluation
 from fastppo.policies.encoder import Encoded, Encoder
+from fastppo.policies.memory import RecurrentNetwork
 from fastppo.policies.mlp import MLP
 
 PolicyState = tuple[Tensor, ...]  # each [N, ...], one row per environment; () without memory
@@ -98,6 +99,10 @@ class Policy(nn.Module):
     def initial_state(self, n_envs: int) -> PolicyState:
         """Return the state [n_envs, ...] at the start of an episode; `()` without memory."""
         return tuple(self.network.initial_state(n_envs)) if self.has_memory else ()  # type: ignore[operator]
+
+    def recurrences(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
+        """Return `RecurrentNetwork.recurrences()`; empty for other networks, whose parts are not known."""
+        return self.network.recurrences() if isinstance(self.network, RecurrentNetwork) else []
 
     def forward(self, obs: Tensor, state: PolicyState = (), starts: Tensor | None = None) -> PolicyOutput:
         """Evaluate the network on stored observations.

@@ -75,7 +75,7 @@ def plan_memory(
     gae: Callable[..., Any],
     *,
     graphs: bool = False,
-    histograms: bool = False,
+    gradients: bool = False,
 ) -> MemoryPlan:
     """Plan the memory of an iteration of `n_steps` steps in `env`.
 
@@ -85,7 +85,7 @@ def plan_memory(
         update: makes the update, on an existing policy and parameters.
         gae: the kernel that computes advantages.
         graphs: the update is captured as CUDA graphs, which share a memory pool.
-        histograms: a sampled update also computes the gradient of one minibatch, eagerly.
+        gradients: a sampled update also computes the gradient of one minibatch, eagerly.
     """
     staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
@@ -108,7 +108,7 @@ def plan_memory(
         length = learner.segment_length
         rows = order[: max(1, len(order) // length // learner.n_minibatches) * length]
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
-        peaks += [live.take_peak()] * (1 + histograms)
+        peaks += [live.take_peak()] * (1 + gradients)
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         peaks.append(live.take_peak())
         if cuts is not None:

@@ -20,7 +20,8 @@ from fastppo.spaces.observations import ObsSpec
 _Array = np.ndarray[Any, Any]
 
 WINDOW = 100  # episodes per mean
-# The measured vector holds the update's report, then these, then the latest episodes
+MASKED = "masked_actions"  # measured only if masks come with the observations
+# The measured vector holds the update's report, MASKED if it is measured, then these, then the latest episodes
 MEASURED = (
     *("explained_variance", "clipped_actions", "action_range", "broken", "outside"),
     *("steps", "rewards", "episodes", "returns", "lengths"),
@@ -106,7 +107,7 @@ class Metrics:
     """Measures an iteration on the device and brings the metrics to the host in one transfer.
 
     Attributes:
-        names: names of the metrics: the update's report, then MEASURED.
+        names: names of the metrics: the update's report, MASKED if there are masks, then MEASURED.
         episodes: episode statistics.
         global_step: environment steps so far, without filler rows.
     """
@@ -133,7 +134,7 @@ class Metrics:
         """
         self._rollout, self._world, self._obs_spec = rollout, world, obs_spec
         self._nvec = spec.nvec if obs_spec.has_mask else ()
-        self.names: tuple[str, ...] = (*report_names, *MEASURED)
+        self.names: tuple[str, ...] = (*report_names, *((MASKED,) if obs_spec.has_mask else ()), *MEASURED)
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
         self._obs_bounds = None if obs_bounds is None else tuple(x.to(device) for x in obs_bounds)
@@ -182,7 +183,9 @@ class Metrics:
         steps = count_rows(r.rewards, r.valid)
         rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
         broken, outside = self._broken().any(), self._outside().sum()
-        scalars = [x.double() for x in (variance, clipped, used, broken, outside, steps, rewards)]
+        allowed = self._obs_spec.allowed(r.obs[:-1])
+        masked = () if allowed is None else (masked_mean((~allowed).float().mean(-1), r.valid),)
+        scalars = [x.double() for x in (*masked, variance, clipped, used, broken, outside, steps, rewards)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, measured: Tensor) -> dict[str, float]:
@@ -292,7 +295,7 @@ def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
     at = list(names).index
     merged: _Array = everyone[0].copy()
     steps = everyone[:, at("steps")]
-    for name in ("clipped_actions", "action_range"):
+    for name in {"clipped_actions", "action_range", MASKED}.intersection(names):
         merged[at(name)] = everyone[:, at(name)] @ steps / steps.sum()
     for name in ("broken", "outside", "steps", "rewards", "episodes", "returns", "lengths"):
         merged[at(name)] = everyone[:, at(name)].sum()

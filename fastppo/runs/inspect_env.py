@@ -14,5 +14,10 @@ def inspect_configured(config: Config, make_env: Maker | None = None) -> EnvInfo
         make_env,
         config.wrappers,
         rescale_actions=config.rescale_actions,
-        reading=Reading(config.obs_keys, config.critic_obs_keys, config.action_masks == "auto"),
+        reading=reading_of(config),
     )
+
+
+def reading_of(config: Config) -> Reading:
+    """Return what a run with `config` reads of its observations."""
+    return Reading(config.obs_keys, config.critic_obs_keys, config.action_masks == "auto")

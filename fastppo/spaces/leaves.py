@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -162,6 +163,11 @@ def _sides(shape: tuple[int, ...]) -> tuple[int, int]:
         return (0, 1) if shape[2] < shape[0] else (1, 2)
     # [S, C, H, W], [S, H, W, C] or [H, W, C, S]
     return max(((i, i + 1) for i in reversed(range(len(shape) - 1))), key=lambda axes: min(shape[i] for i in axes))
+
+
+def read_as_images(leaves: Sequence[ObsLeaf]) -> bool:
+    """Return whether an observation of these arrays counts as images: it is one, or a CNN reads one of them."""
+    return leaves[0].kind == "image" or any(leaf.fits_cnn for leaf in leaves)
 
 
 def reads_as_image(space: spaces.Box) -> bool:

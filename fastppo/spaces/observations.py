@@ -129,7 +129,7 @@ class ObsSpec:
         """Join the leaves' arrays [..., *leaf.shape] to rows [..., *shape]."""
         if self.is_single:
             return arrays[0]
-        places, _, dtype = places_of(self.leaves)
+        places, length, dtype = places_of(self.leaves)
         parts = []
         for leaf, x in zip(self.leaves, arrays, strict=True):
             flat = x.reshape(*x.shape[: x.dim() - len(leaf.shape)], leaf.size)
@@ -137,7 +137,10 @@ class ObsSpec:
                 flat = flat.float().contiguous().view(torch.uint8)
             parts.append(flat.to(getattr(torch, dtype)))
         order = sorted(range(len(parts)), key=lambda i: places[i].start)
-        return torch.cat([parts[i] for i in order], -1)
+        joined = [parts[i] for i in order]
+        if padding := length - sum(part.shape[-1] for part in parts):
+            joined.append(parts[0].new_zeros((*parts[0].shape[:-1], padding)))
+        return torch.cat(joined, -1)
 
     def pack_tree(self, obs: Any, mask: Tensor | None = None) -> Tensor:  # noqa: ANN401 - a tree of tensors
         """Join a tree of tensors [N, ...], as the observation space nests them, and the mask [N, A] to rows.
@@ -164,7 +167,7 @@ class ObsSpec:
             if dtype == "uint8" and leaf.stored_as != "uint8":
                 x = x.contiguous().view(torch.float32)
             # not with len(): torch.export would treat the batch size as a constant
-            arrays.append(x.reshape(*rows.shape[:-1], *leaf.shape).to(getattr(torch, leaf.stored_as)))
+            arrays.append(x.reshape((*rows.shape[:-1], *leaf.shape)).to(getattr(torch, leaf.stored_as)))
         return tuple(arrays)
 
     def allowed(self, rows: Tensor) -> Tensor | None:

@@ -7,6 +7,7 @@ sees rows of one shape and dtype. A packed environment declares a `PackedSpace`,
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces.leaves import MaskSource, ObsLeaf
 
 MASK_KEY = "action_mask"
+_LARGEST_INDEX = 2**24  # up to which float32 holds every whole number
 _Array = np.ndarray[Any, Any]
 
 
@@ -38,15 +40,12 @@ def leaves_of(
 
     Raises:
         ConfigError: an unknown key, keys of an observation that has none, or no key left for the policy.
-        EnvError: a space that is not supported, or two parts whose keys make the same path.
+        EnvError: a space that is not supported, or two keys with one name.
     """
     found = list(_walk(space, ()))
     if (obs_keys or critic_obs_keys) and not isinstance(space, (spaces.Dict, spaces.Tuple)):
         setting = "obs_keys" if obs_keys else "critic_obs_keys"
         raise ConfigError(f"{setting} need observations with keys, but these are one {type(space).__name__}.")
-    names = ["/".join(map(str, path)) for path, _ in found]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise EnvError(f"two parts of the observation space have the path {twice[0]!r}; rename a key of one.")
     known = {"/".join(map(str, path[:i])): None for path, _ in found for i in range(1, len(path) + 1)}
     for setting, keys in (("obs_keys", obs_keys), ("critic_obs_keys", critic_obs_keys)):
         for key in keys:
@@ -64,18 +63,40 @@ def leaves_of(
             critic.append(replace(ObsLeaf.from_space(part, path), critic_only=True))
         elif not obs_keys or _below(path, obs_keys):
             actor.append(ObsLeaf.from_space(part, path))
+    if not actor and not critic_obs_keys:
+        raise EnvError(f"the policy has no observation but the mask {MASK_KEY}; give it at least one array to read.")
     if not actor:
         raise ConfigError(
             f"critic_obs_keys {' '.join(critic_obs_keys)} leave the policy no observation; leave one out."
         )
-    return (*actor, *critic, *(() if mask is None else (mask,)))
+    leaves = (*actor, *critic, *(() if mask is None else (mask,)))
+    if len(leaves) > 1:
+        _check_packable(leaves)
+    return leaves
+
+
+def _check_packable(leaves: Sequence[ObsLeaf]) -> None:
+    """Refuse arrays that a row can't hold apart.
+
+    Raises:
+        EnvError: two have one name, or the values of an index are too large for float32.
+    """
+    names = [leaf.name for leaf in leaves if leaf.kind != "mask"]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise EnvError(f"two parts of the observations are called {twice[0]!r}; rename the key with the slash in it.")
+    for leaf in leaves:
+        if any(abs(start) + n > _LARGEST_INDEX for start, n in zip(leaf.start, leaf.nvec, strict=True)):
+            raise EnvError(
+                f"observation {leaf.name} counts from {leaf.start[0]:,}, too large a number to be stored exactly; "
+                "let it count from 0."
+            )
 
 
 def _walk(space: spaces.Space[Any], path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], Any]]:
     """Yield path and space of each part that is neither Dict nor Tuple."""
     if isinstance(space, (spaces.Dict, spaces.Tuple)):
         parts = space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces)
-        if not parts and not path:
+        if not space.spaces and not path:
             raise EnvError("the observation space is empty; it must hold at least one array.")
         for key, part in parts:
             yield from _walk(part, (*path, key))
@@ -96,7 +117,8 @@ def places_of(leaves: Sequence[ObsLeaf]) -> tuple[tuple[slice, ...], int, str]:
     """Return the place of each array in a packed row, the row's length and the NumPy name of its dtype.
 
     Rows are float32, which holds every index of a one-hot exactly. With uint8 images they are bytes, a quarter of the
-    size: float32 numbers by their four bytes, images after them, so that the numbers are aligned.
+    size: float32 numbers by their four bytes, images after them, then zeros up to a multiple of four, so that the
+    numbers of every row are aligned: torch views no others as float32.
     """
     as_bytes = any(leaf.kind == "image" and leaf.stored_as == "uint8" for leaf in leaves)
     sizes = [leaf.size * (4 if as_bytes and leaf.stored_as != "uint8" else 1) for leaf in leaves]
@@ -105,7 +127,7 @@ def places_of(leaves: Sequence[ObsLeaf]) -> tuple[tuple[slice, ...], int, str]:
     for i in order:
         starts[i], end = end, end + sizes[i]
     places = tuple(slice(starts[i], starts[i] + size) for i, size in enumerate(sizes))
-    return places, end, "uint8" if as_bytes else "float32"
+    return places, end + -end % 4 if as_bytes else end, "uint8" if as_bytes else "float32"
 
 
 class PackedSpace(spaces.Box):
@@ -154,7 +176,7 @@ class PackedSpace(spaces.Box):
         if len(self.leaves) == 1:
             single: _Array = self._read(self.leaves[0], obs, lead).astype(self.dtype)
             return single
-        row = np.empty((*lead, *self.shape), self.dtype)
+        row = np.zeros((*lead, *self.shape), self.dtype)
         for leaf, place in zip(self.leaves, self._places, strict=True):
             if leaf.critic_only and not critic:
                 x = np.broadcast_to(np.asarray(leaf.start or 0).reshape(-1), (*lead, leaf.size))
@@ -205,20 +227,27 @@ def find(obs: Any, leaf: ObsLeaf) -> Any:  # noqa: ANN401 - trees of arrays
     return obs
 
 
-def flat_mask(mask: Any, size: int, n: int | None = None) -> _Array:  # noqa: ANN401 - an array, or one per component
-    """Return a mask as bool [size], or [n, size]; the components of a MultiDiscrete mask are joined.
+def flat_mask(mask: Any, size: int, n: int | None = None) -> _Array:  # noqa: ANN401 - arrays, or sequences of them
+    """Return a mask as bool [size], or `n` of them as [n, size]; the components of a MultiDiscrete mask are joined.
 
     Raises:
         EnvError: it has another size.
     """
-    if isinstance(mask, (tuple, list)) and mask and all(isinstance(part, np.ndarray) for part in mask):
-        mask = np.concatenate([part if n is None else part.reshape(n, -1) for part in mask], -1)
-    flat, rows = np.asarray(mask), 1 if n is None else n
-    if rows and flat.size % rows:
-        raise EnvError(f"action masks of shape {flat.shape} for {n} observations; they need shape ({n}, {size}).")
-    if flat.size != size * rows or flat.dtype.kind not in "biuf":
+    if n is not None and isinstance(mask, (tuple, list)) and len(mask) == n:
+        return np.stack([flat_mask(row, size) for row in mask])
+    x = np.asarray(_joined(mask))
+    lead = () if n is None else (n,)
+    if x.dtype.kind not in "biuf" or x.size != math.prod((*lead, size)) or x.shape[: len(lead)] != lead:
+        needed = " x ".join(map(str, (*lead, size)))
         raise EnvError(
-            f"an action mask of {flat.size // max(rows, 1)} entries ({flat.dtype}); the action space needs {size} "
-            "numbers or bools, one for each action of each component."
+            f"an action mask has shape {x.shape} and dtype {x.dtype}; the action space needs {needed} numbers or "
+            "bools, one for each action of each component."
         )
-    return flat.reshape(*(() if n is None else (n,)), size) > 0
+    return x.reshape(*lead, size) > 0
+
+
+def _joined(mask: Any) -> Any:  # noqa: ANN401 - an array, or nested sequences of them
+    """Return the components of a mask, nested sequences of any length, as one sequence; arrays as they are."""
+    if isinstance(mask, (tuple, list)) and any(isinstance(part, (tuple, list)) or np.ndim(part) for part in mask):
+        return np.concatenate([np.reshape(_joined(part), -1) for part in mask])
+    return mask

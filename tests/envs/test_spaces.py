@@ -210,12 +210,15 @@ def test_flattening_is_not_advised_for_spaces_that_cannot_be_flattened(space):
     assert "FlattenObservation" not in str(refused.value)
 
 
+def test_unsupported_observations_are_refused_with_a_remedy():
+    with pytest.raises(EnvError, match="FlattenObservation"):
+        ObsSpec.from_space(spaces.Text(3))
+
+
 @pytest.mark.parametrize(
     "space", [spaces.Dict(a=spaces.Discrete(2)), spaces.Tuple((spaces.Discrete(2),)), spaces.Text(3)]
 )
-def test_unsupported_spaces_are_refused_with_a_remedy(space):
-    with pytest.raises(EnvError, match="FlattenObservation"):
-        ObsSpec.from_space(space)
+def test_unsupported_actions_are_refused_with_a_remedy(space):
     with pytest.raises(EnvError, match="ActionWrapper"):
         ActionSpec.from_space(space)
 

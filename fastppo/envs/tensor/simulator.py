@@ -126,22 +126,23 @@ class SimulatorEnv(VecEnv):
             EnvError: shapes are wrong, or final observations are missing.
         """
         to, buffer = self._to, self.final_obs_buffer
-        obs, rewards, terminated, truncated, extras = self._simulator.step(self._actions(to.actions[t]))
-        obs = self._obs(obs, "step", extras)
+        found, rewards, terminated, truncated, extras = self._simulator.step(self._actions(to.actions[t]))
+        obs = self._obs(found, "step", extras)
         if not self._checked:
             self._check(rewards, terminated, truncated)
         if self._final_key is None:
             last = to.obs[t]
         elif self._final_key in extras:
-            last = self._obs(extras[self._final_key], "step's extras", {})  # nobody acts on these
+            final = extras[self._final_key]
+            last = self._obs(final, "step's extras", {})  # nobody acts on these
+            if all(map(_share_memory, self._arrays(final), self._arrays(found))):
+                raise EnvError(
+                    f"step's extras give {self._final_key!r} in the memory of the next observations, which overwrite "
+                    "it; copy it in the simulator."
+                )
         else:
             raise EnvError(
                 f"step's extras hold no {self._final_key!r}, but {', '.join(map(repr, extras)) or 'nothing'}."
-            )
-        if self._final_key is not None and last.untyped_storage().data_ptr() == obs.untyped_storage().data_ptr():
-            raise EnvError(
-                f"step's extras give {self._final_key!r} in the memory of the next observations, which overwrite it; "
-                "copy it in the simulator."
             )
         buffer.obs[t].copy_(last)
         terminated, truncated = terminated.bool(), truncated.bool()
@@ -168,7 +169,7 @@ class SimulatorEnv(VecEnv):
     def _obs(self, found: Any, where: str, extras: Mapping[str, Any]) -> Tensor:  # noqa: ANN401 - a tree of tensors
         """Return packed observations [N, *obs], checked."""
         spec = self.obs_spec
-        if isinstance(found, Mapping) and not isinstance(self._observation_space, (spaces.Dict, spaces.Tuple)):
+        if self._is_keyed(found):
             if self._key not in found:
                 raise EnvError(f"observations of {where} are {', '.join(map(repr, found))}; name one with obs_key.")
             found = found[self._key]
@@ -190,6 +191,15 @@ class SimulatorEnv(VecEnv):
             )
         return packed
 
+    def _is_keyed(self, found: Any) -> bool:  # noqa: ANN401 - a tree of tensors
+        """Whether observations come under `obs_key`, which their space doesn't show."""
+        return isinstance(found, Mapping) and not isinstance(self._observation_space, (spaces.Dict, spaces.Tuple))
+
+    def _arrays(self, found: Any) -> list[Tensor]:  # noqa: ANN401 - a tree of tensors
+        """Return the tensors that a network reads."""
+        tree = found[self._key] if self._is_keyed(found) else found
+        return [find(tree, leaf) for leaf in self.obs_spec.seen]
+
     def _check_leaf(self, leaf: ObsLeaf, x: Any, where: str) -> None:  # noqa: ANN401 - a tensor, hopefully
         name, expected = f" {leaf.name}" if leaf.path else "", (self.n_envs, *leaf.shape)
         if not isinstance(x, Tensor) or x.shape != expected:
@@ -210,3 +220,7 @@ class SimulatorEnv(VecEnv):
                 what = f"of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"as {type(x).__name__}"
                 raise EnvError(f"step returned {name} {what}; it must be a tensor of ({self.n_envs},).")
         self._checked = True
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,646 @@
+"""Memory: the state of every step in rollouts and updates, for each cell, way of stepping and sequence length."""
+
+import itertools
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from torch import nn
+
+from fastppo import Trainer, load_policy
+from fastppo.analysis.nan_replay import replay
+from fastppo.analysis.verify_resume import verify_resume
+from fastppo.config import Config
+from fastppo.envs.make_envs import inspect_env, make_vec_env
+from fastppo.errors import CheckpointError, ConfigError
+from fastppo.evaluation.episodes import EpisodePlayer
+from fastppo.evaluation.saved_policy import evaluate
+from fastppo.ppo.collector import Collector
+from fastppo.ppo.minibatches import sequence_rows
+from fastppo.resume_run import resume
+from fastppo.runs.nan_dump import save_nan_dump
+from tests.reference.recurrence_policy import ReferencePolicy, loss_of_sequences
+from tests.worlds import Endings, short
+
+CELLS = ("lstm", "gru", "mingru")
+T = 16
+SMALL = {
+    "n_envs": 6,
+    "n_steps": T,
+    "total_timesteps": 6 * T * 3,
+    "hidden_sizes": (8, 6),
+    "memory_size": 5,
+    "compile": "off",
+    "threads": 1,
+    "record_ratios": 0,
+}
+
+
+def trainer_of(tmp_path, make_env=Endings, policy=None, **changes):
+    settings = SMALL | changes
+    return Trainer(short(tmp_path, **settings), make_env=make_env, policy=policy, progress=False)
+
+
+def randomise(trainer, scale=0.5):
+    """Give every weight a size that matters: heads start near zero, and so would all ratios near 1."""
+    g = torch.Generator().manual_seed(3)
+    vector = trainer.update.parameters.vector
+    vector.add_(scale * torch.randn(vector.shape, generator=g))
+
+
+def ratios(trainer):
+    """Return the ratios [T, N] of the rollout under the current weights, in the sequences that the update uses."""
+    update, rollout = trainer.update, trainer.rollout
+    n_steps, n = rollout.rewards.shape
+    length = update.segment_length
+    rows = sequence_rows(torch.arange(n_steps // length * n), n, length)
+    batch = rollout.batch().take(rows, length)
+    with torch.no_grad():
+        output = trainer.policy(batch.obs, batch.states, batch.starts)
+        now = trainer.policy.evaluate_actions(output, batch.actions, batch.params)
+    found = torch.empty(n_steps * n)
+    found[rows] = (now.logprobs - batch.logprobs).exp()
+    return found.view(n_steps, n)
+
+
+def largest_ratio_error(trainer, iterations=2):
+    """Return the largest |ratio - 1| before the first step, with both endings within sequences."""
+    worst = 0.0
+    stepped = trainer.iterations()
+    randomise(trainer)
+    for _ in range(iterations):
+        next(stepped)
+        rollout = trainer.rollout
+        inside = slice(0, -1)
+        assert (rollout.terminated[inside] & ~rollout.truncated[inside]).any()
+        if rollout.valid is None:
+            assert (rollout.truncated[inside] & ~rollout.terminated[inside]).any()
+        error = (ratios(trainer) - 1).abs()
+        worst = max(worst, (error if rollout.valid is None else error[rollout.valid]).max().item())
+    stepped.close()
+    return worst
+
+
+# CartPole's tensor version has both endings within a rollout only if its time limit is short
+TENSOR = {
+    "total_timesteps": 24 * T * 3,
+    "env_id": "CartPole-v1",
+    "env_kwargs": {"max_episode_steps": 9},
+    "vectorization": "tensor",
+    "n_envs": 24,
+}
+WAYS = {
+    "sync": {},
+    "pool": {"vectorization": "pool", "workers": 2},
+    "halves": {"vectorization": "pool", "workers": 2, "half_batches": True},
+    "tensor": TENSOR,
+}
+MATRIX = list(itertools.product(CELLS, ("off", "on", "graph"), WAYS, (1, 8, T)))
+# every pair of values of two columns occurs
+PAIRS = [
+    ("lstm", "off", "sync", 1),
+    ("lstm", "on", "pool", 8),
+    ("lstm", "graph", "tensor", T),
+    ("lstm", "graph", "halves", 8),
+    ("gru", "off", "pool", T),
+    ("gru", "on", "tensor", 1),
+    ("gru", "graph", "sync", 8),
+    ("gru", "off", "halves", 1),
+    ("mingru", "off", "tensor", 8),
+    ("mingru", "on", "sync", T),
+    ("mingru", "graph", "pool", 1),
+    ("mingru", "on", "halves", T),
+]
+
+
+def check_ratio(tmp_path, kind, compile, way, length):
+    settings = {"memory": kind, "compile": compile, "segment_length": length, "learning_rate": 0.0} | WAYS[way]
+    make_env = None if way == "tensor" else Endings
+    trainer = trainer_of(tmp_path, make_env, shared_trunk=way == "sync", **settings)
+    assert trainer.config.compile == compile, trainer.notes
+    assert largest_ratio_error(trainer) < 1e-5
+
+
+def test_the_pairs_are_all_pairs():
+    for a, b in itertools.combinations(range(4), 2):
+        wanted = {(case[a], case[b]) for case in MATRIX}
+        assert {(case[a], case[b]) for case in PAIRS} == wanted
+
+
+@pytest.mark.parametrize(("kind", "compile", "way", "length"), PAIRS)
+def test_every_ratio_is_1_before_the_first_step(tmp_path, kind, compile, way, length):
+    check_ratio(tmp_path, kind, compile, way, length)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "compile", "way", "length"), sorted(set(MATRIX) - set(PAIRS), key=str))
+def test_every_ratio_is_1_in_every_combination(tmp_path, kind, compile, way, length):
+    check_ratio(tmp_path, kind, compile, way, length)
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_every_ratio_is_1_in_each_autoreset_mode(tmp_path, mode):
+    trainer = trainer_of(
+        tmp_path,
+        lambda: SyncVectorEnv([Endings] * 6, autoreset_mode=mode),
+        memory="lstm",
+        segment_length=8,
+        learning_rate=0.0,
+    )
+    assert largest_ratio_error(trainer) < 1e-5
+    rollout = trainer.rollout
+    if mode == AutoresetMode.NEXT_STEP:  # a filler row holds the last observation; the row after it begins anew
+        assert torch.equal(rollout.starts[1:], ~rollout.valid)
+    else:
+        assert torch.equal(rollout.starts[1:], rollout.done)
+
+
+class Scene(Endings):
+    """Endings with an image and a mask."""
+
+    observation_space = spaces.Dict(
+        camera=spaces.Box(0, 255, (36, 36, 1), np.uint8),
+        at=spaces.Box(-np.inf, np.inf, (3,), np.float32),
+        action_mask=spaces.MultiBinary(3),
+    )
+
+    def _obs(self):
+        allowed = self.np_random.integers(0, 2, 3).astype(np.int8)
+        allowed[self.np_random.integers(3)] = 1
+        camera = self.np_random.integers(0, 256, (36, 36, 1)).astype(np.uint8)
+        return {"camera": camera, "at": super()._obs(), "action_mask": allowed}
+
+
+class Picture(Endings):
+    observation_space = spaces.Box(0, 255, (36, 36, 1), np.uint8)
+
+    def _obs(self):
+        return self.np_random.integers(0, 256, (36, 36, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("make_env", "kind"), [(Picture, "lstm"), (Scene, "gru")])
+def test_every_ratio_is_1_behind_convolutions_and_masks(tmp_path, make_env, kind):
+    trainer = trainer_of(tmp_path, make_env, memory=kind, segment_length=8, learning_rate=0.0, n_minibatches=2)
+    trainer.update.parameters.vector.mul_(1.5)
+    stepped = trainer.iterations()
+    for _ in range(2):
+        next(stepped)
+        assert (ratios(trainer) - 1).abs().max() < 1e-5
+    stepped.close()
+
+
+@pytest.mark.parametrize("mutation", ["late", "early", "never"])
+def test_a_reset_moved_by_one_step_shows_in_the_ratios(tmp_path, monkeypatch, mutation):
+    """The starts that acting saw are right; those that the update sees are moved."""
+    trainer = trainer_of(tmp_path, memory="lstm", learning_rate=0.0)
+    stepped = trainer.iterations()
+    randomise(trainer)
+    next(stepped)
+    assert (ratios(trainer) - 1).abs().max() < 1e-5
+    starts = trainer.rollout.starts
+    moved = {"late": starts.roll(1, 0), "early": starts.roll(-1, 0), "never": torch.zeros_like(starts)}[mutation]
+    starts.copy_(moved)
+    assert (ratios(trainer) - 1).abs().max() > 1e-3
+    stepped.close()
+
+
+def test_a_reset_moved_while_acting_leaks_memory_into_the_next_episode(tmp_path, monkeypatch):
+    """Moved for acting and update alike, the ratios stay 1, but memory depends on the episode before."""
+    original = Collector._mark_starts
+
+    def late(self, starts, t, group):
+        original(self, starts, t, group)
+        starts[t, group] = starts[t - 1, group] if t > 1 else False
+
+    def first_states(mutated):
+        if mutated:
+            monkeypatch.setattr(Collector, "_mark_starts", late)
+        trainer = trainer_of(tmp_path, run_dir=tmp_path / str(mutated), memory="lstm", learning_rate=0.0)
+        stepped = trainer.iterations()
+        randomise(trainer)
+        next(stepped)
+        stepped.close()
+        return trainer
+
+    for mutated in (False, True):
+        trainer = first_states(mutated)
+        error = max(
+            (a - b).abs().max().item() for a, b in zip(trainer.rollout.states, expected_states(trainer), strict=True)
+        )
+        assert (error > 1e-3) is mutated
+
+
+def reference_of(trainer):
+    parameters = dict(trainer.policy.network.named_parameters())
+    return ReferencePolicy(trainer.config.memory, parameters, shared=trainer.config.shared_trunk)
+
+
+def expected_states(trainer):
+    """Return the states [T + 1, N, H] by definition: a loop over environments and steps, from their endings alone."""
+    policy, rollout = reference_of(trainer), trainer.rollout
+    n_steps, n = rollout.rewards.shape
+    expected = [x.clone() for x in rollout.states]
+    for i in range(n):
+        state = [x[0, i].double() for x in rollout.states]
+        for t in range(n_steps):
+            over = t > 0 and (rollout.terminated[t - 1, i] or rollout.truncated[t - 1, i])
+            if over or (t == 0 and rollout.starts[0, i]):
+                state = [torch.zeros_like(x) for x in state]
+            with torch.no_grad():
+                *_, state = policy.step(rollout.obs[t, i].double(), state)
+            for x, new in zip(expected, state, strict=True):
+                x[t + 1, i] = new.float()
+    return expected
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", CELLS)
+def test_stored_states_and_values_are_those_of_the_definition(tmp_path, kind, shared):
+    trainer = trainer_of(tmp_path, memory=kind, shared_trunk=shared, learning_rate=0.0)
+    stepped = trainer.iterations()
+    randomise(trainer)
+    for iteration in range(2):
+        before = [x[-1].clone() for x in trainer.rollout.states]
+        next(stepped)
+        rollout, policy = trainer.rollout, reference_of(trainer)
+        for x, old in zip(rollout.states, before, strict=True):
+            assert torch.equal(x[0], old), "memory goes on from rollout to rollout"
+        assert rollout.starts[0].all() == (iteration == 0)
+        for ours, theirs in zip(rollout.states, expected_states(trainer), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        for t, i in itertools.product(range(T), range(6)):
+            state = [x[t, i].double() * (not rollout.starts[t, i]) for x in rollout.states]
+            logits, value, _ = policy.step(rollout.obs[t, i].double(), state)
+            torch.testing.assert_close(rollout.values[t, i].double(), value.detach(), rtol=1e-4, atol=1e-5)
+            logprob = torch.log_softmax(logits, 0)[rollout.actions[t, i]].detach()
+            torch.testing.assert_close(rollout.logprobs[t, i].double(), logprob, rtol=1e-4, atol=1e-5)
+    stepped.close()
+
+
+class Remembered(Endings):
+    """Endings that keeps its last observation of each episode for the test."""
+
+    def __init__(self):
+        self.finals = []
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        if rest[1] or rest[2]:
+            self.finals.append(obs)
+        return obs, *rest
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_the_value_at_a_time_limit_sees_the_state_after_the_last_step(tmp_path, kind):
+    made = []
+
+    def make():
+        made.append(Remembered())
+        return made[-1]
+
+    trainer = trainer_of(tmp_path, make, memory=kind, learning_rate=0.0)
+    stepped = trainer.iterations()
+    randomise(trainer)
+    envs = [env.unwrapped for env in trainer.env.venv.envs]
+    for env in envs:
+        env.finals.clear()
+    next(stepped)
+    rollout, policy = trainer.rollout, reference_of(trainer)
+    checked = 0
+    for i, env in enumerate(envs):
+        ends = rollout.done[:, i].nonzero().flatten().tolist()
+        for t, final in zip(ends, env.finals, strict=True):
+            if rollout.terminated[t, i]:
+                continue
+            live = [x[t + 1, i].double() for x in rollout.states]  # after step t, before the reset
+            _, value, _ = policy.step(torch.from_numpy(final).double(), live)
+            torch.testing.assert_close(rollout.next_values[t, i].double(), value.detach(), rtol=1e-4, atol=1e-5)
+            checked += 1
+        last = [x[T, i].double() * (not rollout.starts[T, i]) for x in rollout.states]
+        _, value, _ = policy.step(rollout.obs[T, i].double(), last)
+        if not rollout.done[-1, i]:
+            torch.testing.assert_close(rollout.next_values[-1, i].double(), value.detach(), rtol=1e-4, atol=1e-5)
+            checked += 1
+    assert checked > 10
+    stepped.close()
+
+
+@pytest.mark.parametrize("compile", ["off", "graph"])
+def test_the_value_at_a_time_limit_on_the_device(tmp_path, compile):
+    trainer = trainer_of(tmp_path, None, memory="lstm", compile=compile, learning_rate=0.0, **TENSOR)
+    stepped = trainer.iterations()
+    randomise(trainer)
+    next(stepped)
+    rollout, policy = trainer.rollout, reference_of(trainer)
+    final, checked = trainer.env.final_obs_buffer, 0
+    for k, i in itertools.product(range(len(final.end_steps)), range(24)):
+        t = int(final.end_steps[k, i])
+        if t < T:
+            live = [x[t + 1, i].double() for x in rollout.states]
+            _, value, _ = policy.step(final.obs[k, i].double(), live)
+            torch.testing.assert_close(rollout.next_values[t, i].double(), value.detach(), rtol=1e-4, atol=1e-5)
+            checked += 1
+    assert checked > 10
+    stepped.close()
+
+
+@pytest.mark.parametrize("length", [8, T])
+@pytest.mark.parametrize("kind", CELLS)
+def test_the_gradient_is_that_of_a_plain_loop(tmp_path, kind, length):
+    trainer = trainer_of(
+        tmp_path, memory=kind, segment_length=length, learning_rate=0.0, value_clip="off", ent_coef=0.01
+    )
+    stepped = trainer.iterations()
+    randomise(trainer)
+    next(stepped)
+    stepped.close()
+    rollout, update = trainer.rollout, trainer.update
+    rollout.logprobs.add_(0.1 * torch.randn(rollout.logprobs.shape, generator=torch.Generator().manual_seed(0)))
+    update.prepare(rollout.rewards.numel(), float("inf"))
+    gradient = update.gradient(rollout.batch(), trainer.learner.coefs)
+    # the rows of the first minibatch, as pairs of sequence and environment
+    first = update.orders[0, 0][: update.orders.shape[2] // length]
+    sequences = [(int(row) // 6 // length, int(row) % 6) for row in first]
+    inside = [rollout.starts[k * length + 1 : (k + 1) * length, n].any() for k, n in sequences]
+    assert any(inside), "an episode starts within a sequence"
+    policy, coefs = reference_of(trainer), trainer.learner.coefs
+    loss = loss_of_sequences(
+        policy,
+        vars(rollout),
+        sequences,
+        length,
+        clip=coefs.clip_coef.item(),
+        vf_coef=coefs.vf_coef.item(),
+        ent_coef=coefs.ent_coef.item(),
+    )
+    names = [name.removeprefix("network.") for name in update.trained]
+    expected = torch.autograd.grad(loss, [policy.parameters[name] for name in names])
+    flat = torch.cat([x.flatten() for x in expected]).float()
+    ours = torch.cat([x.flatten() for x in update.parameters.views(gradient)])
+    assert (ours - flat).norm() < 1e-5 * max(1.0, flat.norm())
+
+
+class GatedLayer(nn.Module):
+    """The LSTM from a zero state, written as a feed-forward layer: the forget gate has nothing to forget."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.body, (self.memory,) = network.body, network.memories
+
+    def forward(self, x):
+        i, _, g, o = self.memory.input(self.body.features(x)[0]).chunk(4, -1)
+        out = torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(g))
+        return self.body.heads((out,))
+
+
+class Forgetful(nn.Module):
+    """A network with memory whose every step is an episode start."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.inner = network
+
+    def initial_state(self, n):
+        return self.inner.initial_state(n)
+
+    def forward(self, x, state, episode_start):
+        return self.inner(x, state, torch.ones_like(episode_start))
+
+
+def test_sequences_of_one_step_without_recurrence_are_a_feed_forward_layer(tmp_path):
+    trained = []
+    for wrap in (GatedLayer, Forgetful):
+        base = trainer_of(tmp_path, run_dir=tmp_path / f"{wrap.__name__}-base", memory="lstm", shared_trunk=True)
+        network = base.policy.network
+        base.env.close()
+        network.memories[0].recurrent.data.zero_()
+        network.memories[0].recurrent.requires_grad_(False)
+        segment = {} if wrap is GatedLayer else {"segment_length": 1}
+        trainer = trainer_of(tmp_path, policy=wrap(network), run_dir=tmp_path / wrap.__name__, **segment)
+        trainer.run()
+        trained.append(trainer.update.parameters.vector)
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("lstm", {}), ("gru", {"segment_length": 4}), ("mingru", {})])
+def test_a_resumed_run_is_the_uninterrupted_one(kind, changes):
+    settings = SMALL | {"env_id": "CartPole-v1", "memory": kind, "n_minibatches": 2, "vectorization": "sync"} | changes
+    results = list(verify_resume(Config(**settings), 4))
+    assert all(result.state != "bad" for result in results), results
+    assert any(result.name == "resume" and "exact" in str(result) for result in results)
+
+
+def test_new_episodes_after_a_resume_begin_without_memory(tmp_path):
+    trainer = trainer_of(tmp_path, memory="lstm", resume_envs="restart")
+    stepped = trainer.iterations()
+    next(stepped)
+    stepped.close()
+    continued = resume(tmp_path / "run", make_env=Endings, progress=False)
+    assert continued.rollout.starts[-1].all()
+    next(continued.iterations())
+    assert continued.rollout.starts[0].all()
+
+
+def test_memory_of_another_kind_is_refused(tmp_path):
+    trainer_of(tmp_path, memory="lstm").run()
+    for name, changes in {"gru": {"memory": "gru"}, "none": {}, "size": {"memory": "lstm", "memory_size": 6}}.items():
+        with pytest.raises(CheckpointError, match=r"init_from: .*another policy: memory(_size)? (lstm|5) there, "):
+            trainer_of(tmp_path, run_dir=tmp_path / name, init_from=tmp_path / "run", **changes)
+    again = trainer_of(tmp_path, run_dir=tmp_path / "again", init_from=tmp_path / "run", memory="lstm")
+    saved = load_policy(tmp_path / "run").policy.state_dict()
+    assert all(torch.equal(saved[name], x) for name, x in again.policy.state_dict().items())
+    again.env.close()
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_predict_repeats_the_decisions_of_training(tmp_path, kind):
+    trainer = trainer_of(tmp_path, memory=kind, total_timesteps=6 * T)
+    trainer.run()
+    saved = load_policy(tmp_path / "run")
+    obs = np.random.default_rng(0).normal(size=(7, 2, 3)).astype(np.float32)
+    starts = np.array([[1, 1], [0, 0], [0, 1], [0, 0], [1, 0], [0, 0], [0, 0]], bool)
+    state, theirs = None, trainer.policy.initial_state(2)
+    for x, start in zip(obs, starts, strict=True):
+        actions, state = saved.predict(x, state, start)
+        step = trainer.policy.act(torch.from_numpy(x), None, theirs, torch.from_numpy(start))
+        theirs = step.state
+        assert actions.tolist() == step.actions.tolist()
+        for a, b in zip(state, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+    fresh = saved.predict(obs[0])[1]
+    assert all(torch.equal(a, b) for a, b in zip(fresh, saved.predict(obs[0], state, True)[1], strict=True))
+    with pytest.raises(ValueError, match="state is of 2 episodes, but obs holds 1"):
+        saved.predict(obs[0, 0], state)
+
+
+class Recall(gym.Env):
+    """The first observation shows which action is right at the third and last step: 1 if it is remembered."""
+
+    observation_space = spaces.Box(-1, 1, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps, self.right = 0, int(self.np_random.integers(2))
+        return np.array([2 * self.right - 1, 0], np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        over = self.steps == 3
+        obs = np.array([0, self.steps == 2], np.float32)
+        return obs, float(over and action == self.right), over, False, {}
+
+
+@pytest.mark.parametrize(("kind", "least", "most"), [("none", 0.3, 0.7), ("gru", 0.99, 1.0)])
+def test_a_task_of_recall_needs_memory_in_training_and_evaluation(tmp_path, kind, least, most):
+    settings = {"n_envs": 16, "n_steps": 12, "n_minibatches": 4, "total_timesteps": 16 * 12 * 60, "learning_rate": 0.01}
+    trainer = trainer_of(tmp_path, Recall, memory=kind, memory_size=16, **settings)
+    trainer.run()
+    played = evaluate(tmp_path / "run", 40, make_env=Recall)
+    assert least <= played.mean <= most
+
+
+def test_evaluation_carries_memory_and_resets_it(tmp_path):
+    """Each step of the player is that of `act` from the state of its own episode alone."""
+    trainer = trainer_of(tmp_path, memory="lstm")
+    randomise(trainer)
+    policy, seen = trainer.policy, []
+
+    def act(obs, noise, state, starts, original=policy.act):
+        step = original(obs, noise, state, starts)
+        seen.append(
+            (obs.clone(), tuple(x.clone() for x in state), starts.clone(), tuple(x.clone() for x in step.state))
+        )
+        return step
+
+    policy.act = act
+    env = make_vec_env(inspect_env("", {}, Endings), 2, "sync")
+    EpisodePlayer(env, policy, torch.device("cpu"), np.random.SeedSequence(0), max_steps=50)(6)
+    assert seen[0][1].all()
+    assert sum(starts.sum().item() for _, starts, _ in seen) >= 6
+    for (*_, after), (before, *_) in itertools.pairwise(seen):
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    env.close()
+    trainer.env.close()
+
+
+def test_bf16_keeps_the_memory_in_float32(tmp_path):
+    trainer = trainer_of(tmp_path, memory="lstm", precision="bf16", learning_rate=0.0)
+    stepped = trainer.iterations()
+    next(stepped)
+    assert all(x.dtype == torch.float32 for x in trainer.rollout.states)
+    assert (ratios(trainer) - 1).abs().max() < 1e-2
+    stepped.close()
+
+
+def test_a_dump_of_sequences_is_replayed(tmp_path):
+    trainer = trainer_of(tmp_path, memory="gru", segment_length=8)
+    stepped = trainer.iterations()
+    next(stepped)
+    stepped.close()
+    folder, update = tmp_path / "capsule-1", trainer.update
+    saved = {"policy": trainer.policy}
+
+    def dump(folder):
+        save_nan_dump(
+            folder,
+            trainer.spec,
+            saved,
+            trainer.rollout.batch(),
+            trainer.learner.coefs,
+            update=update,
+            metadata={"iteration": 1},
+        )
+        return replay(folder)
+
+    assert dump(folder).first_bad is None
+    trainer.rollout.states[0][8, 2] = torch.nan  # the state before the second sequence of environment 2
+    trainer.rollout.starts[8, 2] = False
+    found = dump(tmp_path / "capsule-2")
+    assert found.first_bad.name == "batch: state 0"
+
+
+def test_the_plan_counts_the_states(tmp_path):
+    plans = {}
+    for kind in ("none", "lstm"):
+        trainer = trainer_of(tmp_path, run_dir=tmp_path / kind, memory=kind, memory_size=64, n_steps=64)
+        plans[kind] = trainer.memory.storage
+        trainer.env.close()
+    states = 4 * (64 + 1) * 6 * 64 * 4  # two memories of two tensors, float32
+    assert plans["lstm"] - plans["none"] == pytest.approx(states + (64 + 1) * 6, rel=0.01)
+
+
+class CellNetwork(nn.Module):
+    """A user's network: a loop around torch's own cell."""
+
+    def __init__(self, broken=""):
+        super().__init__()
+        self.cell, self.actor, self.critic = nn.GRUCell(3, 6), nn.Linear(6, 3), nn.Linear(6, 1)
+        self.broken = broken
+
+    def initial_state(self, n):
+        return torch.zeros(n, 6) if self.broken == "no tuple" else (torch.zeros(n, 6),)
+
+    def forward(self, x, state, episode_start):
+        (hidden,), outs = state, []
+        for row, start in zip(x, episode_start, strict=True):
+            hidden = self.cell(row, torch.where(start.unsqueeze(-1), 0.0, hidden))
+            outs.append(hidden)
+        out = torch.stack(outs)
+        params, values = self.actor(out), self.critic(out).squeeze(-1)
+        if self.broken == "no state":
+            return params, values
+        if self.broken == "another shape":
+            return params, values, (hidden[:, :2],)
+        return (params[..., :2] if self.broken == "params" else params), values, (hidden,)
+
+
+def test_a_network_of_ones_own_may_have_memory(tmp_path):
+    torch.manual_seed(0)
+    network = CellNetwork()
+    trainer = trainer_of(tmp_path, policy=network, segment_length=8, learning_rate=0.0)
+    assert largest_ratio_error(trainer) < 1e-5
+    twin = CellNetwork()
+    continued = resume(tmp_path / "run", make_env=Endings, policy=twin, progress=False)
+    assert not continued.rollout.starts[-1].all(), "its memory goes on"
+    continued.run()
+    action, state = load_policy(tmp_path / "run", twin).predict(np.zeros(3, np.float32))
+    assert action.shape == ()
+    assert state[0].shape == (1, 6)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ("no tuple", r"initial_state\(2\) must return a tuple of tensors with 2 rows each"),
+        ("no state", r"has memory, so it must return \(params, values, state\)"),
+        ("another shape", r"returned a state of shapes \[\(2, 2\)\] after one of \[\(2, 6\)\]"),
+        ("params", r"returned \(2, 2\) and \(2,\) for 2 observations"),
+    ],
+)
+def test_a_broken_memory_is_one_clear_line(tmp_path, broken, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(tmp_path, policy=CellNetwork(broken))
+
+
+def test_sequence_rows_are_those_of_a_loop():
+    n, length, n_steps = 5, 4, 12
+    order = torch.randperm(n_steps // length * n, generator=torch.Generator().manual_seed(0)).view(3, -1)
+    rows = sequence_rows(order, n, length)
+    for i, minibatch in enumerate(order.tolist()):
+        expected = [((s // n) * length + step) * n + s % n for step in range(length) for s in minibatch]
+        assert rows[i].tolist() == expected
+
+
+def test_whole_sequences_stay_together_and_every_row_is_used_once_per_epoch(tmp_path):
+    trainer = trainer_of(tmp_path, memory="lstm", segment_length=4, n_minibatches=3)
+    trainer.update.prepare(6 * T, float("inf"))
+    for epoch in trainer.update.orders:
+        assert epoch.flatten().sort().values.tolist() == list(range(6 * T))
+        for rows in epoch.view(3, 4, -1):
+            assert torch.equal(rows[1:], rows[:-1] + 6)
+    assert not torch.equal(trainer.update.orders[0], trainer.update.orders[1])
+    trainer.env.close()
