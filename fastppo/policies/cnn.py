@@ -103,10 +103,16 @@ class MultiInputNetwork(Body):
         )
         self.width = self.tail.width
 
+    # not attributes: a module that is registered twice is saved twice
     @property
-    def last_layers(self) -> tuple[nn.Module, nn.Module]:
-        """The heads of the critic and of the actor."""
-        return self.tail.last_layers
+    def critic(self) -> nn.Module:  # type: ignore[override]
+        """The head of the values."""
+        return self.tail.critic
+
+    @property
+    def actor(self) -> ActionHead:  # type: ignore[override]
+        """The head of the policy."""
+        return self.tail.actor
 
     def features(self, x: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Return the features [B, width] for encoded leaves x [B, ...] by name."""
@@ -115,7 +121,3 @@ class MultiInputNetwork(Body):
             for i, name in enumerate(self._names)
         ]
         return self.tail.features(torch.cat(parts, 1))
-
-    def heads(self, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """Return distribution parameters [B, n_params] and values [B]."""
-        return self.tail.heads(features)

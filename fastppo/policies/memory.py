@@ -143,7 +143,7 @@ class RecurrentNetwork(nn.Module):
 
         Empty for minGRU, which has no recurrent weights.
         """
-        critic, actor = self.body.last_layers
+        critic, actor = self.body.critic, self.body.actor
         heads: list[list[nn.Module]] = [[critic, actor]] if len(self.memories) == 1 else [[critic], [actor]]
         return [
             (memory.recurrent, [*memory.parameters(), *(p for head in own for p in head.parameters())])

@@ -57,11 +57,6 @@ class Body(nn.Module):
     critic: nn.Module
     actor: ActionHead
 
-    @property
-    def last_layers(self) -> tuple[nn.Module, nn.Module]:
-        """The heads of the critic and of the actor."""
-        return self.critic, self.actor
-
     def features(self, x: Any) -> tuple[Tensor, ...]:  # noqa: ANN401 - what the encoder gives
         """Return the features [B, width] for the critic and for the actor; one tensor if they share a trunk."""
         raise NotImplementedError
