@@ -62,7 +62,7 @@ class TMaze(gym.Env[Any, Any]):
     observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
     action_space = gym.spaces.Discrete(3)
 
-    def __init__(self, length: int = 10) -> None:
+    def __init__(self, length: int = 5) -> None:
         self._length = length
 
     def _obs(self) -> Any:
@@ -128,7 +128,7 @@ TASKS = {
         {
             "total_timesteps": 300_000,
             "n_envs": 16,
-            "n_steps": 32,
+            "n_steps": 64,
             "update_epochs": 5,
             "gamma": 0.98,
             "gae_lambda": 0.8,

@@ -4,10 +4,11 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, learning, recurrent
 from benchmarks.identical import compare, run_case
 from benchmarks.identical_case import CASES, SETTINGS
 from fastppo import Config
@@ -88,3 +89,88 @@ def test_a_tree_equals_itself(tmp_path):
     row = run_case("sync", {"base": ROOT, "here": ROOT}, tmp_path)
     assert (row["result"], row["missing"], row["extra"]) == ("equal", [], [])
     assert row["values"] > 100
+
+
+def play(env, actions):
+    """Return the observations, rewards and endings of an episode of these actions."""
+    rows = [(env.reset(seed=1)[0], 0.0, False, False)]
+    rows += [env.step(action)[:4] for action in actions]
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+def test_the_sign_of_the_t_maze_shows_in_its_first_cell_only_and_tells_the_turn():
+    env = learning.TMaze(length=3)
+    obs, rewards, terminated, _ = play(env, [0, 0, 0])
+    sign = obs[0, 0]
+    assert sign in (-1, 1)
+    assert obs[1:, 0].tolist() == [0, 0, 0]
+    assert obs[:, 1].tolist() == [0, 0, 0, 1], "the junction shows"
+    assert not rewards.any()
+    assert not terminated.any()
+    right = 1 if sign < 0 else 2
+    assert env.step(right)[1:4] == (1.0, True, False)
+    play(env, [0, 0, 0])
+    assert env.step(3 - right)[1:4] == (0.0, True, False)
+
+
+def test_an_episode_of_the_t_maze_is_cut_and_turns_in_its_corridor_stay_in_place():
+    obs, rewards, terminated, truncated = play(learning.TMaze(length=3), [1, 2] * 6)
+    assert (obs[:, 0] == obs[0, 0]).all()
+    assert not rewards.any()
+    assert not terminated.any()
+    assert np.flatnonzero(truncated).tolist() == [12]
+
+
+def test_cartpole_without_velocities_shows_position_and_angle():
+    env = learning.cartpole_without_velocities()
+    obs, _ = env.reset(seed=3)
+    assert obs.tolist() == env.unwrapped.state[[0, 2]].astype(np.float32).tolist()
+    assert env.observation_space.contains(obs)
+
+
+@pytest.mark.parametrize(("task", "variant"), [(task, v) for task, t in learning.TASKS.items() for v in t.variants])
+def test_the_settings_of_each_learning_task_are_valid(task, variant):
+    settings = learning.settings_of(task, variant)
+    config = Config(**settings)
+    assert ("target_return" in settings) == (config.target_return is not None)
+
+
+def test_a_learning_campaign_trains_only_what_is_missing_or_has_other_settings(tmp_path, monkeypatch):
+    trained = []
+
+    def run_task(module, job, python):
+        trained.append(job)
+        task, variant, seed = job
+        settings = learning.settings_of(task, variant)
+        return {"task": task, "variant": variant, "seed": seed, "settings": json.loads(json.dumps(settings))}
+
+    monkeypatch.setattr(learning, "run_task", run_task)
+    jobs = [("t-maze", "lstm", 1), ("taxi", "no masks", 2)]
+    first = [learning.run_once(tmp_path, *job) for job in jobs]
+    assert [learning.run_once(tmp_path, *job) for job in jobs] == first
+    assert trained == jobs
+    monkeypatch.setitem(learning._FIXED, "threads", 2)
+    learning.run_once(tmp_path, *jobs[0])
+    assert trained == [*jobs, jobs[0]]
+
+
+def test_a_learning_run_is_as_expected_by_the_goal_of_its_variant():
+    def expected(task, variant, **figures):
+        return learning.as_expected({"task": task, "variant": variant, **figures})
+
+    assert expected("t-maze", "lstm", mean_return=0.96, best_mean_return=0.96)
+    assert not expected("t-maze", "lstm", mean_return=0.94, best_mean_return=0.99)
+    assert expected("t-maze", "mlp", mean_return=0.5, best_mean_return=0.6)
+    assert not expected("t-maze", "mlp", mean_return=0.5, best_mean_return=0.8), "the best mean counts"
+    assert expected("fetch-reach", "mlp", mean_return=-2.0, best_mean_return=-1.0, success_rate=0.9)
+
+
+def test_a_ratio_of_recurrent_speeds_is_taken_within_its_round():
+    speeds = {"LSTM, sync": (10, 30), "MLP, sync": (20, 90), recurrent.PEER: (5, 10)}
+    runs = [
+        {"name": name, "round": i, "sps": sps} for name, by_round in speeds.items() for i, sps in enumerate(by_round)
+    ]
+    row = recurrent.rows({"runs": runs})[0]
+    assert row["vs MLP"] == "0.42 (0.33-0.50)"
+    assert row["vs RecurrentPPO"] == "2.50 (2.00-3.00)"
+    assert row["vs MLP, shared trunk"] == "", "not measured"

@@ -137,7 +137,7 @@ def test_a_policy_of_another_kind_starts_no_run(tmp_path, monkeypatch, capsys, r
     ("flags", "message"),
     [
         ("--memory lstm", "memory gru there, lstm here"),
-        ("--obs-keys place", "+ place: vector (3,) + mask (4,) there, place: vector (3,) + mask (4,) here"),
+        ("--obs-keys place", "direction: discrete (4,) + place: vector (3,) + action_mask: mask (4,) there, place"),
         ("--critic-obs-keys pair", "for the critic"),
     ],
 )

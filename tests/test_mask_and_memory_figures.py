@@ -10,7 +10,8 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer
-from fastppo.analysis.bench import ceilings
+from fastppo.analysis.bench import Point, ceilings
+from fastppo.analysis.bench_report import write_files
 from fastppo.analysis.diff import difference
 from fastppo.analysis.report import report
 from fastppo.analysis.run_data import read_run, read_runs
@@ -18,6 +19,7 @@ from fastppo.analysis.study import plan_study
 from fastppo.builders import parts
 from fastppo.monitoring.health import RULES
 from fastppo.ppo.metrics import MASKED, MEASURED, merge_ranks
+from fastppo.runs.system_info import system_info
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, n_minibatches=2, update_epochs=2, compile="off", threads=1)
 MEMORY = {"memory": "lstm", "segment_length": 8, "record_ratios": 2}
@@ -253,6 +255,15 @@ def test_bench_steps_masked_environments_with_allowed_actions(tmp_path, changes,
         break
     assert speeds.keys() == {"act", "update", "env"}
     assert all(speed > 0 for speed in speeds.values())
+
+
+@pytest.mark.parametrize(("changes", "named"), [({}, False), (MEMORY, True)], ids=["plain", "memory"])
+def test_the_page_of_bench_names_the_memory(tmp_path, changes, named):
+    shares = {"env": 0.3, "act": 0.2, "update": 0.4, "store": 0.02, "advantages": 0.02, "log": 0.02}
+    config = dataclasses.replace(SMALL, **changes).to_dict()
+    point = Point(2, "sync", sps=1e3, sps_low=9e2, sps_high=1.1e3, phases=shares, config=config)
+    page = write_files(tmp_path, "Doors", [point], system_info(torch.device("cpu"))).read_text()
+    assert ("memory lstm, memory_size 64, segment_length 8" in page) is named
 
 
 def test_a_study_plans_runs_with_memory_and_observations_of_several_arrays(tmp_path):

@@ -13,6 +13,7 @@ from fastppo.analysis.report import report
 from fastppo.analysis.study import Plan, summarize
 from fastppo.analysis.study_report import write_page
 from fastppo.runs.system_info import system_info
+from tests.test_mask_and_memory_figures import MEMORY, train
 
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -248,6 +249,17 @@ def test_unset_settings_are_shown_as_none(open_page, runs):
     for name in ("target_kl", "target_return", "workers", "init_from", "env_kwargs", "track", "result: unsaved"):
         assert values[name].strip() == "none"
     assert all(value.strip() not in ("", "None", "null") for value in values.values())
+
+
+def test_the_page_of_a_masked_run_with_memory(open_page, tmp_path):
+    train(tmp_path / "run", env_id="tests/Doors-v0", **MEMORY)
+    report([tmp_path / "run"], tmp_path / "report.html")
+    one = open_page(tmp_path / "report.html")
+    assert one.show_all() == 21
+    assert one.trace("masked_actions", 0, "y") == [0.375] * 6
+    for figure in ("gradient_share", "state_norm"):  # of iterations 1, 3 and 5
+        assert [y is None or y > 0 for y in one.trace(figure, 0, "y")] == [True] * 6
+        assert one.page.locator(f"#{figure} .points path").count() == 3, "dots between the samples"
 
 
 @pytest.mark.parametrize(("width", "scheme"), SCREENS)

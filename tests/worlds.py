@@ -133,6 +133,26 @@ class Spaces(gym.Env):
         return self._obs(), float(np.sum(action)), False, self.steps == 6, {}
 
 
+class Endings(gym.Env):
+    """Random observations, and episodes of 1 to 6 steps that end both ways."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = spaces.Discrete(3)
+
+    def _obs(self):
+        return self.np_random.normal(size=3).astype(np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 7))
+        return self._obs(), {}
+
+    def step(self, action):
+        self.left -= 1
+        over, by_limit = self.left == 0, bool(self.np_random.random() < 0.5)
+        return self._obs(), float(self.np_random.normal()), over and not by_limit, over and by_limit, {}
+
+
 class Masked(Spaces):
     """As `Spaces`, but also checks that each action is allowed: the first, and each other one with probability 1/2.
 
@@ -171,35 +191,3 @@ class Masked(Spaces):
 
     def _info(self):
         return {"action_mask": self.mask} if self.source == "info" else {}
-
-
-class Endings(gym.Env):
-    """Random observations, and episodes of 1 to 6 steps that end both ways."""
-
-    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-    action_space = spaces.Discrete(3)
-
-    def _obs(self):
-        return self.np_random.normal(size=3).astype(np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.left = int(self.np_random.integers(1, 7))
-        return self._obs(), {}
-
-    def step(self, action):
-        self.left -= 1
-        over, by_limit = self.left == 0, bool(self.np_random.random() < 0.5)
-        return self._obs(), float(self.np_random.normal()), over and not by_limit, over and by_limit, {}
-
-
-class NoVelocity(gym.ObservationWrapper):
-    """CartPole without its two velocities: a single observation doesn't tell the state."""
-
-    def __init__(self, env):
-        super().__init__(env)
-        box = env.observation_space
-        self.observation_space = spaces.Box(box.low[[0, 2]], box.high[[0, 2]])
-
-    def observation(self, observation):
-        return observation[[0, 2]]

@@ -133,11 +133,6 @@ class RecurrentNetwork(nn.Module):
             torch.zeros(n_envs, memory.size, device=device) for memory in self._each() for _ in range(memory.n_states)
         )
 
-    @property
-    def n_critic_states(self) -> int:
-        """How many tensors of the state, the first ones, belong to the critic alone."""
-        return sum(memory.n_states for memory in self._each()[:-1])
-
     def recurrences(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
         """Return each memory's recurrent weight, with the parameters of that memory and of the heads on it.
 
@@ -150,6 +145,11 @@ class RecurrentNetwork(nn.Module):
             for memory, own in zip(self._each(), heads, strict=True)
             if isinstance(memory, (LSTM, GRU))
         ]
+
+    @property
+    def n_critic_states(self) -> int:
+        """How many tensors of the state, the first ones, belong to the critic alone."""
+        return sum(memory.n_states for memory in self._each()[:-1])
 
     def _each(self) -> list[Memory]:
         return [memory for memory in self.memories if isinstance(memory, Memory)]
