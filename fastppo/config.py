@@ -149,8 +149,8 @@ class Config:
     critic_obs_keys: Annotated[tuple[str, ...], Setting(section="environment", unit="KEY [...]", on_resume="keep")] = ()
     """Keys that only the critic reads: what a simulator knows and the policy must do without."""
     action_masks: Annotated[Literal["auto", "off"], Setting(section="environment", on_resume="keep")] = "auto"
-    """`auto`: choose among allowed actions only, if the environment tells them: by a Dict key `action_mask`, by a
-    method `action_masks()`, or by `info["action_mask"]`."""
+    """`auto`: choose among allowed actions only, if the environment says which these are: by a Dict key `action_mask`,
+    a method `action_masks()`, or `info["action_mask"]`."""
     vectorization: Annotated[
         Literal["auto", "sync", "async", "pool", "native", "envpool", "tensor"],
         Setting(section="environment", changes="noise", chosen_at_start=True),
@@ -216,8 +216,8 @@ class Config:
     segment_length: Annotated[
         int | None, Setting(section="optimisation", at_least=1, unit="STEPS", unset="n_steps")
     ] = None
-    """Steps per training sequence of a policy with memory; must divide n_steps. Gradients flow no further back; a
-    minibatch holds whole sequences."""
+    """Steps per training sequence of a policy with memory; must divide n_steps. Gradients flow no further back. A
+    minibatch holds whole sequences, so n_minibatches must divide n_envs x n_steps / segment_length."""
     update_epochs: Annotated[int | None, Setting(section="optimisation", at_least=1)] = None
     """Passes over each rollout, each in a new random order."""
     learning_rate: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
@@ -789,8 +789,9 @@ def check_sequences(config: Config) -> None:
     sequences = config.batch_size // length
     if sequences % parts:
         raise ConfigError(
-            f"n_minibatches={parts} does not divide the {sequences} sequences of {length} steps of a rollout, which "
-            f"stay whole; nearest that do: {_nearest_divisors(sequences, parts)}; or choose another --segment-length."
+            f"n_minibatches={parts} does not divide the {sequences} sequence{'s' if sequences > 1 else ''} of {length} "
+            f"steps of a rollout, which stay whole; nearest that do: {_nearest_divisors(sequences, parts)}; or choose "
+            "another --segment-length."
         )
 
 

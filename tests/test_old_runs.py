@@ -10,6 +10,7 @@ import torch
 
 from fastppo import Config, Trainer, evaluate, load_policy, resume
 from fastppo.cli import main
+from tests.worlds import short
 
 FIXTURES = Path(__file__).parent / "fixtures"
 EXPECTED = json.loads((FIXTURES / "expected.json").read_text())
@@ -126,3 +127,15 @@ def test_two_old_runs_can_be_compared(tmp_path, capsys):
     page = tmp_path / "page.html"
     assert main(["report", *map(str, runs), "-o", str(page)]) == 0
     assert PENDULUM in page.read_text()
+
+
+def test_a_run_that_knew_no_masks_goes_on_without_them(tmp_path, monkeypatch):
+    all_settings = Config.to_dict
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Config, "to_dict", lambda c: {k: v for k, v in all_settings(c).items() if k != "action_masks"})
+        Trainer(short(tmp_path, env_id="Taxi-v4", action_masks="off", eval_max_steps=5)).run()
+    assert "action_masks" not in json.loads((tmp_path / "run" / "config.json").read_text())
+    assert evaluate(tmp_path / "run", 1).cut == 1, "the episode is too long, but its policy plays"
+    trainer = resume(tmp_path / "run", total_timesteps=96)
+    assert not trainer.spec.obs.has_mask
+    assert trainer.run().global_step == 96

@@ -36,7 +36,7 @@ class VerifyEnv:
     ] = ()
     """Keys that only the critic reads."""
     action_masks: Literal["auto", "off"] = "auto"
-    """Choose among allowed actions only, if the environment tells them."""
+    """Choose among allowed actions only, if the environment says which these are."""
     steps: Annotated[int, tyro.conf.arg(metavar="STEPS")] = 300
     """Steps to compare, of four environments."""
 

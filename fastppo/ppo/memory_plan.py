@@ -112,10 +112,8 @@ def plan_memory(
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         peaks.append(live.take_peak())
         if cuts is not None:
-            obs = cuts.obs.flatten(0, 1)
-            learner.policy.value(
-                obs, learner.policy.initial_state(len(obs))
-            )  # cuts count as storage, so they live until here
+            obs = cuts.obs.flatten(0, 1)  # cuts count as storage, so they live until here
+            learner.policy.value(obs, learner.policy.initial_state(len(obs)))
         rollout_peak, resting = live.take_peak(), live.bytes  # with the packed batch and the optimiser's state
     statistics = n_steps * env.n_envs * _STATISTICS
     if not graphs:

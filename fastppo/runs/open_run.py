@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fastppo.config import Config
 from fastppo.envs.make_envs import Maker
@@ -50,6 +52,15 @@ def read_config(folder: Path) -> Config:
     path = state if state.exists() else folder / "config.json"
     values = read_json(path)
     try:
-        return Config.from_dict(values["about"]["config"] if path == state else values, str(path))
+        return saved_config(values["about"]["config"] if path == state else values, str(path))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
+
+
+def saved_config(values: Mapping[str, Any], source: str = "config") -> Config:
+    """Return saved settings, with defaults for those that the saving version didn't know.
+
+    Masks are off if it didn't know them: the run was trained without them, even if its environment gives some. Errors
+    are those of `Config.from_dict`.
+    """
+    return Config.from_dict({"action_masks": "off"} | dict(values), source)

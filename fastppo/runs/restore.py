@@ -15,6 +15,7 @@ from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.model_files import load_model, read_spec
+from fastppo.runs.open_run import saved_config
 from fastppo.runs.state_files import StateSnapshot, read_state
 from fastppo.runtime.distributed import World
 from fastppo.runtime.seeding import generator, seed_stream
@@ -160,8 +161,7 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
     if differing := spec.differences(saved_spec):
         raise CheckpointError(f"{path} holds another policy: {'; '.join(differing)}.")
     try:
-        # as a config, so that settings which the saved version didn't know have their defaults
-        before, now = Config.from_dict(saved["config"]).to_dict(), metadata["config"]
+        before, now = saved_config(saved["config"]).to_dict(), metadata["config"]
         if about.get("make_env"):  # env_id has no effect, and earlier versions saved the default one
             before["env_id"] = now["env_id"]
         changes = {

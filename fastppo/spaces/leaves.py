@@ -119,7 +119,8 @@ class ObsLeaf:
         if path:
             raise EnvError(
                 f"observation key {'/'.join(map(str, path))} is {type(space).__name__}, which is not supported; leave "
-                "it out with --obs-keys and the others, or replace it with gymnasium.wrappers.TransformObservation."
+                "it out with --obs-keys, which names the others, or replace it with "
+                "gymnasium.wrappers.TransformObservation."
             )
         raise EnvError(
             f"observation space {type(space).__name__} is not supported (Box, Discrete, MultiDiscrete, MultiBinary, "

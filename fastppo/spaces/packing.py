@@ -46,9 +46,6 @@ def leaves_of(
     if (obs_keys or critic_obs_keys) and not isinstance(space, (spaces.Dict, spaces.Tuple)):
         setting = "obs_keys" if obs_keys else "critic_obs_keys"
         raise ConfigError(f"{setting} need observations with keys, but these are one {type(space).__name__}.")
-    names = ["/".join(map(str, path)) for path, _ in found]
-    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise EnvError(f"two parts of the observation space have the path {twice[0]!r}; rename a key of one.")
     known = {"/".join(map(str, path[:i])): None for path, _ in found for i in range(1, len(path) + 1)}
     for setting, keys in (("obs_keys", obs_keys), ("critic_obs_keys", critic_obs_keys)):
         for key in keys:
