@@ -69,6 +69,10 @@ WAYS = {
         "normalize_obs": True,
         "normalize_rewards": True,
     },
+    "tensor, LSTM": {"memory": "lstm", "segment_length": 2},
+    "tensor, minGRU": {"memory": "mingru"},
+    "host, GRU, acting on the CPU": {"vectorization": "sync", "act_device": "cpu", "memory": "gru"},
+    "host, LSTM, acting on the GPU": {"vectorization": "sync", "act_device": "cuda", "memory": "lstm"},
 }
 
 
@@ -91,17 +95,18 @@ def test_a_run_starts_and_learns_on_a_gpu(gpu, tmp_path, way, compile):
     assert gpu.stream is gpu.main
 
 
-@pytest.mark.parametrize("settings", [WAYS["tensor"], WAYS["host, acting on the GPU"]], ids=["tensor", "host"])
-def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, settings):
-    runs = [make(tmp_path, compile, compile=compile, **settings) for compile in ("off", "graph")]
+@pytest.mark.parametrize("way", ["tensor", "host, acting on the GPU", "tensor, LSTM", "host, LSTM, acting on the GPU"])
+def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, way):
+    runs = [make(tmp_path, compile, compile=compile, **WAYS[way]) for compile in ("off", "graph")]
     for trainer in runs:
         trainer.run()
     torch.testing.assert_close(*(vector(trainer) for trainer in runs), atol=1e-6, rtol=0)
 
 
-def test_rollout_and_update_read_nothing_on_the_host(gpu, tmp_path):
+@pytest.mark.parametrize("memory", ["none", "lstm", "gru", "mingru"])
+def test_rollout_and_update_read_nothing_on_the_host(gpu, tmp_path, memory):
     for compile in ("off", "graph"):
-        trainer = make(tmp_path, compile, compile=compile, target_kl=0.01)
+        trainer = make(tmp_path, compile, compile=compile, target_kl=0.01, memory=memory)
         torch.cuda.set_sync_debug_mode("error")
         trainer.learner.anneal(0.0)
         if compile == "graph":

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from fastppo import Config, Trainer
 from fastppo.functional import distributions
+from fastppo.ppo.minibatches import sequence_rows
 
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 rank, size, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 4
@@ -48,18 +49,18 @@ def train(name, settings):
     run_dir = folder / name / f"run{size}"
     trainer = Trainer(Config(n_envs=n if size > 1 else N, run_dir=run_dir, threads=1, **settings))
     T, E, M = trainer.config.n_steps, trainer.config.update_epochs, trainer.config.n_minibatches
-    shuffles = torch.Generator().manual_seed(12)
+    L, shuffles = trainer.update.segment_length, torch.Generator().manual_seed(12)
     prepare = trainer.update.prepare
 
     def same_minibatches(rows, limit):
         prepare(rows, limit)
         for e in range(E):
-            parts = [torch.randperm(T * n, generator=shuffles).view(M, -1) for _ in range(2)]
+            parts = [torch.randperm(T // L * n, generator=shuffles).view(M, -1) for _ in range(2)]
             if size > 1:
-                trainer.update._orders[e] = parts[rank].flatten()
+                trainer.update._orders[e] = sequence_rows(parts[rank], n, L).flatten()
             else:
                 whole = [(p // n) * N + r * n + p % n for r, p in enumerate(parts)]
-                trainer.update._orders[e] = torch.cat(whole, 1).flatten()
+                trainer.update._orders[e] = sequence_rows(torch.cat(whole, 1), N, L).flatten()
 
     trainer.update.prepare = same_minibatches
     logged, hashes = [], []
@@ -116,6 +117,15 @@ CASES = {
         "normalize_obs": True,
         "normalize_rewards": True,
         "normalize_advantages": "batch",
+    },
+    "memory": {
+        "env_id": "CartPole-v1",
+        "env_kwargs": {"max_episode_steps": 20},
+        "vectorization": "sync",
+        "learning_rate": 1e-3,
+        "memory": "lstm",
+        "memory_size": 16,
+        "segment_length": 8,
     },
 }
 
