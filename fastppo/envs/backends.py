@@ -37,7 +37,7 @@ from fastppo.envs.tensor.tasks import make_tensor_env
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv
 from fastppo.envs.vector_adapters import AsyncVecEnv, PoolVecEnv, SerialVecEnv, adapt, describe_dead
-from fastppo.errors import EnvError, EnvStartError
+from fastppo.errors import ConfigError, EnvError, EnvStartError
 from fastppo.runtime.main_script import exit_if_reimported, importable_main
 
 _CPU = torch.device("cpu")
@@ -164,9 +164,23 @@ def _envpool(info: EnvInfo, options: VecEnvOptions) -> VectorEnv[Any, Any, Any]:
 
 
 def _packed(info: EnvInfo, venv: VectorEnv[Any, Any, Any]) -> VectorEnv[Any, Any, Any]:
-    """Return a vector environment whose observations are packed as those of a single environment are."""
+    """Return a vector environment whose observations are packed as those of a single environment are.
+
+    Raises:
+        ConfigError: the single environment is asked for its masks, which a vector environment can't be.
+    """
+    if _has_mask_method(info):
+        close_env(venv)
+        raise ConfigError(
+            f"the vector version of {info.name} can't be asked for action_masks(); use vectorization=sync, pool or "
+            "async, or --action-masks off."
+        )
     space = _factory(info).packed
     return venv if space is None else PackVectorObservation(venv, space)
+
+
+def _has_mask_method(info: EnvInfo) -> bool:
+    return info.obs_spec.leaves[-1].mask_source == "method"
 
 
 def _own(info: EnvInfo, options: VecEnvOptions) -> VecEnv:
@@ -217,7 +231,7 @@ BACKENDS: dict[Vectorization, Backend] = {
         lambda info, options: _native(info, options.n_envs),
         lambda venv, options: GymnasiumVecEnv(venv, seeding="unknown", resume_support=options.resume_support),
         probe_resume=lambda info, n_envs: probe_vector_resume_support(lambda: _native(info, min(n_envs, _PROBE_ENVS))),
-        available=lambda info: has_native(_factory(info)),
+        available=lambda info: has_native(_factory(info)) and not _has_mask_method(info),
         auto_margin=1.5,
     ),
     "pool": _gymnasium(

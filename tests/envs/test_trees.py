@@ -11,6 +11,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 from fastppo import Config, ConfigError, SimulatorEnv, Trainer, evaluate
 from fastppo.analysis.verify_resume import verify_resume
+from fastppo.envs.backends import BACKENDS
 from fastppo.envs.env_info import EVERYTHING, EnvInfo, Reading
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.tensor.tasks import TASKS
@@ -192,6 +193,20 @@ def test_a_native_version(tmp_path):
     assert trainer.spec.obs.has_mask
     sync = trained(tmp_path, None, "sync", env_id="fastppo-tests/Scene-v0")
     assert_equal(weights(trainer), weights(sync))
+
+
+def test_a_native_version_that_cannot_be_asked_for_masks_is_refused(tmp_path, monkeypatch):
+    spec = gym.envs.registration.EnvSpec(
+        "fastppo-tests/Asked-v0",
+        functools.partial(scene, "method"),
+        disable_env_checker=True,
+        vector_entry_point=lambda num_envs: Pooled(num_envs),
+    )
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    with pytest.raises(ConfigError, match=r"the vector version of .*Asked-v0 can't be asked for action_masks\(\)"):
+        trained(tmp_path, None, "native", env_id=spec.id, vectorization="native")
+    assert not BACKENDS["native"].available(inspect_env(spec.id, {})), "vectorization=auto passes it by"
+    assert BACKENDS["native"].available(inspect_env(spec.id, {}, reading=Reading(masks=False)))
 
 
 class Pooled(gym.vector.VectorEnv):
