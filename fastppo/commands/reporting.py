@@ -89,13 +89,7 @@ class Diff:
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Export the policy of a run as one file that runs without fastppo.
-
-    It takes raw observations, each array of a Dict or Tuple by its path; then, if the policy has them, the mask of
-    allowed actions and the memory: action_mask, state_0 and so on, episode_start. It returns the most probable
-    actions, the parameters of their distribution, the values and the next memory. Arrays that only the critic reads
-    are left out, and the values with them. Names, dtypes and shapes are printed; B is the size of a batch.
-    """
+    """Write the policy of a run to one file; prints its inputs and outputs."""
 
     run: RunFolder
     """Run folder, or one of its checkpoints."""
