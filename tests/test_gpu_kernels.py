@@ -114,7 +114,7 @@ def test_an_early_stop_is_the_only_read_of_an_update(monkeypatch):
 def test_the_meta_device_finds_reads_and_tensors_on_the_cpu(monkeypatch, mistake, message):
     _, learner, _ = build(monkeypatch, env_id="CartPole-v1")
     encoder = learner.update.policy.encoder
-    monkeypatch.setattr(encoder, "forward", lambda obs: mistake(obs))
+    monkeypatch.setattr(encoder, "encode", lambda arrays: mistake(arrays[0]))
     learner.anneal(0.0)
     with OnlyMeta(), pytest.raises((AssertionError, RuntimeError, NotImplementedError), match=message):
         learner(watch=False)

@@ -329,7 +329,8 @@ def test_the_value_at_a_time_limit_sees_the_state_after_the_last_step(tmp_path, 
 
 @pytest.mark.parametrize("compile", ["off", "graph"])
 def test_the_value_at_a_time_limit_on_the_device(tmp_path, compile):
-    trainer = trainer_of(tmp_path, None, memory="lstm", compile=compile, learning_rate=0.0, **TENSOR)
+    within_a_rollout = TENSOR | {"env_kwargs": {"max_episode_steps": 8}}
+    trainer = trainer_of(tmp_path, None, memory="lstm", compile=compile, learning_rate=0.0, **within_a_rollout)
     stepped = trainer.iterations()
     randomise(trainer)
     next(stepped)
@@ -603,7 +604,8 @@ def test_a_network_of_ones_own_may_have_memory(tmp_path):
     trainer = trainer_of(tmp_path, policy=network, segment_length=8, learning_rate=0.0)
     assert largest_ratio_error(trainer) < 1e-5
     twin = CellNetwork()
-    continued = resume(tmp_path / "run", make_env=Endings, policy=twin, progress=False)
+    total = 6 * T * 6
+    continued = resume(tmp_path / "run", make_env=Endings, policy=twin, progress=False, total_timesteps=total)
     assert not continued.rollout.starts[-1].all(), "its memory goes on"
     continued.run()
     action, state = load_policy(tmp_path / "run", twin).predict(np.zeros(3, np.float32))
