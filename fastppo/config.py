@@ -212,7 +212,8 @@ class Config:
     """Lambda of generalised advantage estimation (GAE)."""
 
     n_minibatches: Annotated[int | None, Setting(section="optimisation", at_least=1, alias="num_minibatches")] = None
-    """Minibatches per epoch; must divide n_envs x n_steps."""
+    """Minibatches per epoch; must divide n_envs x n_steps. With memory, the default is lowered until it divides the
+    sequences of a rollout."""
     segment_length: Annotated[
         int | None, Setting(section="optimisation", at_least=1, unit="STEPS", unset="n_steps")
     ] = None
@@ -465,7 +466,14 @@ NOTED = frozenset(name for name, s in SETTINGS.items() if s.changes != "nothing"
 CHANGES_RESULTS = frozenset(name for name, setting in SETTINGS.items() if setting.changes == "results")
 
 
-def fill_defaults(config: Config, kind: Kind, *, atari: bool = False, reward_threshold: float | None = None) -> Config:
+def fill_defaults(
+    config: Config,
+    kind: Kind,
+    *,
+    atari: bool = False,
+    reward_threshold: float | None = None,
+    custom_memory: bool = False,
+) -> Config:
     """Fill every setting that was not given.
 
     Args:
@@ -473,6 +481,7 @@ def fill_defaults(config: Config, kind: Kind, *, atari: bool = False, reward_thr
         kind: of the environment: "image" by its observations, else "continuous" or "discrete" by its actions.
         atari: whether the environment is an ALE game; if so, sign_rewards is on by default.
         reward_threshold: the environment's own, for `target_return="threshold"`.
+        custom_memory: whether the policy is a module of the user's own, with memory.
 
     Returns:
         A config in which None only stands where it means "none" (target_kl, target_return, ...).
@@ -495,6 +504,10 @@ def fill_defaults(config: Config, kind: Kind, *, atari: bool = False, reward_thr
     changes = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.target_return == "threshold":
         changes["target_return"] = reward_threshold
+    if "n_minibatches" in changes and (custom_memory or config.memory != "none"):
+        n_steps = changes.get("n_steps", config.n_steps)
+        sequences = changes.get("n_envs", config.n_envs) * n_steps // (config.segment_length or n_steps)
+        changes["n_minibatches"] = _largest_divisor(max(1, sequences), changes["n_minibatches"])
     return dataclasses.replace(config, **changes)
 
 
@@ -797,6 +810,10 @@ def check_sequences(config: Config) -> None:
 
 def _nearest_divisors(whole: int, part: int) -> str:
     """Return the divisors of `whole` next to `part`, as text."""
-    below = max(d for d in range(1, min(part, whole) + 1) if whole % d == 0)
+    below = _largest_divisor(whole, part)
     above = next((d for d in range(part, whole + 1) if whole % d == 0), None)
     return f"{below}, {above}" if above else f"{below}"
+
+
+def _largest_divisor(whole: int, at_most: int) -> int:
+    return max(d for d in range(1, min(at_most, whole) + 1) if whole % d == 0)

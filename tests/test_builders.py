@@ -1,5 +1,7 @@
 """Builders of a trainer's parts: compile modes, usable cores, custom networks, notes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,8 +19,10 @@ class Parts:
 
     device = torch.device("cpu")
 
-    def __init__(self, compiles=True, records=True):
+    def __init__(self, compiles=True, records=True, memory_steps=0):
         self.compiles, self.records, self.done = compiles, records, []
+        policy = SimpleNamespace(has_memory=memory_steps > 0, network=torch.nn.Identity())
+        self.update = SimpleNamespace(policy=policy, segment_length=max(1, memory_steps))
 
     def compile(self):
         if not self.compiles:
@@ -39,6 +43,8 @@ class Parts:
         ("auto", 100, Parts(), "cpu", "off", "compile off: 100 minibatches ahead: compiling saves about 0 s and costs"),
         ("auto", 10**6, Parts(), "cpu", "on", "compile on: 1,000,000 minibatches ahead: compiling saves about 2,500 s"),
         ("auto", 10**6, Parts(compiles=False), "cpu", "off", "compile off: it can't be compiled"),
+        ("auto", 10**6, Parts(memory_steps=32), "cpu", "off", "compile off: the compiler would unroll the 32 steps of"),
+        ("auto", 10**6, Parts(memory_steps=8), "cpu", "on", "compile on: 1,000,000 minibatches ahead"),
         ("graph", 1, Parts(), "cpu", "graph", "compile graph: requested"),
         ("auto", 1, Parts(), "cuda", "graph", "compile graph: on CUDA, launches cost more"),
         ("auto", 1, Parts(records=False), "cuda", "off", "compile off: forward looks at values"),

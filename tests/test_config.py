@@ -172,6 +172,17 @@ def test_defaults_are_cleanrls():
     assert (c.ent_coef, c.normalize_obs, c.normalize_rewards, c.total_timesteps) == (0.0, True, True, 1_000_000)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({}, 1), ({"n_envs": 6}, 6), ({"n_envs": 7, "segment_length": 256}, 28), ({"n_minibatches": 1}, 1)],
+)
+def test_default_minibatches_divide_the_sequences(settings, expected):
+    filled = fill_defaults(Config(memory="lstm", **settings), "continuous")
+    assert filled.n_minibatches == expected
+    own = fill_defaults(Config(**settings), "continuous", custom_memory=True)
+    assert own.n_minibatches == expected
+
+
 @pytest.mark.parametrize("kind", CLEANRL)
 @pytest.mark.parametrize("preset", ["cleanrl", "tuned"])
 @pytest.mark.parametrize("env_id", [*TUNED, "Acrobot-v1"])

@@ -10,12 +10,16 @@ from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CaptureError
 from fastppo.ppo.collector import Collector
+from fastppo.policies.memory import RecurrentNetwork
 from fastppo.ppo.learner import Learner
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.distributed import World
 
 Mode = Literal["off", "on", "graph"]
+
+# A loop over steps in a user's own module is unrolled by the compiler: from here on that takes a minute and more
+UNROLLED_STEPS = 16
 
 
 def compile_parts(
@@ -50,7 +54,7 @@ def compile_parts(
     """
     device = learner.device
     compiled_before = compiling.compilations
-    mode, why = _choose_mode(wanted, minibatches, device.type)
+    mode, why = _choose_mode(wanted, minibatches, learner)
     if mode == "off":
         if wanted != "off":
             notes.append(f"compile off: {why}.")
@@ -94,11 +98,14 @@ def compile_parts(
     return mode, seconds
 
 
-def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, device: str) -> tuple[Mode, str]:
+def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, learner: Learner) -> tuple[Mode, str]:
     if wanted != "auto":
         return wanted, "requested"
-    if device != "cpu":
+    if learner.device.type != "cpu":
         return "graph", "on CUDA, launches cost more than small kernels"
+    policy, steps = learner.update.policy, learner.update.segment_length
+    if policy.has_memory and not isinstance(policy.network, RecurrentNetwork) and steps > UNROLLED_STEPS:
+        return "off", f"the compiler would unroll the {steps} steps of this module's memory; with --compile on it does"
     pays, why = worth_compiling(minibatches)
     return ("on" if pays else "off"), why
 

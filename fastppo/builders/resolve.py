@@ -47,7 +47,13 @@ def resolve_config(
         config = dataclasses.replace(config, n_envs=env_info.vector.num_envs)
     if not env_info.from_id:  # so that neither the default id nor its preset is taken for make_env's environment
         config = dataclasses.replace(config, env_id=env_info.name)
-    filled = fill_defaults(config, env_info.kind, atari=env_info.atari, reward_threshold=env_info.reward_threshold)
+    filled = fill_defaults(
+        config,
+        env_info.kind,
+        atari=env_info.atari,
+        reward_threshold=env_info.reward_threshold,
+        custom_memory=custom_memory,
+    )
     if custom_memory:
         check_sequences(filled)
     elif config.segment_length is not None and config.memory == "none":

@@ -22,6 +22,7 @@ from fastppo.envs.vec_env import Transitions, VecEnv, no_access
 from fastppo.errors import EnvError
 from fastppo.spaces.actions import ActionSpec
 from fastppo.spaces.observations import ObsSpec
+from fastppo.spaces.packing import PackedSpace, finite_bounds
 
 _Array = np.ndarray[Any, Any]
 
@@ -320,13 +321,9 @@ class GymnasiumVecEnv(VecEnv):
         self._checked = True
 
 
-def _bounds(space: gym.Space[Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the lowest and highest observations of a floating-point Box with a finite bound; else None."""
-    if (
-        not isinstance(space, gym.spaces.Box)
-        or space.dtype.kind != "f"
-        or not (np.isfinite(space.low).any() or np.isfinite(space.high).any())
-    ):
-        return None
-    low, high = (torch.from_numpy(np.asarray(x, np.float32)) for x in (space.low, space.high))
-    return low, high
+def _bounds(space: gym.Space[Any]) -> tuple[tuple[Tensor, Tensor] | None, ...]:
+    """Return the finite bounds of each array of an observation; empty if there are none."""
+    found = space.bounds if isinstance(space, PackedSpace) else (finite_bounds(space),)
+    if all(bounds is None for bounds in found):
+        return ()
+    return tuple(None if x is None else (torch.from_numpy(x[0]), torch.from_numpy(x[1])) for x in found)

@@ -55,7 +55,7 @@ def packed_space(
                 mask = mask_leaf("info", n)
     if mask is None and not obs_keys and not critic_obs_keys and not isinstance(space, (spaces.Dict, spaces.Tuple)):
         return None
-    return PackedSpace(leaves_of(space, obs_keys, critic_obs_keys, mask))
+    return PackedSpace(leaves_of(space, obs_keys, critic_obs_keys, mask), space)
 
 
 def _from_method(env: gym.Env[Any, Any]) -> Any:  # noqa: ANN401 - a mask

@@ -104,7 +104,8 @@ class VecEnv(ABC):
         fillers: whether some steps only reset (next-step autoreset), so that `Transitions.valid` is needed.
         final_obs: [N, *obs] on the host; valid in the rows that the last `store` returned.
         notes: what the user should know about these environments, one line each.
-        obs_bounds: lowest and highest observations [*obs] of the space; None: it bounds no more than the dtype does.
+        obs_bounds: lowest and highest values of each array of an observation; None: it has no finite bounds. Empty: none
+            has.
         resume_support: how these environments continue after a resume.
         final_obs_buffer: final observations of a whole rollout, for environments on the device; None: `store` reports
             truncated episodes.
@@ -119,7 +120,7 @@ class VecEnv(ABC):
     fillers: bool = False
     final_obs: Tensor = torch.empty(0)
     notes: Sequence[str] = ()
-    obs_bounds: tuple[Tensor, Tensor] | None = None
+    obs_bounds: tuple[tuple[Tensor, Tensor] | None, ...] = ()
     resume_support: ResumeSupport = ResumeSupport("restart", "it gives no access to its state")
     final_obs_buffer: FinalObsBuffer | None = None
     capturable_state: Mapping[str, Tensor] | None = None

@@ -103,6 +103,12 @@ class MinGRU(Memory):
 
     n_gates = 2
 
+    def __init__(self, n_features: int, size: int) -> None:
+        """See `Memory`."""
+        super().__init__(n_features, size)
+        # at 0, half the state is lost at each step, and what happened ten steps ago can't be learned
+        nn.init.constant_(self.input.get_parameter("bias").detach()[:size], -1.0)
+
     def scan(self, gates: Tensor, state: State, starts: Tensor) -> tuple[Tensor, State]:
         """Return outputs and the state (hidden,)."""
         outputs, hidden = mingru_scan(gates, starts, *state)

@@ -120,7 +120,7 @@ class Metrics:
         report_names: Sequence[str],
         *,
         world: World,
-        obs_bounds: tuple[Tensor, Tensor] | None = None,
+        obs_bounds: Sequence[tuple[Tensor, Tensor] | None] = (),
     ) -> None:
         """Measure the rollouts stored in `rollout`, pooled over the ranks of `world`.
 
@@ -130,14 +130,14 @@ class Metrics:
             spec: the action spec.
             report_names: names of the values that an update reports.
             world: the ranks that train together.
-            obs_bounds: low and high [*obs] of the observation space; None: unbounded.
+            obs_bounds: lowest and highest values of each array of an observation; None: unbounded. Empty: all are.
         """
         self._rollout, self._world, self._obs_spec = rollout, world, obs_spec
         self._nvec = spec.nvec if obs_spec.has_mask else ()
         self.names: tuple[str, ...] = (*report_names, *((MASKED,) if obs_spec.has_mask else ()), *MEASURED)
         device = rollout.rewards.device
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
-        self._obs_bounds = None if obs_bounds is None else tuple(x.to(device) for x in obs_bounds)
+        self._obs_bounds = [bounds and tuple(x.to(device) for x in bounds) for bounds in obs_bounds]
         self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
         self.global_step = 0
         self._latest: _Array
@@ -145,7 +145,7 @@ class Metrics:
     @property
     def checks_bounds(self) -> bool:
         """Whether observations are compared with the bounds of their space."""
-        return self._obs_bounds is not None
+        return bool(self._obs_bounds)
 
     def kept(self) -> list[Tensor]:
         """List the tensors that `measure` changes and the next iteration reads."""
@@ -254,10 +254,13 @@ class Metrics:
     def _outside(self) -> Tensor:
         """Return where the observation after a row lies outside its space, [T, N] bool."""
         r = self._rollout
-        if self._obs_bounds is None:
-            return torch.zeros_like(r.done)
-        low, high = self._obs_bounds
-        return ((r.obs[1:] < low) | (r.obs[1:] > high)).reshape(*r.done.shape, -1).any(-1)
+        outside = torch.zeros_like(r.done)
+        if self._obs_bounds:
+            for x, bounds in zip(self._obs_spec.unpack(r.obs[1:]), self._obs_bounds, strict=True):
+                if bounds is not None:
+                    low, high = bounds
+                    outside |= ((x < low) | (x > high)).reshape(*outside.shape, -1).any(-1)
+        return outside
 
     def _broken(self) -> Tensor:
         """Return where a number of the environment can't be used, [4, T, N] bool.

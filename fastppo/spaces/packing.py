@@ -135,11 +135,14 @@ class PackedSpace(spaces.Box):
 
     Attributes:
         leaves: the arrays that a row holds.
+        bounds: lowest and highest values of each leaf; None for a leaf without finite bounds. Empty if not known.
     """
 
-    def __init__(self, leaves: Sequence[ObsLeaf]) -> None:
-        """Pack `leaves`; a single one is a row as it is."""
+    def __init__(self, leaves: Sequence[ObsLeaf], whole: spaces.Space[Any] | None = None) -> None:
+        """Pack `leaves`, which are arrays of an observation in `whole`; a single one is a row as it is."""
         self.leaves = tuple(leaves)
+        seen = [] if whole is None else [None if leaf.kind == "mask" else find(whole, leaf) for leaf in leaves]
+        self.bounds = tuple(finite_bounds(space) for space in seen)
         if len(leaves) == 1:
             shape, dtype = leaves[0].shape, leaves[0].stored_as
         else:
@@ -213,8 +216,19 @@ class PackedSpace(spaces.Box):
         return x
 
 
+def finite_bounds(space: spaces.Space[Any] | None) -> tuple[_Array, _Array] | None:
+    """Return the lowest and highest values, float32, of a floating-point Box with a finite bound; else None."""
+    if (
+        not isinstance(space, spaces.Box)
+        or space.dtype.kind != "f"
+        or not (np.isfinite(space.low).any() or np.isfinite(space.high).any())
+    ):
+        return None
+    return space.low.astype(np.float32), space.high.astype(np.float32)
+
+
 def find(obs: Any, leaf: ObsLeaf) -> Any:  # noqa: ANN401 - trees of arrays
-    """Return the array at the leaf's path.
+    """Return the array at the leaf's path, or of a space the part there.
 
     Raises:
         EnvError: the observation has no such part.

@@ -264,6 +264,27 @@ def test_e9_strictly_they_end_the_run(tmp_path):
         trainer.run()
 
 
+class BesideAnImage(gym.ObservationWrapper):
+    """The observations of an environment beside an image, so that rows are bytes, or another vector."""
+
+    def __init__(self, env, image):
+        super().__init__(env)
+        self.other = np.zeros((36, 36, 3), np.uint8) if image else np.full(2, 1e6, np.float32)
+        other = spaces.Box(0, 255, (36, 36, 3), np.uint8) if image else spaces.Box(-np.inf, np.inf, (2,))
+        self.observation_space = spaces.Dict(other=other, speed=env.observation_space)
+
+    def observation(self, observation):
+        return {"other": self.other, "speed": observation}
+
+
+@pytest.mark.parametrize("image", [True, False], ids=["image", "vector"])
+def test_e9_every_array_of_an_observation_is_compared_with_its_own_bounds(tmp_path, image):
+    make = Numbered(kind="outside", env_index=1, at_step=5)
+    trainer = Trainer(short(tmp_path, strict_obs=True), make_env=lambda: BesideAnImage(make(), image))
+    with pytest.raises(EnvError, match="environment 1 .*outside its observation_space at step 4"):
+        trainer.run()
+
+
 def test_e12_a_wrong_number_of_actions_is_refused():
     for venv in (serial(), pool()):
         venv.reset(seed=0)
