@@ -505,8 +505,8 @@ def fill_defaults(
     if config.target_return == "threshold":
         changes["target_return"] = reward_threshold
     if "n_minibatches" in changes and (custom_memory or config.memory != "none"):
-        n_steps = changes.get("n_steps", config.n_steps)
-        sequences = changes.get("n_envs", config.n_envs) * n_steps // (config.segment_length or n_steps)
+        whole = dataclasses.replace(config, **changes | {"n_minibatches": 1})
+        sequences = whole.batch_size // (config.segment_length or _filled(whole.n_steps))
         changes["n_minibatches"] = _largest_divisor(max(1, sequences), changes["n_minibatches"])
     return dataclasses.replace(config, **changes)
 

@@ -191,13 +191,22 @@ def runner(path, kind):
     return lambda inputs: [x.detach().numpy() for x in module(*map(torch.as_tensor, inputs.values()))]
 
 
-@pytest.fixture(scope="module", params=TREES)
+@pytest.fixture(scope="module")
 def tree(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trees") / "run"
     return request.param, folder, trained(folder, request.param)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+# every feature once, since an ONNX export takes 5 s; the others combine them
+QUICK_IN_ONNX = ("dict", "masked parts", "lstm", "mingru", "critic lstm")
+CASES = [
+    pytest.param(name, kind, marks=[pytest.mark.slow] if kind == "onnx" and name not in QUICK_IN_ONNX else [])
+    for name in TREES
+    for kind in ("onnx", "pt2")
+]
+
+
+@pytest.mark.parametrize(("tree", "kind"), CASES, indirect=["tree"])
 def test_arrays_masks_and_memory_step_like_predict(tree, tmp_path, kind):
     name, folder, saved = tree
     path, signature = export_policy(folder, tmp_path / f"policy.{kind}", kind)

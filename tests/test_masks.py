@@ -248,7 +248,10 @@ def test_continuous_actions_have_no_masks():
     assert not inspect_env("", {}, Continuous).obs_spec.has_mask
 
 
-@pytest.mark.parametrize(("memory", "compile"), [("lstm", "off"), ("mingru", "off"), ("mingru", "on")])
+@pytest.mark.parametrize(
+    ("memory", "compile"),
+    [("lstm", "off"), ("mingru", "off"), pytest.param("mingru", "on", marks=pytest.mark.slow)],
+)
 def test_masks_and_memory_together(tmp_path, memory, compile):
     settings = {"memory": memory, "memory_size": 8, "segment_length": 4, "compile": compile, "log_every": 1}
     trainer = trained(tmp_path, functools.partial(scene, "method", camera=False), **settings)

@@ -196,13 +196,23 @@ def test_ctrl_c_leaves_resumable_runs(tmp_path):
     folder = tmp_path / "study"
     command = [sys.executable, "-m", "fastppo", "study", "--n-envs", "4", "--seeds", "1", "--run-dir", str(folder)]
     command += ["--target-return", "100000", "--total-timesteps", "10000000", "--compile", "off"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, process_group=0)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     figures = folder / "runs" / "n4-seed1" / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (figures.exists() and figures.stat().st_size > 2000) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=30)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert b"Traceback" not in said
     assert any((folder / "runs" / "n4-seed1" / "checkpoints").glob("step-*"))

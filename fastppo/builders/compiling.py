@@ -9,8 +9,8 @@ from typing import Literal
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CaptureError
-from fastppo.ppo.collector import Collector
 from fastppo.policies.memory import RecurrentNetwork
+from fastppo.ppo.collector import Collector
 from fastppo.ppo.learner import Learner
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling

@@ -104,8 +104,8 @@ class VecEnv(ABC):
         fillers: whether some steps only reset (next-step autoreset), so that `Transitions.valid` is needed.
         final_obs: [N, *obs] on the host; valid in the rows that the last `store` returned.
         notes: what the user should know about these environments, one line each.
-        obs_bounds: lowest and highest values of each array of an observation; None: it has no finite bounds. Empty: none
-            has.
+        obs_bounds: lowest and highest values of each array of an observation; None for an array without finite bounds.
+            Empty: none has any.
         resume_support: how these environments continue after a resume.
         final_obs_buffer: final observations of a whole rollout, for environments on the device; None: `store` reports
             truncated episodes.

@@ -145,6 +145,7 @@ def all_figures(*arguments, **keywords):
     return list(soak(*arguments, **keywords))
 
 
+@pytest.mark.slow
 def test_hours_of_events_leak_no_resources(tmp_path):
     """A fortieth of a day's events; `scripts/soak --hours-of-events 24` runs all of them."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # no other test's memory

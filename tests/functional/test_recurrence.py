@@ -180,7 +180,7 @@ def loss_and_gradients(scan):
     return run
 
 
-@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("name", SCANS)
 def test_compiled_equals_eager(name, length):
     fn = loss_and_gradients(SCANS[name][0])

@@ -207,7 +207,12 @@ def test_uniforms_are_uniform_and_match_splitmix64():
     assert abs(torch.corrcoef(torch.stack((many[:-1], many[1:])))[0, 1]) < 0.02
 
 
-@pytest.mark.parametrize("env_id", list(TASKS))
+SLOW_TO_COMPILE = ("Acrobot-v1", "MountainCarContinuous-v0", "fastppo/Catch-v0")
+
+
+@pytest.mark.parametrize(
+    "env_id", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW_TO_COMPILE else x for x in TASKS]
+)
 def test_a_compiled_environment_matches_the_eager_one(env_id):
     runs = []
     for compiled in (False, True):
