@@ -76,6 +76,8 @@ def continue_run(config: Config, run_dir: Path, console: Console | None = None) 
     path, problems = newest_checkpoint(run_dir)
     before = read_config(path)
     measured = {name: getattr(before, name) for name in CHOSEN_AT_START if getattr(config, name) in (None, "auto")}
+    if config.action_masks == "auto":
+        measured["action_masks"] = before.action_masks
     if config.vectorization == "auto":
         measured |= {"workers": before.workers, "half_batches": before.half_batches}
     config = dataclasses.replace(config, **measured, run_dir=run_dir, init_from=None)

@@ -615,6 +615,36 @@ def test_a_network_of_ones_own_may_have_memory(tmp_path):
     assert state[0].shape == (1, 6)
 
 
+class LearnedStart(CellNetwork):
+    """A network that learns its first state, and counts steps in whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.ones(6))
+
+    def initial_state(self, n):
+        return self.first.expand(n, 6), torch.zeros(n, dtype=torch.int64)
+
+    def forward(self, x, state, episode_start):
+        (hidden, steps), outs = state, []
+        for row, start in zip(x, episode_start, strict=True):
+            hidden = self.cell(row, torch.where(start.unsqueeze(-1), self.first, hidden))
+            steps = torch.where(start, 0, steps) + 1
+            outs.append(hidden)
+        out = torch.stack(outs)
+        return self.actor(out), self.critic(out).squeeze(-1), (hidden, steps)
+
+
+def test_a_first_state_may_be_learned_and_a_state_may_be_whole_numbers(tmp_path):
+    torch.manual_seed(0)
+    network = LearnedStart()
+    trainer = trainer_of(tmp_path, policy=network, segment_length=8, record_ratios=2)
+    trainer.run()
+    assert not any(x.requires_grad for x in trainer.rollout.states)
+    assert trainer.rollout.states[1].max() > 1, "it counts"
+    assert (network.first != 1).all(), "it learns"
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

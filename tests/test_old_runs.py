@@ -1,5 +1,6 @@
 """Run folders written by earlier versions can be evaluated, resumed, reported and compared."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from fastppo import Config, Trainer, evaluate, load_policy, resume
 from fastppo.cli import main
+from fastppo.resume_run import continue_run
+from fastppo.runs.open_run import read_config
 from tests.worlds import short
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -73,6 +76,13 @@ def test_resume_trains_to_a_larger_total(name, run):
     assert rows[:6] == before
     assert json.loads((run / "result.json").read_text())["ended"] == "finished"
     assert (run / "checkpoints" / f"step-{128 * 14:012d}").is_dir()
+
+
+def test_resume_auto_continues_it_with_the_same_command(name, run):
+    config = dataclasses.replace(read_config(run), action_masks="auto", total_timesteps=128 * 14)
+    trainer = continue_run(config, run)
+    assert any("resumed" in note and "exact" in note for note in trainer.notes)
+    assert trainer.run().global_step == 128 * 14
 
 
 def test_a_row_of_the_resumed_run_counts_its_own_episodes_only(name, run):

@@ -61,7 +61,8 @@ def compile_parts(
         return mode, 0.0
     say("compiling: 10-20 s the first time, 5 s from the cache")
     begin = time.perf_counter()
-    if mode == "on" or device.type == "cuda":
+    unrolls = _unrolled_steps(learner) > UNROLLED_STEPS and wanted == "auto"
+    if (mode == "on" or device.type == "cuda") and not unrolls:
         try:
             learner.compile()
             # if these fail, the update stays compiled
@@ -103,11 +104,17 @@ def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int
         return wanted, "requested"
     if learner.device.type != "cpu":
         return "graph", "on CUDA, launches cost more than small kernels"
-    policy, steps = learner.update.policy, learner.update.segment_length
-    if policy.has_memory and not isinstance(policy.network, RecurrentNetwork) and steps > UNROLLED_STEPS:
+    if (steps := _unrolled_steps(learner)) > UNROLLED_STEPS:
         return "off", f"the compiler would unroll the {steps} steps of this module's memory; with --compile on it does"
     pays, why = worth_compiling(minibatches)
     return ("on" if pays else "off"), why
+
+
+def _unrolled_steps(learner: Learner) -> int:
+    """Return the steps of a loop in the user's own module that the compiler would unroll; 0: there is none."""
+    policy = learner.update.policy
+    own = policy.has_memory and not isinstance(policy.network, RecurrentNetwork)
+    return learner.update.segment_length if own else 0
 
 
 def _compile_env(env: VecEnv) -> None:

@@ -295,6 +295,9 @@ def _refuse_finished(run_dir: Path, c: Config, learning: Learning, progress: Pro
 def _prepare_folder(run: Run) -> None:
     """Clean up what a killed process left, write config.json and run.json, and print the notes."""
     clean_up(run.run_dir, run.learning.metrics.global_step if run.resumed else None)
+    if not run.resumed:  # a run that ended before its first checkpoint begins again, with the same steps
+        for path in run.run_dir.glob("events.out.tfevents.*"):
+            path.unlink()
     write_json(run.run_dir / "config.json", run.config.to_dict())
     described = {
         "notes": run.notes,

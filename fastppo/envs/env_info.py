@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -13,13 +14,14 @@ from gymnasium.vector import VectorEnv
 from fastppo.envs import factory as single
 from fastppo.envs.env_state import close_env, normalizers_of
 from fastppo.envs.factory import EnvFactory
-from fastppo.envs.pack_observation import PackObservation, PackVectorObservation, packed_space
+from fastppo.envs.pack_observation import PackObservation, PackVectorObservation, n_choices, packed_space
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.errors import ENV_ERRORS, ConfigError
 from fastppo.runtime.seeding import global_states
 from fastppo.spaces.actions import ActionSpec
 from fastppo.spaces.leaves import read_as_images
 from fastppo.spaces.observations import ObsSpec
+from fastppo.spaces.packing import MASK_KEY
 
 Maker = Callable[[], Any]  # -> a gymnasium Env; or a VectorEnv or SimulatorEnv, which is used as it is
 
@@ -137,6 +139,8 @@ def _inspect(
         )
     if isinstance(env, VectorEnv):
         _check_vector(env)
+        if reading.masks:
+            _refuse_mask_methods(env)
         packed = packed_space(
             env, reading.obs_keys, reading.critic_obs_keys, (lambda: _vector_info(env)) if reading.masks else None
         )
@@ -188,13 +192,28 @@ def _inspect(
     )
 
 
+def _refuse_mask_methods(venv: VectorEnv[Any, Any, Any]) -> None:
+    """Refuse environments with `action_masks()` within a vector environment, which is not asked for them.
+
+    Raises:
+        ConfigError: there are such.
+    """
+    envs = getattr(venv.unwrapped, "envs", None) or [None]
+    has = getattr(envs[0], "has_wrapper_attr", None)
+    if n_choices(venv.single_action_space) and has is not None and has("action_masks"):
+        raise ConfigError(
+            f"make_env's {type(venv.unwrapped).__name__} can't be asked for action_masks(); return a single "
+            f'environment from make_env, give the masks in info["{MASK_KEY}"], or --action-masks off.'
+        )
+
+
 def _vector_info(venv: VectorEnv[Any, Any, Any]) -> Mapping[str, Any]:
-    """Return the info of a reset; empty if it fails, as it may under a seed of this form."""
-    try:
-        info: Mapping[str, Any] = venv.reset(seed=0)[1]
-    except ENV_ERRORS:
-        return {}
-    return info
+    """Return the info of a reset, without a seed if it takes none of this form; empty if that fails too."""
+    for seed in (0, None):
+        with contextlib.suppress(*ENV_ERRORS):
+            info: Mapping[str, Any] = venv.reset(seed=seed)[1]
+            return info
+    return {}
 
 
 def _vector_name(venv: VectorEnv[Any, Any, Any]) -> str:

@@ -108,7 +108,16 @@ class PackObservation(gym.Wrapper[Any, Any, Any, Any]):
     """
 
     def __init__(self, env: gym.Env[Any, Any], space: PackedSpace) -> None:
-        """Pack into rows of `space`."""
+        """Pack into rows of `space`.
+
+        Raises:
+            EnvError: the environment has other observations.
+        """
+        if space.whole is not None and env.observation_space != space.whole:
+            raise EnvError(
+                f"its observation space is {env.observation_space}, that of the first environment {space.whole}; all "
+                "must have the same."
+            )
         super().__init__(env)
         self.observation_space = self._space = space
         self.index: int | None = None
@@ -142,7 +151,7 @@ class PackObservation(gym.Wrapper[Any, Any, Any, Any]):
         space, mask = self._space, None
         if space.mask is not None and acts:  # nobody acts on a last observation, whatever its mask
             if space.mask.mask_source == "method":
-                mask = _from_method(self.env)
+                mask = self.env.get_wrapper_attr("action_masks")()
             elif space.mask.mask_source == "info":
                 mask = info.get(MASK_KEY)
         row = space.pack(obs, mask)
@@ -185,9 +194,20 @@ class PackVectorObservation(VectorWrapper):
         seed: Any = None,  # noqa: ANN401 - whatever the environment takes
         options: dict[str, Any] | None = None,
     ) -> tuple[_Array, dict[str, Any]]:
-        """Reset all environments, or those of `options["reset_mask"]`, and pack the observations."""
+        """Reset all environments, or those of `options["reset_mask"]`, and pack the observations.
+
+        Raises:
+            EnvError: there are no masks, though a single environment gives them.
+        """
         obs, info = self.env.reset(seed=seed, options=options)
         chosen = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, bool)))
+        mask = self._space.mask
+        first = self._steps == 0 and chosen.all()
+        if first and mask is not None and mask.mask_source == "info" and MASK_KEY not in info:
+            raise EnvError(
+                f'the vector version gives no info["{MASK_KEY}"] at a reset, but a single environment does; use '
+                "vectorization=sync, pool or async, or --action-masks off."
+            )
         return self._rows(obs, info, chosen, acts=np.ones(self.num_envs, bool)), info
 
     def step(self, actions: _Array) -> tuple[_Array, Any, Any, Any, dict[str, Any]]:
@@ -267,8 +287,11 @@ def sample_action(env: gym.Env[Any, Any], obs: Any = None, info: Mapping[str, An
     if isinstance(space, PackedSpace):
         allowed = None if obs is None else space.allowed(obs)
     else:
-        mask = _raw_mask(env, obs, info or {}) if n else None
-        allowed = None if mask is None else flat_mask(mask, n)
+        try:
+            mask = _raw_mask(env, obs, info or {}) if n else None
+            allowed = None if mask is None else flat_mask(mask, n)
+        except EnvError:  # masks are off, perhaps for that reason
+            allowed = None
     if allowed is None:
         return env.action_space.sample()
     return env.action_space.sample(mask=as_sample_mask(allowed, env.action_space))

@@ -107,6 +107,7 @@ class VecEnv(ABC):
         obs_bounds: lowest and highest values of each array of an observation; None for an array without finite bounds.
             Empty: none has any.
         resume_support: how these environments continue after a resume.
+        approximates_finals: whether final observations are missing, so that V of the one before stands in for theirs.
         final_obs_buffer: final observations of a whole rollout, for environments on the device; None: `store` reports
             truncated episodes.
         capturable_state: every tensor that a step changes outside the rollout, by name, if CUDA graphs can capture a
@@ -122,6 +123,7 @@ class VecEnv(ABC):
     notes: Sequence[str] = ()
     obs_bounds: tuple[tuple[Tensor, Tensor] | None, ...] = ()
     resume_support: ResumeSupport = ResumeSupport("restart", "it gives no access to its state")
+    approximates_finals: bool = False
     final_obs_buffer: FinalObsBuffer | None = None
     capturable_state: Mapping[str, Tensor] | None = None
 

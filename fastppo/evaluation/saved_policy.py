@@ -80,11 +80,10 @@ class SavedPolicy:
                 raise ValueError(f"episode_start has shape {given.shape}, but obs holds {n}; give a bool or ({n},).")
             starts |= torch.as_tensor(given).to(self.device)
         initial = self.policy.initial_state(n)
-        if state is None:
-            state = initial
-        elif any(len(part) != n for part in state):
+        state = initial if state is None else _as_state(state, initial)
+        if any(part.dim() and len(part) != n for part in state):
             raise ValueError(f"state is of {len(state[0])} episodes, but obs holds {n}; leave it out to begin anew.")
-        elif [part.shape for part in state] != [part.shape for part in initial]:
+        if [part.shape for part in state] != [part.shape for part in initial]:
             found, wanted = ([tuple(part.shape) for part in parts] for parts in (state, initial))
             raise ValueError(f"state has shapes {found}, that of this policy {wanted}; leave it out to begin anew.")
         noise = None if deterministic else self.policy.draw_noise(n, self._generator)
@@ -130,6 +129,23 @@ class SavedPolicy:
         except EnvError as error:
             raise ValueError(str(error)) from None
         return torch.from_numpy(packed[None] if single else packed).to(self.device), single
+
+
+def _as_state(given: Any, like: PolicyState) -> PolicyState:  # noqa: ANN401 - whatever a caller kept of a state
+    """Return a state as tensors of the dtypes and on the device of `like`.
+
+    Raises:
+        ValueError: it is no sequence of arrays.
+    """
+    try:
+        parts = [torch.as_tensor(part) for part in given]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"state is a {type(given).__name__}; give the one that the last call returned, or None to begin anew."
+        ) from None
+    if len(parts) != len(like):  # of another policy, as its shapes show
+        return tuple(parts)
+    return tuple(part.to(own.device, own.dtype) for part, own in zip(parts, like, strict=True))
 
 
 def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = "cpu", seed: int = 0) -> SavedPolicy:

@@ -199,6 +199,7 @@ def _lstm_backward(
     All factors of dc_t and dh_t are computed for all steps at once; the loop multiplies them.
     """
     length, sequences, units = outputs.shape
+    cell = cell.masked_fill(starts[0].unsqueeze(-1), 0.0)
     i, f, g, o = gates.chunk(4, -1)
     grads = torch.empty_like(gates)  # first the factors, then the gradients
     factor_i, factor_f, factor_g, factor_o = grads.chunk(4, -1)
@@ -313,7 +314,8 @@ def _kept(starts: Tensor, like: Tensor) -> Tensor:
 
 def _entering(hidden: Tensor, outputs: Tensor, starts: Tensor) -> Tensor:
     """The h that enters each step, after the reset, [L, S, H]."""
-    return torch.cat((hidden.unsqueeze(0), outputs[:-1])).mul_(_kept(starts, outputs))
+    # filled, since a product would keep a NaN
+    return torch.cat((hidden.unsqueeze(0), outputs[:-1])).masked_fill_(starts.unsqueeze(-1), 0.0)
 
 
 def _weight_gradient(grads: Tensor, entering: Tensor) -> Tensor:

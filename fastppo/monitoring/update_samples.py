@@ -200,7 +200,7 @@ class UpdateSampler:
         states = self._rollout.states
         if not states:
             return {}
-        squares = torch.stack([x[:-1].square().mean() for x in states])
+        squares = torch.stack([x[:-1].float().square().mean() for x in states])
         figures = {"memory/state_norm": squares.mean().sqrt().item()}
         if gradient is not None:
             learned = self._update.parameters

@@ -143,7 +143,9 @@ class ModuleActor:
     def capture(self, device: torch.device) -> None:
         """Capture the decision, unless it is compiled for the CPU: that code can't be captured."""
         if device.type == "cuda" or not self._compiled:
-            self._replay = capture(self._act_on_row, keep=[self._row], fresh=[], device=device)
+            # with rollouts of one step, the row that a step writes is the one that the next rollout begins with
+            keep = [self._row, *(states[1] for states in self._d.states)]
+            self._replay = capture(self._act_on_row, keep=keep, fresh=[], device=device)
 
     def _act_on_row(self) -> None:
         d, row = self._d, self._row
@@ -159,4 +161,4 @@ class ModuleActor:
         d.values.index_copy_(0, row, step.values.unsqueeze(0))
         row.add_(1)
         for states, new in zip(d.states, step.state, strict=True):
-            states.index_copy_(0, row, new.unsqueeze(0))
+            states.index_copy_(0, row, new.unsqueeze(0).to(states.dtype))

@@ -165,7 +165,10 @@ class _Memory:
         """Return the outputs of step t for inputs x [N, F]; `keep` [N, 1] is False where an episode starts."""
         before = [states[t] for states in self._states]
         if keep is not None:
-            before = [np.multiply(x, keep, out=kept) for x, kept in zip(before, self._kept, strict=True)]
+            for state, kept in zip(before, self._kept, strict=True):
+                kept.fill(0.0)
+                np.copyto(kept, state, where=keep)  # a product would keep a NaN
+            before = self._kept
         self.step(self._input(x), before, [states[t + 1] for states in self._states])
         output: _Array = self._states[0][t + 1]  # of every memory, the hidden state
         return output

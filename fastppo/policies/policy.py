@@ -98,7 +98,10 @@ class Policy(nn.Module):
 
     def initial_state(self, n_envs: int) -> PolicyState:
         """Return the state [n_envs, ...] at the start of an episode; `()` without memory."""
-        return tuple(self.network.initial_state(n_envs)) if self.has_memory else ()  # type: ignore[operator]
+        if not self.has_memory:
+            return ()
+        # a learned one takes its gradient where the network resets, not through the rollout
+        return tuple(part.detach() for part in self.network.initial_state(n_envs))  # type: ignore[operator]
 
     def recurrences(self) -> list[tuple[nn.Parameter, list[nn.Parameter]]]:
         """Return `RecurrentNetwork.recurrences()`; empty for other networks, whose parts are not known."""
@@ -224,6 +227,8 @@ class Policy(nn.Module):
                 )
         try:
             out, again = self._outputs(x), self._outputs(x)
+        except ConfigError:
+            raise
         except Exception as error:
             shapes: Any = tuple(x.shape) if isinstance(x, Tensor) else {key: tuple(v.shape) for key, v in x.items()}
             raise ConfigError(f"network {name} fails on observations of shape {shapes}: {first_line(error)}") from error
@@ -249,9 +254,11 @@ class Policy(nn.Module):
         """Return the network's outputs for encoded rows [2, ...]; with memory, for two sequences of one step."""
         if not self.has_memory:
             return self.network(x)
-        name, state = type(self.network).__name__, self.initial_state(2)
-        if not state or not all(isinstance(part, Tensor) and part.shape[:1] == (2,) for part in state):
+        name, given = type(self.network).__name__, self.network.initial_state(2)  # type: ignore[operator]
+        is_tuple = isinstance(given, tuple) and len(given) > 0
+        if not is_tuple or not all(isinstance(part, Tensor) and part.shape[:1] == (2,) for part in given):
             raise ConfigError(f"network {name}.initial_state(2) must return a tuple of tensors with 2 rows each.")
+        state = self.initial_state(2)
         starts = torch.zeros(1, 2, dtype=torch.bool, device=state[0].device)
         result = self.network(_map(lambda part: part.unsqueeze(0), x), state, starts)
         if not isinstance(result, tuple) or len(result) != 3:
@@ -262,6 +269,13 @@ class Policy(nn.Module):
                 f"network {name} returned a state of shapes {[tuple(part.shape) for part in after]} after one of "
                 f"{[tuple(part.shape) for part in state]}; they must be the same."
             )
+        # autocast may return half the precision, which is stored as it was given
+        for part, following in zip(state, after, strict=True):
+            if part.dtype != following.dtype and not (part.is_floating_point() and following.is_floating_point()):
+                raise ConfigError(
+                    f"network {name} returned a state of {following.dtype} after one of {part.dtype}; they must be the "
+                    "same."
+                )
         return tuple(part[0] for part in outputs)
 
 

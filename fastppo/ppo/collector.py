@@ -229,8 +229,11 @@ class Collector:
             k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
             if len(k):
                 t = final.end_steps[k, n]
-                state = tuple(x[t + 1, n] for x in r.states)
-                r.next_values[t, n] = value_of_final(self._policy, final.obs[k, n], state)
+                if self._env.approximates_finals:
+                    r.next_values[t, n] = r.values[t, n]
+                else:
+                    state = tuple(x[t + 1, n] for x in r.states)
+                    r.next_values[t, n] = value_of_final(self._policy, final.obs[k, n], state)
         elif len(final.end_steps):
             after = (final.end_steps + 1).clamp(max=len(r.rewards))  # of unused slots, any
             everyone = torch.arange(final.end_steps.shape[1], device=after.device)

@@ -164,6 +164,7 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         before, now = saved_config(saved["config"]).to_dict(), metadata["config"]
         if about.get("make_env"):  # env_id has no effect, and earlier versions saved the default one
             before["env_id"] = now["env_id"]
+        before["action_masks"] = now["action_masks"]  # the specs agree, so both use masks or neither does
         changes = {
             name: f"{name} was {shown(before[name])}, is {shown(now[name])}"
             for name in now

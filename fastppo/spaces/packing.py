@@ -7,6 +7,7 @@ sees rows of one shape and dtype. A packed environment declares a `PackedSpace`,
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -55,6 +56,13 @@ def leaves_of(
                 raise ConfigError(f"{setting}: observations have no {key!r}; {hint}")
     if both := set(obs_keys) & set(critic_obs_keys):
         raise ConfigError(f"obs_keys and critic_obs_keys both name {sorted(both)[0]!r}; the critic reads both lists.")
+    for mine, other in itertools.product(obs_keys, critic_obs_keys):
+        if mine.startswith(f"{other}/"):
+            raise ConfigError(
+                f"obs_keys name {mine!r}, a part of {other!r}, which critic_obs_keys keep from the policy."
+            )
+    if mask is not None and mask.name in critic_obs_keys:
+        raise ConfigError(f"critic_obs_keys name {mask.name!r}, the mask of allowed actions, which no network reads.")
     actor, critic = [], []
     for path, part in found:
         if mask is not None and mask.path == path and path:
@@ -135,12 +143,13 @@ class PackedSpace(spaces.Box):
 
     Attributes:
         leaves: the arrays that a row holds.
+        whole: the space of the observations that are packed; None if not known.
         bounds: lowest and highest values of each leaf; None for a leaf without finite bounds. Empty if not known.
     """
 
     def __init__(self, leaves: Sequence[ObsLeaf], whole: spaces.Space[Any] | None = None) -> None:
         """Pack `leaves`, which are arrays of an observation in `whole`; a single one is a row as it is."""
-        self.leaves = tuple(leaves)
+        self.leaves, self.whole = tuple(leaves), whole
         seen = [] if whole is None else [None if leaf.kind == "mask" else find(whole, leaf) for leaf in leaves]
         self.bounds = tuple(finite_bounds(space) for space in seen)
         if len(leaves) == 1:
@@ -210,6 +219,11 @@ class PackedSpace(spaces.Box):
         if x.shape != (*lead, *leaf.shape) or x.dtype.kind not in "biuf":
             given = f"shape {x.shape}" if x.dtype.kind in "biuf" else f"dtype {x.dtype}"
             raise EnvError(f"{what} has {given}; its space says {leaf.source_dtype} {leaf.shape}.")
+        if leaf.stored_as in ("uint8", "int64") and x.dtype != leaf.source_dtype:
+            if x.dtype.kind == "f":
+                raise EnvError(f"{what} has dtype {x.dtype}; its space says {leaf.source_dtype}.")
+            if leaf.stored_as == "uint8" and x.size and not 0 <= x.min() <= x.max() <= 255:
+                raise EnvError(f"{what} has values from {x.min()} to {x.max()}; its space is of {leaf.source_dtype}.")
         if leaf.kind == "discrete" and (bad := leaf.outside(x if lead else x[None])):
             row, value, space = bad
             raise EnvError(f"{what}{f' of environment {row}' if lead else ''} is {value}, outside its space {space}.")

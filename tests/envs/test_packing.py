@@ -221,9 +221,16 @@ AB = spaces.Dict(a=BOX, b=spaces.Discrete(2), camera=spaces.Dict(left=BOX))
         (AB, [], ["zz"], ConfigError, "critic_obs_keys: .* no 'zz'; there are a, b, camera, camera/left."),
         (AB, ["a"], ["a"], ConfigError, "both name 'a'"),
         (AB, [], ["a", "b", "camera"], ConfigError, "critic_obs_keys a b camera leave the policy no observation"),
-        (AB, ["camera/left"], ["camera"], ConfigError, "critic_obs_keys camera leave the policy no observation"),
+        (AB, ["camera/left"], ["camera"], ConfigError, "obs_keys name 'camera/left', a part of 'camera', which"),
         (BOX, ["a"], [], ConfigError, "obs_keys need observations with keys, but these are one Box"),
         (BOX, [], ["a"], ConfigError, "critic_obs_keys need observations with keys, but these are one Box"),
+        (
+            spaces.Dict(a=AB, c=BOX),
+            ["a/b", "c"],
+            ["a"],
+            ConfigError,
+            "obs_keys name 'a/b', a part of 'a', which critic_obs_keys keep",
+        ),
         (spaces.Dict(), [], [], EnvError, "the observation space is empty"),
         (spaces.Tuple(()), [], [], EnvError, "the observation space is empty"),
         (spaces.Dict({"c/d": BOX, "c": spaces.Dict(d=BOX)}), [], [], EnvError, "two parts .* are called 'c/d'"),
@@ -233,6 +240,12 @@ AB = spaces.Dict(a=BOX, b=spaces.Discrete(2), camera=spaces.Dict(left=BOX))
 def test_wrong_keys_are_refused(space, keys, critic, error, message):
     with pytest.raises(error, match=message):
         leaves_of(space, keys, critic)
+
+
+def test_the_mask_is_nothing_to_read():
+    space = spaces.Dict(a=BOX, action_mask=spaces.MultiBinary(2))
+    with pytest.raises(ConfigError, match="critic_obs_keys name 'action_mask', the mask"):
+        leaves_of(space, critic_obs_keys=["action_mask"], mask=mask_leaf("key", 2))
 
 
 def test_a_mask_alone_is_no_observation():
@@ -250,12 +263,41 @@ def test_a_mask_alone_is_no_observation():
         ({"a": ["x", "y"], "b": 0}, "observation a has dtype <U1"),
         ({"a": np.zeros(2), "b": 2}, r"observation b is 2, outside its space Discrete\(2\)"),
         ({"a": np.zeros(2), "b": None}, "observation b has dtype object"),
+        ({"a": np.zeros(2), "b": 0.5}, "observation b has dtype float64; its space says int64"),
+        ({"a": np.zeros(2), "b": np.nan}, "observation b has dtype float64"),
     ],
 )
 def test_observations_that_do_not_fit_their_space_are_refused(obs, message):
     packed = PackedSpace(leaves_of(AB, ["a", "b"]))
     with pytest.raises(EnvError, match=message):
         packed.pack(obs)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.full((37, 37, 1), 0.7), "observation camera has dtype float64; its space says uint8"),
+        (np.full((37, 37, 1), 300), "observation camera has values from 300 to 300; its space is of uint8"),
+        (np.full((37, 37, 1), -1), "observation camera has values from -1 to -1"),
+    ],
+)
+def test_pixels_that_bytes_cannot_hold_are_refused(image, message):
+    packed = PackedSpace(leaves_of(spaces.Dict(a=BOX, camera=CAMERA)))
+    with pytest.raises(EnvError, match=message):
+        packed.pack({"a": np.zeros(2), "camera": image})
+    bits = image.astype(np.uint8)  # wider integers that fit
+    assert np.array_equal(
+        packed.pack({"a": np.zeros(2), "camera": bits.astype(np.int64)}),
+        packed.pack({"a": np.zeros(2), "camera": bits}),
+    )
+
+
+def test_another_space_than_that_of_the_first_environment_is_refused():
+    first, other = scene("none"), scene("none", camera=False)
+    packed = packed_space(first, ["place"], [], None)
+    PackObservation(first, packed)
+    with pytest.raises(EnvError, match="its observation space is Dict.*, that of the first environment Dict"):
+        PackObservation(other, packed)
 
 
 def test_an_index_outside_names_the_environment():

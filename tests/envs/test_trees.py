@@ -209,6 +209,66 @@ def test_a_native_version_that_cannot_be_asked_for_masks_is_refused(tmp_path, mo
     assert BACKENDS["native"].available(inspect_env(spec.id, {}, reading=Reading(masks=False)))
 
 
+class WithoutInfo(gym.vector.VectorWrapper):
+    def reset(self, **keywords):
+        return super().reset(**keywords)[0], {}
+
+
+def test_a_native_version_without_the_masks_of_a_single_environment_is_refused(tmp_path, monkeypatch):
+    spec = gym.envs.registration.EnvSpec(
+        "fastppo-tests/Silent-v0",
+        functools.partial(scene, "info"),
+        disable_env_checker=True,
+        vector_entry_point=lambda num_envs: WithoutInfo(Pooled(num_envs)),
+    )
+    monkeypatch.setitem(gym.registry, spec.id, spec)
+    with pytest.raises(EnvError, match=r"the vector version gives no info\["):
+        trained(tmp_path, None, "native", env_id=spec.id, vectorization="native")
+    trainer = trained(tmp_path, None, env_id=spec.id, vectorization="auto")
+    assert (trainer.config.vectorization, trainer.spec.obs.has_mask) == ("sync", True)
+
+
+def test_mask_methods_within_a_vector_environment_are_refused(tmp_path):
+    make_env = functools.partial(gym.vector.SyncVectorEnv, [functools.partial(scene, "method")] * 2)
+    with pytest.raises(ConfigError, match=r"SyncVectorEnv can't be asked for action_masks\(\)"):
+        Trainer(short(tmp_path), make_env=make_env)
+    assert not Trainer(short(tmp_path, action_masks="off"), make_env=make_env).spec.obs.has_mask
+
+
+class OddMask(Scene):
+    """Something else under the name of the mask."""
+
+    def _info(self):
+        return {"action_mask": np.ones(7)}
+
+
+def test_a_mask_of_another_meaning_can_be_left_out(tmp_path):
+    make_env = functools.partial(OddMask, "none")
+    with pytest.raises(EnvError, match=r"an action mask has shape \(7,\)"):
+        Trainer(short(tmp_path), make_env=make_env)
+    assert not trained(tmp_path, make_env, action_masks="off").spec.obs.has_mask
+
+
+class FailsOnce(Scene):
+    """An environment whose masks fail once, when `armed`."""
+
+    armed = False
+
+    def action_masks(self):
+        if FailsOnce.armed and self.total == 5:
+            FailsOnce.armed = False
+            raise ZeroDivisionError("not today")
+        return self.mask
+
+
+def test_an_environment_whose_masks_fail_is_restarted(tmp_path, monkeypatch):
+    settings = SMALL | {"on_env_error": "restart", "total_timesteps": 64}
+    trainer = Trainer(short(tmp_path, **settings), make_env=functools.partial(FailsOnce, "method"))
+    monkeypatch.setattr(FailsOnce, "armed", True)
+    assert trainer.run().ended == "finished"
+    assert trainer.env.restarts == 1
+
+
 class Pooled(gym.vector.VectorEnv):
     """As EnvPool: nested dicts of arrays, next-step autoreset, one seed, masks in info as one array."""
 

@@ -180,6 +180,16 @@ def loss_and_gradients(scan):
     return run
 
 
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("name", SCANS)
+def test_a_broken_state_ends_where_an_episode_starts(name, length):
+    scan, _ = SCANS[name]
+    clean = make_case(name, length, pattern="at step 0")
+    n_states = 2 if name == "lstm" else 1
+    broken = [*clean[:-n_states], *(torch.full_like(x, torch.nan) for x in clean[-n_states:])]
+    torch.testing.assert_close(with_gradients(scan, broken), with_gradients(scan, clean))
+
+
 @pytest.mark.parametrize("length", [pytest.param(1, marks=pytest.mark.slow), 9])
 @pytest.mark.parametrize("name", SCANS)
 def test_compiled_equals_eager(name, length):

@@ -80,7 +80,8 @@ class SimulatorEnv(VecEnv):
         self._observation_space, self._action_space = observation_space, action_space
         self.read((), (), masks=True)
         self.groups = [slice(0, self.n_envs)]
-        if final_obs_key is None:
+        self.approximates_finals = final_obs_key is None
+        if self.approximates_finals:
             self.notes = [
                 f"{self.name} gives no final observations: truncated episodes are bootstrapped from V of the "
                 "observation before the final one (approximate)."
@@ -130,21 +131,18 @@ class SimulatorEnv(VecEnv):
         obs = self._obs(found, "step", extras)
         if not self._checked:
             self._check(rewards, terminated, truncated)
-        if self._final_key is None:
-            last = to.obs[t]
-        elif self._final_key in extras:
+        if self._final_key is not None:
+            if self._final_key not in extras:
+                raise EnvError(
+                    f"step's extras hold no {self._final_key!r}, but {', '.join(map(repr, extras)) or 'nothing'}."
+                )
             final = extras[self._final_key]
-            last = self._obs(final, "step's extras", {})  # nobody acts on these
+            buffer.obs[t].copy_(self._obs(final, "step's extras", {}))  # nobody acts on these
             if all(map(_share_memory, self._arrays(final), self._arrays(found))):
                 raise EnvError(
                     f"step's extras give {self._final_key!r} in the memory of the next observations, which overwrite "
                     "it; copy it in the simulator."
                 )
-        else:
-            raise EnvError(
-                f"step's extras hold no {self._final_key!r}, but {', '.join(map(repr, extras)) or 'nothing'}."
-            )
-        buffer.obs[t].copy_(last)
         terminated, truncated = terminated.bool(), truncated.bool()
         buffer.end_steps[t].copy_(torch.where(truncated & ~terminated, t, len(to.rewards)))
         to.obs[t + 1].copy_(obs)
