@@ -39,6 +39,7 @@ def test_cartpole_is_solved_within_100k_steps_on_4_of_5_seeds(tmp_path):
     assert evaluate(next(filter(solved, results)).run_dir, 10).mean > 450
 
 
+@pytest.mark.slow
 def test_a_policy_trained_on_the_tensor_cartpole_solves_gymnasiums_cartpole(tmp_path):
     def solved(result):
         return result.ended == "target" and result.mean_return >= 475
@@ -49,6 +50,7 @@ def test_a_policy_trained_on_the_tensor_cartpole_solves_gymnasiums_cartpole(tmp_
     assert evaluate(results[0].run_dir, 10).mean > 450, "the policy must also solve Gymnasium's environment"
 
 
+@pytest.mark.slow
 def test_pendulum_reaches_minus_300_within_300k_steps_on_2_of_3_seeds(tmp_path):
     def solved(result):
         return result.ended == "target" and result.global_step <= 300_000

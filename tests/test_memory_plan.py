@@ -126,7 +126,7 @@ print(json.dumps({"before": before, "ready": ready, "peak": peak, "storage": pla
 """
 
 
-@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("compiled", ["off", pytest.param("on", marks=pytest.mark.slow)])
 def test_peak_memory_is_within_15_percent_of_the_plan(tmp_path, compiled):
     command = [sys.executable, "-c", MEASURE, "32768", "32", compiled, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ from tests.test_mask_and_memory_figures import MEMORY, train
 pytestmark = pytest.mark.browser
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SMALL = Config(n_envs=4, n_steps=32, total_timesteps=128 * 12, compile="off", threads=1, record_ratios=4)
-SCREENS = [(390, "light"), (390, "dark"), (1280, "light"), (1280, "dark")]
+SCREENS = [(390, "dark"), (1280, "light")]
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,7 @@ def fastppo(*arguments, **env):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env)
 
 
+@pytest.mark.slow
 def test_mlflow_receives_scalars_and_a_resumed_run_continues_its_mlflow_run(tmp_path):
     run, store = tmp_path / "run", tmp_path / "mlflow.db"
     env = {"MLFLOW_TRACKING_URI": f"sqlite:///{store}"}

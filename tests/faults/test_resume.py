@@ -65,7 +65,9 @@ EVERYTHING = {
         {"env_id": "CartPole-v1", "compile": "on", **EVERYTHING},
         {"env_id": "Pendulum-v1", **EVERYTHING, "kl_stop": "minibatch"},
         {"env_id": "FrozenLake-v1"},
-        {"env_id": "HalfCheetah-v5", "vectorization": "pool", "workers": 2, **EVERYTHING},
+        pytest.param(
+            {"env_id": "HalfCheetah-v5", "vectorization": "pool", "workers": 2, **EVERYTHING}, marks=pytest.mark.slow
+        ),
     ],
     ids=lambda changes: "-".join(str(v) for k, v in changes.items() if k in ("env_id", "vectorization", "compile")),
 )

@@ -131,6 +131,7 @@ def test_s1_s12_killed_at_every_point_of_a_save(tmp_path):
     assert after[0] == "checkpoints"
 
 
+@pytest.mark.slow  # CI kills at every point of a save, above
 def test_s2_killed_at_random_times(tmp_path):
     from benchmarks.soak import kill_and_resume
 
