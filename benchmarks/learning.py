@@ -131,7 +131,7 @@ TASKS = {
             "n_steps": 64,
             "update_epochs": 5,
             "gamma": 0.98,
-            "gae_lambda": 0.8,
+            "gae_lambda": 0.95,
             "learning_rate": 1e-3,
             "anneal_clip": True,
             "value_clip": "off",
