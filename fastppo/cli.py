@@ -24,6 +24,7 @@ from fastppo.commands.flags import Form, flag, form
 from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.training import Eval, Resume, Train
+from fastppo.commands.tuning import Tune
 from fastppo.config import ALIASES, TYPES, Config, load_toml
 from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError
 from fastppo.runtime.console import wrap_words
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type] = {
     "train": Train,
     "bench": Bench,
     "study": Study,
+    "tune": Tune,
     "resume": Resume,
     "eval": Eval,
     "report": Report,

@@ -46,6 +46,23 @@ Changes = Literal["results", "noise", "nothing"]
 OnResume = Literal["keep", "note", "free"]
 
 
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Values of a setting that `fastppo tune` tries: some choices, or a range.
+
+    Attributes:
+        choices: the values; empty: a range.
+        low: smallest value of a range.
+        high: largest value of a range.
+        log: draw its logarithm uniformly, not the value itself.
+    """
+
+    choices: tuple[float | bool, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = False
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
     """Metadata of a field of `Config`. Type and default are the field's own; its docstring is the help text.
@@ -66,6 +83,7 @@ class Setting:
             the task, the network or its inputs. "note": takes effect from there on, with a note, but not under
             exact_resume. "free": takes effect without a note; it changes the end of the run, not its course.
         chosen_at_start: "auto" or None is replaced at the start, by measuring or by inspecting machine and environment.
+        search: values that `fastppo tune` tries where none is given; None: it leaves the setting alone.
     """
 
     section: Section
@@ -79,6 +97,7 @@ class Setting:
     changes: Changes = "results"
     on_resume: OnResume = "note"
     chosen_at_start: bool = False
+    search: Search | None = None
 
     @property
     def fixed(self) -> bool:
@@ -204,14 +223,38 @@ class Config:
 
     n_envs: Annotated[int | None, Setting(section="rollout", at_least=1, alias="num_envs")] = None
     """Environments stepped together (N)."""
-    n_steps: Annotated[int | None, Setting(section="rollout", at_least=1, unit="STEPS", alias="num_steps")] = None
+    n_steps: Annotated[
+        int | None,
+        Setting(
+            section="rollout",
+            at_least=1,
+            unit="STEPS",
+            alias="num_steps",
+            search=Search((32, 64, 128, 256, 512, 1024, 2048)),
+        ),
+    ] = None
     """Steps per environment and rollout (T); an iteration is n_envs x n_steps steps."""
-    gamma: Annotated[float | str | None, Setting(section="rollout", at_least=0, at_most=1, scheduled=True)] = None
+    gamma: Annotated[
+        float | str | None,
+        Setting(
+            section="rollout",
+            at_least=0,
+            at_most=1,
+            scheduled=True,
+            search=Search((0.9, 0.95, 0.98, 0.99, 0.995, 0.999)),
+        ),
+    ] = None
     """Discount factor."""
-    gae_lambda: Annotated[float | str | None, Setting(section="rollout", at_least=0, at_most=1, scheduled=True)] = None
+    gae_lambda: Annotated[
+        float | str | None,
+        Setting(section="rollout", at_least=0, at_most=1, scheduled=True, search=Search((0.8, 0.9, 0.95, 0.98, 1.0))),
+    ] = None
     """Lambda of generalised advantage estimation (GAE)."""
 
-    n_minibatches: Annotated[int | None, Setting(section="optimisation", at_least=1, alias="num_minibatches")] = None
+    n_minibatches: Annotated[
+        int | None,
+        Setting(section="optimisation", at_least=1, alias="num_minibatches", search=Search((1, 2, 4, 8, 16, 32))),
+    ] = None
     """Minibatches per epoch; must divide n_envs x n_steps. With memory, the default is lowered until it divides the
     sequences of a rollout."""
     segment_length: Annotated[
@@ -219,15 +262,23 @@ class Config:
     ] = None
     """Steps per training sequence of a policy with memory; must divide n_steps. Gradients flow no further back. A
     minibatch holds whole sequences, so n_minibatches must divide n_envs x n_steps / segment_length."""
-    update_epochs: Annotated[int | None, Setting(section="optimisation", at_least=1)] = None
+    update_epochs: Annotated[
+        int | None, Setting(section="optimisation", at_least=1, search=Search((1, 3, 5, 10, 20)))
+    ] = None
     """Passes over each rollout, each in a new random order."""
-    learning_rate: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    learning_rate: Annotated[
+        float | str | None,
+        Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=1e-5, high=1e-2, log=True)),
+    ] = None
     """Adam's step size. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or constant:VALUE."""
-    anneal_lr: Annotated[bool | None, Setting(section="optimisation")] = None
+    anneal_lr: Annotated[bool | None, Setting(section="optimisation", search=Search((True, False)))] = None
     """Anneal the learning rate to 0: short for `--learning-rate linear:X:0`."""
     adam_eps: Annotated[float, Setting(section="optimisation", above=0)] = 1e-5
     """Adam's epsilon."""
-    clip_coef: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    clip_coef: Annotated[
+        float | str | None,
+        Setting(section="optimisation", at_least=0, scheduled=True, search=Search((0.1, 0.2, 0.3, 0.4))),
+    ] = None
     """Clip range of the probability ratio."""
     anneal_clip: Annotated[bool | None, Setting(section="optimisation")] = None
     """Anneal the clip range to 0: short for `--clip-coef linear:X:0`."""
@@ -238,11 +289,20 @@ class Config:
         float | str | None, Setting(section="optimisation", unset="clip_coef", scheduled=True)
     ] = None
     """Clip range of the value loss, in units of the return; a negative number switches clipping off."""
-    vf_coef: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    vf_coef: Annotated[
+        float | str | None,
+        Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=0.2, high=2.0)),
+    ] = None
     """Weight of the value loss, 0.5 x mean squared error."""
-    ent_coef: Annotated[float | str | None, Setting(section="optimisation", at_least=0, scheduled=True)] = None
+    ent_coef: Annotated[
+        float | str | None,
+        Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=1e-8, high=0.1, log=True)),
+    ] = None
     """Weight of the entropy bonus."""
-    max_grad_norm: Annotated[float | str | None, Setting(section="optimisation", above=0, scheduled=True)] = None
+    max_grad_norm: Annotated[
+        float | str | None,
+        Setting(section="optimisation", above=0, scheduled=True, search=Search((0.3, 0.5, 1.0, 2.0, 5.0))),
+    ] = None
     """Maximum global L2 norm of the gradient."""
     normalize_advantages: Annotated[Literal["minibatch", "batch", "off"], Setting(section="optimisation")] = "minibatch"
     """Normalise advantages to mean 0 and standard deviation 1, per minibatch or once per rollout."""

@@ -35,6 +35,7 @@ SHORT = {
     "export": ["--format", "pt2"],
     "verify-env": ["--steps", "20"],
     "verify-resume": [*TRAIN[2:], "--iterations", "2"],
+    "tune": [*TRAIN, "--total-timesteps", "4096", "--trials", "1", "--seeds", "1", "--jobs", "1"],
     "study": [*TRAIN, "--seeds", "1", "--jobs", "1", "--target-return", "1"],
 }
 PARSED = {"bench", "doctor", "replay"}  # tests/test_bench.py, test_doctor.py, faults/test_numbers.py
@@ -84,7 +85,7 @@ def test_a_command_runs(words, workplace, capfd):
         name = rest[0]
         if name in PARSED:
             return
-        new = name in ("train", "study") and "auto" not in rest
+        new = name in ("train", "study", "tune") and "auto" not in rest
         workplace([] if new else rest)
         workers = ["--workers", "1"] if "--workers" in rest else []
         assert main([*rest, *SHORT[name], *workers]) == 0, capfd.readouterr().err

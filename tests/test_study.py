@@ -21,9 +21,9 @@ from fastppo.analysis.study import (
     choose_jobs,
     plan_study,
     recommend,
-    run_study,
     summarize,
 )
+from fastppo.analysis.training_processes import run_each
 from fastppo.config import Config
 from fastppo.errors import ConfigError
 
@@ -172,16 +172,16 @@ def test_a_folder_holds_one_study(tmp_path):
 
 def test_a_run_killed_before_its_result_runs_again(tmp_path):
     plan = plan_study(dataclasses.replace(BASE, target_return=1e5, total_timesteps=1024), (4,), 1, "batch", tmp_path)
-    assert [error for _, error in run_study(plan, 1)] == [None]
+    assert [error for _, error in run_each(plan.configs, 1)] == [None]
     (tmp_path / "runs" / "n4-seed1" / "result.json").unlink()
-    assert [error for _, error in run_study(plan, 1)] == [None]
+    assert [error for _, error in run_each(plan.configs, 1)] == [None]
 
 
 def test_runs_end_at_the_target_and_failures_are_reported(tmp_path):
     plan = plan_study(BASE, (4,), 2, "batch", tmp_path)
     broken = dataclasses.replace(plan.configs[1], env_id="CartPol-v1")
     plan = dataclasses.replace(plan, configs=[plan.configs[0], broken])
-    ended = list(run_study(plan, 2))
+    ended = list(run_each(plan.configs, 2))
     errors = {config.seed: error for config, error in ended}
     assert errors[1] is None
     assert "did you mean CartPole-v1?" in errors[2]

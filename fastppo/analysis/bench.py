@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastppo.analysis.subprocesses import exit_reason
+from fastppo.analysis.training_processes import exit_reason
 from fastppo.config import Config
 from fastppo.errors import FastPPOError
 

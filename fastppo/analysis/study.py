@@ -9,27 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
-import signal
 import statistics
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fastppo.analysis.run_data import RunData, read_run
-from fastppo.analysis.subprocesses import exit_reason
+from fastppo.analysis.training_processes import ended
 from fastppo.builders.parts import policy_spec
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo
-from fastppo.errors import ConfigError, FastPPOError, FinishedError
+from fastppo.errors import ConfigError
 from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.system_info import system_info
 from fastppo.runtime.cores import usable_cores
@@ -43,7 +36,6 @@ Hold = Literal["batch", "n_steps"]
 _T975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 _T975 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-_POLL_SECONDS = 0.1
 _PLAN = "plan.json"  # written first, so that a continued study notices other settings
 
 
@@ -237,78 +229,12 @@ def choose_jobs(plan: Plan) -> int:
     return max(1, usable_cores() // plan.cores)
 
 
-def run_study(plan: Plan, jobs: int) -> Iterator[tuple[Config, str | None]]:
-    """Run every config that has not ended, `jobs` at a time; yield each with its error, or None if it ended.
-
-    The runs of one time divide the cores among them: each takes at most cores / jobs threads, and at least one.
-    """
-    threads = max(1, usable_cores() // jobs)
-    waiting = [config for config in plan.configs if not ended(config)]
-    running: dict[subprocess.Popen[bytes], Config] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                config = waiting.pop(0)
-                running[_start(config, threads)] = config
-            for process in [p for p in running if p.poll() is not None]:
-                config = running.pop(process)
-                _close(process)
-                log = _log(config).read_text(errors="replace")
-                yield config, None if ended(config) else exit_reason(process.returncode, log)
-            time.sleep(_POLL_SECONDS)
-    finally:
-        for process in running:  # each saves a checkpoint and ends
-            process.terminate()
-        for process in running:
-            process.wait()
-            _close(process)
-
-
-def ended(config: Config) -> bool:
-    """Return whether a run has reached its target or its planned steps."""
-    assert config.run_dir is not None
-    try:
-        return json.loads((config.run_dir / "result.json").read_text())["ended"] in ("target", "finished")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def outcome(config: Config) -> str:
     """Return the outcome of a run that has ended, as text."""
     assert config.run_dir is not None
     result = json.loads((config.run_dir / "result.json").read_text())
     verb = "reached the target" if result["ended"] == "target" else "did not reach the target"
     return f"{verb} in {result['global_step']:,} steps, {result['seconds']:.1f} s"
-
-
-def _log(config: Config) -> Path:
-    assert config.run_dir is not None
-    return config.run_dir.with_suffix(".log")
-
-
-def _start(config: Config, threads: int) -> subprocess.Popen[bytes]:
-    """Start a training process that takes at most `threads` threads, unless its config says otherwise.
-
-    It ends when this process does, because its standard input then closes.
-    """
-    _log(config).parent.mkdir(parents=True, exist_ok=True)
-    with _log(config).open("wb") as log:
-        command = [sys.executable, "-m", "fastppo.analysis.study", json.dumps(config.to_dict())]
-        # A session of its own keeps Ctrl-C of the terminal from the process: it gets one signal, from `run_study`.
-        # A second signal would end it before it has saved.
-        return subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-        )
-
-
-def _close(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
 
 
 def summarize(plan: Plan, failures: dict[Path, str]) -> list[Setting]:
@@ -417,30 +343,3 @@ def write_study(folder: Path, plan: Plan, settings: Sequence[Setting]) -> None:
     # JSON has no NaN: write null instead
     finite = json.loads(json.dumps(values, default=str), parse_constant=lambda _: None)
     write_json(folder / "study.json", finite)
-
-
-def _train(config: Config) -> None:
-    """Train one run, resumed if it was interrupted; the process ends when its standard input closes."""
-    from fastppo.resume_run import continue_run, resumable_run
-    from fastppo.trainer import Trainer
-
-    def end_with_parent() -> None:
-        os.read(0, 1)  # not sys.stdin: no thread may hold its lock when the interpreter ends
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    run = resumable_run(config)
-    try:
-        trainer = Trainer(config, progress=False) if run is None else continue_run(config, run)
-    except FinishedError:  # killed between its last checkpoint and its result: its time to the target is unknown
-        assert run is not None
-        shutil.rmtree(run)
-        trainer = Trainer(config, progress=False)
-    trainer.run()
-
-
-if __name__ == "__main__":
-    try:
-        _train(Config.from_dict(json.loads(sys.argv[1])))
-    except FastPPOError as _error:
-        sys.exit(str(_error))

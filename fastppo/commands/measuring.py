@@ -188,6 +188,7 @@ class Study(Train):
             raise ConfigError(f"n_envs={smallest} must be at least 1; nearest valid value: 1.")
         check_early(base, trains=False)
         from fastppo.analysis import study, study_report
+        from fastppo.analysis.training_processes import ended, run_each
 
         folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
         plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
@@ -195,10 +196,10 @@ class Study(Train):
             check_early(config)
         study.begin_study(plan, base, folder)
         jobs, console, failures = self.jobs or study.choose_jobs(plan), open_console(), dict[Path, str]()
-        done = sum(map(study.ended, plan.configs))
+        done = sum(map(ended, plan.configs))
         again = f", {done} of them complete" if done else ""
         print_line(console, f"{len(plan.configs)} runs{again}; {jobs} at a time; folder {folder}")
-        for config, trouble in study.run_study(plan, jobs):
+        for config, trouble in run_each(plan.configs, jobs):
             assert config.run_dir is not None
             done += 1
             if trouble is not None:
