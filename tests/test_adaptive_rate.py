@@ -119,6 +119,7 @@ def test_the_step_after_a_kl_has_the_new_rate():
 def test_a_skipped_first_minibatch_does_not_raise_the_rate():
     policy = make_policy()
     batch = fresh_batch(policy)
+    batch = batch._replace(params=batch.params + 1e-4 * torch.randn(batch.params.shape))  # stands for rounding
     update = adaptive_update(policy, n_minibatches=2, update_epochs=1)
     update.prepare(B, math.inf)
     batch.returns[update.orders[0, 0, 0]] = torch.inf
@@ -162,6 +163,11 @@ def test_a_run_logs_its_rate_and_resumes_it_bit_for_bit(tmp_path):
     assert all(abs(x - round(x)) < 1e-3 for x in powers), "no bound is reached"
     interrupted(short(tmp_path, **RUN, run_dir=tmp_path / "parted"), 4)
     resumed = resume(tmp_path / "parted")
+    rule = resumed.update._bound.keywords["adapt_rate"]
+    assert rule(torch.tensor(0.01), torch.tensor(0.004)).item() == pytest.approx(0.01), (
+        "between half of 0.005 and twice"
+    )
+    assert rule(torch.tensor(0.01), torch.tensor(0.0101)).item() == pytest.approx(0.01 / 1.5)
     assert resumed.update.adapted["learning_rate"].item() == rates[3]
     resumed.run()
     assert run_hashes(tmp_path / "whole") == run_hashes(tmp_path / "parted")

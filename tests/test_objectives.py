@@ -284,6 +284,14 @@ def test_a_run_logs_its_weight_and_resumes_it_bit_for_bit(tmp_path):
     assert rows_of(tmp_path / "parted") == rows
 
 
+def test_settings_of_the_penalty(tmp_path):
+    changes = {"kl_coef": 3.0, "penalty_kl": 0.2, "learning_rate": "adaptive:1e-3:1e-4:1e-2", "adaptive_kl": 0.4}
+    update = Trainer(short(tmp_path, **RUN | changes)).update
+    assert update.adapted["kl_coef"].item() == 3
+    kls = {0.13: 0.5, 0.14: 1.0, 0.29: 1.0, 0.31: 2.0}
+    assert {kl: update._adaptive_kl_coef.rule(torch.tensor(1.0), torch.tensor(kl)).item() for kl in kls} == kls
+
+
 @pytest.mark.parametrize("before", ["clip", "penalty"])
 def test_the_weight_outlives_its_environments_and_starts_where_there_was_none(tmp_path, before):
     interrupted(short(tmp_path, **RUN | ({} if before == "penalty" else {"objective": "clip", "penalty_kl": 0.01})), 4)
