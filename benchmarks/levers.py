@@ -93,7 +93,7 @@ def prepare(network: nn.Module, rows: int, options: dict[str, Any]) -> Callable[
     acted = policy.act(obs, noise)
     rest = (acted.actions, acted.logprobs, acted.params, acted.values, torch.randn(total), torch.randn(total), None)
     batch = Batch(obs, *rest)
-    coefs = Coefficients(*(torch.tensor(x) for x in (2.5e-4, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95)))
+    coefs = Coefficients(*(torch.tensor(x) for x in (2.5e-4, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95, 0.0)))
     update = PPOUpdate(
         policy,
         FlatParameters(network),

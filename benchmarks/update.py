@@ -76,7 +76,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     batch = Batch(
         obs, acted.actions, acted.logprobs, acted.params, acted.values, torch.randn(total), torch.randn(total), None
     )
-    coefs = Coefficients(*(torch.tensor(x) for x in (2.5e-4, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95)))
+    coefs = Coefficients(*(torch.tensor(x) for x in (2.5e-4, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95, 0.0)))
     order = torch.randperm(total)[:size]
     row: dict[str, Any] = {"rows": size, "threads": threads, "hidden": hidden}
 

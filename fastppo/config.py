@@ -270,11 +270,24 @@ class Config:
         float | str | None,
         Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=1e-5, high=1e-2, log=True)),
     ] = None
-    """Adam's step size. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or constant:VALUE."""
+    """Adam's step size. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or constant:VALUE;
+    also adaptive:START:LOWEST:HIGHEST, which follows the KL of each minibatch (`--adaptive-kl`)."""
+    adaptive_kl: Annotated[float, Setting(section="optimisation", above=0)] = 0.01
+    """Target of an adaptive learning rate: above twice this exact KL the rate is divided by 1.5, below half of it
+    multiplied by 1.5."""
     anneal_lr: Annotated[bool | None, Setting(section="optimisation", search=Search((True, False)))] = None
     """Anneal the learning rate to 0: short for `--learning-rate linear:X:0`."""
     adam_eps: Annotated[float, Setting(section="optimisation", above=0)] = 1e-5
     """Adam's epsilon."""
+    objective: Annotated[Literal["clip", "penalty", "clip_and_penalty"], Setting(section="optimisation")] = "clip"
+    """Objective of the policy. `clip`: the clipped surrogate; `penalty`: the unclipped one with a penalty on the exact
+    KL, whose weight adapts; `clip_and_penalty`: the clipped one with that penalty."""
+    kl_coef: Annotated[float, Setting(section="optimisation", at_least=1e-4, at_most=1e4, on_resume="keep")] = 1.0
+    """First weight of the KL penalty; after each update it is halved or doubled towards penalty_kl, within 1e-4 and
+    1e4."""
+    penalty_kl: Annotated[float, Setting(section="optimisation", above=0)] = 0.01
+    """Target of the penalty: the weight is halved below penalty_kl / 1.5, doubled above penalty_kl x 1.5. Not a limit,
+    unlike target_kl."""
     clip_coef: Annotated[
         float | str | None,
         Setting(section="optimisation", at_least=0, scheduled=True, search=Search((0.1, 0.2, 0.3, 0.4))),
@@ -516,6 +529,7 @@ SETTINGS: dict[str, Setting] = {
 }
 ALIASES = {setting.alias: name for name, setting in SETTINGS.items() if setting.alias}
 _take_aliases(Config)
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 SCHEDULED = tuple(name for name, setting in SETTINGS.items() if setting.scheduled)
 CHOSEN_AT_START = tuple(name for name, setting in SETTINGS.items() if setting.chosen_at_start)
 # A resumed run must keep these
@@ -655,10 +669,31 @@ def parse_schedule(text: str, name: str = "schedule") -> tuple[str, float, float
         return shape, values[0], values[0]
     if shape in ("linear", "cosine") and len(values) == 2:
         return shape, values[0], values[1]
+    adaptive = ", or adaptive:3e-4:1e-5:1e-2" if name == "learning_rate" else ""
     raise ConfigError(
         f"{name}={text!r} is neither a number nor a schedule; "
-        "use 2.5e-4, constant:2.5e-4, linear:2.5e-4:0 or cosine:2.5e-4:0."
+        f"use 2.5e-4, constant:2.5e-4, linear:2.5e-4:0 or cosine:2.5e-4:0{adaptive}."
     )
+
+
+def parse_adaptive_rate(value: object) -> tuple[float, float, float] | None:
+    """Parse `adaptive:START:LOWEST:HIGHEST` into its three learning rates; None for any other value.
+
+    Raises:
+        ConfigError: these are not three rates with 0 < LOWEST <= START <= HIGHEST.
+    """
+    if not isinstance(value, str) or value.partition(":")[0] != "adaptive":
+        return None
+    try:
+        start, lowest, highest = map(float, value.split(":")[1:])
+    except ValueError:
+        start, lowest, highest = math.nan, math.nan, math.nan
+    if not 0 < lowest <= start <= highest < math.inf:
+        raise ConfigError(
+            f"learning_rate={value!r} must be adaptive:START:LOWEST:HIGHEST with 0 < LOWEST <= START <= HIGHEST, such "
+            "as adaptive:3e-4:1e-5:1e-2."
+        )
+    return start, lowest, highest
 
 
 def _filled(value: int | None) -> int:
@@ -763,7 +798,8 @@ def _check_ranges(config: Config) -> None:
     for name, setting in SETTINGS.items():
         value = getattr(config, name)
         if isinstance(value, str):
-            numbers = parse_schedule(value, name)[1:] if setting.scheduled else ()
+            adaptive = parse_adaptive_rate(value) if name == "learning_rate" else None
+            numbers = adaptive or (parse_schedule(value, name)[1:] if setting.scheduled else ())
         else:
             numbers = value if isinstance(value, tuple) else (value,)
         for number in numbers:
@@ -794,6 +830,7 @@ def _check_ranges(config: Config) -> None:
 def _check_combinations(config: Config) -> None:
     if config.anneal_lr and isinstance(config.learning_rate, str):
         raise ConfigError(f"anneal_lr and learning_rate={config.learning_rate!r} both give a schedule; keep one.")
+    _check_followers_of_the_kl(config)
     if config.anneal_clip and isinstance(config.clip_coef, str):
         raise ConfigError(f"anneal_clip and clip_coef={config.clip_coef!r} both give a schedule; keep one.")
     if config.sign_rewards and config.normalize_rewards:
@@ -843,6 +880,24 @@ def _check_combinations(config: Config) -> None:
             f"n_minibatches={parts} does not divide the batch of {batch} "
             f"(n_envs={config.n_envs} x n_steps={config.n_steps}); nearest that do: "
             f"{_nearest_divisors(batch, parts)}."
+        )
+
+
+def _check_followers_of_the_kl(config: Config) -> None:
+    """Check the settings of an adaptive learning rate and of a penalty on the KL."""
+    adaptive, penalty = parse_adaptive_rate(config.learning_rate) is not None, config.objective != "clip"
+    for name, used, by in (
+        ("adaptive_kl", adaptive, "an adaptive learning rate: --learning-rate adaptive:3e-4:1e-5:1e-2"),
+        ("kl_coef", penalty, "a penalty: --objective penalty or clip_and_penalty"),
+        ("penalty_kl", penalty, "a penalty: --objective penalty or clip_and_penalty"),
+    ):
+        if not used and getattr(config, name) != DEFAULTS[name]:
+            raise ConfigError(f"{name}={getattr(config, name)!r} has no effect without {by}; or leave it out.")
+    if (adaptive or penalty) and (config.update_epochs, config.n_minibatches) == (1, 1):
+        name = f"objective={config.objective}" if penalty else f"learning_rate={config.learning_rate!r}"
+        raise ConfigError(
+            f"{name} with update_epochs=1 and n_minibatches=1: the only step of an update starts from the policy that "
+            "acted, so the KL is always 0; use more epochs or minibatches."
         )
 
 

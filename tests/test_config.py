@@ -80,6 +80,7 @@ KEPT = {
     "sign_rewards": "the scale of what the value network predicts",
     "normalize_rewards": "the scale of what the value network predicts",
     "seed": "the random streams go on",
+    "kl_coef": "only a first value; the weight goes on from the checkpoint's",
     "network": "the network",
     "hidden_sizes": "the network",
     "activation": "the network",
@@ -120,20 +121,24 @@ def test_only_settings_that_leave_a_choice_are_chosen_at_the_start():
         assert "auto" in (*get_args(hints[name]), getattr(Config(), name)) or SETTINGS[name].unset, name
 
 
+# Settings that other settings need to have an effect
+NEEDED = {"vectorization": "pool", "objective": "penalty", "learning_rate": "adaptive:3e-4:1e-5:1e-2"}
+
+
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.above is not None])
 def test_exclusive_bounds_are_refused_themselves(name):
     with pytest.raises(ConfigError, match=rf"{name}=0\.0 must be greater than 0"):
-        Config(**{name: 0.0, "vectorization": "pool"})
-    Config(**{name: 1e-9, "vectorization": "pool"})
+        Config(**NEEDED | {name: 0.0})
+    Config(**NEEDED | {name: 1e-9})
 
 
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.at_least is not None])
 def test_inclusive_bounds_are_accepted(name):
     setting = SETTINGS[name]
     of = (lambda x: (x,)) if name == "hidden_sizes" else lambda x: x
-    Config(**{name: of(setting.at_least), "vectorization": "pool", "memory": "gru"})
+    Config(**NEEDED | {"memory": "gru", name: of(setting.at_least)})
     with pytest.raises(ConfigError, match=rf"{name}=.*-?\d+.* must be at least {setting.at_least}; nearest valid"):
-        Config(**{name: of(setting.at_least - 1), "vectorization": "pool"})
+        Config(**NEEDED | {name: of(setting.at_least - 1)})
 
 
 def test_settings_page_is_current_and_holds_each_setting_once():
@@ -262,6 +267,22 @@ MISTAKES = {
     "schedule": ("--learning-rate lineal:1:0", "is neither a number nor a schedule; use 2.5e-4"),
     "half a schedule": ("--clip-coef linear:1", "clip_coef='linear:1' is neither"),
     "schedule's end": ("--ent-coef linear:0.1:-1", "ent_coef='linear:0.1:-1' must be at least 0"),
+    "adaptive, half": ("--learning-rate adaptive:1e-3", "must be adaptive:START:LOWEST:HIGHEST with 0 < LOWEST <="),
+    "adaptive, order": ("--learning-rate adaptive:1e-3:1e-2:1e-4", "such as adaptive:3e-4:1e-5:1e-2"),
+    "adaptive clip range": ("--clip-coef adaptive:1:1:1", "clip_coef='adaptive:1:1:1' is neither a number nor"),
+    "adaptive and annealed": (
+        "--anneal-lr --learning-rate adaptive:3e-4:1e-5:1e-2",
+        "anneal_lr and learning_rate='adaptive:3e-4:1e-5:1e-2' both give a schedule; keep one",
+    ),
+    "adaptive target alone": ("--adaptive-kl 0.02", "adaptive_kl=0.02 has no effect without an adaptive learning rate"),
+    "penalty's target alone": ("--penalty-kl 0.02", "penalty_kl=0.02 has no effect without a penalty: --objective"),
+    "penalty's weight alone": ("--kl-coef 2", "kl_coef=2.0 has no effect without a penalty: --objective penalty"),
+    "penalty's weight": ("--objective penalty --kl-coef 1e5", "kl_coef=100000.0 must be at most 10000.0"),
+    "penalty of one step": (
+        "--objective penalty --update-epochs 1 --n-minibatches 1",
+        "so the KL is always 0; use more epochs or minibatches",
+    ),
+    "objective": ("--objective penalised", "objective='penalised' must be clip or penalty or clip_and_penalty"),
     "two schedules": ("--anneal-lr --learning-rate linear:1:0", "both give a schedule; keep one"),
     "seed": ("--seed -1", "seed=-1 must be at least 0"),
     "target kl": ("--target-kl 0", "target_kl=0.0 must be greater than 0"),

@@ -136,6 +136,19 @@ def test_rows_lie_on_the_surrogate_and_clipped_ones_on_its_flat_part(open_page, 
     assert not any(ratio > 1.2 if advantage >= 0 else ratio < 0.8 for advantage, ratio in unclipped)
 
 
+def test_a_penalty_clips_no_row(open_page, tmp_path):
+    Trainer(dataclasses.replace(SMALL, objective="penalty", learning_rate=2e-2, run_dir=tmp_path / "run")).run()
+    report([tmp_path / "run"], tmp_path / "page.html")
+    one = open_page(tmp_path / "page.html")
+    for points, sign in ((1, 1), (3, -1)):
+        xs, ys = one.trace("surrogate", points, "x"), one.trace("surrogate", points, "y")
+        assert max(abs(x - 1) for x in xs) > 0.2, "some rows lie outside of the clip range"
+        assert ys == pytest.approx([x * sign for x in xs])
+    assert one.trace("scatter", 1, "x") == []
+    title = one.page.evaluate("document.getElementById('surrogate').layout.title.text")
+    assert title == "Objective by ratio, without the KL penalty"
+
+
 def test_the_legend_hides_runs_and_the_buttons_change_the_axis(open_page, runs):
     one = open_page(runs / "two.html")
     one.show("returns")

@@ -57,6 +57,7 @@ def test_what_is_searched():
     assert {"learning_rate", "gamma", "n_steps", "anneal_lr"} <= set(every)
     assert all(s.choices or s.low < s.high for s in every.values())
     assert "gamma" not in tune.searched(Config(gamma=0.9))
+    assert "anneal_lr" not in tune.searched(Config(learning_rate="linear:1e-3:0"))
     assert list(tune.searched(Config(), ["gamma"])) == ["gamma"]
     with pytest.raises(ConfigError, match="env_id can't be searched; there are n_steps, gamma"):
         tune.searched(Config(), ["env_id"])

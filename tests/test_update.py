@@ -34,6 +34,7 @@ def coefficients(**changes):
         "max_grad_norm": 0.5,
         "gamma": 0.99,
         "gae_lambda": 0.95,
+        "kl_coef": 0.0,
     }
     return Coefficients(*(torch.tensor(float(v)) for v in (values | changes).values()))
 

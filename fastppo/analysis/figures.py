@@ -70,6 +70,7 @@ DIAGNOSTICS = (
     ),
     Diagnostic("Learning rate", (("charts/learning_rate", ""),)),
     Diagnostic("Clip range", (("charts/clip_coef", ""),)),
+    Diagnostic("Weight of the KL penalty", (("charts/kl_coef", ""),), log=True, optional=True),
     Diagnostic(
         "Gradient norm before clipping", (("losses/grad_norm", "norm"), ("charts/max_grad_norm", "limit")), log=True
     ),

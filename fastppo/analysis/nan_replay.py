@@ -103,11 +103,14 @@ def _minibatch_tensors(policy: Policy, dump: NanDump, rows: Tensor) -> Iterator[
         yield from layers
         yield "distribution parameters", output.params.detach()
         yield "values", output.values.detach()
-        now = policy.evaluate_actions(output, batch.actions, batch.params)
+        objective = PPOLoss(dump.metadata["value_clip"], dump.metadata.get("objective", "clip"))
+        now = policy.evaluate_actions(output, batch.actions, batch.params, kl_gradient=objective.penalizes_kl)
         yield "log-probabilities", now.logprobs.detach()
         yield "ratios", (now.logprobs.detach() - batch.logprobs).exp()
         yield "entropy", now.entropy.detach()
-        loss, _ = PPOLoss(dump.metadata["value_clip"])(now, batch, dump.coefs)
+        if objective.penalizes_kl:
+            yield "KL", now.exact_kl.detach()
+        loss, _ = objective(now, batch, dump.coefs)
         yield "loss", loss.detach()
         trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=True)

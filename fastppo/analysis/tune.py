@@ -44,6 +44,8 @@ def searched(base: Config, wanted: Sequence[str] = ()) -> dict[str, Search]:
         ConfigError: a setting can't be searched, or is given.
     """
     known = {name: setting.search for name, setting in SETTINGS.items() if setting.search is not None}
+    if isinstance(base.learning_rate, str):  # a schedule of its own
+        del known["anneal_lr"]
     for name in wanted:
         if name not in known:
             raise ConfigError(f"search: {name} can't be searched; there are {', '.join(known)}.")

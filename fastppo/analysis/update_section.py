@@ -37,7 +37,8 @@ def update_section(runs: Sequence[RunData], figures: Figures) -> Iterator[str]:
             f"Up to {ROWS} rows of a rollout, evaluated before the first epoch (epoch 0) and after each epoch. "
             "Advantages are normalised over the whole rollout, unless the run trains without normalisation. A row is "
             "clipped, so that its policy gradient is zero, if its ratio is above the clip range and its advantage is "
-            "positive, or if its ratio is below the clip range and its advantage is negative."
+            "positive, or if its ratio is below the clip range and its advantage is negative. With objective=penalty, "
+            "no row is clipped."
         ]
     )
     options = "".join(f'<option value="{i}">{html.escape(label)}</option>' for i, label in enumerate(data))
@@ -67,6 +68,7 @@ def _sample_data(run: RunData, sample: UpdateSample) -> dict[str, Any]:
         "update": sample.iteration,
         "step": int(run.column("global_step")[at[0]]) if len(at) else None,
         "clip": sample.coefs["clip_coef"],
+        "clips": run.config.get("objective") != "penalty",
         "ratios": [plain(row) for row in sample.ratios],
         "advantages": plain(sample.advantages),
         "gae": [[name, plain(row)] for name, row in advantages_by_lambda(sample).items()],
@@ -157,7 +159,7 @@ function draw() {
   document.getElementById("update-text").textContent = `update ${s.update}${step}`;
   document.getElementById("epoch-text").textContent = `after epoch ${epoch.value} of ${s.ratios.length - 1}`;
   if (!visible) return;
-  const clipped = r.map((x, i) => a[i] >= 0 ? x > 1 + c : x < 1 - c);
+  const clipped = r.map((x, i) => s.clips && (a[i] >= 0 ? x > 1 + c : x < 1 - c));
   const pick = (xs, keep) => xs.filter((_, i) => keep(i));
   const limits = [1 - c, 1 + c];
   const vertical = limits.map(x => ({type: "line", x0: x, x1: x, y0: 0, y1: 1, yref: "paper", line: {dash: "dash"}}));
@@ -169,11 +171,14 @@ function draw() {
   Plotly.update("scatter", {x: [pick(a, i => !clipped[i]), pick(a, i => clipped[i])],
     y: [pick(r, i => !clipped[i]), pick(r, i => clipped[i])]}, {shapes: horizontal});
   const grid = Array.from({length: 101}, (_, i) => range[0] + (range[1] - range[0]) * i / 100);
-  const objective = sign => x => Math.min(x * sign, Math.min(Math.max(x, 1 - c), 1 + c) * sign);
+  const clip = x => s.clips ? Math.min(Math.max(x, 1 - c), 1 + c) : x;
+  const objective = sign => x => Math.min(x * sign, clip(x) * sign);
+  const titles = {"title.text": s.clips ? "Clipped objective by ratio" : "Objective by ratio, without the KL penalty",
+    "yaxis.title.text": s.clips ? "min(r A, clip(r) A) / |A|" : "r A / |A|"};
   const up = pick(r, i => a[i] > 0), down = pick(r, i => a[i] < 0);
   Plotly.update("surrogate", {x: [grid, up, grid, down],
     y: [grid.map(objective(1)), up.map(objective(1)), grid.map(objective(-1)), down.map(objective(-1))]},
-    {shapes: vertical, "xaxis.range": range});
+    {shapes: vertical, "xaxis.range": range, ...titles});
   const all = document.getElementById("gae").data.map((_, i) => s.gae[i] || ["", []]);
   Plotly.restyle("gae", {x: all.map(([, y]) => y.map((_, t) => t)), y: all.map(([, y]) => y),
     name: all.map(([name]) => name), showlegend: all.map(([name]) => name !== "")});

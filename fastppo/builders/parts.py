@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from fastppo.builders.resolve import known, schedule_of
-from fastppo.config import SCHEDULED, Config
+from fastppo.config import SCHEDULED, Config, parse_adaptive_rate
 from fastppo.envs.backends import backend_of
 from fastppo.envs.factory import seed_global_streams
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
@@ -20,6 +21,7 @@ from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.adam import adam
+from fastppo.functional.adaptation import Adaptation, adapted_kl_coef, adapted_learning_rate
 from fastppo.functional.gae import gae_doubling
 from fastppo.functional.losses import PPOLoss
 from fastppo.monitoring.stats import Statistics
@@ -121,11 +123,19 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
 
 def build_update(c: Config, models: Models, device: torch.device, world: World, n_envs: int | None = None) -> PPOUpdate:
     """Build the PPO update, for `n_envs` environments (None: the config's)."""
+    loss = PPOLoss(c.value_clip or "off", c.objective)
+    adaptive_rate = adaptive_kl_coef = None
+    if rates := parse_adaptive_rate(c.learning_rate):
+        start, lowest, highest = rates
+        rule = functools.partial(adapted_learning_rate, target=c.adaptive_kl, lowest=lowest, highest=highest)
+        adaptive_rate = Adaptation(start, rule)
+    if loss.penalizes_kl:
+        adaptive_kl_coef = Adaptation(c.kl_coef, functools.partial(adapted_kl_coef, target=c.penalty_kl))
     return PPOUpdate(
         policy=models.policy,
         parameters=models.parameters,
         generator=generator(c.seed, "shuffle", device, world.rank),
-        loss=PPOLoss(c.value_clip or "off"),
+        loss=loss,
         optimizer=adam(c.adam_eps),
         update_epochs=known(c.update_epochs),
         n_minibatches=known(c.n_minibatches),
@@ -134,6 +144,8 @@ def build_update(c: Config, models: Models, device: torch.device, world: World, 
         world=world,
         segment_length=(c.segment_length or known(c.n_steps)) if models.policy.has_memory else 1,
         n_envs=n_envs or known(c.n_envs),
+        adaptive_rate=adaptive_rate,
+        adaptive_kl_coef=adaptive_kl_coef,
     )
 
 
@@ -291,7 +303,7 @@ def build_learning(
         clock,
         reward_normalizer=models.reward_normalizer,
         sign_rewards=bool(c.sign_rewards),
-        schedules={name: schedule_of(c, name) for name in SCHEDULED},
+        schedules={name: schedule_of(c, name) for name in SCHEDULED if name not in update.adapted},
         kl_stop_factor=c.kl_stop_factor,
     )
     every = c.record_ratios

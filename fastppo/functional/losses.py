@@ -12,6 +12,7 @@ from fastppo.functional.diagnostics import approx_kl_k1, approx_kl_k3, clip_frac
 from fastppo.functional.moments import Pool
 
 ValueClip = Literal["off", "max", "clipped_only"]
+Objective = Literal["clip", "penalty", "clip_and_penalty"]
 
 
 class Batch(NamedTuple):
@@ -49,7 +50,10 @@ class Batch(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """Scheduled scalars, each a 0-d tensor on the training device, so that annealing recompiles nothing."""
+    """Scalars that change in a run, each a 0-d tensor on the training device, so that a change recompiles nothing.
+
+    A schedule sets them, apart from those that the update adapts: `PPOUpdate.adapted`.
+    """
 
     learning_rate: Tensor
     clip_coef: Tensor
@@ -59,6 +63,7 @@ class Coefficients(NamedTuple):
     max_grad_norm: Tensor
     gamma: Tensor
     gae_lambda: Tensor
+    kl_coef: Tensor
 
 
 class ActionEvaluation(NamedTuple):
@@ -68,7 +73,7 @@ class ActionEvaluation(NamedTuple):
         logprobs: [B] in nats.
         entropy: [B] of the current policy's distribution, in nats.
         values: [B] V of the current critic.
-        exact_kl: [B] KL(old || current) in nats; no gradient flows here.
+        exact_kl: [B] KL(old || current) in nats; a gradient flows here only for a loss that penalises it.
     """
 
     logprobs: Tensor
@@ -81,12 +86,18 @@ class Loss(Protocol):
     """A loss of one minibatch.
 
     Attributes:
-        diagnostics: names of what a call reports beside the loss; `approx_kl` among them, which the early stop reads.
+        diagnostics: names of what a call reports beside the loss; `approx_kl` among them, which the early stop reads,
+            and `exact_kl`, which adapted coefficients follow.
+        penalizes_kl: whether the gradient of `ActionEvaluation.exact_kl` is needed.
     """
 
     @property
     def diagnostics(self) -> tuple[str, ...]:
         """Names, in the order of the values."""
+
+    @property
+    def penalizes_kl(self) -> bool:
+        """Whether the loss contains the KL."""
 
     def __call__(self, current: ActionEvaluation, batch: Batch, coefs: Coefficients) -> tuple[Tensor, Tensor]:
         """Compute the loss [] to minimise, and the diagnostics [D], detached."""
@@ -108,6 +119,18 @@ def clipped_policy_loss(logratio: Tensor, advantages: Tensor, clip_coef: Tensor,
     ratio = logratio.exp()
     clipped = torch.clamp(ratio, 1 - clip_coef, 1 + clip_coef)
     return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), valid)
+
+
+def unclipped_policy_loss(logratio: Tensor, advantages: Tensor, valid: Tensor | None = None) -> Tensor:
+    """The surrogate of conservative policy iteration, for use with a penalty on the KL.
+
+        L = -mean(r A),   r = exp(logratio)
+
+    Arguments as for `clipped_policy_loss`.
+
+    Source: Schulman et al. 2017, eq. 6 (arXiv:1707.06347), with the sign turned.
+    """
+    return -masked_mean(logratio.exp() * advantages, valid)
 
 
 def value_loss(
@@ -184,18 +207,25 @@ def normalize_advantages(advantages: Tensor, valid: Tensor | None = None, pool: 
 class PPOLoss:
     """PPO's loss of one minibatch.
 
-        L = L_clip + vf_coef L_value - ent_coef mean(entropy)
+        L = L_policy + vf_coef L_value - ent_coef mean(entropy)
 
-    A loss is any callable with this signature and `diagnostics`; `PPOUpdate` takes one.
+        clip:              L_policy = L_clip
+        penalty:           L_policy = -mean(r A) + kl_coef mean(KL(old || new))
+        clip_and_penalty:  L_policy = L_clip     + kl_coef mean(KL(old || new))
+
+    The KL is the distribution's closed form, not an estimate from the sampled actions. A loss is any callable with this
+    signature, `diagnostics` and `penalizes_kl`; `PPOUpdate` takes one.
 
     Attributes:
         value_clip: see `value_loss`.
-        diagnostics: names of the values that a call reports beside the loss.
+        objective: one of the three above.
+        diagnostics: names of the values that a call reports beside the loss; `policy_loss` is without the penalty.
 
-    Source: Schulman et al. 2017, eq. 9 (arXiv:1707.06347), with the sign turned.
+    Source: Schulman et al. 2017, eqs. 8 and 9 (arXiv:1707.06347), with the sign turned.
     """
 
     value_clip: ValueClip
+    objective: Objective = "clip"
     diagnostics: ClassVar[tuple[str, ...]] = (
         "policy_loss",
         "value_loss",
@@ -206,20 +236,30 @@ class PPOLoss:
         "clipfrac",
     )
 
+    @property
+    def penalizes_kl(self) -> bool:
+        """Whether the loss contains the KL."""
+        return self.objective != "clip"
+
     def __call__(self, current: ActionEvaluation, batch: Batch, coefs: Coefficients) -> tuple[Tensor, Tensor]:
         """Compute the loss [], and the values of `diagnostics` [7], detached; entropy is reported positive.
 
         Args:
             current: batch.actions under the current policy.
             batch: the rows, with advantages normalised already if they should be.
-            coefs: scheduled scalars.
+            coefs: scalars of this iteration.
         """
         valid = batch.valid
         logratio = current.logprobs - batch.logprobs
-        policy = clipped_policy_loss(logratio, batch.advantages, coefs.clip_coef, valid)
+        if self.objective == "penalty":
+            policy = unclipped_policy_loss(logratio, batch.advantages, valid)
+        else:
+            policy = clipped_policy_loss(logratio, batch.advantages, coefs.clip_coef, valid)
         critic = value_loss(current.values, batch.values, batch.returns, self.value_clip, coefs.value_clip_coef, valid)
         entropy = masked_mean(current.entropy, valid)
         loss = policy + coefs.vf_coef * critic - coefs.ent_coef * entropy
+        if self.penalizes_kl:
+            loss = loss + coefs.kl_coef * masked_mean(current.exact_kl, valid)
         with torch.no_grad():
             x = logratio.detach()
             diagnostics = torch.stack(

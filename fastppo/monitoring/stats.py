@@ -87,7 +87,7 @@ class Statistics:
         Args:
             iteration: counted from 1.
             named: the metrics by name, from `Metrics.read` and already counted by `Metrics.count`.
-            coefs: values of the scheduled coefficients, and `kl_limit`.
+            coefs: values of the scheduled coefficients, and `kl_limit`; adapted ones are measured.
             sample: the sample of this update, if one was taken.
         """
         clock, metrics, measured = self._clock, self._metrics, dict(named)
@@ -100,6 +100,8 @@ class Statistics:
         returns, lengths = measured.pop("returns"), measured.pop("lengths")
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
         reward_per_step = measured.pop("rewards") / max(1.0, measured.pop("steps"))
+        shown = {name: coefs[name] for name in ("learning_rate", "clip_coef", "max_grad_norm") if name in coefs}
+        shown |= {name: measured.pop(name) for name in ("learning_rate", "kl_coef") if name in measured}
         for name in ("broken", "skipped_in_a_row"):
             del measured[name]
         scalars = {f"losses/{name}": value for name, value in measured.items()}
@@ -108,9 +110,7 @@ class Statistics:
             "charts/sps_window": clock.sps_window,
             "charts/sps_steady": clock.sps_steady,
             "charts/reward_per_step": reward_per_step,
-            "charts/learning_rate": coefs["learning_rate"],
-            "charts/clip_coef": coefs["clip_coef"],
-            "charts/max_grad_norm": coefs["max_grad_norm"],
+            **{f"charts/{name}": value for name, value in shown.items()},
             **{f"time/{phase}": seconds for phase, seconds in elapsed.items()},
         }
         if self._box_actions:

@@ -186,13 +186,15 @@ class Policy(nn.Module):
         values: Tensor = self(obs, state, starts).values
         return values
 
-    def evaluate_actions(self, output: PolicyOutput, actions: Tensor, old_params: Tensor) -> ActionEvaluation:
+    def evaluate_actions(
+        self, output: PolicyOutput, actions: Tensor, old_params: Tensor, *, kl_gradient: bool = False
+    ) -> ActionEvaluation:
         """Evaluate stored actions [B, *action], sampled with `old_params` [B, P], under the network's output.
 
-        Gradients flow except into `exact_kl`.
+        Gradients flow, into `exact_kl` only with `kl_gradient`.
         """
         dist = self.distribution
-        exact_kl = dist.kl(old_params, output.params.detach())
+        exact_kl = dist.kl(old_params, output.params if kl_gradient else output.params.detach())
         log_prob, entropy = dist.log_prob(output.params, actions), dist.entropy(output.params)
         return ActionEvaluation(log_prob, entropy, output.values, exact_kl)
 

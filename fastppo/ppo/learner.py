@@ -26,7 +26,8 @@ class Learner:
     """Learns from the stored rollout: call `anneal`, then the learner.
 
     Attributes:
-        coefs: this iteration's coefficients, as tensors that are written in place.
+        coefs: this iteration's coefficients, as tensors that are written in place: by `anneal`, or by the update where
+            it adapts them.
         coef_values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
         gae: the kernel that computes advantages.
         update: the epochs.
@@ -57,7 +58,7 @@ class Learner:
             clock: times the phases.
             reward_normalizer: scales rewards by running moments; None: rewards are not scaled.
             sign_rewards: learn from the signs of rewards.
-            schedules: (shape, start, end) of each coefficient.
+            schedules: (shape, start, end) of each coefficient that the update doesn't adapt, and of target_kl.
             kl_stop_factor: an update stops at a KL of kl_stop_factor * target_kl.
         """
         self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
@@ -68,7 +69,8 @@ class Learner:
         n_steps, n_envs = rollout.rewards.shape
         self.gae = choose_gae(n_steps, n_envs, device)
         self._estimate: Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]] = self._estimate_eagerly
-        self.coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
+        names = Coefficients._fields
+        self.coefs = Coefficients(*(update.adapted.get(name, torch.zeros((), device=device)) for name in names))
         self.coef_values: dict[str, float] = {}
         self._begin: Callable[[], Tensor] = self._begin_eagerly
         self._finish: Callable[[], Tensor] = self._finish_eagerly
@@ -77,7 +79,8 @@ class Learner:
         """Write the coefficients of an iteration that begins at `progress` in [0, 1], and draw its permutations."""
         self.coef_values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
         for name, tensor in self.coefs._asdict().items():
-            tensor.fill_(self.coef_values[name])
+            if name in self.coef_values:
+                tensor.fill_(self.coef_values[name])
         with self._clock.phase("update"):
             self.coef_values["kl_limit"] = limit = self.coef_values["target_kl"] * self._kl_stop_factor
             self.update.prepare(self._rollout.rewards.numel(), limit)
@@ -153,7 +156,10 @@ class Learner:
         pool = GraphPool(self.device)
         begin, finish = (
             capture(work, keep=keep, fresh=[], device=self.device, pool=pool, world=self.update.world)
-            for work, keep in ((self._begin_eagerly, rewards), (self._finish_eagerly, self._metrics.kept()))
+            for work, keep in (
+                (self._begin_eagerly, rewards),
+                (self._finish_eagerly, [*self._metrics.kept(), *self.update.adapted.values()]),
+            )
         )
         self.update.capture(self.coefs, pool)
 
@@ -178,7 +184,7 @@ class Learner:
         return rewards
 
     def _finish_eagerly(self) -> Tensor:
-        return self._metrics.measure(self.update.report())
+        return self._metrics.measure(self.update.finish())
 
     def _trajectory(self, rewards: Tensor) -> Trajectory:
         r = self._rollout

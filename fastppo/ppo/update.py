@@ -1,7 +1,8 @@
 """The PPO update: epochs over shuffled minibatches, with KL early stopping.
 
 `PPOUpdate.run_epochs` is the loop; `update_step` takes one minibatch. Every decision, early stopping included, is made
-on the device, so an epoch can be one CUDA graph that every epoch replays.
+on the device, so an epoch can be one CUDA graph that every epoch replays. The same holds for coefficients that follow
+the KL: the learning rate from minibatch to minibatch, the weight of a penalty on the KL from update to update.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastppo.functional.adaptation import Adaptation
 from fastppo.functional.losses import Batch, Coefficients, Loss, advantage_scale, normalize_advantages
 from fastppo.functional.optimizer import Optimizer
 from fastppo.policies.flat_parameters import FlatParameters
@@ -46,11 +48,14 @@ class PPOUpdate:
             minibatch whose KL does.
         world: the ranks that share each minibatch.
         state: the tensors that a minibatch changes.
+        adapted: the coefficients that the update adapts, [] each, by their name in `Coefficients`: "learning_rate",
+            "kl_coef". The coefficients given to a run must hold these tensors.
         trained: names of the trained parameters in the policy.
         report_names: names of the values that `run` returns: the loss's diagnostics and the gradient norm before
             clipping, averaged over the steps taken; minibatches skipped because their gradient was not finite;
             minibatches and epochs run; whether the KL stopped the update (0 or 1), and that KL; the most minibatches
-            skipped in a row, continuing from earlier updates.
+            skipped in a row, continuing from earlier updates; the adapted coefficients: the learning rate after the
+            last minibatch, the KL coefficient of this update.
     """
 
     def __init__(
@@ -68,6 +73,8 @@ class PPOUpdate:
         world: World | None = None,
         segment_length: int = 1,
         n_envs: int = 1,
+        adaptive_rate: Adaptation | None = None,
+        adaptive_kl_coef: Adaptation | None = None,
     ) -> None:
         """Allocate the state and initialise the optimiser.
 
@@ -84,6 +91,9 @@ class PPOUpdate:
             world: None: a single rank.
             segment_length: L.
             n_envs: N.
+            adaptive_rate: adapts the learning rate before each step to the exact KL of its minibatch; None: a schedule
+                sets it.
+            adaptive_kl_coef: adapts the KL coefficient after each update, for a loss that penalises the KL.
         """
         self.segment_length, self.n_envs = segment_length, n_envs
         self.policy, self.parameters, self.generator = policy, parameters, generator
@@ -94,10 +104,16 @@ class PPOUpdate:
         self.report_names = (*loss.diagnostics, "grad_norm", "skipped_minibatches", "minibatches_run", "epochs_run")
         self.report_names += ("stopped", "stop_kl", "skipped_in_a_row")
         vector = parameters.vector
+        adaptive = {"learning_rate": adaptive_rate, "kl_coef": adaptive_kl_coef}
+        self.adapted = {name: vector.new_full((), a.start) for name, a in adaptive.items() if a is not None}
+        self.report_names += tuple(self.adapted)
+        self._adaptive_kl_coef = adaptive_kl_coef
+        # mean exact KL of the last epoch
+        self._last_kl = vector.new_zeros(())
         self.state = UpdateState(
             params=vector,
             optimizer=optimizer.init(vector),
-            sums=vector.new_zeros(self._n_figures + 3),
+            sums=vector.new_zeros(self._n_figures + (3 if adaptive_kl_coef is None else 5)),
             kl_limit=vector.new_zeros(()),
             stop_kl=vector.new_zeros(()),
             skipped=vector.new_zeros(2),
@@ -111,7 +127,14 @@ class PPOUpdate:
         self._layout: BatchLayout | None = None
         self._gradient = LossGradient(policy, parameters, loss, scale_advantages=normalize == "minibatch")
         self.trained = self._gradient.trained
-        self._bound = functools.partial(update_step, optimizer=optimizer, kl_index=loss.diagnostics.index("approx_kl"))
+        self._bound = functools.partial(
+            update_step,
+            optimizer=optimizer,
+            kl_index=loss.diagnostics.index("approx_kl"),
+            exact_kl_index=loss.diagnostics.index("exact_kl"),
+            adapt_rate=None if adaptive_rate is None else adaptive_rate.rule,
+            sum_exact_kl=adaptive_kl_coef is not None,
+        )
         alone = self.world.size == 1
         self._step: Step = functools.partial(self._bound, gradient_fn=self._gradient if alone else self._summed)
         self._epoch: Epoch = self._run_epoch
@@ -198,7 +221,7 @@ class PPOUpdate:
     def run(
         self, batch: Batch, coefs: Coefficients, *, watch: bool, on_epoch: Callable[[], None] | None = None
     ) -> Tensor:
-        """Run the update that `prepare` set up: `begin`, `run_epochs` and `report`.
+        """Run the update that `prepare` set up: `begin`, `run_epochs` and `finish`.
 
         Args:
             batch: all rows of the rollout.
@@ -211,7 +234,7 @@ class PPOUpdate:
         """
         self.begin(batch)
         self.run_epochs(coefs, watch=watch, on_epoch=on_epoch)
-        return self.report()
+        return self.finish()
 
     def begin(self, batch: Batch) -> None:
         """Lay out `batch`, all rows of the rollout, for the epochs, and reset the figures of the report."""
@@ -242,16 +265,29 @@ class PPOUpdate:
             if watch and self._stopped():
                 break
 
+    def finish(self) -> Tensor:
+        """Return the report of the epochs run since `begin`, then adapt the KL coefficient for the next update.
+
+        The coefficient follows the mean exact KL of the last epoch: it covers every row of the rollout once, and costs
+        no pass of its own. Each minibatch is measured before its step, so the mean lags half an epoch behind the KL
+        after the update that section 4 of the paper takes.
+        """
+        report = self.report()
+        if self._adaptive_kl_coef is not None:
+            kl_coef = self.adapted["kl_coef"]
+            kl_coef.copy_(self._adaptive_kl_coef.rule(kl_coef, self._last_kl))
+        return report
+
     def report(self) -> Tensor:
         """Return the values of `report_names` for the epochs run since `begin`, on the device."""
         state, n = self.state, self._n_figures
-        figures, (taken, within, _) = state.sums[:n], state.sums[n:]
+        figures, (taken, within) = state.sums[:n], state.sums[n : n + 2]
         stopped = (state.kl_limit == -math.inf).float()
         begun = within + stopped if self.kl_stop == "minibatch" else within
         # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
         epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
-        rest = torch.stack((within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1]))
-        return torch.cat((figures / taken, rest))
+        rest = (within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1], *self.adapted.values())
+        return torch.cat((figures / taken, torch.stack(rest)))
 
     def gradient(self, batch: Batch, coefs: Coefficients) -> Tensor:
         """Return the gradient [P] of the first minibatch drawn by `prepare`, at the current parameters."""
@@ -264,10 +300,14 @@ class PPOUpdate:
         self._step(self.state, minibatch, coefs, self._gradient.constants)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the optimiser's state and the random stream of the permutations, without the parameters."""
+        """Return all that the next update needs, without the parameters.
+
+        Optimiser, adapted coefficients, and the random stream of the permutations.
+        """
         state = self.state
         return {
             **state.optimizer._asdict(),
+            **self.adapted,
             "streak": state.skipped,
             "shuffles": self.generator.get_state(),
         }
@@ -276,6 +316,9 @@ class PPOUpdate:
         """Restore in place from `state_dict()`."""
         for name, tensor in self.state.optimizer._asdict().items():
             tensor.copy_(saved[name])
+        for name, tensor in self.adapted.items():
+            if name in saved:  # a run that did not adapt it may be resumed as one that does
+                tensor.copy_(saved[name])
         self.state.skipped.copy_(saved["streak"])
         self.generator.set_state(saved["shuffles"].cpu())
 
@@ -286,7 +329,7 @@ class PPOUpdate:
 
     def kept(self) -> list[Tensor]:
         """List the tensors that an update changes and the next one reads."""
-        return [self.state.params, *self.state.optimizer, self.state.skipped]
+        return [self.state.params, *self.state.optimizer, self.state.skipped, *self.adapted.values()]
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Pack `batch` for minibatches."""
@@ -329,13 +372,18 @@ class PPOUpdate:
         return self.state.kl_limit.item() == -math.inf
 
     def _end_epoch(self) -> None:
-        """Compare the epoch's mean KL with its limit."""
+        """Compare the epoch's mean KL with its limit, and keep its mean exact KL for an adaptive penalty."""
+        state, of_epoch = self.state, self.state.sums[self._n_figures + 2 :]
+        if self._adaptive_kl_coef is not None:
+            total, number = of_epoch[1:]
+            # no minibatch counts in an epoch after the stop
+            self._last_kl.copy_(torch.where(number > 0, total / number, self._last_kl))
+            of_epoch[1:].zero_()
         if self.kl_stop == "minibatch":
             return
-        state = self.state
-        kl = state.sums[-1] / self.n_minibatches
+        kl = of_epoch[0] / self.n_minibatches
         # "not <=", so that NaN stops too
         ends = ~(kl <= self._epoch_limit) & (self._epoch_limit != math.inf) & (state.kl_limit != -math.inf)
         state.stop_kl.copy_(torch.where(ends, kl, state.stop_kl))
         state.kl_limit.copy_(torch.where(ends, -math.inf, state.kl_limit))
-        state.sums[-1].zero_()
+        of_epoch[0].zero_()

@@ -28,7 +28,8 @@ class UpdateState(NamedTuple):
         params: [P] the policy's parameters, flat.
         optimizer: the optimiser's state, a NamedTuple of tensors.
         sums: [D + 4]: sums of diagnostics and gradient norm over the steps taken; numbers of steps taken and of
-            minibatches within the KL limit; sum of the epoch's KLs.
+            minibatches within the KL limit; sum of the epoch's KLs. With a penalty on the KL [D + 6]: then sum and
+            number of the epoch's exact KLs, up to that of the minibatch that stopped the update.
         kl_limit: [] largest KL of a minibatch; inf: no limit; -inf: the update has stopped.
         stop_kl: [] the KL that stopped the update.
         skipped: [2] minibatches skipped in a row: current count, and this update's maximum.
@@ -79,31 +80,45 @@ def update_step(
     gradient_fn: GradientFn,
     optimizer: Optimizer,
     kl_index: int,
+    exact_kl_index: int,
+    adapt_rate: Callable[[Tensor, Tensor], Tensor] | None = None,
+    sum_exact_kl: bool = False,
 ) -> None:
     """Take one step on a minibatch and write the result into `state`.
 
     A minibatch whose gradient is not finite is skipped. Once a KL exceeds its limit, this and all later minibatches
-    of the update leave parameters and optimiser unchanged.
+    of the update leave parameters, optimiser and learning rate unchanged. The KL that exceeds the limit still counts
+    where a coefficient follows the KL, or that coefficient would see small KLs only.
 
     Args:
         state: updated in place.
         minibatch: the rows to learn from.
-        coefs: this iteration's coefficients.
+        coefs: this iteration's coefficients; an adapted learning rate is written here.
         constants: frozen parameters and buffers of the policy; see `LossGradient`.
         gradient_fn: computes the gradient, over the rows of all ranks.
         optimizer: takes the step.
         kl_index: index of `approx_kl` among the diagnostics.
+        exact_kl_index: index of `exact_kl`.
+        adapt_rate: rule of an adaptive learning rate: (rate [], exact KL []) -> rate of this step [].
+        sum_exact_kl: sum the exact KLs; see `UpdateState.sums`.
     """
     gradient = gradient_fn(state.params, minibatch, coefs, constants)
     clipped, norm = clip_by_norm(gradient.flat, coefs.max_grad_norm)
     kl, limit, finite = gradient.diagnostics[kl_index], state.kl_limit, norm.isfinite()
     within = (kl <= limit) | (limit == math.inf)  # False for NaN, so a NaN KL stops the update too
     take = within & finite
-    params, optimizer_state = optimizer.step(state.params, clipped, state.optimizer, coefs.learning_rate)
     figures = torch.cat((gradient.diagnostics, norm.unsqueeze(0)))
-    counts = torch.stack((take.to(kl.dtype), within.to(kl.dtype), kl))
-    sums = state.sums + torch.cat((torch.where(take, figures, 0.0), counts))
-    stopped_before = limit == -math.inf
+    stopped_before, exact_kl = limit == -math.inf, gradient.diagnostics[exact_kl_index]
+    if adapt_rate is not None:
+        # before the first step the KL is 0 up to rounding, whose sign must not decide
+        moved = (state.sums[len(figures)] > 0) & ~stopped_before
+        rate = torch.where(moved, adapt_rate(coefs.learning_rate, exact_kl), coefs.learning_rate)
+        coefs.learning_rate.copy_(rate)
+    params, optimizer_state = optimizer.step(state.params, clipped, state.optimizer, coefs.learning_rate)
+    counts = [take.to(kl.dtype), within.to(kl.dtype), kl]
+    if sum_exact_kl:
+        counts += [torch.where(stopped_before, 0.0, exact_kl), (~stopped_before).to(kl.dtype)]
+    sums = state.sums + torch.cat((torch.where(take, figures, 0.0), torch.stack(counts)))
     in_a_row = torch.where(finite, 0.0, state.skipped[0] + 1)
     in_a_row = torch.where(stopped_before, state.skipped[0], in_a_row)
     skipped = torch.stack((in_a_row, torch.maximum(in_a_row, state.skipped[1])))
@@ -144,7 +159,8 @@ class LossGradient:
             leaves = [view.detach().requires_grad_() for view in self._parameters.views(params)]
             by_name = dict(zip([*self.trained, *self._fixed], [*leaves, *constants], strict=True))
             output: PolicyOutput = functional_call(self._policy, by_name, (batch.obs, batch.states, batch.starts))
-            current = self._policy.evaluate_actions(output, batch.actions, batch.params)
+            penalized = self._loss.penalizes_kl
+            current = self._policy.evaluate_actions(output, batch.actions, batch.params, kl_gradient=penalized)
             loss, diagnostics = self._loss(current, batch, coefs)
             gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
         rows = params.new_full((), len(batch.logprobs)) if batch.valid is None else batch.valid.sum().to(params.dtype)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from fastppo.errors import CheckpointError
@@ -78,6 +79,7 @@ def read_nan_dump(folder: Path) -> NanDump:
         states = tuple(tensors[f"states.{i}"] for i in range(sum(name.startswith("states.") for name in tensors)))
         fields = {name: tensors.get(name) for name in Batch._fields if name != "states"}
         batch = Batch(**fields, states=states)  # type: ignore[arg-type]
+        tensors.setdefault("coefs.kl_coef", torch.zeros(()))  # dumps of earlier versions have none
         coefs = Coefficients(*(tensors[f"coefs.{name}"] for name in Coefficients._fields))
         return NanDump(batch, tensors["orders"], coefs, dict(metadata))
     except (KeyError, TypeError, ValueError) as error:

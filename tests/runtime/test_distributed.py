@@ -118,6 +118,13 @@ CASES = {
         "normalize_rewards": True,
         "normalize_advantages": "batch",
     },
+    "compiled, penalty and adaptive rate": {
+        "env_id": "CartPole-v1",
+        "vectorization": "tensor",
+        "objective": "penalty",
+        "learning_rate": "adaptive:1e-3:1e-5:1e-2",
+        "compile": "on",
+    },
     "memory": {
         "env_id": "CartPole-v1",
         "env_kwargs": {"max_episode_steps": 20},
