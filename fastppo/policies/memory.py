@@ -8,6 +8,7 @@ within a sequence nor captured.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -104,10 +105,14 @@ class MinGRU(Memory):
     n_gates = 2
 
     def __init__(self, n_features: int, size: int) -> None:
-        """See `Memory`."""
+        """See `Memory`; the units start with memories of 2 to 33 steps, by the bias of their update gates.
+
+        Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?" (arXiv:1804.11188), with evenly
+        spaced times instead of random ones.
+        """
         super().__init__(n_features, size)
-        # at 0, half the state is lost at each step, and what happened ten steps ago can't be learned
-        nn.init.constant_(self.input.get_parameter("bias").detach()[:size], -1.0)
+        # with biases of 0 each step loses half the state, and what happened ten steps ago can't be learned
+        self.input.get_parameter("bias").detach()[:size] = -torch.linspace(0, math.log(32), size)
 
     def scan(self, gates: Tensor, state: State, starts: Tensor) -> tuple[Tensor, State]:
         """Return outputs and the state (hidden,)."""
