@@ -97,8 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         in_training = isinstance(error, EnvError) and not isinstance(error, EnvStartError)
         if debug:
             traceback.print_exception(error)
-        elif error.__cause__ is not None and in_training:
-            cause = error.__cause__
+        elif in_training and (cause := error.__cause__) is not None and not isinstance(cause, FastPPOError):
             plain = isinstance(cause, RuntimeError) and cause.__traceback__ is None  # a worker's traceback, as text
             print(cause if plain else "".join(traceback.format_exception(cause)), file=sys.stderr)
         rank = os.environ.get("RANK")

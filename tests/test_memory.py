@@ -18,10 +18,13 @@ from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.evaluation.saved_policy import evaluate
+from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.minibatches import sequence_rows
 from fastppo.resume_run import resume
 from fastppo.runs.nan_dump import save_nan_dump
+from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.observations import ObsSpec
 from tests.reference.recurrence_policy import ReferencePolicy, loss_of_sequences
 from tests.worlds import Endings, short
 
@@ -588,9 +591,19 @@ class CellNetwork(nn.Module):
 
     def forward(self, x, state, episode_start):
         (hidden,), outs = state, []
+        if self.broken == "all rows":
+            episode_start = episode_start.any(1, keepdim=True).expand_as(episode_start)
+        if self.broken == "one late":
+            episode_start = torch.cat((torch.zeros_like(episode_start[:1]), episode_start[:-1]))
         for row, start in zip(x, episode_start, strict=True):
-            hidden = self.cell(row, torch.where(start.unsqueeze(-1), 0.0, hidden))
-            outs.append(hidden)
+            began = hidden
+            first = 1.0 if self.broken == "elsewhere" else 0.0
+            hidden = self.cell(row, torch.where(start.unsqueeze(-1), first, hidden))
+            if self.broken == "in place":
+                hidden = began.copy_(hidden)
+            if self.broken == "first step" and len(outs):
+                hidden = began
+            outs.append(hidden.clone())
         out = torch.stack(outs)
         params, values = self.actor(out), self.critic(out).squeeze(-1)
         if self.broken == "no state":
@@ -652,6 +665,11 @@ def test_a_first_state_may_be_learned_and_a_state_may_be_whole_numbers(tmp_path)
         ("no state", r"has memory, so it must return \(params, values, state\)"),
         ("another shape", r"returned a state of shapes \[\(2, 2\)\] after one of \[\(2, 6\)\]"),
         ("params", r"returned \(2, 2\) and \(2,\) for 2 observations"),
+        ("in place", "CellNetwork changes the state that it is given"),
+        ("first step", "computes 3 steps at once differently from one step after the other"),
+        ("one late", "does not begin anew where an episode starts"),
+        ("elsewhere", "does not begin anew where an episode starts"),
+        ("all rows", "forgets where no episode starts"),
     ],
 )
 def test_a_broken_memory_is_one_clear_line(tmp_path, broken, message):
@@ -677,3 +695,24 @@ def test_whole_sequences_stay_together_and_every_row_is_used_once_per_epoch(tmp_
             assert torch.equal(rows[1:], rows[:-1] + 6)
     assert not torch.equal(trainer.update.orders[0], trainer.update.orders[1])
     trainer.env.close()
+
+
+def test_an_enormous_memory_is_refused_before_it_is_built(tmp_path):
+    with pytest.raises(ConfigError, match=r"hidden_sizes=.* and memory_size=10,000,000 on observations"):
+        trainer_of(tmp_path, memory="lstm", memory_size=10_000_000)
+
+
+@pytest.mark.parametrize("memory", CELLS)
+def test_the_estimate_of_weights_counts_the_memory(memory):
+    obs, action = ObsSpec.from_space(spaces.Box(-1, 1, (3,))), ActionSpec.from_space(spaces.Discrete(3))
+    specs = [PolicySpec(obs, action, "mlp", (16,), "tanh", True, False, 10.0, kind, 64) for kind in ("none", memory)]
+    counted = specs[1].least_weights() - specs[0].least_weights()
+    matrices = [p for p in specs[1].build().network.memories.parameters() if p.dim() == 2]
+    assert counted == sum(p.numel() for p in matrices)
+
+
+def test_a_single_minibatch_by_default_is_noted(tmp_path):
+    notes = trainer_of(tmp_path, memory="gru", n_envs=1, n_minibatches=None).notes
+    assert any("n_minibatches 1: a minibatch holds whole sequences" in note for note in notes)
+    notes = trainer_of(tmp_path, memory="gru", n_envs=1, n_minibatches=1, run_dir=tmp_path / "b").notes
+    assert not any("a minibatch holds whole sequences" in note for note in notes)

@@ -303,6 +303,33 @@ def test_the_weight_outlives_its_environments_and_starts_where_there_was_none(tm
     trainer.run()
 
 
+def test_a_resumed_run_may_leave_the_penalty(tmp_path):
+    interrupted(short(tmp_path, **RUN | {"kl_coef": 3.0}), 4)
+    changed = short(tmp_path, **RUN | {"objective": "clip", "penalty_kl": 0.01, "resume": "auto"})
+    trainer = continue_run(changed, changed.run_dir)
+    assert any("objective was penalty, is clip" in note for note in trainer.notes)
+    trainer.run()
+
+
+def test_a_kl_that_is_not_a_number_does_not_count():
+    policy = make_policy("gaussian")
+    batch, _ = make_batch("gaussian", policy)
+    batch = batch._replace(params=policy(batch.obs).params.detach(), logprobs=logprobs_now(policy, batch))
+    update = make_update(policy, "penalty", update_epochs=1)
+    index, inner, kls = PPOLoss.diagnostics.index("exact_kl"), update._gradient.__call__, [math.nan, 0.25, 0.5, 0.75]
+    assert len(kls) == PARTS
+    left = iter(kls)
+
+    def made_up(*arguments):
+        gradient = inner(*arguments)
+        return gradient._replace(diagnostics=gradient.diagnostics.index_fill(0, torch.tensor(index), next(left)))
+
+    update._step = functools.partial(update._bound, gradient_fn=made_up)
+    learn(update, batch)
+    assert update._last_kl.item() == pytest.approx(0.5)
+    assert update.adapted["kl_coef"].item() == pytest.approx(2 * START)
+
+
 def test_captured_training_matches_eager_training(tmp_path):
     logged = {}
     for how in ("off", "graph"):

@@ -94,9 +94,11 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
     spec = policy_spec(c, env_info, custom=network is not None)
     needed, free = 4 * 4 * spec.least_weights(), free_memory(device)  # weights, gradients, Adam's two moments
     if needed > free:
+        memory = "" if spec.memory == "none" else f" and memory_size={c.memory_size:,}"
         raise ConfigError(
-            f"hidden_sizes={list(c.hidden_sizes)} on observations {spec.obs.shape} needs {needed / 2**30:,.1f} GiB for "
-            f"weights, gradients and Adam; {free / 2**30:,.1f} GiB are free: make the network smaller."
+            f"hidden_sizes={list(c.hidden_sizes)}{memory} on observations {spec.obs.shape} need "
+            f"{needed / 2**30:,.1f} GiB for weights, gradients and Adam; {free / 2**30:,.1f} GiB are free: make the "
+            "network smaller."
         )
     set_threads(1)  # initial weights must not depend on earlier work of this process
     with torch.random.fork_rng(devices=[]):  # leave the caller's random state alone

@@ -87,6 +87,11 @@ def resolve_config(
         notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
     if config.preset == "tuned" and config.env_id not in TUNED:
         notes.append(f"preset tuned: no measured setting for {env_info.name}; CleanRL's defaults are used.")
+    if (custom_memory or c.memory != "none") and config.n_minibatches is None and c.n_minibatches == 1:
+        notes.append(
+            "n_minibatches 1: a minibatch holds whole sequences, and a rollout is only one; give --segment-length or "
+            "more environments for more steps per update."
+        )
     if c.vectorization != "auto":
         return c, notes
     chosen, why = (world or World()).shared(lambda: _fastest_vectorization(c, env_info))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from fastppo.runs.model_files import load_model, read_spec, weights_file
 from fastppo.runs.open_run import open_run
 from fastppo.runtime.device import choose_device
 from fastppo.runtime.seeding import generator, seed_stream
-from fastppo.spaces.packing import find
+from fastppo.spaces.packing import MASK_KEY, find
+
+_NO_ROWS = "obs is empty; give at least one observation."
 
 
 class SavedPolicy:
@@ -65,8 +68,8 @@ class SavedPolicy:
 
         Raises:
             ValueError: `obs` lacks a part, has another shape, holds a NaN, an infinity or anything but numbers, a
-                discrete one is outside its space, a mask has the wrong size or allows no action, or `state` or
-                `episode_start` is of another batch or policy.
+                discrete one is outside its space, a mask has the wrong size or allows no action, `state` or
+                `episode_start` is of another batch or policy, or `state` holds a NaN.
         """
         rows, single = self._rows(obs, action_mask)
         if not self.spec.obs.finite(rows).all():
@@ -75,9 +78,14 @@ class SavedPolicy:
         n = len(rows)
         starts = torch.full((n,), state is None, device=self.device)
         if episode_start is not None:
-            given = np.asarray(episode_start, bool)
+            given = _as_array(episode_start, "episode_start")
             if given.shape not in ((), (n,)):
                 raise ValueError(f"episode_start has shape {given.shape}, but obs holds {n}; give a bool or ({n},).")
+            if not (valid := np.isin(given, (0, 1))).all():
+                raise ValueError(
+                    f"episode_start holds {given[~valid][0]}; give True where an episode starts, else False."
+                )
+            given = given.astype(bool)
             starts |= torch.as_tensor(given).to(self.device)
         initial = self.policy.initial_state(n)
         state = initial if state is None else _as_state(state, initial)
@@ -86,6 +94,8 @@ class SavedPolicy:
         if [part.shape for part in state] != [part.shape for part in initial]:
             found, wanted = ([tuple(part.shape) for part in parts] for parts in (state, initial))
             raise ValueError(f"state has shapes {found}, that of this policy {wanted}; leave it out to begin anew.")
+        if any(part.isnan().any() for part in state):
+            raise ValueError("state holds a NaN; leave it out to begin anew.")
         noise = None if deterministic else self.policy.draw_noise(n, self._generator)
         step = self.policy.act(rows, noise, state, starts)
         out = self.spec.action.to_env(step.actions.numpy(force=True))
@@ -111,24 +121,45 @@ class SavedPolicy:
         if mask is not None and not spec.has_mask:
             raise ValueError("this policy was trained without action masks; leave action_mask out.")
         if spec.is_single and not spec.leaf.path:
-            array, shape = np.asarray(obs, order="C"), spec.shape
+            array, shape = _as_array(obs, "obs"), spec.shape
             single = array.shape == shape
             if not single and array.shape[1:] != shape:
                 raise ValueError(f"obs has shape {array.shape}; this policy takes {shape} or a batch of it.")
             if array.dtype.kind not in "biuf":
                 raise ValueError(f"obs is of dtype {array.dtype}; this policy takes real numbers.")
+            if not single and not len(array):
+                raise ValueError(_NO_ROWS)
             array = array[None] if single else array
             if spec.leaf.kind == "discrete" and (outside := spec.leaf.outside(array)):
                 row, value, space = outside
                 raise ValueError(f"row {row} of obs is {value}, outside the observation_space {space}.")
             return torch.as_tensor(array).to(self.device, spec.dtype), single
+        if isinstance(obs, (list, tuple)) and obs and isinstance(obs[0], Mapping):
+            raise ValueError("obs is a list of dicts; give a batch as one dict of arrays [B, ...].")
         try:
-            first = np.asarray(find(obs, spec.leaves[0]))
+            first = _as_array(find(obs, spec.leaves[0]), "obs")
             single = first.ndim <= len(spec.leaves[0].shape)
-            packed = spec.space.pack(obs, mask, None if single else len(first), critic=False)
+            n = None if single else len(first)
+            if n == 0:
+                raise ValueError(_NO_ROWS)
+            if mask is None and spec.has_mask and isinstance(obs, Mapping) and MASK_KEY not in obs:
+                mask = np.ones((*(() if n is None else (n,)), spec.leaves[-1].size), bool)
+            packed = spec.space.pack(obs, mask, n, critic=False)
         except EnvError as error:
             raise ValueError(str(error)) from None
         return torch.from_numpy(packed[None] if single else packed).to(self.device), single
+
+
+def _as_array(given: Any, name: str) -> np.ndarray[Any, Any]:  # noqa: ANN401 - array-like
+    """Return `given` as an array.
+
+    Raises:
+        ValueError: its rows differ in length.
+    """
+    try:
+        return np.asarray(given, order="C")
+    except ValueError:
+        raise ValueError(f"{name} is no array: its rows differ in length or kind.") from None
 
 
 def _as_state(given: Any, like: PolicyState) -> PolicyState:  # noqa: ANN401 - whatever a caller kept of a state
@@ -159,10 +190,12 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
 
     Raises:
         CheckpointError: there is no saved model, or it doesn't fit.
-        ConfigError: the run trained your own network, and `policy` isn't given.
+        ConfigError: the run trained your own network and `policy` isn't given, or the other way round.
     """
     folder, torch_device = Path(run), choose_device(device)
     spec, _ = read_spec(folder)
+    if policy is not None and spec.network != "custom":
+        raise ConfigError(f"{folder} holds fastppo's own network, network={spec.network}; leave policy out.")
     size = weights_file(folder).stat().st_size
     try:
         spec.check_size(size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -28,11 +28,13 @@ class Memory(nn.Module):
     Attributes:
         n_states: tensors [S, size] in its state.
         n_gates: gates per unit.
+        is_recurrent: whether the gates read the state, by a recurrent weight.
         size: units.
     """
 
     n_states = 1
     n_gates: int
+    is_recurrent = True
     input: nn.Linear
 
     def __init__(self, n_features: int, size: int) -> None:
@@ -41,6 +43,11 @@ class Memory(nn.Module):
         self.size = size
         self.input = nn.Linear(n_features, self.n_gates * size)
         orthogonal(self.input, 1.0)
+
+    @classmethod
+    def count_weights(cls, n_features: int, size: int) -> int:
+        """Return the number of weights of such a layer, without its biases."""
+        return cls.n_gates * size * (n_features + (size if cls.is_recurrent else 0))
 
     def forward(self, x: Tensor, state: State, starts: Tensor) -> tuple[Tensor, State]:
         """Return outputs [L, S, size] and the state after the last step.
@@ -103,12 +110,13 @@ class MinGRU(Memory):
     """
 
     n_gates = 2
+    is_recurrent = False
 
     def __init__(self, n_features: int, size: int) -> None:
         """See `Memory`; the units start with memories of 2 to 33 steps, by the bias of their update gates.
 
-        Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?" (arXiv:1804.11188), with evenly
-        spaced times instead of random ones.
+        Source: Tallec and Ollivier 2018, "Can recurrent neural networks warp time?" (arXiv:1804.11188), with times
+        evenly spaced in their logarithm instead of random ones.
         """
         super().__init__(n_features, size)
         # with biases of 0 each step loses half the state, and what happened ten steps ago can't be learned
@@ -120,7 +128,7 @@ class MinGRU(Memory):
         return outputs, (hidden,)
 
 
-MEMORIES: dict[str, Callable[[int, int], Memory]] = {"lstm": LSTM, "gru": GRU, "mingru": MinGRU}
+MEMORIES: dict[str, type[Memory]] = {"lstm": LSTM, "gru": GRU, "mingru": MinGRU}
 
 
 class RecurrentNetwork(nn.Module):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fastppo.errors import ConfigError, first_line
 from fastppo.functional.distributions import Distribution
 from fastppo.functional.losses import ActionEvaluation
+from fastppo.policies.check_memory import check_memory
 from fastppo.policies.encoder import Encoded, Encoder
 from fastppo.policies.memory import RecurrentNetwork
 from fastppo.policies.mlp import MLP
@@ -251,6 +252,8 @@ class Policy(nn.Module):
                 f"network {name} mixes the rows of a batch: its output for an observation depends on the others; "
                 "process each row independently."
             )
+        if self.has_memory and not isinstance(self.network, RecurrentNetwork):
+            check_memory(self.network, x)
 
     def _outputs(self, x: Encoded) -> Any:  # noqa: ANN401 - what a user's network returns
         """Return the network's outputs for encoded rows [2, ...]; with memory, for two sequences of one step."""

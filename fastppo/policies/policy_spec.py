@@ -13,7 +13,7 @@ from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.distributions import Distribution, Gaussian
 from fastppo.policies.cnn import MultiInputNetwork, NatureCNN
 from fastppo.policies.encoder import Encoder, normalized_leaves
-from fastppo.policies.memory import RecurrentNetwork
+from fastppo.policies.memory import MEMORIES, RecurrentNetwork
 from fastppo.policies.mlp import MLP, Body
 from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.policies.policy import Policy
@@ -140,8 +140,12 @@ class PolicySpec:
         """
         outputs, inputs = self.action.distribution.n_params, max(self.obs.features, math.prod(self.obs.shape))
         hidden = {"mlp": self.hidden_sizes, "cnn": (1, 512), "custom": ()}[self.network]
-        sizes = (inputs, *hidden, outputs) if self.network != "custom" else (inputs, 1)
-        return sum(a * b + 1000 for a, b in itertools.pairwise(sizes))
+        if self.network == "custom":
+            return inputs + 1000
+        layers = sum(a * b + 1000 for a, b in itertools.pairwise((inputs, *hidden, outputs)))
+        if self.memory == "none":
+            return layers
+        return layers + MEMORIES[self.memory].count_weights(min(hidden[-1], self.hidden_sizes[-1]), self.memory_size)
 
     def check_size(self, held: int) -> None:
         """Check that a file with `held` bytes of weights can hold this policy, before building anything of its size.
@@ -151,9 +155,12 @@ class PolicySpec:
         """
         if any(size < 1 for size in self.hidden_sizes):
             raise CheckpointError(f"hidden_sizes is {self.hidden_sizes}; widths must be at least 1.")
+        if self.memory != "none" and self.memory_size < 1:
+            raise CheckpointError(f"memory_size is {self.memory_size}; it must be at least 1.")
         if self.least_weights() > max(held, _ALWAYS_BUILT):
+            remembers = "" if self.memory == "none" else f", a memory of {self.memory_size:,} units"
             raise CheckpointError(
-                f"observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers and "
+                f"observations {self.obs.shape}, {len(self.hidden_sizes)} hidden layers{remembers} and "
                 f"{self.action.distribution.n_params:,} outputs need more than the {held:,} bytes of weights here."
             )
 

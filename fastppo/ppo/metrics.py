@@ -230,10 +230,9 @@ class Metrics:
         t, n = broken.any(0).nonzero()[0].tolist()
         reward, obs, _, stuck = broken[:, t, n].tolist()
         if stuck:
-            raise EnvError(
-                f"{self._where(t, n, 'had an action mask that allows no action')} of its run; allow one, or end the "
-                "episode."
-            )
+            # the step that returned the mask; 0: the first reset
+            where = self._where(t - 1, n, "had an action mask that allows no action")
+            raise EnvError(f"{where} of its run; allow one, or end the episode.")
         value = (
             f"a reward of {r.rewards[t, n].item()}"
             if reward
@@ -249,16 +248,16 @@ class Metrics:
     def _where(self, t: int, n: int, did: str) -> str:
         before = self.global_step // (len(self._rollout.rewards[0]) * self._world.size)
         rank = f" of process {self._world.rank}" if self._world.size > 1 else ""
-        return f"environment {n}{rank} {did} at step {before + t}"
+        return f"environment {n}{rank} {did} at step {before + t + 1}"
 
     def _outside(self) -> Tensor:
         """Return where the observation after a row lies outside its space, [T, N] bool."""
         r = self._rollout
         outside = torch.zeros_like(r.done)
         if self._obs_bounds:
-            for x, bounds in zip(self._obs_spec.unpack(r.obs[1:]), self._obs_bounds, strict=True):
+            for i, bounds in enumerate(self._obs_bounds):
                 if bounds is not None:
-                    low, high = bounds
+                    x, (low, high) = self._obs_spec.part(r.obs[1:], i), bounds
                     outside |= ((x < low) | (x > high)).reshape(*outside.shape, -1).any(-1)
         return outside
 

@@ -29,7 +29,7 @@ class UpdateState(NamedTuple):
         optimizer: the optimiser's state, a NamedTuple of tensors.
         sums: [D + 4]: sums of diagnostics and gradient norm over the steps taken; numbers of steps taken and of
             minibatches within the KL limit; sum of the epoch's KLs. With a penalty on the KL [D + 6]: then sum and
-            number of the epoch's exact KLs, up to that of the minibatch that stopped the update.
+            number of the epoch's exact KLs, NaNs left out, up to that of the minibatch that stopped the update.
         kl_limit: [] largest KL of a minibatch; inf: no limit; -inf: the update has stopped.
         stop_kl: [] the KL that stopped the update.
         skipped: [2] minibatches skipped in a row: current count, and this update's maximum.
@@ -87,8 +87,8 @@ def update_step(
     """Take one step on a minibatch and write the result into `state`.
 
     A minibatch whose gradient is not finite is skipped. Once a KL exceeds its limit, this and all later minibatches
-    of the update leave parameters, optimiser and learning rate unchanged. The KL that exceeds the limit still counts
-    where a coefficient follows the KL, or that coefficient would see small KLs only.
+    of the update leave parameters and optimiser unchanged. The KL that exceeds the limit still adapts the learning rate
+    and the KL coefficient, which would see small KLs only otherwise; those of later minibatches don't.
 
     Args:
         state: updated in place.
@@ -111,13 +111,14 @@ def update_step(
     stopped_before, exact_kl = limit == -math.inf, gradient.diagnostics[exact_kl_index]
     if adapt_rate is not None:
         # before the first step the KL is 0 up to rounding, whose sign must not decide
-        moved = (state.sums[len(figures)] > 0) & ~stopped_before
-        rate = torch.where(moved, adapt_rate(coefs.learning_rate, exact_kl), coefs.learning_rate)
+        adapts = (state.sums[len(figures)] > 0) & ~stopped_before
+        rate = torch.where(adapts, adapt_rate(coefs.learning_rate, exact_kl), coefs.learning_rate)
         coefs.learning_rate.copy_(rate)
     params, optimizer_state = optimizer.step(state.params, clipped, state.optimizer, coefs.learning_rate)
     counts = [take.to(kl.dtype), within.to(kl.dtype), kl]
     if sum_exact_kl:
-        counts += [torch.where(stopped_before, 0.0, exact_kl), (~stopped_before).to(kl.dtype)]
+        counted = ~stopped_before & ~exact_kl.isnan()
+        counts += [torch.where(counted, exact_kl, 0.0), counted.to(kl.dtype)]
     sums = state.sums + torch.cat((torch.where(take, figures, 0.0), torch.stack(counts)))
     in_a_row = torch.where(finite, 0.0, state.skipped[0] + 1)
     in_a_row = torch.where(stopped_before, state.skipped[0], in_a_row)

@@ -165,6 +165,8 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         if about.get("make_env"):  # env_id has no effect, and earlier versions saved the default one
             before["env_id"] = now["env_id"]
         before["action_masks"] = now["action_masks"]  # the specs agree, so both use masks or neither does
+        if "clip" in (before["objective"], now["objective"]):  # a run without a penalty has no use for its coefficient
+            before["kl_coef"] = now["kl_coef"]
         changes = {
             name: f"{name} was {shown(before[name])}, is {shown(now[name])}"
             for name in now

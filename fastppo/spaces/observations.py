@@ -160,24 +160,28 @@ class ObsSpec:
         """Split rows [B, *shape] into the leaves' arrays [B, *leaf.shape], in their storage dtypes."""
         if self.is_single:
             return (rows,)
-        places, _, dtype = places_of(self.leaves)
-        arrays = []
-        for leaf, place in zip(self.leaves, places, strict=True):
-            x = rows[..., place]
-            if dtype == "uint8" and leaf.stored_as != "uint8":
-                x = x.contiguous().view(torch.float32)
-            # not with len(): torch.export would treat the batch size as a constant
-            arrays.append(x.reshape((*rows.shape[:-1], *leaf.shape)).to(getattr(torch, leaf.stored_as)))
-        return tuple(arrays)
+        return tuple(self.part(rows, i) for i in range(len(self.leaves)))
+
+    def part(self, rows: Tensor, i: int) -> Tensor:
+        """Return the array [B, *leaf.shape] of leaf `i` from rows [B, *shape], in its storage dtype."""
+        if self.is_single:
+            return rows
+        leaf, (places, _, dtype) = self.leaves[i], places_of(self.leaves)
+        x = rows[..., places[i]]
+        if dtype == "uint8" and leaf.stored_as != "uint8":
+            x = x.contiguous().view(torch.float32)
+        # not with len(): torch.export would treat the batch size as a constant
+        return x.reshape((*rows.shape[:-1], *leaf.shape)).to(getattr(torch, leaf.stored_as))
 
     def allowed(self, rows: Tensor) -> Tensor | None:
         """Return the allowed actions [B, A] bool of rows [B, *shape]; None if no mask comes with them."""
-        return self.unpack(rows)[-1] > 0 if self.has_mask else None
+        return self.part(rows, len(self.leaves) - 1) > 0 if self.has_mask else None
 
     def finite(self, rows: Tensor) -> Tensor:
         """Return whether every number of a row is finite, [...] bool for rows [..., *shape]."""
         lead = rows.shape[: rows.dim() - len(self.shape)]
-        arrays = [x for x in self.unpack(rows) if x.is_floating_point()]
+        floats = [i for i, leaf in enumerate(self.leaves) if leaf.stored_as == "float32"]
+        arrays = [self.part(rows, i) for i in floats]
         if not arrays:
             return torch.ones(lead, dtype=torch.bool, device=rows.device)
         return torch.cat([x.reshape(*lead, -1).isfinite() for x in arrays], -1).all(-1)

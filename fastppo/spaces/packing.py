@@ -251,7 +251,9 @@ def find(obs: Any, leaf: ObsLeaf) -> Any:  # noqa: ANN401 - trees of arrays
         try:
             obs = obs[key]
         except (LookupError, TypeError, ValueError):
-            raise EnvError(f"an observation has no {leaf.name!r}, which its space declares.") from None
+            raise EnvError(
+                f"an observation ({type(obs).__name__}) has no {leaf.name!r}, which its space declares."
+            ) from None
     return obs
 
 

@@ -173,8 +173,8 @@ def test_e5_a_late_reply_of_a_lost_worker_is_ignored(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("nan obs", "environment 1 returned an observation that is not finite at step 4"),
-        ("nan reward", "environment 1 returned a reward of nan at step 4"),
+        ("nan obs", "environment 1 returned an observation that is not finite at step 5"),
+        ("nan reward", "environment 1 returned a reward of nan at step 5"),
         ("no reward", r"environment 1 \(seed \d+\) failed in step 5: step returned reward None \(object\)"),
     ],
 )
@@ -260,7 +260,7 @@ def test_e9_observations_outside_their_space_are_counted_and_said_once(tmp_path)
 def test_e9_strictly_they_end_the_run(tmp_path):
     make = Numbered(kind="outside", env_index=1, at_step=5)
     trainer = Trainer(short(tmp_path, strict_obs=True), make_env=make)
-    with pytest.raises(EnvError, match="environment 1 .*outside its observation_space at step 4"):
+    with pytest.raises(EnvError, match="environment 1 .*outside its observation_space at step 5"):
         trainer.run()
 
 
@@ -281,7 +281,7 @@ class BesideAnImage(gym.ObservationWrapper):
 def test_e9_every_array_of_an_observation_is_compared_with_its_own_bounds(tmp_path, image):
     make = Numbered(kind="outside", env_index=1, at_step=5)
     trainer = Trainer(short(tmp_path, strict_obs=True), make_env=lambda: BesideAnImage(make(), image))
-    with pytest.raises(EnvError, match="environment 1 .*outside its observation_space at step 4"):
+    with pytest.raises(EnvError, match="environment 1 .*outside its observation_space at step 5"):
         trainer.run()
 
 

@@ -46,7 +46,7 @@ def vector(**kwargs):
 def test_n6_a_last_observation_at_a_time_limit_that_is_not_finite_is_named(tmp_path, backend, value):
     config = short(tmp_path, vectorization="sync", normalize_obs=backend == "normalised")
     make = vector(last=value) if backend == "vector" else lambda: Walk(last=value)
-    where = "a last observation that is not finite, at a time limit, at step 3 of its run"
+    where = "a last observation that is not finite, at a time limit, at step 4 of its run"
     with pytest.raises(EnvError, match=rf"environment 0 returned {where}"):
         Trainer(config, make_env=make).run()
 
