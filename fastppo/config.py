@@ -6,7 +6,7 @@ from it.
 
 A field that is None is not given: `fill_defaults` fills it by the kind of environment (CleanRL's `ppo.py` for vectors
 and discrete actions, `ppo_atari.py` for images, `ppo_continuous_action.py` for Box actions) or from a preset. Filling a
-filled config changes nothing, so a run folder stores exactly the settings that ran. Layers 0 to 3
+filled config changes nothing, so a run folder stores exactly the settings that ran. Layers 0 to 4
 (docs/architecture.md) take plain values, not a Config.
 """
 

@@ -27,12 +27,29 @@ def test_a_working_machine_passes(capsys, monkeypatch):
         "open files",
         "advantages",
         "compiler",
+        "C",
         "training",
         "auto",
     ):
         assert f" {name} " in out, name
     assert "steps/s on CartPole-v1" in out
     assert out.rstrip().endswith("this machine can train")
+
+
+def test_compiled_libraries_are_shown_and_cleared(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "fastppo" / "native"
+    folder.mkdir(parents=True)
+    (folder / "recurrence-0-0.so").write_bytes(bytes(4096))
+    check = doctor._native()
+    assert (check.name, check.state) == ("C", "ok")
+    assert f"4 KiB in {folder}" in check.value
+    assert main(["doctor", "--clear-cache"]) == 0
+    assert capsys.readouterr().out == f"{folder}: 1 compiled libraries deleted\n"
+    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(doctor, "unavailable", lambda: "there is no C compiler (cc)")
+    check = doctor._native()
+    assert (check.state, check.advice) == ("note", "LSTM and GRU train at half the speed: there is no C compiler (cc)")
 
 
 def test_a_busy_machine_and_spinning_threads_are_noted(monkeypatch):

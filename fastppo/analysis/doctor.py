@@ -21,6 +21,8 @@ from fastppo.analysis.checks import CheckResult
 from fastppo.config import Config
 from fastppo.errors import CaptureError, FastPPOError, first_line
 from fastppo.functional.gae import choose_gae, gae_loop, triton_failure
+from fastppo.native.library import cache_folder, kept_libraries
+from fastppo.native.recurrence import unavailable
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, cpu_name
@@ -41,6 +43,7 @@ def examine(env_id: str, seconds: float = 5.0) -> Iterator[CheckResult]:
     yield from _machine(device)
     yield _gae(device)
     yield _compiler(device)
+    yield _native()
     yield from _training(env_id, seconds)
 
 
@@ -171,6 +174,15 @@ def _compiler(device: torch.device) -> CheckResult:
     if not torch.allclose(compiled, (x.tanh() * 2).sum(), atol=1e-4):
         return CheckResult("compiler", "gives wrong results", "bad", "use --compile off")
     return CheckResult("compiler", f"{time.perf_counter() - begin:.1f} s for a small kernel")
+
+
+def _native() -> CheckResult:
+    """Say whether C compiles here, and where its libraries are."""
+    if (why := unavailable()) is not None:
+        return CheckResult("C", "does not work", "note", f"LSTM and GRU train at half the speed: {why}")
+    kept = kept_libraries()
+    size = sum(path.stat().st_size for path in kept) / 2**10
+    return CheckResult("C", f"works; {len(kept)} compiled, {size:,.0f} KiB in {cache_folder()} (--clear-cache)")
 
 
 def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:

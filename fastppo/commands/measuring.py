@@ -135,9 +135,16 @@ class Doctor:
     """Environment id of the training test."""
     seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 5.0
     """Duration of the training test, in seconds."""
+    clear_cache: bool = False
+    """Delete the compiled C libraries instead; the next run compiles what it needs, in a second or two."""
 
     def __call__(self) -> int:
         """Print the checks and return 1 if one failed, else 0."""
+        if self.clear_cache:
+            from fastppo.native.library import cache_folder, clear_cache
+
+            print_line(open_console(), f"{cache_folder()}: {clear_cache()} compiled libraries deleted", wrap=False)
+            return 0
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough.")
         from fastppo.envs.factory import find_spec

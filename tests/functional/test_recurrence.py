@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastppo.functional import recurrence
 from fastppo.functional.recurrence import gru_scan, lstm_scan, mingru_scan
+from fastppo.native import recurrence as native
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import compile_graph
 from tests.reference.recurrence import gru_by_definition, lstm_by_definition, mingru_by_definition
@@ -65,12 +66,47 @@ def assert_equals_the_definition(name, arguments):
         torch.testing.assert_close(ours.double(), theirs, **EXACT[arguments[0].dtype])
 
 
+def without_c(monkeypatch):
+    monkeypatch.setattr(recurrence.native, "takes", lambda gates: False)
+
+
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("length", [1, 2, 8, 17])
 @pytest.mark.parametrize("name", SCANS)
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
 def test_values_and_gradients_equal_the_definition(name, length, pattern, dtype):
     assert_equals_the_definition(name, make_case(name, length, pattern=pattern, dtype=dtype))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("length", [2, 17])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_without_a_compiler_tensor_operations_equal_the_definition(name, length, pattern, monkeypatch):
+    without_c(monkeypatch)
+    assert_equals_the_definition(name, make_case(name, length, pattern=pattern))
+
+
+@pytest.mark.parametrize(("sequences", "units"), [(1, 1), (7, 3), (5, 16), (19, 33), (33, 64), (12, 130)])
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_every_size_equals_the_definition(name, sequences, units):
+    assert native.unavailable() is None, "this machine has a C compiler"
+    assert_equals_the_definition(name, make_case(name, 6, sequences, units))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_threads_change_no_bit(name):
+    arguments, before = make_case(name, 9, 13, 20), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(SCANS[name][0], arguments))
+    finally:
+        torch.set_num_threads(before)
+    # a product of torch's, the gradient of the weight, may sum in another order
+    for found in results[1:]:
+        same = [torch.equal(a, b) for a, b in zip(found, results[0], strict=True)]
+        assert [i for i, equal in enumerate(same) if not equal] in ([], [{"lstm": 4, "gru": 3}[name]])
 
 
 @pytest.mark.parametrize("length", [1, 9])
@@ -230,6 +266,7 @@ def test_the_loops_read_nothing_from_a_device(name):
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 def test_masking_every_step_as_on_a_device_equals_the_definition(name, pattern, monkeypatch):
     calls = []
+    without_c(monkeypatch)
     monkeypatch.setattr(recurrence, "_steps_with_starts", lambda starts: calls.append(1) or [True] * len(starts))
     assert_equals_the_definition(name, make_case(name, 9, pattern=pattern))
     assert len(calls) == 2

@@ -1,0 +1,108 @@
+// Products of small matrices by vectors of the machine's own width, written with the compiler's vector extensions.
+#ifndef FASTPPO_PRODUCTS_H
+#define FASTPPO_PRODUCTS_H
+
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#define PANEL (2 * WIDTH)  // columns of a panel: two vectors
+
+typedef float vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+static inline long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+// Pack b[k][n], read at b[k * row + n * column], into panels of PANEL columns, [n / PANEL][k][PANEL], zeros beyond n.
+static void pack_panels(long k, long n, const float *b, long row, long column, float *panels) {
+  for (long first = 0; first < padded(n); first += PANEL)
+    for (long i = 0; i < k; i++)
+      for (long j = 0; j < PANEL; j++)
+        *panels++ = first + j < n ? b[i * row + (first + j) * column] : 0.0f;
+}
+
+// One tile: c[R][PANEL] += a[R][k] times a panel [k][PANEL]
+#define DEFINE_TILE(R)                                                                                     \
+  static inline void tile##R(long k, const float *a, long stride_a, const float *b, float *c, long stride_c) { \
+    vector sum[R][2];                                                                                      \
+    for (int i = 0; i < R; i++)                                                                            \
+      sum[i][0] = *(vector *)(c + i * stride_c), sum[i][1] = *(vector *)(c + i * stride_c + WIDTH);        \
+    for (long j = 0; j < k; j++, b += PANEL) {                                                             \
+      vector left = *(const vector *)b, right = *(const vector *)(b + WIDTH);                              \
+      _Pragma("GCC unroll 6") for (int i = 0; i < R; i++) {                                                \
+        float x = a[i * stride_a + j];                                                                     \
+        sum[i][0] += x * left, sum[i][1] += x * right;                                                     \
+      }                                                                                                    \
+    }                                                                                                      \
+    for (int i = 0; i < R; i++)                                                                            \
+      *(vector *)(c + i * stride_c) = sum[i][0], *(vector *)(c + i * stride_c + WIDTH) = sum[i][1];        \
+  }
+DEFINE_TILE(1)
+DEFINE_TILE(2)
+DEFINE_TILE(3)
+DEFINE_TILE(4)
+DEFINE_TILE(5)
+DEFINE_TILE(6)
+
+// c[m][n] += a[m][k] b[k][n], b in panels; c has padded(n) columns
+static void add_product(long m, long n, long k, const float *a, long stride_a, const float *panels, float *c,
+                        long stride_c) {
+  long tiles = (m + 5) / 6;
+  for (long j = 0; j < n; j += PANEL, panels += k * PANEL)
+    for (long tile = 0, i = 0; tile < tiles; tile++) {
+      long rows = (m - i + tiles - tile - 1) / (tiles - tile);  // as even as possible
+      const float *from = a + i * stride_a;
+      float *to = c + i * stride_c + j;
+      switch (rows) {
+        case 6: tile6(k, from, stride_a, panels, to, stride_c); break;
+        case 5: tile5(k, from, stride_a, panels, to, stride_c); break;
+        case 4: tile4(k, from, stride_a, panels, to, stride_c); break;
+        case 3: tile3(k, from, stride_a, panels, to, stride_c); break;
+        case 2: tile2(k, from, stride_a, panels, to, stride_c); break;
+        case 1: tile1(k, from, stride_a, panels, to, stride_c); break;
+      }
+      i += rows;
+    }
+}
+
+// The next WIDTH numbers of a row of which `left` remain; zeros beyond its end
+static inline vector take(const float *row, long left) {
+  if (left >= WIDTH) return *(const vector *)row;
+  vector x = {0};
+  memcpy(&x, row, (size_t)left * sizeof(float));
+  return x;
+}
+
+static inline void put(float *row, vector x, long left) {
+  if (left >= WIDTH)
+    *(vector *)row = x;
+  else
+    memcpy(row, &x, (size_t)left * sizeof(float));
+}
+
+// `yes` where the mask is set, else `no`; a comparison of vectors gives a mask
+static inline vector choose(integers mask, vector yes, vector no) {
+  return (vector)((mask & (integers)yes) | (~mask & (integers)no));
+}
+
+// tanh(x) = x P(x^2) / Q(x^2), within 2.4e-7; coefficients of Eigen's generic_fast_tanh_float (MPL 2.0). NaN stays NaN.
+static inline vector rational_tanh(vector x) {
+  const vector edge = 7.90531110763549805f - (vector){0};
+  x = choose(x > edge, edge, x);
+  x = choose(x < -edge, -edge, x);
+  vector y = x * x, p = y * -2.76076847742355e-16f + 2.00018790482477e-13f;
+  p = p * y - 8.60467152213735e-11f, p = p * y + 5.12229709037114e-08f, p = p * y + 1.48572235717979e-05f;
+  p = p * y + 6.37261928875436e-04f, p = p * y + 4.89352455891786e-03f;
+  vector q = y * 1.19825839466702e-06f + 1.18534705686654e-04f;
+  q = q * y + 2.26843463243900e-03f, q = q * y + 4.89352518554385e-03f;
+  return x * p / q;
+}
+
+static inline vector sigmoid(vector x) { return 0.5f + 0.5f * rational_tanh(0.5f * x); }
+
+#endif
