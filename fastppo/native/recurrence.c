@@ -263,3 +263,35 @@ int gru_backward(long steps, long sequences, long units, int threads, const floa
                .out = {grads, of_candidates, grad_first_hidden}};
   return run(&scan, gru_backward_part, weight, 1, 5, threads);
 }
+
+// One step of `rows` states, for acting: gates and recurrent [rows, gates * H] are the projections of input and state.
+void lstm_step(long rows, long H, const float *gates, const float *recurrent, const float *cell, float *new_hidden,
+               float *new_cell) {
+  for (long row = 0; row < rows; row++, gates += 4 * H, recurrent += 4 * H)
+    for (long j = 0, at = row * H, left = H; j < H; j += WIDTH, at += WIDTH, left -= WIDTH) {
+      vector z[4];
+      for (long gate = 0; gate < 4; gate++) z[gate] = take(gates + gate * H + j, left) + take(recurrent + gate * H + j, left);
+      vector next = sigmoid(z[1]) * take(cell + at, left) + sigmoid(z[0]) * rational_tanh(z[2]);
+      put(new_cell + at, next, left), put(new_hidden + at, sigmoid(z[3]) * rational_tanh(next), left);
+    }
+}
+
+void gru_step(long rows, long H, const float *gates, const float *recurrent, const float *bias, const float *hidden,
+              float *new_hidden) {
+  for (long row = 0; row < rows; row++, gates += 3 * H, recurrent += 3 * H)
+    for (long j = 0, at = row * H, left = H; j < H; j += WIDTH, at += WIDTH, left -= WIDTH) {
+      vector r = sigmoid(take(gates + j, left) + take(recurrent + j, left));
+      vector u = sigmoid(take(gates + H + j, left) + take(recurrent + H + j, left));
+      vector inner = take(recurrent + 2 * H + j, left) + take(bias + j, left);
+      vector n = rational_tanh(take(gates + 2 * H + j, left) + r * inner);
+      put(new_hidden + at, n + u * (take(hidden + at, left) - n), left);
+    }
+}
+
+void mingru_step(long rows, long H, const float *gates, const float *hidden, float *new_hidden) {
+  for (long row = 0; row < rows; row++, gates += 2 * H)
+    for (long j = 0, at = row * H, left = H; j < H; j += WIDTH, at += WIDTH, left -= WIDTH) {
+      vector h = take(hidden + at, left);
+      put(new_hidden + at, h + sigmoid(take(gates + j, left)) * (take(gates + H + j, left) - h), left);
+    }
+}

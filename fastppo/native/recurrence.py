@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,3 +102,16 @@ def _call(name: str, shape: tuple[int, ...], arguments: tuple[Tensor | None, ...
     sizes = [ctypes.c_long(x) for x in (length, sequences, units)]
     if getattr(load("recurrence"), name)(*sizes, ctypes.c_int(threads), *pointers):
         raise MemoryError(f"{name}: no memory for {sequences} sequences of {units} units")
+
+
+def step(name: str, rows: int, units: int, arrays: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Call `name`, "lstm_step", "gru_step" or "mingru_step", on contiguous float32 arrays; the last are written.
+
+    Args:
+        name: of a function of recurrence.c.
+        rows: states.
+        units: H.
+        arrays: the function's other arguments.
+    """
+    pointers = [ctypes.c_void_p(x.ctypes.data) for x in arrays]
+    getattr(load("recurrence"), name)(ctypes.c_long(rows), ctypes.c_long(units), *pointers)

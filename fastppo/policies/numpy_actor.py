@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastppo.functional.distributions import Categorical, Gaussian, bound_log_std
+from fastppo.native import recurrence as native
 from fastppo.policies.decisions import Decisions
 from fastppo.policies.memory import GRU, LSTM, Memory, MinGRU, RecurrentNetwork
 from fastppo.policies.mlp import MLP
@@ -177,11 +178,20 @@ class _Memory:
         """Write the state after a step, as the scans of `functional.recurrence` define it."""
         raise NotImplementedError
 
+    def _in_c(self, name: str, *arrays: _Array) -> bool:
+        """Call a function of native/recurrence.c, and return True; False where it can't be used."""
+        if native.unavailable() is not None or not all(x.flags.c_contiguous for x in arrays):
+            return False
+        native.step(name, len(self._work), self._memory.size, arrays)
+        return True
+
 
 class _LSTM(_Memory):
     def step(self, gates: _Array, before: list[_Array], after: list[_Array]) -> None:
         (hidden, cell), (new_hidden, new_cell), size = before, after, self._memory.size
         np.dot(hidden, self._weights["recurrent"].T, out=self._recurrent)
+        if self._in_c("lstm_step", gates, self._recurrent, cell, new_hidden, new_cell):
+            return
         np.add(gates, self._recurrent, out=gates)
         i, f, g, o = (gates[:, k * size : (k + 1) * size] for k in range(4))
         _sigmoid(gates[:, : 2 * size])
@@ -198,6 +208,8 @@ class _GRU(_Memory):
     def step(self, gates: _Array, before: list[_Array], after: list[_Array]) -> None:
         (hidden,), (new,), size = before, after, self._memory.size
         recurrent = np.dot(hidden, self._weights["recurrent"].T, out=self._recurrent)
+        if self._in_c("gru_step", gates, recurrent, self._weights["bias"], hidden, new):
+            return
         both, d = gates[:, : 2 * size], recurrent[:, 2 * size :]
         np.add(both, recurrent[:, : 2 * size], out=both)
         _sigmoid(both)
@@ -212,6 +224,8 @@ class _GRU(_Memory):
 class _MinGRU(_Memory):
     def step(self, gates: _Array, before: list[_Array], after: list[_Array]) -> None:
         (hidden,), (new,), size = before, after, self._memory.size
+        if self._in_c("mingru_step", gates, hidden, new):
+            return
         z, candidate = gates[:, :size], gates[:, size:]
         _sigmoid(z)
         _blend(hidden, candidate, z, out=new)
