@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from fastppo.commands.console import open_console, program
+from fastppo.commands.settings import SettingsCommand
 from fastppo.config import Config, differences_from_defaults
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
 from fastppo.runs.run_dir import check_run_folder
@@ -27,19 +28,8 @@ RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Config):
+class Train(SettingsCommand):
     """Train a policy. Defaults depend on the kind of environment; see --preset."""
-
-    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
-    """TOML file of settings, under the names of these flags; flags override it."""
-
-    def __post_init__(self) -> None:
-        """Check nothing: `settings` makes a Config, which checks, where tyro draws no box around the message."""
-
-    def settings(self, **changes: Any) -> Config:  # noqa: ANN401 - values of settings
-        """Return the checked settings, with `changes`."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
-        return Config(**given | changes)
 
     def __call__(self) -> int:
         """Train, and return 0, 1 if the end of the run could not be saved, or 128 + the signal that ended it."""
