@@ -14,6 +14,7 @@ import pytest
 from fastppo.analysis.seeds import Interval, bootstrap, choose_jobs, interquartile_mean, mean, plan_seeds
 from fastppo.cli import main
 from fastppo.config import Config
+from fastppo.runs.run_dir import RunLock
 
 TINY = ["--n-envs", "4", "--n-steps", "32", "--compile", "off", "--threads", "1", "--record-ratios", "0"]
 
@@ -163,6 +164,14 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, wrong, mess
     assert message in said
     assert said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path, capsys):
+    lock = RunLock(tmp_path)
+    assert main(["train", *TINY, "--total-timesteps", "1024", "--seeds", "2", "--run-dir", str(tmp_path)]) == 2
+    assert f"{tmp_path} is in use by another trainer (pid " in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    lock.release()
 
 
 def test_torchrun_is_refused(monkeypatch, capsys):

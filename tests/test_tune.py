@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import re
 import shlex
 import signal
@@ -317,6 +318,26 @@ def test_best_toml_holds_what_was_given_and_what_was_found(tmp_path, fake_runs):
     assert found == expected | {"env_kwargs": {"sutton_barto_reward": True}} | best.params
     assert Config.from_dict(found).learning_rate == best.params["learning_rate"]
     assert [path.name for path in (tmp_path / "a").glob(".*.tmp")] == []
+
+
+def test_a_write_that_fails_leaves_the_earlier_results(tmp_path, fake_runs, monkeypatch):
+    study, _ = run(tmp_path, 1)
+    tune.write_best(tmp_path, BASE, tune.ranked(study)[0])
+    tune_report.write_page(tmp_path, "CartPole-v1", study)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"best.toml", "tune.html"} <= set(before)
+    whole = pathlib.Path.write_text
+
+    def half(path, text, **options):
+        whole(path, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        tune.write_best(tmp_path, BASE, tune.ranked(study)[0])
+    with pytest.raises(OSError, match="No space"):
+        tune_report.write_page(tmp_path, "CartPole-v1", study)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_best_toml_holds_nested_values_and_any_text(tmp_path):
