@@ -23,13 +23,14 @@ from fastppo.commands.console import discard_stdout
 from fastppo.commands.flags import Form, flag, form
 from fastppo.commands.measuring import Bench, Doctor, Study
 from fastppo.commands.reporting import Diff, Export, Report
+from fastppo.commands.settings import SettingsCommand
 from fastppo.commands.training import Eval, Resume, Train
 from fastppo.commands.tuning import Tune
-from fastppo.config import ALIASES, TYPES, Config, load_toml
+from fastppo.config import ALIASES, TYPES, Config, load_toml, shown
 from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError
 from fastppo.runtime.console import wrap_words
 
-_Settings = TypeVar("_Settings", bound=Train)
+_Settings = TypeVar("_Settings", bound=SettingsCommand)
 
 _HELP_UNREAD = 141  # as shells report a process that SIGPIPE ended
 
@@ -151,7 +152,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
         raise ConfigError(_no_command(name))
     kind = COMMANDS[name]
     # the parser sees the flags of this command alone, so that a typo suggests no other command's
-    default = form(_defaults(kind, rest)) if issubclass(kind, Train) else None
+    default = form(_defaults(kind, rest)) if issubclass(kind, SettingsCommand) else None
     parsed: Any = tyro.cli(
         kind if default is None else type(default),
         default=tyro.MISSING_NONPROP if default is None else default,
@@ -203,10 +204,10 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
             config = Config.from_dict(load_toml(path), str(path))
             typed = {flag(a.partition("=")[0].lstrip("-")) for a in arguments}
             for imported in config.imported:
-                option = flag(imported.partition(" ")[0])
-                if option not in typed:
-                    value = imported.partition(" ")[2]
-                    raise ConfigError(f"{path}: {imported} imports code; if you trust it, add {option} {value}")
+                name = imported.partition(" ")[0]
+                if flag(name) not in typed:
+                    value = shown(getattr(config, name))  # all wrappers, not only those that import code
+                    raise ConfigError(f"{path}: {imported} imports code; if you trust it, add {flag(name)} {value}")
             found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
             if issubclass(kind, (Bench, Study)):  # these take several n_envs
                 found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs

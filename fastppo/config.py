@@ -47,7 +47,7 @@ OnResume = Literal["keep", "note", "free"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
+class SearchValues:
     """Values of a setting that `fastppo tune` tries: some choices, or a range.
 
     Attributes:
@@ -97,7 +97,7 @@ class Setting:
     changes: Changes = "results"
     on_resume: OnResume = "note"
     chosen_at_start: bool = False
-    search: Search | None = None
+    search: SearchValues | None = None
 
     @property
     def fixed(self) -> bool:
@@ -230,7 +230,7 @@ class Config:
             at_least=1,
             unit="STEPS",
             alias="num_steps",
-            search=Search((32, 64, 128, 256, 512, 1024, 2048)),
+            search=SearchValues((32, 64, 128, 256, 512, 1024, 2048)),
         ),
     ] = None
     """Steps per environment and rollout (T); an iteration is n_envs x n_steps steps."""
@@ -241,19 +241,21 @@ class Config:
             at_least=0,
             at_most=1,
             scheduled=True,
-            search=Search((0.9, 0.95, 0.98, 0.99, 0.995, 0.999)),
+            search=SearchValues((0.9, 0.95, 0.98, 0.99, 0.995, 0.999)),
         ),
     ] = None
     """Discount factor."""
     gae_lambda: Annotated[
         float | str | None,
-        Setting(section="rollout", at_least=0, at_most=1, scheduled=True, search=Search((0.8, 0.9, 0.95, 0.98, 1.0))),
+        Setting(
+            section="rollout", at_least=0, at_most=1, scheduled=True, search=SearchValues((0.8, 0.9, 0.95, 0.98, 1.0))
+        ),
     ] = None
     """Lambda of generalised advantage estimation (GAE)."""
 
     n_minibatches: Annotated[
         int | None,
-        Setting(section="optimisation", at_least=1, alias="num_minibatches", search=Search((1, 2, 4, 8, 16, 32))),
+        Setting(section="optimisation", at_least=1, alias="num_minibatches", search=SearchValues((1, 2, 4, 8, 16, 32))),
     ] = None
     """Minibatches per epoch; must divide n_envs x n_steps. With memory, the default is lowered until it divides the
     sequences of a rollout."""
@@ -263,34 +265,45 @@ class Config:
     """Steps per training sequence of a policy with memory; must divide n_steps. Gradients flow no further back. A
     minibatch holds whole sequences, so n_minibatches must divide n_envs x n_steps / segment_length."""
     update_epochs: Annotated[
-        int | None, Setting(section="optimisation", at_least=1, search=Search((1, 3, 5, 10, 20)))
+        int | None, Setting(section="optimisation", at_least=1, search=SearchValues((1, 3, 5, 10, 20)))
     ] = None
     """Passes over each rollout, each in a new random order."""
     learning_rate: Annotated[
         float | str | None,
-        Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=1e-5, high=1e-2, log=True)),
+        Setting(section="optimisation", at_least=0, scheduled=True, search=SearchValues(low=1e-5, high=1e-2, log=True)),
     ] = None
     """Adam's step size. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or constant:VALUE;
     also adaptive:START:LOWEST:HIGHEST, which follows the KL of each minibatch (`--adaptive-kl`)."""
     adaptive_kl: Annotated[float, Setting(section="optimisation", above=0)] = 0.01
     """Target of an adaptive learning rate: above twice this exact KL the rate is divided by 1.5, below half of it
     multiplied by 1.5."""
-    anneal_lr: Annotated[bool | None, Setting(section="optimisation", search=Search((True, False)))] = None
+    anneal_lr: Annotated[bool | None, Setting(section="optimisation", search=SearchValues((True, False)))] = None
     """Anneal the learning rate to 0: short for `--learning-rate linear:X:0`."""
     adam_eps: Annotated[float, Setting(section="optimisation", above=0)] = 1e-5
     """Adam's epsilon."""
     objective: Annotated[Literal["clip", "penalty", "clip_and_penalty"], Setting(section="optimisation")] = "clip"
     """Objective of the policy. `clip`: the clipped surrogate; `penalty`: the unclipped one with a penalty on the exact
     KL, whose weight adapts; `clip_and_penalty`: the clipped one with that penalty."""
-    kl_coef: Annotated[float, Setting(section="optimisation", at_least=1e-4, at_most=1e4, on_resume="keep")] = 1.0
+    kl_coef: Annotated[
+        float,
+        Setting(
+            section="optimisation",
+            at_least=1e-4,
+            at_most=1e4,
+            on_resume="keep",
+            search=SearchValues(low=0.3, high=3.0, log=True),
+        ),
+    ] = 1.0
     """First weight of the KL penalty; after each update it is halved or doubled towards penalty_kl, within 1e-4 and
     1e4."""
-    penalty_kl: Annotated[float, Setting(section="optimisation", above=0)] = 0.01
+    penalty_kl: Annotated[
+        float, Setting(section="optimisation", above=0, search=SearchValues(low=0.003, high=0.03, log=True))
+    ] = 0.01
     """Target of the penalty: the weight is halved below penalty_kl / 1.5, doubled above penalty_kl x 1.5. Not a limit,
     unlike target_kl."""
     clip_coef: Annotated[
         float | str | None,
-        Setting(section="optimisation", at_least=0, scheduled=True, search=Search((0.1, 0.2, 0.3, 0.4))),
+        Setting(section="optimisation", at_least=0, scheduled=True, search=SearchValues((0.1, 0.2, 0.3, 0.4))),
     ] = None
     """Clip range of the probability ratio."""
     anneal_clip: Annotated[bool | None, Setting(section="optimisation")] = None
@@ -304,17 +317,17 @@ class Config:
     """Clip range of the value loss, in units of the return; a negative number switches clipping off."""
     vf_coef: Annotated[
         float | str | None,
-        Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=0.2, high=2.0)),
+        Setting(section="optimisation", at_least=0, scheduled=True, search=SearchValues(low=0.2, high=2.0)),
     ] = None
     """Weight of the value loss, 0.5 x mean squared error."""
     ent_coef: Annotated[
         float | str | None,
-        Setting(section="optimisation", at_least=0, scheduled=True, search=Search(low=1e-8, high=0.1, log=True)),
+        Setting(section="optimisation", at_least=0, scheduled=True, search=SearchValues(low=1e-8, high=0.1, log=True)),
     ] = None
     """Weight of the entropy bonus."""
     max_grad_norm: Annotated[
         float | str | None,
-        Setting(section="optimisation", above=0, scheduled=True, search=Search((0.3, 0.5, 1.0, 2.0, 5.0))),
+        Setting(section="optimisation", above=0, scheduled=True, search=SearchValues((0.3, 0.5, 1.0, 2.0, 5.0))),
     ] = None
     """Maximum global L2 norm of the gradient."""
     normalize_advantages: Annotated[Literal["minibatch", "batch", "off"], Setting(section="optimisation")] = "minibatch"

@@ -314,6 +314,10 @@ MISTAKES = {
         "--config {tmp}/import.toml",
         "env_id nowhere:X-v0 imports code; if you trust it, add --env-id",
     ),
+    "file whose wrappers import": (
+        "--config {tmp}/wrap.toml",
+        "if you trust it, add --wrappers gymnasium.wrappers:FlattenObservation own:Mine",
+    ),
     "file that imports, by another spelling": ("--config {tmp}/dash.toml", "env_id nowhere:X-v0 imports code;"),
     "file that may import": (
         "--config {tmp}/import.toml --env_id nowhere:X-v0",
@@ -350,6 +354,7 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
     arguments, message = MISTAKES[mistake]
     files = {
         "import": 'env_id = "nowhere:X-v0"',
+        "wrap": 'wrappers = ["gymnasium.wrappers:FlattenObservation", "own:Mine"]\n',
         "dash": 'env-id = "nowhere:X-v0"',
         "run": "n_env = 3",
         "bad": "n_envs = ",

@@ -87,8 +87,8 @@ def test_a_command_runs(words, workplace, capfd):
             return
         new = name in ("train", "study", "tune") and "auto" not in rest
         workplace([] if new else rest)
-        workers = ["--workers", "1"] if "--workers" in rest else []
-        assert main([*rest, *SHORT[name], *workers]) == 0, capfd.readouterr().err
+        fewer = [word for flag in ("--workers", "--seeds") if flag in rest for word in (flag, "1")]
+        assert main([*rest, *SHORT[name], *fewer]) == 0, capfd.readouterr().err
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 

@@ -64,7 +64,8 @@ def test_mistakes_are_found_before_any_run(tmp_path, n_envs, seeds, text):
 
 def test_jobs_do_not_share_cores(monkeypatch, tmp_path):
     def jobs(cores, n_envs=4, hold="batch", **changes):
-        monkeypatch.setattr("fastppo.analysis.study.usable_cores", lambda: cores)
+        for module in ("study", "training_processes"):
+            monkeypatch.setattr(f"fastppo.analysis.{module}.usable_cores", lambda: cores)
         monkeypatch.setattr("fastppo.runtime.threads.CORES", cores)
         return choose_jobs(plan_study(dataclasses.replace(BASE, **changes), (n_envs,), 1, hold, tmp_path))
 
@@ -160,7 +161,7 @@ def test_a_folder_holds_one_study(tmp_path):
     begin_study(plan, BASE, tmp_path / "study")
     begin_study(plan, BASE, tmp_path / "study")  # continues it
     other = dataclasses.replace(BASE, target_return=30.0, learning_rate=0.1)
-    with pytest.raises(ConfigError, match="target_return was 20.0, is 30.0; learning_rate was None, is 0.1"):
+    with pytest.raises(ConfigError, match="target_return was 20, is 30; learning_rate was none, is 0.1"):
         begin_study(plan_study(other, (4,), 1, "batch", tmp_path / "study"), other, tmp_path / "study")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{}")

@@ -3,20 +3,27 @@
 import dataclasses
 import json
 import math
+import os
+import pathlib
 import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 import tomllib
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
-from fastppo.analysis import tune, tune_report
-from fastppo.cli import main
-from fastppo.config import SETTINGS, Config, Search
+from fastppo.analysis import training_processes, tune, tune_report
+from fastppo.cli import main, parse
+from fastppo.config import SETTINGS, Config, SearchValues
 from fastppo.errors import ConfigError
 from fastppo.runs.run_dir import RunLock
 
 BASE = Config(total_timesteps=4096, n_envs=4, compile="off")
-TWO = {"n_minibatches": Search((2,))}
+TWO = {"n_minibatches": SearchValues((2,))}
 RATE = {"learning_rate": SETTINGS["learning_rate"].search}
 
 
@@ -49,44 +56,66 @@ def fake_runs(monkeypatch):
 
 def run(folder, trials, seeds=2, base=BASE, space=RATE):
     study = tune.open_search(folder, base, space, seeds)
-    return study, list(tune.search(study, folder, base, space, trials=trials, seeds=seeds, jobs=1))
+    return study, list(tune.run_trials(study, folder, base, space, trials=trials, seeds=seeds, jobs=1))
+
+
+def wait_until(happens, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
 
 
 def test_what_is_searched():
-    every = tune.searched(Config())
+    every = tune.search_space(Config())
     assert {"learning_rate", "gamma", "n_steps", "anneal_lr"} <= set(every)
     assert all(s.choices or s.low < s.high for s in every.values())
-    assert "gamma" not in tune.searched(Config(gamma=0.9))
-    assert "anneal_lr" not in tune.searched(Config(learning_rate="linear:1e-3:0"))
-    assert list(tune.searched(Config(), ["gamma"])) == ["gamma"]
+    assert "gamma" not in tune.search_space(Config(gamma=0.9))
+    assert "anneal_lr" not in tune.search_space(Config(learning_rate="linear:1e-3:0"))
+    assert list(tune.search_space(Config(), ["gamma"])) == ["gamma"]
     with pytest.raises(ConfigError, match="env_id can't be searched; there are n_steps, gamma"):
-        tune.searched(Config(), ["env_id"])
+        tune.search_space(Config(), ["env_id"])
     with pytest.raises(ConfigError, match="gamma is given as 0.9; leave out one"):
-        tune.searched(Config(gamma=0.9), ["gamma"])
+        tune.search_space(Config(gamma=0.9), ["gamma"])
     given = Config(
-        **{name: 0.5 if not s.search.choices else s.search.choices[0] for name, s in SETTINGS.items() if s.search}
+        objective="clip_and_penalty",
+        **{name: 0.5 if not s.search.choices else s.search.choices[-1] for name, s in SETTINGS.items() if s.search},
     )
     with pytest.raises(ConfigError, match="every setting that could be searched is given"):
-        tune.searched(given)
+        tune.search_space(given)
+
+
+def test_settings_without_effect_are_not_searched():
+    clip, penalty, both = (set(tune.search_space(Config(objective=o))) for o in ("clip", "penalty", "clip_and_penalty"))
+    penalties = {"kl_coef", "penalty_kl"}
+    assert "clip_coef" in clip
+    assert not penalties & clip
+    assert penalty == clip - {"clip_coef"} | penalties
+    assert both == clip | penalties
+    assert penalty - set(tune.search_space(Config(objective="penalty", kl_coef=2.0))) == {"kl_coef"}
+    with pytest.raises(ConfigError, match="search: clip_coef has no effect with objective=penalty; leave out one"):
+        tune.search_space(Config(objective="penalty"), ["clip_coef"])
+    with pytest.raises(ConfigError, match="search: penalty_kl has no effect with objective=clip"):
+        tune.search_space(Config(), ["penalty_kl"])
 
 
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.search])
 def test_every_value_of_a_range_is_a_valid_setting(name):
     search = SETTINGS[name].search
     for value in search.choices or (search.low, search.high):
-        assert getattr(Config(**{name: value}), name) == value
+        assert getattr(Config(**{"objective": "clip_and_penalty", name: value}), name) == value
 
 
 def test_a_search_finds_the_best_learning_rate(tmp_path, fake_runs):
     study, ended = run(tmp_path, 25)
     assert len(ended) == 25
-    best = tune.best_trial(study)
+    best = tune.ranked(study)[0]
     assert abs(math.log10(best.params["learning_rate"]) + 3) < 0.1
     assert best.user_attrs["returns"] == pytest.approx([best.value + 0.005, best.value - 0.005])
-    cut = [trial for trial in ended if trial.state == TrialState.PRUNED]
-    assert cut
-    assert tune.describe(cut[0]) == "cut: below the median after 1 of 2 seeds"
-    assert [config.seed for config in fake_runs[0]].count(2) == 25 - len(cut)
+    pruned = [trial for trial in ended if trial.state == TrialState.PRUNED]
+    assert pruned
+    assert tune.describe(pruned[0]) == "pruned: below the median after 1 of 2 seeds"
+    assert [config.seed for config in fake_runs[0]].count(2) == 25 - len(pruned)
 
 
 def test_a_search_continues_where_it_was_killed(tmp_path, fake_runs):
@@ -115,12 +144,12 @@ def test_a_search_continues_where_it_was_killed(tmp_path, fake_runs):
 
 def test_processes_take_different_trials(tmp_path, fake_runs):
     study = tune.open_search(tmp_path, BASE, RATE, 1)
-    trial, lock = tune._take(study, tmp_path, 2)
-    other, other_lock = tune._take(study, tmp_path, 2)
+    trial, lock = tune._claim_trial(study, tmp_path, 2)
+    other, other_lock = tune._claim_trial(study, tmp_path, 2)
     assert (trial.number, other.number) == (0, 1)
-    assert tune._take(study, tmp_path, 2) is None, "both are taken"
+    assert tune._claim_trial(study, tmp_path, 2) is None, "both are taken"
     lock.release()
-    assert tune._take(study, tmp_path, 2)[0].number == 0, "its process ended"
+    assert tune._claim_trial(study, tmp_path, 2)[0].number == 0, "its process ended"
     other_lock.release()
 
 
@@ -130,16 +159,17 @@ def test_runs_that_fail_and_settings_that_contradict(tmp_path, fake_runs):
     assert tune.describe(failed) == "failed: seed 2: out of memory"
     fake_runs[1]["return"] = lambda config: None
     _, (without,) = run(tmp_path / "b", 1)
-    assert tune.describe(without) == "failed: no episode ended; train longer"
+    assert tune.describe(without) == "failed: seed 1: no episode ended, so there is no mean return; train longer"
+    assert without.intermediate_values == {}
     started = len(fake_runs[0])
-    _, (cut,) = run(tmp_path / "c", 1, base=dataclasses.replace(BASE, n_envs=3, n_steps=5), space=TWO)
-    assert tune.describe(cut).startswith("cut: n_minibatches=2 does not divide the batch of 15")
+    _, (pruned,) = run(tmp_path / "c", 1, base=dataclasses.replace(BASE, n_envs=3, n_steps=5), space=TWO)
+    assert tune.describe(pruned).startswith("pruned: n_minibatches=2 does not divide the batch of 15")
     assert len(fake_runs[0]) == started, "nothing is trained"
 
 
 def test_a_folder_holds_one_search(tmp_path, fake_runs):
     run(tmp_path / "a", 1)
-    with pytest.raises(ConfigError, match="search with other settings: gamma was None, is 0.9; .*seeds was 2, is 3"):
+    with pytest.raises(ConfigError, match="search with other settings: gamma was none, is 0.9; seeds was 2, is 3"):
         run(tmp_path / "a", 1, seeds=3, base=dataclasses.replace(BASE, gamma=0.9))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("mine")
@@ -152,12 +182,131 @@ def test_a_folder_holds_one_search(tmp_path, fake_runs):
         run(tmp_path / "a", 1)
 
 
+def test_a_return_of_zero_is_better_than_a_negative_one(tmp_path, fake_runs):
+    returns = iter([-5.0, 0.0, -1.0, 0.0])
+    fake_runs[1]["return"] = lambda config: next(returns)
+    study, _ = run(tmp_path, 4, seeds=1)
+    assert [trial.number for trial in tune.ranked(study)] == [1, 3, 2, 0], "of equal trials the earlier is first"
+    tune.write_best(tmp_path, BASE, tune.ranked(study)[0])
+    assert (tmp_path / "best.toml").read_text().startswith("# trial 1: mean return 0.0")
+    rows = tune_report.terminal_table(study).columns
+    assert list(rows[0].cells) == ["1", "3", "2", "0"]
+    assert [column.header for column in rows][:4] == ["trial", "mean", "lowest", "highest"]
+
+
+def test_pruning_compares_the_same_seeds(tmp_path, fake_runs):
+    """Seed 2 gives 100 times the return of seed 1; the order in which seeds end decides nothing."""
+    levels = iter([1, 2, 3, 4, 5, 3, 2.9])
+    level = {}
+
+    def scaled(config):
+        trial = config.run_dir.parent.name
+        if trial not in level:
+            level[trial] = next(levels)
+        return level[trial] * (100.0 if config.seed == 2 else 1.0)
+
+    fake_runs[1]["return"] = scaled
+    study, ended = run(tmp_path, 7, seeds=3)
+    assert [trial.state for trial in ended[:5]] == [TrialState.COMPLETE] * 5, "too few to compare with before"
+    assert ended[5].state == TrialState.COMPLETE, "equal to the median of 1 to 5"
+    assert ended[6].state == TrialState.PRUNED
+    assert tune.describe(ended[6]) == "pruned: below the median after 1 of 3 seeds"
+    assert ended[6].intermediate_values == {1: 2.9}
+    assert ended[4].intermediate_values == {1: 5.0, 2: 252.5, 3: pytest.approx(170)}
+    # seed 2 alone says nothing about the mean over the first seeds
+    configs = [dataclasses.replace(BASE, seed=seed) for seed in (1, 2, 3)]
+    assert tune._first_seeds({2: 1.0, 3: 1.0}, configs) == []
+    assert tune._first_seeds({2: 1.0, 1: 3.0}, configs) == [3.0, 1.0]
+    assert not tune._below_median(study, [])
+    assert tune._below_median(study, [2.9])
+    assert not tune._below_median(study, [3.0, 300.0])
+
+
+def test_trials_without_a_return_fail_and_the_search_goes_on(tmp_path, fake_runs):
+    returns = iter([None, 1.0, None, 2.0])
+    fake_runs[1]["return"] = lambda config: next(returns)
+    study, ended = run(tmp_path, 4, seeds=1)
+    states = [trial.state for trial in ended]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert tune.ranked(study)[0].number == 3
+
+
+def test_an_interrupted_trial_of_which_only_the_journal_knows_continues(tmp_path, fake_runs):
+    """As kill -9 leaves it inside `ask`, before the trial has a folder."""
+    study = tune.open_search(tmp_path, BASE, RATE, 1)
+    study.ask()
+    study, ended = run(tmp_path, 2, seeds=1)
+    assert [trial.number for trial in ended] == [0, 1]
+    assert [trial.state for trial in study.get_trials()] == [TrialState.COMPLETE] * 2
+
+
+def test_a_trial_that_ends_while_it_is_claimed_is_not_trained_again(tmp_path, fake_runs, monkeypatch):
+    study = tune.open_search(tmp_path, BASE, RATE, 1)
+    trial = study.ask()
+    lock = tune._lock
+
+    def ends_before_it_is_locked(folder, number):
+        if number == trial.number:
+            study.tell(trial, 1.0)
+        return lock(folder, number)
+
+    monkeypatch.setattr(tune, "_lock", ends_before_it_is_locked)
+    assert tune._claim_trial(study, tmp_path, 1) is None
+    claimed, _ = tune._claim_trial(study, tmp_path, 2)
+    assert claimed.number == 1
+
+
+def test_fewer_trials_than_there_are_run_nothing(tmp_path, fake_runs):
+    run(tmp_path, 3, seeds=1)
+    study = tune.open_search(tmp_path, BASE, RATE, 1)
+    study.ask()  # trial 3, interrupted
+    assert run(tmp_path, 2, seeds=1)[1] == []
+    assert [trial.number for trial in run(tmp_path, 4, seeds=1)[1]] == [3]
+
+
+def test_a_line_that_a_power_loss_tore_is_dropped(tmp_path, fake_runs):
+    run(tmp_path, 2, seeds=1)
+    journal = tmp_path / "journal.log"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code":4,"work')
+    _, ended = run(tmp_path, 3, seeds=1)
+    assert [trial.number for trial in ended] == [2]
+    assert journal.read_bytes().startswith(whole)
+    journal.write_bytes(b"nonsense\n" + whole)
+    with pytest.raises(ConfigError, match="journal.log is damaged"):
+        run(tmp_path, 3, seeds=1)
+
+
+def test_settings_that_change_no_number_may_differ(tmp_path, fake_runs):
+    run(tmp_path, 1)
+    other = dataclasses.replace(BASE, checkpoint_minutes=3.0, log_every=5, keep_checkpoints=7)
+    assert len(run(tmp_path, 2, base=other)[1]) == 1
+    for changes in ({"preset": "tuned"}, {"seed": 2}, {"objective": "clip_and_penalty"}):
+        with pytest.raises(ConfigError, match=f"{next(iter(changes))} was "):
+            run(tmp_path, 2, base=dataclasses.replace(BASE, **changes))
+    with pytest.raises(ConfigError, match="search was .* Name a new folder"):
+        run(tmp_path, 2, space={"learning_rate": SearchValues(low=1e-5, high=1e-3, log=True)})
+
+
+def test_as_many_seeds_at_a_time_as_have_cores_for_their_environments(monkeypatch):
+    monkeypatch.setattr(tune, "usable_cores", lambda: 8)
+    monkeypatch.setattr(training_processes, "usable_cores", lambda: 8)
+    assert tune.choose_jobs(BASE, 3) == 3
+    assert tune.choose_jobs(BASE, 20) == 8
+    pool = dataclasses.replace(BASE, vectorization="pool")
+    assert tune.choose_jobs(pool, 3) == 1
+    assert tune.choose_jobs(dataclasses.replace(pool, workers=3), 3) == 2
+    assert tune.choose_jobs(dataclasses.replace(pool, workers=16), 3) == 1
+
+
 def test_best_toml_holds_what_was_given_and_what_was_found(tmp_path, fake_runs):
     own = {"env_kwargs": {"sutton_barto_reward": True}, "hidden_sizes": (32, 16)}
     base = dataclasses.replace(BASE, **own, run_dir=tmp_path / "x", seed=7)
     study, _ = run(tmp_path / "a", 3, base=base)
-    best = tune.best_trial(study)
-    path = tune.write_best(tmp_path / "a", base, best)
+    best = tune.ranked(study)[0]
+    command = tune.write_best(tmp_path / "a", base, best)
+    path = tmp_path / "a" / "best.toml"
+    assert command == f"fastppo train --config {path}"
     found = tomllib.loads(path.read_text())
     expected = {
         "env_id": "CartPole-v1",
@@ -168,13 +317,62 @@ def test_best_toml_holds_what_was_given_and_what_was_found(tmp_path, fake_runs):
     }
     assert found == expected | {"env_kwargs": {"sutton_barto_reward": True}} | best.params
     assert Config.from_dict(found).learning_rate == best.params["learning_rate"]
+    assert [path.name for path in (tmp_path / "a").glob(".*.tmp")] == []
+
+
+def test_a_write_that_fails_leaves_the_earlier_results(tmp_path, fake_runs, monkeypatch):
+    study, _ = run(tmp_path, 1)
+    tune.write_best(tmp_path, BASE, tune.ranked(study)[0])
+    tune_report.write_page(tmp_path, "CartPole-v1", study)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert {"best.toml", "tune.html"} <= set(before)
+    whole = pathlib.Path.write_text
+
+    def half(path, text, **options):
+        whole(path, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        tune.write_best(tmp_path, BASE, tune.ranked(study)[0])
+    with pytest.raises(OSError, match="No space"):
+        tune_report.write_page(tmp_path, "CartPole-v1", study)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_best_toml_holds_nested_values_and_any_text(tmp_path):
+    trial = create_trial(params={}, value=0.0, user_attrs={"returns": [0.0]})
+    kwargs = {"größe": {"a": [1, 2.5, True, {"b": []}], "": '\x7f\t\n"\\ \x00 ☃'}, "x": -math.inf, "y": 1e-07}
+    base = dataclasses.replace(BASE, env_kwargs=kwargs)
+    tune.write_best(tmp_path, base, trial)
+    text = (tmp_path / "best.toml").read_text("utf-8")
+    assert tomllib.loads(text)["env_kwargs"] == kwargs
+    assert "größe" in text
+    command = parse(["train", "--config", str(tmp_path / "best.toml")])
+    assert command.settings() == base
+
+
+def test_the_printed_command_carries_what_a_file_cannot_hold(tmp_path):
+    trial = create_trial(params={}, value=0.0, user_attrs={"returns": [0.0]})
+    for kwargs, why in (({"a": {"b": None}}, "TOML has no null"), ({"a": "\ud800"}, "TOML holds Unicode alone")):
+        base = dataclasses.replace(
+            BASE,
+            env_kwargs=kwargs,
+            env_id="own world:Env-v0",
+            wrappers=("gymnasium.wrappers:FlattenObservation", "own:Wrapper"),
+        )
+        command = tune.write_best(tmp_path, base, trial)
+        assert f"# env_kwargs is left out, because {why}; give it as a flag" in (tmp_path / "best.toml").read_text()
+        program, *rest = shlex.split(command)
+        assert program == "fastppo"
+        assert parse(rest).settings() == base
 
 
 def test_the_page_names_trials_and_settings(tmp_path, fake_runs):
     space = RATE | {"gamma": SETTINGS["gamma"].search, "anneal_lr": SETTINGS["anneal_lr"].search}
     study, _ = run(tmp_path, 20, seeds=1, space=space)
     text = tune_report.write_page(tmp_path, "CartPole-v1", study).read_text()
-    assert "20 trials complete, 0 cut, 0 failed." in text
+    assert "20 trials complete, 0 pruned, 0 failed." in text
     for name in ("history", "importances", *space):
         assert f'id="{name}"' in text
     assert tune_report.terminal_table(study).row_count == 5
@@ -192,12 +390,92 @@ def test_a_search_by_the_command(tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "a" / "best.toml"), "--run-dir", str(tmp_path / "run")]) == 0
 
 
+def test_a_file_gives_the_runs_no_target_and_no_exact_resume(tmp_path, monkeypatch):
+    (tmp_path / "given.toml").write_text('target_return = 20.0\nexact_resume = true\nn_envs = 4\nrun_dir = "mine"\n')
+    seen = []
+    monkeypatch.setattr(
+        tune, "run_trials", lambda study, folder, base, *a, **k: seen.append((folder, base)) or iter(())
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", "--config", "given.toml", "--seed", "3"]) == 1
+    ((folder, base),) = seen
+    assert (base.run_dir, base.target_return, base.exact_resume, base.n_envs) == (None, None, False, 4)
+    assert str(folder) == "mine"
+
+
+def test_the_seed_is_the_searchs(capsys):
+    with pytest.raises(SystemExit):
+        main(["tune", "--help"])
+    assert "Seed of the search" in " ".join(capsys.readouterr().out.split())
+
+
+TINY = ["--n-envs", "4", "--n-steps", "32", "--total-timesteps", "1024", "--compile", "off", "--threads", "1"]
+TINY += ["--search", "learning_rate", "gamma", "--n-minibatches", "2", "--record-ratios", "0", "--jobs", "1"]
+
+
+def start(folder, *more):
+    command = [sys.executable, "-m", "fastppo", "tune", "--run-dir", str(folder), *TINY, *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+
+
+def test_two_processes_share_a_search_and_one_is_killed(tmp_path):
+    """Each trial is trained once, also that of the killed process, and with the settings that it had."""
+    folder = tmp_path / "search"
+    arguments = ["--trials", "4", "--seeds", "2", "--total-timesteps", "4096"]
+    first, second = start(folder, *arguments), start(folder, *arguments)
+    try:
+        trials = folder / "trials"
+        wait_until(lambda: (trials / "0000" / "seed1" / "metrics.jsonl").exists())
+        wait_until(lambda: (trials / "0001" / ".lock").exists())
+        holder = int((trials / "0000" / ".lock").read_text().split()[1])
+        killed, other = (first, second) if holder == first.pid else (second, first)
+        assert killed.pid == holder
+        os.kill(killed.pid, signal.SIGKILL)
+        said, _ = other.communicate(timeout=150)
+        assert other.returncode == 0, said
+        third = start(folder, *arguments)
+        said, _ = third.communicate(timeout=150)
+        assert third.returncode == 0, said
+    finally:
+        for process in (first, second):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    base = parse(["tune", *TINY, *arguments]).settings(run_dir=None)
+    study = tune.open_search(folder, base, tune.search_space(base, ["learning_rate", "gamma"]), 2)
+    states = [trial.state for trial in study.get_trials()]
+    assert states == [TrialState.COMPLETE] * 4, [tune.describe(trial) for trial in study.get_trials()]
+    for trial in study.get_trials():
+        for seed in (1, 2):
+            run_dir = trials / f"{trial.number:04d}" / f"seed{seed}"
+            config = json.loads((run_dir / "config.json").read_text())
+            assert {name: config[name] for name in trial.params} == trial.params
+            steps = [json.loads(line)["global_step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            assert steps == sorted(set(steps)), "trained by one process at a time"
+            assert steps[-1] == 4096
+    assert len(list(trials.iterdir())) == 4
+
+
+def test_fewer_trials_and_torchrun_by_the_command(tmp_path, capsys, monkeypatch):
+    arguments = ["tune", "--run-dir", str(tmp_path / "a"), *TINY, "--seeds", "1"]
+    assert main([*arguments, "--trials", "2"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--trials", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "trials 1 (2 begun before), seeds 1, 1 at a time" in said
+    assert "train:   fastppo train --config" in said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*arguments, "--trials", "3"]) == 2
+    assert "tune starts processes of its own, one for each run; start it without torchrun." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ("--trials 0", "trials=0 must be at least 1; nearest valid value: 1."),
         ("--seeds 0", "seeds=0 must be at least 1"),
         ("--jobs 0", "jobs=0 must be at least 1"),
+        ("--env-id CartPol-v1", "did you mean CartPole-v1?"),
         ("--search gama", "search: gama can't be searched; there are n_steps"),
         ("--search gamma --gamma 0.9", "search: gamma is given as 0.9"),
     ],

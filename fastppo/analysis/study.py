@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from fastppo.analysis.run_data import RunData, read_run
-from fastppo.analysis.training_processes import ended
+from fastppo.analysis.training_processes import claim_folder, ended, env_cores
 from fastppo.builders.parts import policy_spec
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config
@@ -36,7 +36,6 @@ Hold = Literal["batch", "n_steps"]
 _T975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 _T975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
 _T975 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-_PLAN = "plan.json"  # written first, so that a continued study notices other settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,6 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
     if target is None:
         reason = f"{env_info.name} has no reward threshold" if base.target_return == "threshold" else "none was given"
         raise ConfigError(f"study needs a target return, and {reason}: use --target-return NUMBER.")
-    parameters = _count_parameters(resolved, env_info)
     configs, cores = [], 1
     for n in dict.fromkeys(n_envs):
         n_steps = _steps_for(n, resolved.batch_size) if hold == "batch" else resolved.n_steps
@@ -148,10 +146,8 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
                 resume="auto",
                 run_dir=folder / "runs" / f"n{n}-seed{seed}",
             )
-            minibatch_size = _resolve(config, env_info, device).minibatch_size
-            threads = base.threads or choose_threads(minibatch_size * parameters)
-            cores = max(cores, threads + _env_cores(config))
             configs.append(config)
+        cores = max(cores, run_cores(configs[-1], env_info, device))
     return Plan(target, hold, configs, cores, system_info(device))
 
 
@@ -161,9 +157,16 @@ def _resolve(config: Config, env_info: EnvInfo, device: torch.device) -> Config:
     return resolve_config(plain, env_info, device, custom_policy=False)[0]
 
 
-def _count_parameters(config: Config, env_info: EnvInfo) -> int:
-    network = policy_spec(config, env_info, custom=False).build().network
-    return sum(x.numel() for x in network.parameters())
+def run_cores(config: Config, env_info: EnvInfo, device: torch.device) -> int:
+    """Return the cores that a run keeps busy: torch threads, by the work of a minibatch, and those of its environments.
+
+    Raises:
+        ConfigError: settings contradict each other.
+    """
+    resolved = _resolve(config, env_info, device)
+    network = policy_spec(resolved, env_info, custom=False).build().network
+    work = resolved.minibatch_size * sum(x.numel() for x in network.parameters())
+    return (config.threads or choose_threads(work)) + env_cores(config)
 
 
 def _steps_for(n_envs: int, batch: int) -> int:
@@ -181,13 +184,6 @@ def _steps_for(n_envs: int, batch: int) -> int:
     return batch // n_envs
 
 
-def _env_cores(config: Config) -> int:
-    """Return the cores that a run needs beside its torch threads: those of its workers, or one for everything else."""
-    if config.vectorization == "pool" and config.workers:
-        return config.workers
-    return usable_cores() if config.vectorization in ("pool", "async", "envpool", "auto") else 1
-
-
 def _t975(freedom: int) -> float:
     """Return the 97.5 % quantile of Student's t; an approximation above 30 degrees of freedom."""
     return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.4 / freedom
@@ -199,29 +195,7 @@ def begin_study(plan: Plan, base: Config, folder: Path) -> None:
     Raises:
         ConfigError: the folder holds other files or a study with other settings, or can't be created.
     """
-    settings = {**base.to_dict(), "target_return": plan.target, "hold": plan.hold}
-    path = folder / _PLAN
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            if any(folder.iterdir()):
-                raise ConfigError(f"run_dir={folder} is not empty and holds no study; name a new folder.")
-            write_json(path, settings)
-            return
-        before = json.loads(path.read_text())
-    except ConfigError:
-        raise
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"run_dir={folder} is a file, or lies in one; name a new folder.") from None
-    except OSError as error:
-        raise ConfigError(f"run_dir={folder} can't be used ({error.strerror}); name another folder.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); name a new folder by --run-dir.") from None
-    differing = [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]
-    if differing:
-        raise ConfigError(
-            f"{folder} holds a study with other settings: {'; '.join(differing)}. Name a new folder by --run-dir."
-        )
+    claim_folder(folder, "study", base, target_return=plan.target, hold=plan.hold)
 
 
 def choose_jobs(plan: Plan) -> int:

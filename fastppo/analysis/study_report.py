@@ -14,6 +14,7 @@ from fastppo.analysis.figures import returns_figure
 from fastppo.analysis.html import LAYOUT, Figures, heading, page, paragraphs, table
 from fastppo.analysis.study import Estimate, Plan, Setting, format_estimate, recommend
 from fastppo.analysis.terminal import narrow_table
+from fastppo.runtime.files import write_text
 
 _HEAD = ("n_envs", "reached", "n_steps", "seconds to target", "steps to target", "updates", "steps/s")
 _AXES = {"environment steps": "global_step", "updates": "iteration", "seconds": "seconds"}
@@ -46,7 +47,7 @@ def write_page(folder: Path, env_name: str, plan: Plan, settings: Sequence[Setti
     machine = f"{plan.about['device_name']}, {plan.about['cpu_count']} cores, {plan.about['platform']}"
     parts.append(paragraphs([f"Target return {plan.target:g}; the same {held} for every n_envs.", machine]))
     path = folder / "study.html"
-    path.write_text(page(f"{env_name}: n_envs by time to a return of {plan.target:g}", *parts), encoding="utf-8")
+    write_text(path, page(f"{env_name}: n_envs by time to a return of {plan.target:g}", *parts))
     return path
 
 

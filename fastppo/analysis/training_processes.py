@@ -1,4 +1,4 @@
-"""Training in processes of their own, one for each run, for `fastppo study` and `fastppo tune`."""
+"""Training in processes of their own, one for each run: for `fastppo study`, `fastppo tune` and `train --seeds`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,102 @@ import threading
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
-from fastppo.config import Config
-from fastppo.errors import FastPPOError, FinishedError
-from fastppo.runtime.cores import usable_cores
+from fastppo.config import SETTINGS, Config, shown
+from fastppo.errors import ConfigError, FastPPOError, FinishedError
+from fastppo.runtime.cores import processes, usable_cores
+from fastppo.runtime.files import exclusive, write_json
+from fastppo.runtime.signals import exit_on_sigterm
 
+_PLAN = "plan.json"  # written first, so that other settings are noticed when the work continues
+_TURN = ".turn"  # locked by the process that changes the folder
 _POLL_SECONDS = 0.1
+
+
+def turn_file(folder: Path) -> Path:
+    """Return the file of `folder` that `exclusive` locks."""
+    return folder / _TURN
+
+
+def claim_folder(folder: Path, content: str, base: Config, **more: object) -> bool:
+    """Create a folder of runs and record its settings there, or check that they continue what it holds.
+
+    Args:
+        folder: the folder.
+        content: what is in it, such as "study".
+        base: settings of all runs; those that change no number may differ from before.
+        more: settings that are not a run's; they replace those of `base`.
+
+    Returns:
+        Whether the folder is new.
+
+    Raises:
+        ConfigError: it holds other files, or the same kind of content with other settings, or can't be used.
+    """
+    # a preset changes numbers through the settings that it fills, which are open in `base`
+    compared = [name for name, setting in SETTINGS.items() if setting.changes != "nothing" or name == "preset"]
+    # through JSON, as the file holds it: tuples become lists
+    settings: dict[str, Any] = json.loads(json.dumps(base.to_dict() | more | {"content": content}, default=str))
+    path = folder / _PLAN
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_content(folder, content)  # before it gets a lock file
+        with exclusive(turn_file(folder)):
+            _check_content(folder, content)
+            if not path.exists():
+                write_json(path, settings)
+                return True
+            before: dict[str, Any] = Config().to_dict() | {"content": content} | json.loads(path.read_text())
+    except ConfigError:
+        raise
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"run_dir={folder} is a file, or lies in one; name a new folder.") from None
+    except OSError as error:
+        raise ConfigError(f"run_dir={folder} can't be used ({error.strerror}); name another folder.") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); name a new folder by --run-dir.") from None
+    if before["content"] != content:
+        raise ConfigError(f"run_dir={folder} holds a {before['content']}, not a {content}; name a new folder.")
+    differing = [
+        f"{name} was {shown(before.get(name))}, is {shown(settings[name])}"
+        for name in (*compared, *(name for name in more if name not in compared))
+        if before.get(name) != settings[name]
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder} holds a {content} with other settings: {'; '.join(differing)}. Name a new folder by --run-dir."
+        )
+    return False
+
+
+def _check_content(folder: Path, content: str) -> None:
+    if not (folder / _PLAN).exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ConfigError(f"run_dir={folder} is not empty and holds no {content}; name a new folder.")
+
+
+def check_single_process(command: str) -> None:
+    """Check that torchrun has not started this process.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if processes() > 1:
+        raise ConfigError(f"{command} starts processes of its own, one for each run; start it without torchrun.")
+
+
+def env_cores(config: Config) -> int:
+    """Return the cores that a run needs beside its torch threads: those of its workers, or one for everything else."""
+    if config.vectorization == "pool" and config.workers:
+        return config.workers
+    return usable_cores() if config.vectorization in ("pool", "async", "envpool", "auto") else 1
 
 
 def run_each(configs: Sequence[Config], jobs: int) -> Generator[tuple[Config, str | None]]:
     """Run every config that has not ended, `jobs` at a time; yield each with its error, or None if it ended.
 
-    A run that was interrupted is resumed. Leaving the iteration ends the runs, each with a checkpoint.
+    A run that was interrupted is resumed. Leaving the iteration ends the runs, each with a checkpoint; so do Ctrl-C and
+    SIGTERM. Close the generator where it may be left early: `with closing(run_each(...)) as runs`.
 
     The runs of one time divide the cores among them: each takes at most cores / jobs threads, and at least one.
     """
@@ -31,16 +115,17 @@ def run_each(configs: Sequence[Config], jobs: int) -> Generator[tuple[Config, st
     waiting = [config for config in configs if not ended(config)]
     running: dict[subprocess.Popen[bytes], Config] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                config = waiting.pop(0)
-                running[_start(config, threads)] = config
-            for process in [p for p in running if p.poll() is not None]:
-                config = running.pop(process)
-                _close(process)
-                log = _log(config).read_text(errors="replace")
-                yield config, None if ended(config) else exit_reason(process.returncode, log)
-            time.sleep(_POLL_SECONDS)
+        with exit_on_sigterm():
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    config = waiting.pop(0)
+                    running[_start(config, threads)] = config
+                for process in [p for p in running if p.poll() is not None]:
+                    config = running.pop(process)
+                    _close(process)
+                    log = _log(config).read_text(errors="replace")
+                    yield config, None if ended(config) else exit_reason(process.returncode, log)
+                time.sleep(_POLL_SECONDS)
     finally:
         for process in running:  # each saves a checkpoint and ends
             process.terminate()
@@ -71,7 +156,7 @@ def _start(config: Config, threads: int) -> subprocess.Popen[bytes]:
     _log(config).parent.mkdir(parents=True, exist_ok=True)
     with _log(config).open("wb") as log:
         command = [sys.executable, "-m", "fastppo.analysis.training_processes", json.dumps(config.to_dict())]
-        # A session of its own keeps Ctrl-C of the terminal from the process: it gets one signal, from `run_study`.
+        # A session of its own keeps Ctrl-C of the terminal from the process: it gets one signal, from `run_each`.
         # A second signal would end it before it has saved.
         return subprocess.Popen(
             command,
@@ -103,14 +188,16 @@ def exit_reason(status: int, log: str) -> str:
 
 def _train(config: Config) -> None:
     """Train one run, resumed if it was interrupted; the process ends when its standard input closes."""
-    from fastppo.resume_run import continue_run, resumable_run
-    from fastppo.trainer import Trainer
 
     def end_with_parent() -> None:
         os.read(0, 1)  # not sys.stdin: no thread may hold its lock when the interpreter ends
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    # imports torch, which takes seconds
+    from fastppo.resume_run import continue_run, resumable_run
+    from fastppo.trainer import Trainer
+
     run = resumable_run(config)
     try:
         trainer = Trainer(config, progress=False) if run is None else continue_run(config, run)

@@ -1,18 +1,19 @@
 """`fastppo tune`: search settings with Optuna, by the mean return over seeds.
 
 Every trial has a folder, and every seed of it a run. The trials are in a journal file, so a search that was killed
-continues, and several processes can share one: each takes a lock on the trial that it trains.
+continues, and several processes can share one: each locks the folder of the trial that it trains.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
+import os
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,171 +22,247 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from fastppo.analysis.training_processes import ended, run_each
+from fastppo.analysis.training_processes import claim_folder, ended, env_cores, run_each, turn_file
 from fastppo.builders.early_checks import check_early
-from fastppo.config import SETTINGS, Config, Search
+from fastppo.config import DEFAULTS, SETTINGS, Config, SearchValues
 from fastppo.errors import ConfigError
 from fastppo.runs.run_dir import RunLock
-from fastppo.runtime.files import write_json
+from fastppo.runtime.cores import usable_cores
+from fastppo.runtime.files import exclusive, write_text
 
-_PLAN = "plan.json"  # written first, so that a continued search notices other settings
 _JOURNAL = "journal.log"
-_STARTUP = 5  # trials that are never cut, and whose settings are drawn at random
+_STARTUP = 5  # first trials, whose settings are drawn at random; as many must be complete before one is pruned
+_NOT_OF_THE_BEST = ("run_dir", "resume", "seed", "checkpoint_minutes", "name")  # the search's own, not the trial's
 
 
-def searched(base: Config, wanted: Sequence[str] = ()) -> dict[str, Search]:
-    """Return what to try for each setting.
+def search_space(base: Config, wanted: Sequence[str] = ()) -> dict[str, SearchValues]:
+    """Return the values to try, by setting.
 
     Args:
         base: settings of all trials.
-        wanted: names of settings; empty: all that have a range and are not given in `base`.
+        wanted: names of settings; empty: all that have values to try, take effect and are not given in `base`.
 
     Raises:
-        ConfigError: a setting can't be searched, or is given.
+        ConfigError: a setting can't be searched, has no effect, or is given.
     """
     known = {name: setting.search for name, setting in SETTINGS.items() if setting.search is not None}
-    if isinstance(base.learning_rate, str):  # a schedule of its own
-        del known["anneal_lr"]
+    idle = _without_effect(base)
     for name in wanted:
         if name not in known:
             raise ConfigError(f"search: {name} can't be searched; there are {', '.join(known)}.")
-        if (value := getattr(base, name)) is not None:
+        if name in idle:
+            raise ConfigError(f"search: {name} has no effect with {idle[name]}; leave out one of the two.")
+        if (value := getattr(base, name)) != DEFAULTS[name]:
             raise ConfigError(f"search: {name} is given as {value}; leave out one of the two.")
-    found = {name: known[name] for name in wanted or known if getattr(base, name) is None}
-    if not found:
+    names = wanted or [name for name in known if name not in idle and getattr(base, name) == DEFAULTS[name]]
+    if not names:
         raise ConfigError("every setting that could be searched is given; leave one out.")
-    return found
+    return {name: known[name] for name in names}
 
 
-def open_search(folder: Path, base: Config, space: Mapping[str, Search], seeds: int) -> optuna.Study:
+def _without_effect(base: Config) -> dict[str, str]:
+    """Return the settings that change nothing, each with the setting that is the reason."""
+    idle = {}
+    if isinstance(base.learning_rate, str):  # a schedule of its own
+        idle["anneal_lr"] = f"learning_rate={base.learning_rate}"
+    if base.objective == "penalty":
+        idle["clip_coef"] = "objective=penalty"
+    if base.objective == "clip":
+        idle |= dict.fromkeys(("kl_coef", "penalty_kl"), "objective=clip")
+    return idle
+
+
+def open_search(folder: Path, base: Config, space: Mapping[str, SearchValues], seeds: int) -> optuna.Study:
     """Create the folder and its journal, or continue the search in it.
 
     Raises:
-        ConfigError: the folder holds other files or a search with other settings, or can't be created.
+        ConfigError: the folder holds other files or a search with other settings, or can't be used.
     """
-    # through JSON, as the file holds it: tuples become lists
-    settings = json.loads(json.dumps(base.to_dict() | {"search": sorted(space), "seeds": seeds}, default=str))
-    path = folder / _PLAN
+    searched = {name: dataclasses.asdict(values) for name, values in sorted(space.items())}
+    begins = claim_folder(folder, "search", base, search=searched, seeds=seeds)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = folder / _JOURNAL
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if begins := not path.exists():
-            if any(folder.iterdir()):
-                raise ConfigError(f"run_dir={folder} is not empty and holds no search; name a new folder.")
-            write_json(path, settings)
-        before = json.loads(path.read_text())
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"run_dir={folder} is a file, or lies in one; name a new folder.") from None
+        with exclusive(turn_file(folder)):
+            _drop_torn_line(journal)
+            return optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(journal), _JournalLock(folder / ".journal"))),  # type: ignore[arg-type]
+                study_name="fastppo",
+                direction="maximize",
+                # several settings at once, since they depend on each other; a later process with the same seed would
+                # draw the first trials again
+                sampler=optuna.samplers.TPESampler(
+                    seed=base.seed if begins else None, multivariate=True, n_startup_trials=_STARTUP
+                ),
+                load_if_exists=True,
+            )
     except OSError as error:
         raise ConfigError(f"run_dir={folder} can't be used ({error.strerror}); name another folder.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is damaged ({error}); name a new folder by --run-dir.") from None
-    if differing := [f"{k} was {before.get(k)}, is {v}" for k, v in settings.items() if before.get(k) != v]:
-        raise ConfigError(
-            f"{folder} holds a search with other settings: {'; '.join(differing)}. Name a new folder by --run-dir."
-        )
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # a later process with the same seed would draw the first trials again
-    seed = base.seed if begins else None
-    return optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(folder / _JOURNAL))),
-        study_name="fastppo",
-        direction="maximize",
-        # several settings at once, since they depend on each other
-        sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=_STARTUP),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=_STARTUP),
-        load_if_exists=True,
-    )
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{journal} is damaged ({error}); name a new folder by --run-dir.") from None
 
 
-def search(
-    study: optuna.Study, folder: Path, base: Config, space: Mapping[str, Search], *, trials: int, seeds: int, jobs: int
+class _JournalLock:
+    """Lock of the journal, as Optuna takes it; Optuna's own outlives a killed process by half a minute."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held = ExitStack()
+
+    def acquire(self) -> bool:
+        self._held.enter_context(exclusive(self._path))
+        return True
+
+    def release(self) -> None:
+        self._held.close()
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cut off a last line that a power loss or a full disk left incomplete: the next line would be appended to it."""
+    if journal.exists() and (data := journal.read_bytes()) and not data.endswith(b"\n"):
+        os.truncate(journal, data.rfind(b"\n") + 1)
+
+
+def choose_jobs(base: Config, seeds: int) -> int:
+    """Return the number of seeds of a trial to train at a time, so that their environments don't compete for cores."""
+    return max(1, min(seeds, usable_cores() // env_cores(base)))
+
+
+def run_trials(
+    study: optuna.Study,
+    folder: Path,
+    base: Config,
+    space: Mapping[str, SearchValues],
+    *,
+    trials: int,
+    seeds: int,
+    jobs: int,
 ) -> Iterator[FrozenTrial]:
     """Run trials until there are `trials` in all, those of other processes included; yield each that ends here."""
-    while (taken := _take(study, folder, trials)) is not None:
-        trial, lock = taken
+    while (claimed := _claim_trial(study, folder, trials)) is not None:
+        trial, lock = claimed
         try:
             _run_trial(study, trial, folder, base, space, seeds, jobs)
         finally:
             lock.release()
-        yield study.get_trials()[trial.number]
+        yield _read(study, trial)
 
 
-def _take(study: optuna.Study, folder: Path, trials: int) -> tuple[Trial, RunLock] | None:
-    """Return a trial that nobody trains: one that was interrupted, or a new one. None: there are enough."""
-    with _turn(folder):
-        for left in study.get_trials(states=(TrialState.RUNNING,)):
+def _claim_trial(study: optuna.Study, folder: Path, trials: int) -> tuple[Trial, RunLock] | None:
+    """Return one of the first `trials` trials that nobody trains, with its lock: an interrupted or a new one.
+
+    None: all of them have ended or are trained by others.
+    """
+    with exclusive(turn_file(folder)):
+        for left in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if left.number >= trials:
+                continue
             try:
-                return Trial(study, left._trial_id), RunLock(_folder(folder, left.number))
+                lock = _lock(folder, left.number)
             except ConfigError:  # another process trains it
                 continue
-        if len(study.get_trials()) >= trials:
+            # its process may have ended it before it released the lock
+            if study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
+                return Trial(study, left._trial_id), lock
+            lock.release()
+        if len(study.get_trials(deepcopy=False)) >= trials:
             return None
         trial = study.ask()
-        own = _folder(folder, trial.number)
-        own.mkdir(parents=True, exist_ok=True)
-        return trial, RunLock(own)
+        return trial, _lock(folder, trial.number)
 
 
-@contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """Let one process at a time choose its trial."""
-    with (folder / ".turn").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(folder: Path, number: int) -> RunLock:
+    own = _folder(folder, number)
+    own.mkdir(parents=True, exist_ok=True)  # a process may have been killed before it made the folder
+    return RunLock(own)
 
 
 def _folder(folder: Path, number: int) -> Path:
     return folder / "trials" / f"{number:04d}"
 
 
-def _run_trial(
-    study: optuna.Study, trial: Trial, folder: Path, base: Config, space: Mapping[str, Search], seeds: int, jobs: int
-) -> None:
-    """Train the seeds of a trial and tell the study its value: the mean over seeds of the final mean return.
+def _read(study: optuna.Study, trial: Trial) -> FrozenTrial:
+    return study.get_trials(deepcopy=False)[trial.number]
 
-    After each seed the mean so far is compared with the median of earlier trials after as many seeds; a trial below it
-    is cut. So is one whose settings contradict each other, such as minibatches that don't divide the batch.
+
+def _run_trial(
+    study: optuna.Study,
+    trial: Trial,
+    folder: Path,
+    base: Config,
+    space: Mapping[str, SearchValues],
+    seeds: int,
+    jobs: int,
+) -> None:
+    """Train the seeds of a trial and tell the study its state and its value, the mean over seeds of the mean return.
+
+    A trial is pruned if its settings contradict each other, such as minibatches that don't divide the batch.
     """
     own = _folder(folder, trial.number)
+    reason: str | None
     chosen: dict[str, Any] = {name: _suggest(trial, name, values) for name, values in space.items()}
     try:
         configs = [
             dataclasses.replace(base, **chosen, seed=seed, resume="auto", run_dir=own / f"seed{seed}")
             for seed in range(1, seeds + 1)
         ]
-        for config in configs:
-            check_early(config)
+        check_early(configs[0])
     except ConfigError as error:
-        trial.set_user_attr("reason", str(error))
-        study.tell(trial, state=TrialState.PRUNED)
-        return
+        state, reason = TrialState.PRUNED, str(error)
+    else:
+        state, reason = _train_seeds(study, trial, configs, jobs)
+    if reason:
+        trial.set_user_attr("reason", reason)
+    value = statistics.fmean(trial.user_attrs["returns"]) if state == TrialState.COMPLETE else None
+    study.tell(trial, value, state=state)
+
+
+def _train_seeds(
+    study: optuna.Study, trial: Trial, configs: Sequence[Config], jobs: int
+) -> tuple[TrialState, str | None]:
+    """Train the seeds that are left; return the state of the trial and its reason."""
     returns = {config.seed: _final_return(config) for config in configs if ended(config)}
-    reported = set(study.get_trials()[trial.number].intermediate_values)
     runs = run_each(configs, jobs)
     try:
-        for config, trouble in runs:
+        while True:
+            if bad := [seed for seed, value in returns.items() if math.isnan(value)]:
+                return TrialState.FAIL, f"seed {bad[0]}: no episode ended, so there is no mean return; train longer"
+            first = _first_seeds(returns, configs)
+            if first and len(first) not in _read(study, trial).intermediate_values:
+                trial.report(statistics.fmean(first), len(first))
+            if len(first) == len(configs):
+                trial.set_user_attr("returns", first)
+                return TrialState.COMPLETE, None
+            if _below_median(study, first):
+                return TrialState.PRUNED, f"below the median after {len(first)} of {len(configs)} seeds"
+            config, trouble = next(runs)
             if trouble is not None:
-                trial.set_user_attr("reason", f"seed {config.seed}: {trouble}")
-                study.tell(trial, state=TrialState.FAIL)
-                return
+                return TrialState.FAIL, f"seed {config.seed}: {trouble}"
             returns[config.seed] = _final_return(config)
-            if len(returns) not in reported:
-                trial.report(statistics.fmean(returns.values()), len(returns))
-            if len(returns) < seeds and trial.should_prune():
-                trial.set_user_attr("reason", f"below the median after {len(returns)} of {seeds} seeds")
-                study.tell(trial, state=TrialState.PRUNED)
-                return
     finally:
         runs.close()
-    if any(map(math.isnan, returns.values())):
-        trial.set_user_attr("reason", "no episode ended; train longer")
-        study.tell(trial, state=TrialState.FAIL)
-        return
-    trial.set_user_attr("returns", [returns[seed] for seed in sorted(returns)])
-    study.tell(trial, statistics.fmean(returns.values()))
 
 
-def _suggest(trial: Trial, name: str, values: Search) -> float | bool:
+def _first_seeds(returns: Mapping[int, float], configs: Sequence[Config]) -> list[float]:
+    """Return the returns of the first k seeds, where seed k + 1 is the first that is not complete."""
+    first = []
+    for config in configs:
+        if config.seed not in returns:
+            break
+        first.append(returns[config.seed])
+    return first
+
+
+def _below_median(study: optuna.Study, first: Sequence[float]) -> bool:
+    """Return whether the mean over the first k seeds is below the median of complete trials' mean over the same seeds.
+
+    False if fewer than five trials are complete.
+    """
+    others = [statistics.fmean(trial.user_attrs["returns"][: len(first)]) for trial in ranked(study)] if first else []
+    return len(others) >= _STARTUP and statistics.fmean(first) < statistics.median(others)
+
+
+def _suggest(trial: Trial, name: str, values: SearchValues) -> float | bool:
     if values.choices:
         choice: float | bool = trial.suggest_categorical(name, values.choices)
         return choice
@@ -198,10 +275,15 @@ def _final_return(config: Config) -> float:
     return math.nan if found is None else float(found)
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the complete trial with the highest value, or None."""
-    complete = study.get_trials(states=(TrialState.COMPLETE,))
-    return max(complete, key=lambda trial: trial.value or -math.inf, default=None) if complete else None
+def ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the complete trials, the best first; of equal ones the earlier."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(complete, key=lambda trial: -trial.values[0])
+
+
+def count_running(study: optuna.Study) -> int:
+    """Return the number of trials that have not ended."""
+    return len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
 
 
 def describe(trial: FrozenTrial) -> str:
@@ -209,22 +291,57 @@ def describe(trial: FrozenTrial) -> str:
     if trial.state == TrialState.COMPLETE:
         returns = trial.user_attrs["returns"]
         return f"mean return {trial.value:,.1f} ({min(returns):,.1f} to {max(returns):,.1f})"
-    verb = "cut" if trial.state == TrialState.PRUNED else "failed"
+    verb = "pruned" if trial.state == TrialState.PRUNED else "failed"
     return f"{verb}: {trial.user_attrs.get('reason', 'unknown')}"
 
 
-def write_best(folder: Path, base: Config, trial: FrozenTrial) -> Path:
-    """Write the settings of the best trial as best.toml, for `fastppo train --config`; return its path."""
-    defaults, given = Config(), base.to_dict()
-    values = {name: value for name, value in given.items() if getattr(base, name) != getattr(defaults, name)}
-    for name in ("run_dir", "resume", "seed", "checkpoint_minutes", "name"):
-        values.pop(name, None)
-    values |= {"env_id": base.env_id} | trial.params
+def write_best(folder: Path, base: Config, trial: FrozenTrial) -> str:
+    """Write the settings of the best trial as best.toml, for `train --config`; return the command that trains with it.
+
+    The command has flags for settings that TOML can't hold, and for code to import, which a file alone may not name.
+    """
+    defaults, given = Config().to_dict(), base.to_dict()
+    values = {name: v for name, v in given.items() if v != defaults[name] and name not in _NOT_OF_THE_BEST}
     path = folder / "best.toml"
-    lines = [f"# trial {trial.number}: {describe(trial)}"]
-    lines += [f"{name} = {json.dumps(value)}" for name, value in values.items() if not isinstance(value, dict)]
-    for name, table in values.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{name}]", *(f"{json.dumps(key)} = {json.dumps(value)}" for key, value in table.items())]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    lines, flags = [f"# trial {trial.number}: {describe(trial)}"], []
+    for name, value in (values | {"env_id": base.env_id} | trial.params).items():
+        try:
+            lines.append(f"{name} = {toml_value(value)}")
+        except ValueError as error:
+            lines.append(f"# {name} is left out, because {error}; give it as a flag")
+            flags += _flag(name, value)
+    if base.imported:
+        flags += _flag("env_id", base.env_id) + _flag("wrappers", given["wrappers"])
+    write_text(path, "\n".join(lines) + "\n")
+    return shlex.join(["fastppo", "train", "--config", str(path), *flags])
+
+
+def _flag(name: str, value: object) -> list[str]:
+    """Return a setting as the command line takes it; nothing for an empty list."""
+    values = value if isinstance(value, list) else [value]
+    texts = [item if isinstance(item, str) else json.dumps(item) for item in values]
+    return [f"--{name.replace('_', '-')}", *texts] if texts else []
+
+
+def toml_value(value: object) -> str:
+    """Return a plain value as TOML on one line.
+
+    Raises:
+        ValueError: TOML has no such value.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return json.dumps(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("TOML holds Unicode alone") from None
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(toml_value, value))}]"
+    if isinstance(value, Mapping):
+        pairs = [f"{toml_value(str(key))} = {toml_value(item)}" for key, item in value.items()]
+        return f"{{ {', '.join(pairs)} }}" if pairs else "{}"
+    raise ValueError("TOML has no null" if value is None else f"TOML has no {type(value).__name__}")

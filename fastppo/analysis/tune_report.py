@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,16 +13,12 @@ from rich.table import Table
 
 from fastppo.analysis.html import LAYOUT, Figures, heading, page, paragraphs, table
 from fastppo.analysis.terminal import narrow_table
-from fastppo.analysis.tune import describe
+from fastppo.analysis.tune import describe, ranked
 from fastppo.config import SETTINGS, shown
+from fastppo.runtime.files import write_text
 
 _SHOWN, _SHOWN_IN_TERMINAL = 10, 5  # trials in the tables
 _NEEDED = 8  # complete trials before importances mean anything
-
-
-def ranked(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the complete trials, the best first."""
-    return sorted(study.get_trials(states=(TrialState.COMPLETE,)), key=lambda trial: -(trial.value or -math.inf))
 
 
 def terminal_table(study: optuna.Study) -> Table:
@@ -50,9 +45,9 @@ def _short(value: object) -> str:
 def write_page(folder: Path, env_name: str, study: optuna.Study) -> Path:
     """Write tune.html into `folder`; return its path."""
     figures, best, trials = Figures(), ranked(study), study.get_trials()
-    cut = sum(trial.state == TrialState.PRUNED for trial in trials)
+    pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
     failed = [f"trial {trial.number} {describe(trial)}" for trial in trials if trial.state == TrialState.FAIL]
-    counts = f"{len(best)} trials complete, {cut} cut, {len(failed)} failed."
+    counts = f"{len(best)} trials complete, {pruned} pruned, {len(failed)} failed."
     parts = [paragraphs([counts, *failed[:5]])]
     if best:
         names = list(best[0].params)
@@ -65,14 +60,14 @@ def write_page(folder: Path, env_name: str, study: optuna.Study) -> Path:
         parts += [figures.draw(_slice(best, name), name) for name in names]
         parts.append("</div>")
     path = folder / "tune.html"
-    path.write_text(page(f"{env_name}: search of settings", *parts), encoding="utf-8")
+    write_text(path, page(f"{env_name}: search of settings", *parts))
     return path
 
 
 def _history(trials: Sequence[FrozenTrial]) -> go.Figure:
     """Draw the value of each complete trial and the best so far."""
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    numbers, values = [trial.number for trial in complete], [trial.value or 0.0 for trial in complete]
+    numbers, values = [trial.number for trial in complete], [trial.values[0] for trial in complete]
     best = [max(values[: i + 1]) for i in range(len(values))]
     figure = go.Figure()
     figure.add_scatter(x=numbers, y=values, mode="markers", name="trials")

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fastppo.commands.console import open_console, print_checks
-from fastppo.commands.training import Train
+from fastppo.commands.settings import SettingsCommand
 from fastppo.config import Config, EnvKwargs
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runtime.console import print_line
@@ -63,7 +63,7 @@ class VerifyEnv:
 
 
 @dataclasses.dataclass(frozen=True)
-class VerifyResume(Train):
+class VerifyResume(SettingsCommand):
     """Check that a resumed run equals an uninterrupted one, bit for bit."""
 
     iterations: int = 6

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from fastppo.commands.console import open_console, print_checks
-from fastppo.commands.training import Train
+from fastppo.commands.settings import SettingsCommand, default_folder
 from fastppo.config import Config, TargetReturn
 from fastppo.errors import ConfigError
 from fastppo.runtime.console import print_line
@@ -30,7 +31,7 @@ _Vectorizations = Annotated[
 
 
 @dataclasses.dataclass(frozen=True)
-class Bench(Train):
+class Bench(SettingsCommand):
     """Measure training speed at several n_envs, and what limits it."""
 
     n_envs: _Sizes = (1, 8, 64, 512)  # type: ignore[assignment]
@@ -156,7 +157,7 @@ class Doctor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Study(Train):
+class Study(SettingsCommand):
     """Train several n_envs and seeds to a return, and recommend an n_envs."""
 
     n_envs: _Sizes = (4, 16, 64, 256)  # type: ignore[assignment]
@@ -195,29 +196,36 @@ class Study(Train):
             raise ConfigError(f"n_envs={smallest} must be at least 1; nearest valid value: 1.")
         check_early(base, trains=False)
         from fastppo.analysis import study, study_report
-        from fastppo.analysis.training_processes import ended, run_each
+        from fastppo.analysis.training_processes import check_single_process, ended, run_each
+        from fastppo.runs.run_dir import RunLock
 
-        folder = self.run_dir or Path("runs") / f"study-{self.env_id.replace('/', '_').replace(':', '_')}"
+        check_single_process("study")
+        folder = self.run_dir or default_folder("study", self.env_id)
         plan = study.plan_study(base, self.n_envs, self.seeds, self.hold, folder)
         for config in plan.configs:
             check_early(config)
         study.begin_study(plan, base, folder)
+        lock = RunLock(folder)
         jobs, console, failures = self.jobs or study.choose_jobs(plan), open_console(), dict[Path, str]()
         done = sum(map(ended, plan.configs))
         again = f", {done} of them complete" if done else ""
         print_line(console, f"{len(plan.configs)} runs{again}; {jobs} at a time; folder {folder}")
-        for config, trouble in run_each(plan.configs, jobs):
-            assert config.run_dir is not None
-            done += 1
-            if trouble is not None:
-                failures[config.run_dir] = trouble
-            settings = study.summarize(plan, failures)
-            study.write_study(folder, plan, settings)
-            said = trouble or study.outcome(config)
-            print_line(console, f"{done} of {len(plan.configs)}: n_envs {config.n_envs}, seed {config.seed}: {said}")
+        with closing(run_each(plan.configs, jobs)) as runs:
+            for config, trouble in runs:
+                assert config.run_dir is not None
+                done += 1
+                if trouble is not None:
+                    failures[config.run_dir] = trouble
+                settings = study.summarize(plan, failures)
+                study.write_study(folder, plan, settings)
+                said = trouble or study.outcome(config)
+                print_line(
+                    console, f"{done} of {len(plan.configs)}: n_envs {config.n_envs}, seed {config.seed}: {said}"
+                )
         settings = study.summarize(plan, failures)
         study.write_study(folder, plan, settings)
         page = study_report.write_page(folder, self.env_id, plan, settings)
+        lock.release()
         console.print(study_report.terminal_table(settings))
         print_line(console, study.recommend(settings, plan.target))
         print_line(console, f"page:    {page}", wrap=False)

@@ -6,15 +6,17 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from fastppo.commands.console import open_console, program
+from fastppo.commands.settings import SettingsCommand, default_folder
 from fastppo.config import Config, differences_from_defaults
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
-from fastppo.runs.run_dir import check_run_folder
+from fastppo.runs.run_dir import RunLock, check_run_folder
 from fastppo.runtime.console import print_line
 
 if TYPE_CHECKING:
@@ -27,24 +29,23 @@ RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Train(Config):
+class Train(SettingsCommand):
     """Train a policy. Defaults depend on the kind of environment; see --preset."""
 
-    config: Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="(default: none)")] = None
-    """TOML file of settings, under the names of these flags; flags override it."""
-
-    def __post_init__(self) -> None:
-        """Check nothing: `settings` makes a Config, which checks, where tyro draws no box around the message."""
-
-    def settings(self, **changes: Any) -> Config:  # noqa: ANN401 - values of settings
-        """Return the checked settings, with `changes`."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Config)}
-        return Config(**given | changes)
+    seeds: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: one run)")] = None
+    """Train this many seeds, from --seed on, in processes of their own, and summarise them. The same command continues
+    in --run-dir, by default runs/seeds-<env>."""
+    jobs: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: by cores)")] = None
+    """Concurrent runs of --seeds."""
 
     def __call__(self) -> int:
         """Train, and return 0, 1 if the end of the run could not be saved, or 128 + the signal that ended it."""
         from fastppo.builders.early_checks import check_early
 
+        if self.seeds is not None:
+            return self._train_seeds(self.seeds)
+        if self.jobs is not None:
+            raise ConfigError(f"jobs={self.jobs} needs --seeds, as a single run is one process; or leave it out.")
         config = self.settings()
         check_early(config)  # before the import of torch, so that mistakes are reported at once
         from fastppo.resume_run import continue_run, resumable_run
@@ -58,6 +59,46 @@ class Train(Config):
                 hint = f"--resume auto chose {run}; give another --run-dir to start a new run."
                 raise CheckpointError(f"{error} ({hint})") from None
         return _run(lambda console: Trainer(config, console=console))
+
+    def _train_seeds(self, seeds: int) -> int:
+        """Train the seeds that are left, print a summary and write files; return 1 if a run failed, else 0."""
+        from fastppo.builders.early_checks import check_early
+
+        base = self.settings(run_dir=None)
+        for name, value in (("seeds", seeds), ("jobs", self.jobs)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be at least 1; nearest valid value: 1.")
+        check_early(base)
+        from fastppo.analysis import seeds as several
+        from fastppo.analysis import seeds_report
+        from fastppo.analysis.training_processes import check_single_process, ended, run_each
+
+        check_single_process("train --seeds")
+        folder = self.run_dir or default_folder("seeds", self.env_id)
+        configs, console, failures = several.plan_seeds(base, seeds, folder), open_console(), dict[int, str]()
+        jobs = self.jobs or several.choose_jobs(base, seeds)
+        several.begin_seeds(base, folder)
+        lock, done = RunLock(folder), sum(map(ended, configs))
+        again = f", {done} of them complete" if done else ""
+        print_line(console, f"{seeds} seeds{again}; {jobs} at a time; folder {folder}")
+        with closing(run_each(configs, jobs)) as runs:
+            for config, trouble in runs:
+                done += 1
+                if trouble is not None:
+                    failures[config.seed] = trouble
+                several.write_summary(folder, several.summarize(configs, failures))
+                print_line(console, f"{done} of {seeds}: seed {config.seed}: {trouble or several.outcome(config)}")
+        summary = several.summarize(configs, failures)
+        several.write_summary(folder, summary)
+        page = seeds_report.write_page(folder, self.env_id, summary)
+        lock.release()
+        console.print(seeds_report.terminal_table(summary))
+        print_line(console, several.in_words(summary))
+        print_line(console, f"page:        {page}", wrap=False)
+        print_line(
+            console, f"report:      {program('fastppo')} report {shlex.quote(str(folder))}/runs/seed*", wrap=False
+        )
+        return 1 if failures else 0
 
 
 @dataclasses.dataclass(frozen=True)

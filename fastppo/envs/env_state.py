@@ -380,6 +380,7 @@ class EpisodeLog:
         self.starts: list[tuple[list[Any], int | None, int]] = [([], None, 0)] * n
         self._actions: list[_Array] = []  # one array of all environments per step
         self._dropped = 0
+        self._touched: set[int] = set()
 
     def begin(self, i: int, env: gym.Env[Any, Any], seed: int | None, built: ConstructedData | None = None) -> None:
         """Start an episode of environment i; call before its reset and after `add` of the last step.
@@ -390,6 +391,7 @@ class EpisodeLog:
             seed: of its reset.
             built: its large attributes as the constructor left them.
         """
+        self._touched.discard(i)
         if built is not None:
             built.forget_changed(env)
         before = state_of(env, built, all_of_it=False, check=False)
@@ -406,10 +408,14 @@ class EpisodeLog:
         del self._actions[: first - self._dropped]
         self._dropped = first
 
+    def forget(self, i: int) -> None:
+        """Record that the open episode of environment i can't be replayed: something besides actions changes it."""
+        self._touched.add(i)
+
     @property
-    def too_long(self) -> bool:
-        """Whether an open episode is too long to replay, so that its actions were dropped."""
-        return any(start < self._dropped for *_, start in self.starts)
+    def replayable(self) -> bool:
+        """Whether every open episode can be replayed: its actions alone made it, and none of them were dropped."""
+        return not self._touched and all(start >= self._dropped for *_, start in self.starts)
 
     def episode(self, i: int) -> dict[str, Any]:
         """Return the open episode of environment i as JSON-able values."""
@@ -427,6 +433,7 @@ class EpisodeLog:
             if len(mine):
                 rows[-len(mine) :, i] = mine
         self._actions, self._dropped = [row.copy() for row in rows], 0
+        self._touched.clear()
         self.starts = [
             (episode["before"], episode["seed"], len(rows) - len(mine))
             for episode, mine in zip(episodes, actions, strict=True)

@@ -7,19 +7,20 @@ disabled:  reset here with `reset_mask` in the same step, so that the rollout se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from fastppo.envs.env_state import NotPlainError, ResumeSupport, close_env, moments_of, set_state, state_of
-from fastppo.envs.sync import StepResult
+from fastppo.envs.sync import StepResult, call_env, check_callable, one_each, set_env
 from fastppo.envs.vec_env import Transitions, VecEnv, no_access
-from fastppo.errors import EnvError
+from fastppo.errors import ENV_ERRORS, EnvError, FastPPOError, cause_line
 from fastppo.spaces.actions import ActionSpec
 from fastppo.spaces.observations import ObsSpec
 from fastppo.spaces.packing import PackedSpace, finite_bounds
@@ -238,21 +239,48 @@ class GymnasiumVecEnv(VecEnv):
         """Return the objects whose wrappers may keep running moments: the vector environment, and those it holds."""
         return [self.venv, *getattr(self.venv.unwrapped, "envs", ())]
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
-        """Return the results of a method of each environment, or the values of an attribute.
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """See `VecEnv.call`.
 
         Raises:
-            EnvError: this vector environment gives no access to its environments.
+            EnvError: this vector environment gives no access to its environments, or `call` fails in one of them.
         """
-        return tuple(self._access("call")(name, *args, **kwargs))
+        access = self._access("call")
+        check_callable(name)
+        if (envs := self._own_envs()) is not None:
+            return tuple(call_env(i, env, name, args, kwargs) for i, env in enumerate(envs))
+        with self._failing_in(f"call({name!r})"):
+            return tuple(access(name, *args, **kwargs))
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
-        """Set an attribute to one value for all environments, or to a list or tuple of one for each.
+        """See `VecEnv.set_attr`.
 
         Raises:
-            EnvError: this vector environment gives no access to its environments.
+            EnvError: this vector environment gives no access to its environments, or one of them refuses.
         """
-        self._access("set_attr")(name, values)
+        access, each = self._access("set_attr"), one_each(values, self.n_envs)
+        if (envs := self._own_envs()) is not None:
+            for i, (env, value) in enumerate(zip(envs, each, strict=True)):
+                set_env(i, env, name, value)
+            return
+        with self._failing_in(f"set_attr({name!r})"):
+            access(name, each)
+
+    def _own_envs(self) -> Sequence[gym.Env[Any, Any]] | None:
+        """Return the environments of Gymnasium's SyncVectorEnv, whose own `call` doesn't say which of them failed."""
+        inner = self.venv.unwrapped
+        return inner.envs if type(inner) is SyncVectorEnv else None
+
+    @contextlib.contextmanager
+    def _failing_in(self, doing: str) -> Iterator[None]:
+        """Raise errors of a vector environment's own `call` or `set_attr` as EnvError."""
+        try:
+            yield
+        except FastPPOError:
+            raise
+        except ENV_ERRORS as error:
+            name = type(self.venv.unwrapped).__name__
+            raise EnvError(f"{name} failed in {doing}: {cause_line(error)}.") from error
 
     def _access(self, method: str) -> Callable[..., Any]:
         found = getattr(self.venv, method, None) or getattr(self.venv.unwrapped, method, None)

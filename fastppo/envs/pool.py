@@ -54,6 +54,7 @@ from fastppo.envs.sync import (
     NO_FAULT_POLICY,
     FaultPolicy,
     StepResult,
+    check_callable,
     copy_actions,
     fresh_seed,
     one_each,
@@ -61,7 +62,7 @@ from fastppo.envs.sync import (
     step_result,
     write_truncation,
 )
-from fastppo.errors import ConfigError, EnvError, EnvStartError
+from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, EnvStartError, cause_line
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT, exit_if_reimported, importable_main
 
@@ -227,31 +228,52 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             for g, part in enumerate(self._workers[w].parts):
                 self._order(w, SET_MOMENTS, g, list(moments[part]))
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
         """Return the results of a method of each environment or wrapper, or the values of an attribute.
 
         Call it between steps. Arguments and results travel by cloudpickle.
 
         Raises:
-            EnvError: there is no such attribute, or the method fails.
+            EnvError: there is no such attribute, the method fails, or a step is under way.
         """
+        check_callable(name)
         results: dict[int, Any] = {}
-        for w in range(self.n_workers):
-            for g, part in enumerate(self._workers[w].parts):
-                answer = self._order(w, CALL, g, (name, args, kwargs))
-                results.update(zip(range(part.start, part.stop), cloudpickle.loads(answer), strict=True))
+        for w, g, part in self._idle_parts(f"call({name!r})"):
+            answer = self._order(w, CALL, g, (name, args, kwargs))
+            try:
+                found = cloudpickle.loads(answer)
+            except ENV_ERRORS as error:
+                text = f"the results of call({name!r}) can't be unpickled: {cause_line(error)}."
+                raise EnvError(text) from error
+            results.update(zip(range(part.start, part.stop), found, strict=True))
         return tuple(results[i] for i in sorted(results))
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
         """Set an attribute to one value for all environments, or to a list or tuple of one for each.
 
         Raises:
-            EnvError: it can't be set.
+            EnvError: it can't be set, or a step is under way.
         """
         each = one_each(values, self.num_envs)
+        for w, g, part in self._idle_parts(f"set_attr({name!r})"):
+            self._order(w, SET_ATTR, g, (name, each[part]))
+
+    def _idle_parts(self, doing: str) -> Iterator[tuple[int, int, slice]]:
+        """Yield worker, group and environments of each share.
+
+        Raises:
+            EnvError: a step is under way, whose answer would be taken for another.
+        """
+        self._check_running()
+        if any(worker.pending for worker in self._workers):
+            raise EnvError(f"{doing}: a step of the environments is under way; do it between iterations.")
         for w in range(self.n_workers):
             for g, part in enumerate(self._workers[w].parts):
-                self._order(w, SET_ATTR, g, (name, each[part]))
+                yield w, g, part
+
+    def _check_running(self) -> None:
+        if not self._workers:
+            raise EnvError("the pool is closed, or a worker failed before; make another.")
 
     def restart_messages(self) -> list[str]:
         """Return one line per restarted environment and replaced worker since the last call."""
@@ -275,13 +297,17 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
 
     def _ask(self, w: int, order: int, group: int, given: Any = None) -> Any:  # noqa: ANN401 - JSON-able
         """Return an idle worker's answer through its pipe; None if it was lost and replaced."""
-        if not self._workers:
-            raise EnvError("the pool is closed, or a worker failed before; make another.")
+        self._check_running()
         worker = self._workers[w]
         try:
+            # before the order, after which the worker waits for it
+            pickled = cloudpickle.dumps(given) if order in WITH_DATA else None
+        except ENV_ERRORS as error:
+            raise EnvError(f"the arguments can't be pickled for a worker process: {cause_line(error)}.") from error
+        try:
             worker.send_order(order, group)
-            if order in WITH_DATA:
-                worker.pipe.send_bytes(cloudpickle.dumps(given))
+            if pickled is not None:
+                worker.pipe.send_bytes(pickled)
             while not worker.pipe.poll(_POLL_SECONDS):
                 if problem := self._problem(worker):
                     break
@@ -301,14 +327,14 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: the order can't be carried out, or the worker was lost; a new one has other episodes.
         """
-        result, problem = self._ask(w, order, group, given) or (None, "a worker process died and was replaced.")
+        result, problem = self._ask(w, order, group, given) or (None, ("a worker process died and was replaced.", ""))
         if problem is not None:
-            raise EnvError(problem)
+            line, remote = problem
+            raise EnvError(line) from (RuntimeError(remote) if remote else None)
         return result
 
     def _send_orders(self, order: int, group: int) -> None:
-        if not self._workers:
-            raise EnvError("the pool is closed, or a worker failed before; make another.")
+        self._check_running()
         for worker in self._workers:
             if group in worker.lost:
                 self._restart_envs(worker, group)

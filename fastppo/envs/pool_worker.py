@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 
 from fastppo.envs.sync import EnvGroup, FaultPolicy, check_spaces, error_text, layout, make_envs
-from fastppo.errors import ENV_ERRORS, EnvError
+from fastppo.errors import ENV_ERRORS, EnvError, cause_line
 
 _Array = np.ndarray[Any, Any]
 # Orders: plain integers, which the ring buffer holds
@@ -151,29 +151,52 @@ def _make_groups(
 
 
 def _answer(order: int, groups: list[EnvGroup], group: int, pipe: Connection) -> Any:  # noqa: ANN401 - JSON-able
-    """Return the answer to an order that is neither a step nor a reset; of those with data also an error's text."""
+    """Return the answer to an order that is neither a step nor a reset.
+
+    Of an order with data it is `(result, None)`, or `(None, (line, traceback))` of an error after which the
+    environments can go on.
+    """
     if order == GET_STATE:
         return groups[group].state()
     if order in WITH_DATA:
-        import cloudpickle
-
-        given = cloudpickle.loads(pipe.recv_bytes())
+        given = pipe.recv_bytes()
         try:
-            if order == SET_STATE:
-                groups[group].load(given)
-            elif order == SET_MOMENTS:
-                groups[group].load_moments(given)
-            elif order == SET_ATTR:
-                groups[group].set_attr(*given)
-            else:
-                return cloudpickle.dumps(groups[group].call(*given)), None
-        except EnvError as error:  # the order is at fault; the environments can go on
-            return None, str(error)
-        return None, None
+            return _carry_out(order, groups[group], given), None
+        except EnvError as error:
+            trace = "".join(traceback.format_exception(error.__cause__ or error))
+            return None, (str(error)[:MAX_REPORT], trace[-MAX_REPORT:])
     restart_messages = [line for envs in groups for line in envs.restart_messages]
     for envs in groups:
         envs.restart_messages.clear()
     return restart_messages
+
+
+def _carry_out(order: int, group: EnvGroup, pickled: bytes) -> bytes | None:
+    """Carry out an order with data; return the pickled results of CALL.
+
+    Raises:
+        EnvError: the order is at fault.
+    """
+    import cloudpickle
+
+    try:
+        given = cloudpickle.loads(pickled)
+    except ENV_ERRORS as error:
+        raise EnvError(f"a worker process can't unpickle the arguments: {cause_line(error)}.") from error
+    if order == SET_STATE:
+        group.load(given)
+    elif order == SET_MOMENTS:
+        group.load_moments(given)
+    elif order == SET_ATTR:
+        group.set_attr(*given)
+    else:
+        results = group.call(*given)
+        try:
+            pickled_results: bytes = cloudpickle.dumps(results)
+        except ENV_ERRORS as error:
+            raise EnvError(f"the results of call({given[0]!r}) can't be pickled: {cause_line(error)}.") from error
+        return pickled_results
+    return None
 
 
 def _die_with(trainer_alive: Connection) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -292,33 +293,32 @@ class EnvGroup:
         self._put(i, obs)
 
     def call(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """Return the results of a method of each environment or wrapper, or the values of an attribute.
+        """Return `call_env` of each environment.
 
         Raises:
             EnvError: there is no such attribute, or the method fails.
         """
         results = []
         for i, env in enumerate(self.envs):
-            try:
-                found = env.get_wrapper_attr(name)
-                results.append(found(*args, **kwargs) if callable(found) else found)
-            except ENV_ERRORS as error:
-                raise EnvError(
-                    f"environment {self._first + i} failed in call({name!r}): {cause_line(error)}."
-                ) from error
+            if callable(look_up(self._first + i, env, name)):
+                self._touch(i)
+            results.append(call_env(self._first + i, env, name, args, kwargs))
         return results
 
     def set_attr(self, name: str, values: Sequence[Any]) -> None:
-        """Set an attribute of each environment, in the wrapper that has it.
+        """Set an attribute of each environment by `set_env`.
 
         Raises:
             EnvError: it can't be set.
         """
         for i, (env, value) in enumerate(zip(self.envs, values, strict=True)):
-            try:
-                env.set_wrapper_attr(name, value)
-            except ENV_ERRORS as error:
-                raise EnvError(f"environment {self._first + i} has no {name!r} to set: {cause_line(error)}.") from error
+            self._touch(i)
+            set_env(self._first + i, env, name, value)
+
+    def _touch(self, i: int) -> None:
+        """Record that environment i changes by more than its actions, so that its open episode can't be replayed."""
+        if self._log is not None:
+            self._log.forget(i)
 
     def state(self) -> list[Any]:
         """Return each environment's state as JSON-able values; empty if it can't be saved any longer.
@@ -335,7 +335,7 @@ class EnvGroup:
         unchanged = (
             built is None or built.all_unchanged(env) for env, built in zip(self.envs, self._built, strict=True)
         )
-        if self._log.too_long or not all(unchanged):
+        if not self._log.replayable or not all(unchanged):
             return []
         return [self._log.episode(i) for i in range(len(self.envs))]
 
@@ -362,6 +362,58 @@ class EnvGroup:
         for env, own in zip(self.envs, moments, strict=True):
             if own:
                 set_state(env, own)
+
+
+def look_up(i: int, env: gym.Env[Any, Any], name: str) -> Any:  # noqa: ANN401 - any value
+    """Return a method or an attribute of environment i, or of the outermost wrapper that has it.
+
+    Raises:
+        EnvError: there is none.
+    """
+    try:
+        if env.has_wrapper_attr(name):
+            return env.get_wrapper_attr(name)
+    except ENV_ERRORS as error:  # a property's own
+        raise EnvError(f"environment {i} failed in its attribute {name!r}: {cause_line(error)}.") from error
+    near = difflib.get_close_matches(name, [x for x in dir(env.unwrapped) if not x.startswith("_")], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ", and neither has a wrapper of it."
+    raise EnvError(f"environment {i} ({type(env.unwrapped).__name__}) has no method or attribute {name!r}{hint}")
+
+
+def call_env(i: int, env: gym.Env[Any, Any], name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Return the result of a method of environment i or of a wrapper of it, or the value of an attribute.
+
+    Raises:
+        EnvError: there is no such attribute, or the method fails.
+    """
+    found = look_up(i, env, name)
+    try:
+        return found(*args, **kwargs) if callable(found) else found
+    except ENV_ERRORS as error:
+        raise EnvError(f"environment {i} failed in call({name!r}): {cause_line(error)}.") from error
+
+
+def set_env(i: int, env: gym.Env[Any, Any], name: str, value: Any) -> None:  # noqa: ANN401 - any value
+    """Set an attribute of environment i, in the outermost wrapper that has it.
+
+    Raises:
+        EnvError: there is no such attribute, or it can't be set.
+    """
+    look_up(i, env, name)
+    try:
+        env.set_wrapper_attr(name, value)
+    except ENV_ERRORS as error:
+        raise EnvError(f"environment {i} failed in set_attr({name!r}): {cause_line(error)}.") from error
+
+
+def check_callable(name: str) -> None:
+    """Refuse to call the methods by which the trainer steps environments.
+
+    Raises:
+        EnvError: `name` is one of them.
+    """
+    if name in ("reset", "step", "close"):
+        raise EnvError(f"call({name!r}): the trainer itself steps, resets and closes the environments; call another.")
 
 
 def one_each(values: Any, n: int) -> list[Any]:  # noqa: ANN401 - any values
@@ -471,8 +523,9 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """See `EnvGroup.load_moments`."""
         self._group.load_moments(moments)
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
         """See `EnvGroup.call`."""
+        check_callable(name)
         return tuple(self._group.call(name, args, kwargs))
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values

@@ -165,21 +165,42 @@ class VecEnv(ABC):
     def load_moments(self, saved: Mapping[str, Any]) -> None:  # noqa: B027 - an optional capability
         """Restore the running moments of the user's own normalising wrappers; call before a reset."""
 
-    def call(self, name: str, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
-        """Return the results [N] of a method of each environment, or the values of an attribute.
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """Return the results [N] of a method of each environment or wrapper, or the values of an attribute.
 
-        Call it between iterations. What it changes takes effect from the next step on.
+        Call it between iterations. What it changes takes effect from the next step on. Of several processes, each calls
+        its own environments. Semantics: Gymnasium's `VectorEnv.call`.
+
+        Args:
+            name: of the method or attribute; not reset, step or close.
+            *args: of the method.
+            **kwargs: of the method.
 
         Raises:
-            EnvError: these environments can't be called.
+            EnvError: these environments can't be called, there is no such method, or it fails in one of them; those
+                before it have been called.
         """
         raise EnvError(no_access(type(self).__name__, "call"))
 
-    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
-        """Set an attribute to one value for all environments, or to a list or tuple of one for each.
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """Return `call(name)`: the values [N] of an attribute, or the results of a method without arguments.
 
         Raises:
-            EnvError: these environments have no attributes to set.
+            EnvError: as `call`.
+        """
+        return self.call(name)
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
+        """Set an attribute of each environment, in the outermost wrapper that has it; between iterations.
+
+        Unlike Gymnasium's, it creates no attribute, because a wrapper's would hide from the environment.
+
+        Args:
+            name: of the attribute.
+            values: one value for all environments, or a list or tuple of one for each.
+
+        Raises:
+            EnvError: these environments have no attributes to set, there is no such attribute, or it can't be set.
         """
         raise EnvError(no_access(type(self).__name__, "set_attr"))
 

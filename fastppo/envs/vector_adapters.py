@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -15,9 +17,9 @@ from torch import Tensor
 from fastppo.envs.env_state import ResumeSupport, moments_in
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import SerialVectorEnv
+from fastppo.envs.sync import SerialVectorEnv, check_callable
 from fastppo.envs.vec_env import VecEnv
-from fastppo.errors import EnvError, EnvStartError
+from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, first_line
 from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT
 
 _Array = np.ndarray[Any, Any]
@@ -46,6 +48,65 @@ class AsyncVecEnv(GymnasiumVecEnv):
         super().__init__(venv, resume_support=resume_support)
         self._timeout, self._broken = timeout, False
 
+    @contextlib.contextmanager
+    def _failing_in(self, doing: str) -> Iterator[None]:
+        """Raise errors of `call` and `set_attr` as EnvError that names the environment, whose worker then has ended."""
+        with warnings.catch_warnings(record=True) as reports:  # in which Gymnasium prints the worker's traceback
+            warnings.simplefilter("always")
+            try:
+                yield
+                return
+            except multiprocessing.TimeoutError:
+                self._broken = True
+                raise EnvError(f"{doing} has not answered for {self._timeout:.0f} s (--env-timeout).") from None
+            except (EOFError, ConnectionError):
+                self._broken = True
+                raise EnvError(f"{describe_dead(self._processes)} in {doing}.") from None
+            except ENV_ERRORS as error:
+                line = f"{type(error).__name__}: {first_line(error)}"
+        pipes = getattr(self.venv.unwrapped, "parent_pipes", [])
+        failed = ", ".join(str(i) for i, pipe in enumerate(pipes) if pipe is None)
+        self._broken = self._broken or bool(failed)
+        which = f"environment {failed}" if failed else "AsyncVectorEnv"
+        cause = RuntimeError("\n".join(str(report.message) for report in reports)) if reports else None
+        raise EnvError(f"{which} failed in {doing}: {line}.") from cause
+
+    def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        """See `VecEnv.call`. A method that raises ends its worker process, and with it the run.
+
+        Raises:
+            EnvError: there is no such method, it fails, or a worker process died.
+        """
+        check_callable(name)
+        self._check_attribute(name)
+        return self._call(name, *args, **kwargs)
+
+    def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
+        """See `VecEnv.set_attr`.
+
+        Raises:
+            EnvError: there is no such attribute, it can't be set, or a worker process died.
+        """
+        self._check_attribute(name)
+        super().set_attr(name, values)
+
+    def _call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
+        self._check_running()
+        with self._failing_in(f"call({name!r})"):
+            self.venv.call_async(name, *args, **kwargs)  # type: ignore[attr-defined]
+            results: tuple[Any, ...] = self.venv.call_wait(self._timeout)  # type: ignore[attr-defined]
+            return results
+
+    def _check_attribute(self, name: str) -> None:
+        """Refuse a name that an environment lacks, which would end Gymnasium's worker processes."""
+        for i, found in enumerate(self._call("has_wrapper_attr", name)):
+            if not found:
+                raise EnvError(f"environment {i} has no method or attribute {name!r}, and neither has a wrapper of it.")
+
+    def _check_running(self) -> None:
+        if self._broken:
+            raise EnvError("a worker process of AsyncVectorEnv failed before; start the run again.")
+
     def close(self) -> None:
         """Close the vector environment; kill its workers if one no longer answers."""
         if not self._broken:
@@ -62,6 +123,7 @@ class AsyncVecEnv(GymnasiumVecEnv):
         return getattr(self.venv.unwrapped, "processes", [])
 
     def _begin_step(self, group: int, actions: _Array) -> None:
+        self._check_running()
         try:
             if self._timeout is None:
                 self._results[group] = self.venv.step(actions)

@@ -1,10 +1,11 @@
-"""Atomic and durable file writes."""
+"""Atomic and durable file writes, and a lock between processes."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,24 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as indented JSON, atomically."""
     text = json.dumps(values, indent=2) + "\n"
     replace_file(path, lambda temporary: temporary.write_text(text))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Let one process at a time into the block, by a lock on the file `path`; the others wait.
+
+    The kernel releases the lock when its process ends, however it ends. On Windows there is no lock.
+    """
+    with path.open("a") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            pass
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -164,9 +164,9 @@ def test_an_episode_that_never_ends_is_dropped_from_the_log(monkeypatch):
         if t % 10 == 9:
             log.begin(1, env, None)
         assert len(log._actions) <= 1280
-    assert log.too_long
+    assert not log.replayable
     log.begin(0, env, None)
-    assert not log.too_long
+    assert log.replayable
     assert len(decode(log.episode(0)["actions"])) == 0
 
 

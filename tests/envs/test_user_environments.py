@@ -34,7 +34,6 @@ from tests.envs.worlds import (
     HelperDice,
     IgnoresSeed,
     LateArray,
-    Level,
     NoSingleSpaces,
     OldReset,
     OldResult,
@@ -354,38 +353,6 @@ def test_the_environment_tried_at_the_start_is_closed():
     closed.clear()  # Gymnasium's own first instance
     make_vec_env(inspect_env("", {}, lambda: venv), 1, "sync").close()
     assert len(closed) == 1
-
-
-# Calls and attributes
-
-
-@pytest.mark.parametrize("vectorization", ["sync", "pool", "async"])
-def test_environments_can_be_called_and_set(vectorization):
-    env = make_vec_env(inspect_env("", {}, lambda: NormalizeReward(Level())), 3, vectorization, n_workers=2)
-    try:
-        env.reset(seeds(3))
-        assert env.call("harder", by=2) == (3, 3, 3)
-        env.set_attr("level", [4, 5, 6])
-        assert env.call("level") == (4, 5, 6)
-        env.set_attr("level", 7)
-        assert env.call("harder") == (8, 8, 8)
-        if vectorization != "async":
-            with pytest.raises(EnvError, match="environment 0 failed in call\\('easier'\\): AttributeError"):
-                env.call("easier")
-            with pytest.raises(EnvError, match="set_attr got 2 values for 3 environments"):
-                env.set_attr("level", [1, 2])
-            assert env.call("level") == (8, 8, 8), "a failed call leaves the workers running"
-    finally:
-        env.close()
-
-
-@pytest.mark.parametrize("vectorization", ["native", "tensor"])
-def test_environments_that_cannot_be_called_say_so(vectorization):
-    env = make_vec_env(inspect_env("CartPole-v1", {}), 2, vectorization)
-    for access in (lambda: env.call("close"), lambda: env.set_attr("level", 1)):
-        with pytest.raises(EnvError, match="gives no access to single environments; use vectorization sync, pool or"):
-            access()
-    env.close()
 
 
 # Mistakes at the start

@@ -1,5 +1,6 @@
 """Environments as users write them, mistakes included. Imports no torch, so that workers start fast."""
 
+import os
 import random
 
 import gymnasium as gym
@@ -133,11 +134,41 @@ class LateArray(OwnArray):
 
 
 class Level(Steps):
-    level = 1
+    """A world with a level, which the third number of an observation shows, and methods that fail in several ways."""
 
-    def harder(self, by=1):
-        self.level += by
+    observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    level = 1
+    number = 0
+
+    def _obs(self):
+        return np.array([self.steps, self.episode, self.level], np.float32)
+
+    def harder(self, by=1, *, name="level"):
+        setattr(self, name, getattr(self, name) + by)
         return self.level
+
+    def fail_in(self, number):
+        if self.number == number:
+            raise ValueError(f"no such level\nin environment {number}")
+        return self.number
+
+    def exit_in(self, number):
+        if self.number == number:
+            os._exit(3)
+
+    def leave(self):
+        raise SystemExit(7)
+
+    def unpicklable(self):
+        return (step for step in range(3))
+
+    @property
+    def broken(self):
+        raise RuntimeError("a property of its own")
+
+    @property
+    def fixed(self):
+        return 7
 
 
 class OldReset(Steps):
