@@ -69,7 +69,7 @@ class SquashedGaussian(Gaussian):
         return super().entropy(params) + (weights * log_tanh_slope(u)).sum((-2, -1))
 
 
-def _log_gamma_sample(shape: Tensor, normal: Tensor, uniform: Tensor) -> Tensor:
+def _log_gamma_sample(shape: Tensor, normal: Tensor, log_uniform: Tensor) -> Tensor:
     """Return logarithms of variates of Gamma(shape, 1), [...], for shapes of at least 1.
 
     With d = shape - 1/3 and v = (1 + x / sqrt(9 d))^3 for a standard normal x, d v is such a variate if it is accepted:
@@ -79,14 +79,14 @@ def _log_gamma_sample(shape: Tensor, normal: Tensor, uniform: Tensor) -> Tensor:
     Args:
         shape: [...].
         normal: x [..., tries].
-        uniform: [..., tries] in [0, 1).
+        log_uniform: [..., tries].
 
     Source: Marsaglia and Tsang 2000, "A simple method for generating gamma variables".
     """
     d = (shape - 1 / 3).unsqueeze(-1)
     v = (1 + normal / (9 * d).sqrt()) ** 3
-    log_v = v.clamp(min=torch.finfo(v.dtype).tiny).log()
-    accepted = (v > 0) & (uniform.log() < 0.5 * normal.square() + d * (1 - v + log_v))
+    log_v = v.log()  # NaN or -inf where v <= 0, which is not accepted
+    accepted = log_uniform < 0.5 * normal.square() + d * (1 - v + log_v)
     first = accepted & (accepted.cumsum(-1) == 1)
     return d.squeeze(-1).log() + torch.where(first, log_v, 0.0).sum(-1)
 
@@ -123,14 +123,15 @@ class Beta:
 
     @property
     def noise_size(self) -> int:
-        """28n: per component, 7 tries of a normal and a uniform variate, for two Gamma variates."""
+        """28n: per component, 7 tries of two numbers for each of two Gamma variates."""
         return 2 * 2 * self.n * _TRIES
 
     def fill_noise(self, out: Tensor, generator: torch.Generator) -> None:
-        """Fill the first half of `out` with standard normal noise, the second with uniform noise in [0, 1)."""
-        normal, uniform = out.chunk(2, -1)
+        """Fill the first half of `out` with standard normal noise, the second with logarithms of uniform noise."""
+        normal, log_uniform = out.chunk(2, -1)
         normal.normal_(generator=generator)
-        uniform.uniform_(generator=generator)
+        # if u is uniform, -log u is exponential; the exponential sampler never returns 0
+        log_uniform.exponential_(generator=generator).neg_()
 
     def _concentrations(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and beta, [B, n] float64."""
@@ -140,8 +141,8 @@ class Beta:
     def sample(self, params: Tensor, noise: Tensor) -> Tensor:
         """Return log g1 - log g2, where g1 is a variate of Gamma(alpha, 1) and g2 of Gamma(beta, 1)."""
         shapes = torch.stack(self._concentrations(params), -2)
-        normal, uniform = noise.double().view(*noise.shape[:-1], 2, 2, self.n, _TRIES).unbind(-4)
-        first, second = _log_gamma_sample(shapes, normal, uniform).unbind(-2)
+        normal, log_uniform = noise.double().view(*noise.shape[:-1], 2, 2, self.n, _TRIES).unbind(-4)
+        first, second = _log_gamma_sample(shapes, normal, log_uniform).unbind(-2)
         return (first - second).clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT).to(params.dtype)
 
     def mode(self, params: Tensor) -> Tensor:
