@@ -123,7 +123,7 @@ class NumpyActor:
         elif isinstance(self._policy.distribution, Categorical):
             np.add(x, self._noise[t], out=x)
             np.argmax(x, 1, out=self._actions[t])
-        else:
+        else:  # a Beta, or a Gaussian whose deviations are outputs: one definition, in torch
             d = self._decisions
             d.actions[t].copy_(self._policy.distribution.sample(d.params[t], d.noise[t]))
 
