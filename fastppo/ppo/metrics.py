@@ -176,7 +176,8 @@ class Metrics:
         """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
-        clipped, used, std = torch.zeros_like(variance), *torch.full_like(variance, torch.nan).expand(2)
+        clipped = torch.zeros_like(variance)
+        used = std = torch.full_like(variance, torch.nan)
         if self._box is not None and self._bounds is not None:
             low, high = self._bounds
             actions = r.actions if self._box.squash is None else torch.tanh(self._box.squash * r.actions)
