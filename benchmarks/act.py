@@ -46,7 +46,7 @@ def main(options: Options) -> None:
     torch.manual_seed(0)
     rows = []
     for n in options.n_envs:
-        net = MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+        net = MLP(4, 2, free_std=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
         policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), net, Categorical(2))
         d = Decisions(
             torch.randn(T + 1, n, 4),

@@ -70,7 +70,7 @@ class FeatureMajor(nn.Module):
 
 
 def ours() -> nn.Module:
-    return MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+    return MLP(4, 2, free_std=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
 
 
 VARIANTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {

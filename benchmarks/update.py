@@ -67,7 +67,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     torch.manual_seed(0)
     set_threads(threads)
     total = max(16384, size)
-    net = MLP(4, 2, gaussian=False, hidden_sizes=(hidden, hidden), activation="tanh", shared_trunk=False)
+    net = MLP(4, 2, free_std=False, hidden_sizes=(hidden, hidden), activation="tanh", shared_trunk=False)
     policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), net, Categorical(2))
     obs, noise = torch.randn(total, 4), torch.empty(total, 2)
     generator = torch.Generator().manual_seed(0)

@@ -362,6 +362,15 @@ class Config:
     memory_size: Annotated[int, Setting(section="policy", at_least=1, unit="UNITS", on_resume="keep")] = 64
     """Units of the memory."""
 
+    action_distribution: Annotated[
+        Literal["gaussian", "squashed", "beta"], Setting(section="policy", on_resume="keep")
+    ] = "gaussian"
+    """Distribution of Box actions. `gaussian`: clipped to the bounds for the environment; `squashed`: the tanh of a
+    Gaussian, scaled to the bounds; `beta`: a Beta distribution, scaled to the bounds."""
+    state_dependent_std: Annotated[bool, Setting(section="policy", on_resume="keep")] = False
+    """Let the network compute the log standard deviations of a Gaussian, squashed or not, from the observation; by
+    default they are parameters of their own."""
+
     normalize_obs: Annotated[bool | None, Setting(section="normalisation", on_resume="keep")] = None
     """Normalise vector observations to mean 0 and variance 1 by running moments."""
     obs_clip: Annotated[float, Setting(section="normalisation", above=0, on_resume="keep")] = 10.0
@@ -848,6 +857,16 @@ def _check_combinations(config: Config) -> None:
         raise ConfigError(f"anneal_clip and clip_coef={config.clip_coef!r} both give a schedule; keep one.")
     if config.sign_rewards and config.normalize_rewards:
         raise ConfigError("sign_rewards and normalize_rewards both rescale the rewards; switch one off.")
+    if config.rescale_actions and config.action_distribution != "gaussian":
+        raise ConfigError(
+            f"rescale_actions with action_distribution={config.action_distribution}, whose actions are scaled to the "
+            "bounds anyway; leave rescale_actions out."
+        )
+    if config.state_dependent_std and config.action_distribution == "beta":
+        raise ConfigError(
+            "state_dependent_std with action_distribution=beta, whose parameters all depend on the state already; "
+            "leave state_dependent_std out."
+        )
     if config.vectorization != "pool" and (config.workers or config.half_batches):
         name = "workers" if config.workers else "half_batches"
         raise ConfigError(

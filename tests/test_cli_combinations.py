@@ -80,6 +80,20 @@ REFUSED = {
     ),
     "a tensor version that doesn't exist": (f"{SCENE} --vectorization tensor", "vectorization=tensor knows"),
     "rescaled choices": (f"{SCENE} --rescale-actions", "rescale_actions needs Box actions"),
+    "a Beta of choices": ("--action-distribution beta", "action_distribution=beta needs Box actions, but .* discrete"),
+    "a typo of a distribution": (
+        "--action-distribution bta",
+        "'bta' must be gaussian or squashed or beta; did you mean",
+    ),
+    "the standard deviation of choices": ("--state-dependent-std", "state_dependent_std needs Box actions"),
+    "the standard deviation of a Beta": (
+        "--env-id Pendulum-v1 --action-distribution beta --state-dependent-std",
+        "state_dependent_std with action_distribution=beta, whose parameters all depend on the state already",
+    ),
+    "bounded actions rescaled": (
+        "--env-id Pendulum-v1 --action-distribution squashed --rescale-actions",
+        "rescale_actions with action_distribution=squashed, whose actions are scaled to the bounds anyway",
+    ),
 }
 
 

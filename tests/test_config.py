@@ -87,6 +87,8 @@ KEPT = {
     "shared_trunk": "the network",
     "memory": "the network",
     "memory_size": "the network",
+    "action_distribution": "the meaning of the network's outputs",
+    "state_dependent_std": "the network",
     "obs_keys": "the input of the network",
     "critic_obs_keys": "the input of the network",
     "action_masks": "the input of the network",

@@ -50,7 +50,7 @@ def make_policy(kind, seed=0):
     leaves = leaves_of(spaces.Box(-9, 9, (D,), np.float32), mask=mask_leaf("info", dist.n_params))
     spec = ObsSpec(leaves) if "masked" in kind else ObsSpec.single("vector", (D,), "float32")
     torch.manual_seed(0)
-    net = MLP(D, dist.n_params, gaussian=kind == "gaussian", hidden_sizes=(16,), activation="tanh", shared_trunk=False)
+    net = MLP(D, dist.n_params, free_std=kind == "gaussian", hidden_sizes=(16,), activation="tanh", shared_trunk=False)
     with torch.no_grad():
         net.actor.linear.weight.normal_(0, 0.5)
         for p in net.parameters():

@@ -41,7 +41,7 @@ def coefficients(**changes):
 
 def make_policy(seed=0):
     torch.manual_seed(seed)
-    net = MLP(D, A, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+    net = MLP(D, A, free_std=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
     return Policy(Encoder(ObsSpec.single("vector", (D,), "float32")), net, Categorical(A))
 
 
@@ -123,7 +123,7 @@ def test_an_update_matches_stable_baselines3():
     )  # fmt: skip
     model.set_logger(configure(None, []))
     torch.manual_seed(0)
-    net = MLP(4, 2, gaussian=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
+    net = MLP(4, 2, free_std=False, hidden_sizes=(64, 64), activation="tanh", shared_trunk=False)
     policy = Policy(Encoder(ObsSpec.single("vector", (4,), "float32")), net, Categorical(2))
     theirs = model.policy
     pairs = [

@@ -57,6 +57,7 @@ DIAGNOSTICS = (
     Diagnostic("Policy loss", (("losses/policy_loss", ""),)),
     Diagnostic("Value loss", (("losses/value_loss", ""),), log=True),
     Diagnostic("Entropy", (("losses/entropy", ""),)),
+    Diagnostic("Standard deviation of the actions", (("charts/action_std", ""),), log=True, optional=True),
     Diagnostic(
         "KL divergence per update",
         (("losses/approx_kl", "k3"), ("losses/old_approx_kl", "k1"), ("charts/kl_limit", "limit")),

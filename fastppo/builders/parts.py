@@ -81,6 +81,7 @@ def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
         obs_clip=c.obs_clip,
         memory="none" if custom else c.memory,
         memory_size=c.memory_size,
+        state_dependent_std=c.state_dependent_std,
     )
 
 

@@ -73,6 +73,15 @@ def resolve_config(
             f"memory={config.memory} and a policy module are both given; give the module an initial_state of its own "
             "(docs/memory.md), and leave memory out."
         )
+    if config.state_dependent_std and env_info.action_spec.kind != "box":
+        raise ConfigError(
+            f"state_dependent_std needs Box actions, but the action space is {env_info.action_spec.kind}; leave it out."
+        )
+    if config.state_dependent_std and custom_policy:
+        raise ConfigError(
+            "state_dependent_std and a policy module are both given; the module itself returns the log standard "
+            "deviations, of the state or not: leave it out."
+        )
     if config.eval_every is not None and env_info.vector is not None:
         raise ConfigError(
             "eval_every needs environments of its own, but make_env returned a vector environment; "

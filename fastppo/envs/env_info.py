@@ -18,7 +18,7 @@ from fastppo.envs.pack_observation import PackObservation, PackVectorObservation
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.errors import ENV_ERRORS, ConfigError
 from fastppo.runtime.seeding import global_states
-from fastppo.spaces.actions import ActionSpec
+from fastppo.spaces.actions import ActionSpec, BoxDistributionName
 from fastppo.spaces.leaves import read_as_images
 from fastppo.spaces.observations import ObsSpec
 from fastppo.spaces.packing import MASK_KEY
@@ -92,6 +92,7 @@ def inspect_env(
     wrappers: tuple[str, ...] = (),
     *,
     rescale_actions: bool = False,
+    action_distribution: BoxDistributionName = "gaussian",
     reading: Reading = EVERYTHING,
 ) -> EnvInfo:
     """Make one environment, read its properties and close it.
@@ -102,14 +103,17 @@ def inspect_env(
         make_env: the user's own constructor.
         wrappers: "module:name" of wrappers, the innermost first.
         rescale_actions: map actions in [-1, 1] to the bounds of the Box action space.
+        action_distribution: of the actions of a Box.
         reading: what to read of its observations.
 
     Raises:
-        ConfigError: its package is missing, its arguments are refused, or its observations have no such keys.
+        ConfigError: its package is missing, its arguments are refused, its observations have no such keys, or its
+            actions lack the bounds that `rescale_actions` or `action_distribution` needs.
         EnvStartError: it can't be made, or its first reset or step fails.
         EnvError: its spaces aren't supported.
     """
     env_info = _inspect(env_id, env_kwargs, make_env, wrappers, reading)
+    env_info.action_spec = env_info.action_spec.with_distribution(action_distribution)
     if rescale_actions:
         env_info.action_spec = env_info.action_spec.rescaled()
     return env_info

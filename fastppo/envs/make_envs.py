@@ -69,8 +69,9 @@ def make_vec_env(
         resume_support=resume_support,
     )
     env = backend_of(env_info, vectorization).make(env_info, options)
-    # `env_info` decides how the policy reads observations and scales actions; a backend may declare other bounds
+    # `env_info` decides how the policy reads observations and makes actions; a backend may declare other bounds
     env.obs_spec = env.obs_spec.read_as(env_info.obs_spec)
+    env.action_spec = env.action_spec.with_distribution(env_info.action_spec.box_distribution)
     if env_info.action_spec.rescale:
         env.action_spec = env.action_spec.rescaled()
     return env

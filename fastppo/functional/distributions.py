@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,19 @@ class Distribution(Protocol):
 
     def kl(self, old: Tensor, new: Tensor) -> Tensor:
         """Return the exact KL(old || new) between distributions with params [B, P] each, [B]."""
+
+
+class BoxDistribution(Distribution, Protocol):
+    """The interface of a distribution over the actions of a Box.
+
+    Attributes:
+        squash: k of the action a = tanh(k u) in [-1, 1] for a stored action u; None: a is u, clipped to the bounds.
+    """
+
+    squash: ClassVar[float | None]
+
+    def std(self, params: Tensor) -> Tensor:
+        """Return standard deviations [B, n] for params [B, P]."""
 
 
 def _gumbel(out: Tensor, generator: torch.Generator) -> None:
@@ -264,6 +277,7 @@ class Gaussian:
 
     n: int
     action_dtype = torch.float32
+    squash: ClassVar[float | None] = None
 
     @property
     def action_shape(self) -> tuple[int, ...]:
@@ -314,3 +328,7 @@ class Gaussian:
         shift = (mean - new_mean) * (-new_log_std).exp()
         spread = (2 * (log_std - new_log_std)).exp()
         return (new_log_std - log_std + 0.5 * (spread + shift.square() - 1)).sum(-1)
+
+    def std(self, params: Tensor) -> Tensor:
+        """Return the standard deviations, [B, n]."""
+        return self._split(params)[1].exp()

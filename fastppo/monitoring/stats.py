@@ -95,7 +95,7 @@ class Statistics:
         previous, self._seconds = self._seconds, clock.phase_seconds()
         elapsed = {phase: total - previous[phase] for phase, total in self._seconds.items()}
         episodes, outside = int(measured.pop("episodes")), int(measured.pop("outside"))
-        clipped, action_range = measured.pop("clipped_actions"), measured.pop("action_range")
+        clipped, action_range, action_std = map(measured.pop, ("clipped_actions", "action_range", "action_std"))
         masked = measured.pop(MASKED, None)
         returns, lengths = measured.pop("returns"), measured.pop("lengths")
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
@@ -115,6 +115,7 @@ class Statistics:
         }
         if self._box_actions:
             scalars["charts/clipped_actions"] = clipped
+            scalars["charts/action_std"] = action_std
             if math.isfinite(action_range):  # NaN where actions are unbounded
                 scalars["charts/action_range"] = action_range
         if masked is not None:

@@ -44,14 +44,14 @@ class NatureCNN(Body):
     """Three convolutions and a layer of 512 features, shared by policy and value."""
 
     def __init__(
-        self, image_size: tuple[int, int, int], n_params: int, *, gaussian: bool, head_width: int | None = None
+        self, image_size: tuple[int, int, int], n_params: int, *, free_std: bool, head_width: int | None = None
     ) -> None:
         """Build the network.
 
         Args:
             image_size: (C, H, W).
             n_params: number of parameters of the action distribution.
-            gaussian: whether the distribution is Gaussian.
+            free_std: whether log standard deviations are parameters of their own; see `ActionHead`.
             head_width: features that the heads take; None: 512.
 
         Raises:
@@ -60,7 +60,7 @@ class NatureCNN(Body):
         super().__init__()
         self.width = _FEATURES
         self.trunk = nature_trunk(image_size)
-        self.actor = ActionHead(head_width or _FEATURES, n_params, gaussian)
+        self.actor = ActionHead(head_width or _FEATURES, n_params, free_std)
         self.critic = orthogonal(nn.Linear(head_width or _FEATURES, 1), 1.0)
 
     def features(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ class MultiInputNetwork(Body):
         leaves: Sequence[ObsLeaf],
         n_params: int,
         *,
-        gaussian: bool,
+        free_std: bool,
         hidden_sizes: Sequence[int],
         activation: str,
         shared_trunk: bool,
@@ -94,7 +94,7 @@ class MultiInputNetwork(Body):
         self.tail = MLP(
             sum(widths),
             n_params,
-            gaussian=gaussian,
+            free_std=free_std,
             hidden_sizes=hidden_sizes,
             activation=activation,
             shared_trunk=shared_trunk,

@@ -30,15 +30,15 @@ def orthogonal(layer: nn.Linear | nn.Conv2d, gain: float = math.sqrt(2)) -> nn.M
 class ActionHead(nn.Module):
     """Map features to distribution parameters, initially close to 0 (gain 0.01): choices start nearly uniform.
 
-    For a Gaussian, the log standard deviations are parameters independent of the state, initially 0, appended to the
-    means.
+    With `free_std`, the log standard deviations of a Gaussian are parameters independent of the state, initially 0,
+    appended to the means.
     """
 
-    def __init__(self, width: int, n_params: int, gaussian: bool) -> None:
-        """Map `width` features to `n_params` outputs; with `gaussian`, half of them are log standard deviations."""
+    def __init__(self, width: int, n_params: int, free_std: bool) -> None:
+        """Map `width` features to `n_params` outputs; with `free_std`, half of them are log standard deviations."""
         super().__init__()
-        self.linear = orthogonal(nn.Linear(width, n_params // 2 if gaussian else n_params), 0.01)
-        self.log_std = nn.Parameter(torch.zeros(n_params // 2)) if gaussian else None
+        self.linear = orthogonal(nn.Linear(width, n_params // 2 if free_std else n_params), 0.01)
+        self.log_std = nn.Parameter(torch.zeros(n_params // 2)) if free_std else None
 
     def forward(self, features: Tensor) -> Tensor:
         """Return parameters [B, n_params] for features [B, width]."""
@@ -78,7 +78,7 @@ class MLP(Body):
         n_features: int,
         n_params: int,
         *,
-        gaussian: bool,
+        free_std: bool,
         hidden_sizes: Sequence[int],
         activation: str,
         shared_trunk: bool,
@@ -90,7 +90,7 @@ class MLP(Body):
         Args:
             n_features: length of a flattened observation.
             n_params: number of parameters of the action distribution.
-            gaussian: whether the distribution is Gaussian.
+            free_std: whether log standard deviations are parameters of their own; see `ActionHead`.
             hidden_sizes: widths of the hidden layers.
             activation: a key of ACTIVATIONS.
             shared_trunk: whether policy and value share the hidden layers.
@@ -111,7 +111,7 @@ class MLP(Body):
         self.critic_trunk = trunk(n_features)
         self.critic = orthogonal(nn.Linear(head_width, 1), 1.0)
         self.actor_trunk = None if shared_trunk else trunk(self.n_actor_features)
-        self.actor = ActionHead(head_width, n_params, gaussian)
+        self.actor = ActionHead(head_width, n_params, free_std)
         self._splits = n_critic_features > 0
 
     def features(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastppo.functional.bounded_distributions import Beta
 from fastppo.functional.distributions import Categorical, Gaussian, bound_log_std
 from fastppo.native import recurrence as native
 from fastppo.policies.decisions import Decisions
@@ -31,7 +32,9 @@ def can_act_in_numpy(policy: Policy) -> bool:
     mlp = network.body if isinstance(network, RecurrentNetwork) else network
     if policy.bf16 or not policy.encoder.spec.is_plain or type(mlp) is not MLP:
         return False
-    if not isinstance(policy.distribution, (Categorical, Gaussian)) or (mlp.actor_trunk is None and not recurrent):
+    if not isinstance(policy.distribution, (Categorical, Gaussian, Beta)) or (
+        mlp.actor_trunk is None and not recurrent
+    ):
         return False
     trunk = mlp.critic_trunk if mlp.actor_trunk is None else mlp.actor_trunk
     return all(isinstance(layer, (nn.Flatten, nn.Linear, nn.Tanh, nn.ReLU)) for layer in trunk)
@@ -47,7 +50,7 @@ class NumpyActor:
         steps, n = decisions.noise.shape[:2]
         network = policy.network
         mlp: Any = network.body if isinstance(network, RecurrentNetwork) else network
-        self._policy, self._log_std = policy, mlp.actor.log_std
+        self._policy, self._decisions, self._log_std = policy, decisions, mlp.actor.log_std
         obs = decisions.obs.numpy()
         self._obs = obs.reshape(steps + 1, n, -1) if obs.ndim != 3 else obs
         self._noise, self._actions, self._params = (
@@ -118,9 +121,12 @@ class NumpyActor:
             action = self._actions[t]
             np.multiply(self._noise[t], self._std, out=action)
             np.add(action, x, out=action)
-        else:
+        elif isinstance(self._policy.distribution, Categorical):
             np.add(x, self._noise[t], out=x)
             np.argmax(x, 1, out=self._actions[t])
+        else:  # a Beta, or a Gaussian whose deviations are outputs: one definition, in torch
+            d = self._decisions
+            d.actions[t].copy_(self._policy.distribution.sample(d.params[t], d.noise[t]))
 
 
 class _Layers:

@@ -59,6 +59,8 @@ class PolicySpec:
         obs_clip: clip range of normalised observations.
         memory: recurrent layer between trunk and heads; "none" too for a custom network, whose memory is its own.
         memory_size: its units.
+        state_dependent_std: whether the network computes the log standard deviations of a Gaussian; else they are
+            parameters of their own.
     """
 
     obs: ObsSpec
@@ -71,6 +73,7 @@ class PolicySpec:
     obs_clip: float
     memory: Literal["none", "lstm", "gru", "mingru"] = "none"
     memory_size: int = 64
+    state_dependent_std: bool = False
 
     def build(self, custom: nn.Module | None = None) -> Policy:
         """Build the policy with initial weights drawn from torch's global random state.
@@ -106,7 +109,7 @@ class PolicySpec:
 
     def _body(self, distribution: Distribution) -> tuple[Body, bool]:
         """Return trunks and heads, and whether policy and value share the trunk."""
-        seen, gaussian = self.obs.seen, isinstance(distribution, Gaussian)
+        seen, free_std = self.obs.seen, isinstance(distribution, Gaussian) and not self.state_dependent_std
         head_width = None if self.memory == "none" else self.memory_size
         if self.network == "cnn" and not any(leaf.kind == "image" for leaf in seen):
             raise ConfigError(
@@ -115,9 +118,9 @@ class PolicySpec:
                 "floats from 0 to 1, -1 to 1 or 0 to 255."
             )
         if self.network == "cnn" and len(seen) == 1:
-            return NatureCNN(seen[0].image_size, distribution.n_params, gaussian=gaussian, head_width=head_width), True
+            return NatureCNN(seen[0].image_size, distribution.n_params, free_std=free_std, head_width=head_width), True
         layers: dict[str, Any] = {
-            "gaussian": gaussian,
+            "free_std": free_std,
             "hidden_sizes": self.hidden_sizes,
             "activation": self.activation,
             "shared_trunk": self.shared_trunk,
@@ -173,6 +176,8 @@ class PolicySpec:
                 _plain(self.action.kind, self.action.shape, self.action.nvec),
             ),
             "rescale_actions": (saved.action.rescale, self.action.rescale),
+            "action_distribution": (saved.action.box_distribution, self.action.box_distribution),
+            "state_dependent_std": (saved.state_dependent_std, self.state_dependent_std),
             "network": (saved.network, self.network),
             "normalize_obs": (saved.normalize_obs, self.normalize_obs),
             "memory": (saved.memory, self.memory),

@@ -23,7 +23,7 @@ WINDOW = 100  # episodes per mean
 MASKED = "masked_actions"  # measured only if masks come with the observations
 # The measured vector holds the update's report, MASKED if it is measured, then these, then the latest episodes
 MEASURED = (
-    *("explained_variance", "clipped_actions", "action_range", "broken", "outside"),
+    *("explained_variance", "clipped_actions", "action_range", "action_std", "broken", "outside"),
     *("steps", "rewards", "episodes", "returns", "lengths"),
 )
 
@@ -136,6 +136,7 @@ class Metrics:
         self._nvec = spec.nvec if obs_spec.has_mask else ()
         self.names: tuple[str, ...] = (*report_names, *((MASKED,) if obs_spec.has_mask else ()), *MEASURED)
         device = rollout.rewards.device
+        self._box = spec.box if spec.kind == "box" else None
         self._bounds = spec.bounds(device) if spec.kind == "box" else None
         self._obs_bounds = [bounds and tuple(x.to(device) for x in bounds) for bounds in obs_bounds]
         self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
@@ -175,17 +176,20 @@ class Metrics:
         """
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
-        clipped, used = torch.zeros_like(variance), torch.full_like(variance, torch.nan)
-        if self._bounds is not None:
+        clipped = torch.zeros_like(variance)
+        used = std = torch.full_like(variance, torch.nan)
+        if self._box is not None and self._bounds is not None:
             low, high = self._bounds
-            clipped = masked_mean(((r.actions < low) | (r.actions > high)).float().mean(-1), r.valid)
-            used = action_range(r.actions, low, high, r.valid)
+            actions = r.actions if self._box.squash is None else torch.tanh(self._box.squash * r.actions)
+            clipped = masked_mean(((actions < low) | (actions > high)).float().mean(-1), r.valid)
+            used = action_range(actions, low, high, r.valid)
+            std = masked_mean(self._box.std(r.params).mean(-1), r.valid)
         steps = count_rows(r.rewards, r.valid)
         rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
         broken, outside = self._broken().any(), self._outside().sum()
         allowed = self._obs_spec.allowed(r.obs[:-1])
         masked = () if allowed is None else (masked_mean((~allowed).float().mean(-1), r.valid),)
-        scalars = [x.double() for x in (*masked, variance, clipped, used, broken, outside, steps, rewards)]
+        scalars = [x.double() for x in (*masked, variance, clipped, used, std, broken, outside, steps, rewards)]
         return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
 
     def read(self, measured: Tensor) -> dict[str, float]:
@@ -297,7 +301,7 @@ def merge_ranks(everyone: _Array, names: Sequence[str]) -> _Array:
     at = list(names).index
     merged: _Array = everyone[0].copy()
     steps = everyone[:, at("steps")]
-    for name in {"clipped_actions", "action_range", MASKED}.intersection(names):
+    for name in {"clipped_actions", "action_range", "action_std", MASKED}.intersection(names):
         merged[at(name)] = everyone[:, at(name)] @ steps / steps.sum()
     for name in ("broken", "outside", "steps", "rewards", "episodes", "returns", "lengths"):
         merged[at(name)] = everyone[:, at(name)].sum()

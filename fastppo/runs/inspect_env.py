@@ -14,6 +14,7 @@ def inspect_configured(config: Config, make_env: Maker | None = None) -> EnvInfo
         make_env,
         config.wrappers,
         rescale_actions=config.rescale_actions,
+        action_distribution=config.action_distribution,
         reading=reading_of(config),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -14,12 +14,26 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from fastppo.errors import ConfigError, EnvError
-from fastppo.functional.distributions import Bernoulli, Categorical, Distribution, Gaussian, MultiCategorical
+from fastppo.functional.bounded_distributions import Beta, SquashedGaussian
+from fastppo.functional.distributions import (
+    Bernoulli,
+    BoxDistribution,
+    Categorical,
+    Distribution,
+    Gaussian,
+    MultiCategorical,
+)
 
 ActionKind = Literal["discrete", "multidiscrete", "multibinary", "box"]
+BoxDistributionName = Literal["gaussian", "squashed", "beta"]
 _Array = np.ndarray[Any, Any]
 
 _UNBOUNDED = 1e30  # bounds of this size, such as the largest float32, mean that there are none
+_BOX_DISTRIBUTIONS: dict[BoxDistributionName, Callable[[int], BoxDistribution]] = {
+    "gaussian": Gaussian,
+    "squashed": SquashedGaussian,
+    "beta": Beta,
+}
 _FARTHEST_SCALE = 10.0  # of Box actions, from the Gaussian's initial standard deviation of 1
 
 
@@ -36,6 +50,7 @@ class ActionSpec:
         low: lower bounds, flat ("box"); None where infinite.
         high: upper bounds, flat ("box"); None where infinite.
         rescale: whether the distribution acts in [-1, 1], which is mapped to [low, high] ("box").
+        box_distribution: "gaussian", clipped to the bounds, or one within them ("box"): "squashed" or "beta".
     """
 
     kind: ActionKind
@@ -46,6 +61,7 @@ class ActionSpec:
     low: tuple[float | None, ...] = ()
     high: tuple[float | None, ...] = ()
     rescale: bool = False
+    box_distribution: BoxDistributionName = "gaussian"
 
     @classmethod
     def from_space(cls, space: spaces.Space[Any]) -> ActionSpec:
@@ -80,8 +96,18 @@ class ActionSpec:
             return Categorical(self.nvec[0])
         if self.kind == "multidiscrete":
             return MultiCategorical(self.nvec)
-        size = math.prod(self.shape)
-        return Bernoulli(size) if self.kind == "multibinary" else Gaussian(size)
+        return self.box if self.kind == "box" else Bernoulli(math.prod(self.shape))
+
+    @property
+    def box(self) -> BoxDistribution:
+        """Return the distribution over the actions of a Box."""
+        assert self.kind == "box", self.kind
+        return _BOX_DISTRIBUTIONS[self.box_distribution](math.prod(self.shape))
+
+    @property
+    def squash(self) -> float | None:
+        """K of the map tanh(k u) from the distribution's actions u to [-1, 1]; None: they are not squashed."""
+        return self.box.squash if self.kind == "box" else None
 
     def rescaled(self) -> ActionSpec:
         """Return the spec of actions in [-1, 1] that are mapped to the bounds of this Box.
@@ -89,22 +115,35 @@ class ActionSpec:
         Raises:
             ConfigError: the space is no Box, or has a component without finite bounds.
         """
+        self._check_bounded("rescale_actions")
+        return dataclasses.replace(self, rescale=True)
+
+    def with_distribution(self, name: BoxDistributionName) -> ActionSpec:
+        """Return the spec of actions from the Box distribution `name`; "gaussian" fits other spaces too.
+
+        Raises:
+            ConfigError: it has bounds, and the space is no Box, or has a component without finite bounds.
+        """
+        if name != "gaussian":
+            self._check_bounded(f"action_distribution={name}")
+        return dataclasses.replace(self, box_distribution=name)
+
+    def _check_bounded(self, setting: str) -> None:
         if self.kind != "box":
-            raise ConfigError(f"rescale_actions needs Box actions, but the action space is {self.kind}; leave it out.")
+            raise ConfigError(f"{setting} needs Box actions, but the action space is {self.kind}; leave it out.")
         for i, bounds in enumerate(zip(self.low, self.high, strict=True)):
             if not _bounded(*bounds):
                 low, high = (math.inf * sign if x is None else x for x, sign in zip(bounds, (-1, 1), strict=True))
                 raise ConfigError(
-                    f"rescale_actions needs finite bounds, but component {i} of the action space has {low:g} to "
+                    f"{setting} needs finite bounds, but component {i} of the action space has {low:g} to "
                     f"{high:g}; give the space finite bounds, or leave it out."
                 )
-        return dataclasses.replace(self, rescale=True)
 
     @property
     def note(self) -> str | None:
         """One line on bounds far from the scale at which a Gaussian starts to act, mean 0 and deviation 1, or None."""
         for i, (low, high) in enumerate(zip(self.low, self.high, strict=True)):
-            if self.rescale or low is None or high is None or not _bounded(low, high):
+            if self._unit or low is None or high is None or not _bounded(low, high):
                 continue
             half = (high - low) / 2
             if low > 1 or high < -1 or not (half == 0 or 1 / _FARTHEST_SCALE <= half <= _FARTHEST_SCALE):
@@ -114,9 +153,14 @@ class ActionSpec:
                 )
         return None
 
+    @property
+    def _unit(self) -> bool:
+        """Whether [-1, 1] is mapped to the bounds."""
+        return self.rescale or self.squash is not None
+
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return lower and upper bounds of the distribution's Box actions, [D] float32 each, on `device`."""
-        low, high = (np.full(len(self.low), -1.0), np.full(len(self.low), 1.0)) if self.rescale else self._box
+        """Return bounds of the distribution's Box actions, after `squash`, [D] float32 each, on `device`."""
+        low, high = (np.full(len(self.low), -1.0), np.full(len(self.low), 1.0)) if self._unit else self._box
         return tuple(torch.tensor(x, dtype=torch.float32, device=device) for x in (low, high))  # type: ignore[return-value]
 
     @functools.cached_property
@@ -139,10 +183,13 @@ class ActionSpec:
     def to_env(self, actions: _Array) -> _Array:
         """Convert the distribution's actions [N, ...] to the environment's [N, *shape].
 
-        Box actions are rescaled, if `rescale`, and clipped; discrete ones are shifted by start.
+        Box actions are squashed, scaled from [-1, 1] to the bounds, if `rescale` or squashed, and clipped; discrete
+        ones are shifted by start.
         """
         if self.kind == "box":
-            if self.rescale:
+            if self.squash is not None:
+                actions = np.tanh(self.squash * actions)
+            if self._unit:
                 centre, half_width = self._scaling
                 actions = centre + half_width * actions
             actions = np.clip(actions, *self._box)
@@ -173,10 +220,11 @@ class ToEnv(nn.Module):
     def __init__(self, spec: ActionSpec) -> None:
         """Convert actions of `spec`."""
         super().__init__()
+        self.squash = spec.squash
         constants = {"start": np.asarray(spec.start, np.int64)} if any(spec.start) else {}
         if spec.kind == "box":
             constants |= dict(zip(("low", "high"), spec._box, strict=True))
-        if spec.rescale:
+        if spec._unit:
             constants |= dict(zip(("centre", "half_width"), spec._scaling, strict=True))
         for name in ("start", "low", "high", "centre", "half_width"):
             value = constants.get(name)
@@ -184,7 +232,9 @@ class ToEnv(nn.Module):
             self.register_buffer(name, tensor.float() if tensor is not None and name != "start" else tensor)
 
     def forward(self, actions: Tensor) -> Tensor:
-        """Convert the distribution's actions [N, ...]: rescale and clip, or shift by start."""
+        """Convert the distribution's actions [N, ...]: squash, rescale and clip, or shift by start."""
+        if self.squash is not None:
+            actions = torch.tanh(self.squash * actions)
         if self.centre is not None and self.half_width is not None:
             actions = self.centre + self.half_width * actions
         if self.low is not None:
