@@ -136,7 +136,7 @@ class Doctor:
     """Environment id of the training test."""
     seconds: Annotated[float, tyro.conf.arg(metavar="SECONDS")] = 5.0
     """Duration of the training test, in seconds."""
-    clear_cache: bool = False
+    clear_cache: tyro.conf.FlagCreatePairsOff[bool] = False
     """Delete the compiled C libraries instead; the next run compiles what it needs, in a second or two."""
 
     def __call__(self) -> int:
