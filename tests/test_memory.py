@@ -156,7 +156,7 @@ def test_every_ratio_is_1_in_each_autoreset_mode(tmp_path, mode):
     )
     assert largest_ratio_error(trainer) < 1e-5
     rollout = trainer.rollout
-    if mode == AutoresetMode.NEXT_STEP:  # a filler row holds the last observation; the row after it begins anew
+    if mode == AutoresetMode.NEXT_STEP:  # a filler row holds the last observation; the row after it is reset
         assert torch.equal(rollout.starts[1:], ~rollout.valid)
     else:
         assert torch.equal(rollout.starts[1:], rollout.done)
@@ -667,9 +667,9 @@ def test_a_first_state_may_be_learned_and_a_state_may_be_whole_numbers(tmp_path)
         ("params", r"returned \(2, 2\) and \(2,\) for 2 observations"),
         ("in place", "CellNetwork changes the state that it is given"),
         ("first step", "computes 3 steps at once differently from one step after the other"),
-        ("one late", "does not begin anew where an episode starts"),
-        ("elsewhere", "does not begin anew where an episode starts"),
-        ("all rows", "forgets where no episode starts"),
+        ("one late", "does not reset its state where an episode starts"),
+        ("elsewhere", "does not reset its state where an episode starts"),
+        ("all rows", "resets its state where no episode starts"),
     ],
 )
 def test_a_broken_memory_is_one_clear_line(tmp_path, broken, message):

@@ -450,24 +450,25 @@ def test_acting_on_another_device_copies_states_and_starts(tmp_path, cell, way):
 
 
 class Cells(nn.Module):
-    """A user's network around a cell of torch, in a loop or, if `whole`, as one layer that ignores episode starts."""
+    """A user's network around a cell of torch, or around a layer that is called step by step, as it can't be reset."""
 
-    def __init__(self, kind=nn.LSTMCell, whole=False):
+    def __init__(self, kind=nn.LSTMCell):
         super().__init__()
         self.cell, self.actor, self.critic = kind(2, 6), nn.Linear(6, 3), nn.Linear(6, 1)
-        self.n_states, self.whole = 2 if kind in (nn.LSTMCell, nn.LSTM) else 1, whole
+        self.n_states, self.is_layer = 2 if kind in (nn.LSTMCell, nn.LSTM) else 1, kind is nn.LSTM
 
     def initial_state(self, n):
         return tuple(self.actor.weight.new_full((n, 6), 0.5) for _ in range(self.n_states))
 
     def forward(self, x, state, episode_start):
-        if self.whole:
-            out, after = self.cell(x, tuple(part.unsqueeze(0) for part in state))
-            return self.actor(out), self.critic(out).squeeze(-1), tuple(part[0] for part in after)
         outputs = []
         for row, start in zip(x, episode_start, strict=True):
             kept = tuple(torch.where(start.unsqueeze(-1), 0.5, part) for part in state)
-            after = self.cell(row, kept if self.n_states == 2 else kept[0])
+            if self.is_layer:
+                _, after = self.cell(row.unsqueeze(0), tuple(part.unsqueeze(0) for part in kept))
+                after = tuple(part[0] for part in after)
+            else:
+                after = self.cell(row, kept if self.n_states == 2 else kept[0])
             state = after if self.n_states == 2 else (after,)
             outputs.append(state[0])
         out = torch.stack(outputs)
@@ -489,7 +490,7 @@ def test_cells_of_torch_train_compiled_or_not(tmp_path, kind, compile):
 
 
 def test_layers_of_torch_stay_eager_and_its_cells_do_not(tmp_path):
-    trainer = make(tmp_path, policy=Cells(nn.LSTM, whole=True), segment_length=4)
+    trainer = make(tmp_path, policy=Cells(nn.LSTM), segment_length=4)
     assert trainer.policy.uncompilable() == "LSTM (cell) is one opaque operation"
     trainer.run()
     assert make(tmp_path, policy=Cells(nn.LSTMCell), name="cells").policy.uncompilable() is None

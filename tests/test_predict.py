@@ -187,7 +187,7 @@ def test_a_mask_without_masks_or_of_an_empty_component_is_refused():
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru", "mingru"])
-def test_the_memory_begins_anew_where_an_episode_starts(memory):
+def test_the_memory_is_reset_where_an_episode_starts(memory):
     saved, (single, batch) = policy_of(VECTORS, memory=memory), samples(VECTORS, 6)
     _, state = saved.predict(batch)
     starts = np.arange(6) % 2 == 0

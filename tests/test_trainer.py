@@ -374,7 +374,7 @@ def test_sign_rewards_changes_advantages_and_keeps_stored_rewards_raw(tmp_path, 
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("reward", "environment 1 returned a reward of nan at step 11"), ("obs", "environment 1 returned an observation")],
+    [("reward", "environment 1 returned a reward of nan at step 12"), ("obs", "environment 1 returned an observation")],
 )
 def test_a_nan_from_the_environment_stops_the_run_and_saves_finite_weights(tmp_path, what, message):
     class Sick(Counter):

@@ -62,7 +62,7 @@ def run(folder, trials, seeds=2, base=BASE, space=RATE):
 def wait_until(happens, seconds=90):
     deadline = time.monotonic() + seconds
     while not happens():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.02)
 
 

@@ -233,7 +233,7 @@ def build_envs(
 def _note_on_normalizers(names: Sequence[str], *, kept: bool) -> str:
     flags = {"NormalizeObservation": "--normalize-obs", "NormalizeReward": "--normalize-rewards"}
     instead = " and ".join(dict.fromkeys(flags.get(name, "--normalize-obs") for name in names))
-    resumed = "a resume restores them" if kept else "a resume with this vectorization begins them anew"
+    resumed = "a resume restores them" if kept else "a resume with this vectorization starts new ones"
     return (
         f"{' and '.join(names)} in the environment keeps running statistics in each environment; {resumed}, "
         f"but the saved policy doesn't hold them, and evaluation starts from fresh ones. Use {instead} instead."

@@ -376,7 +376,7 @@ def look_up(i: int, env: gym.Env[Any, Any], name: str) -> Any:  # noqa: ANN401 -
     except ENV_ERRORS as error:  # a property's own
         raise EnvError(f"environment {i} failed in its attribute {name!r}: {cause_line(error)}.") from error
     near = difflib.get_close_matches(name, [x for x in dir(env.unwrapped) if not x.startswith("_")], n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ", and neither has a wrapper of it."
+    hint = f"; did you mean {near[0]!r}?" if near else "; its wrappers have none either."
     raise EnvError(f"environment {i} ({type(env.unwrapped).__name__}) has no method or attribute {name!r}{hint}")
 
 

@@ -101,7 +101,7 @@ class AsyncVecEnv(GymnasiumVecEnv):
         """Refuse a name that an environment lacks, which would end Gymnasium's worker processes."""
         for i, found in enumerate(self._call("has_wrapper_attr", name)):
             if not found:
-                raise EnvError(f"environment {i} has no method or attribute {name!r}, and neither has a wrapper of it.")
+                raise EnvError(f"environment {i} has no method or attribute {name!r}; its wrappers have none either.")
 
     def _check_running(self) -> None:
         if self._broken:

@@ -29,7 +29,7 @@ class Evaluation:
         cut: number of episodes that were cut after `max_steps`, with their return so far: without a time limit, a
             deterministic policy may never finish. An environment whose episode was cut plays no further ones.
         max_steps: maximum steps of an episode.
-        normalizers: wrappers of the environment whose running statistics began anew for this evaluation.
+        normalizers: wrappers of the environment whose running statistics started from nothing in this evaluation.
     """
 
     returns: list[float]

@@ -90,12 +90,12 @@ class SavedPolicy:
         initial = self.policy.initial_state(n)
         state = initial if state is None else _as_state(state, initial)
         if any(part.dim() and len(part) != n for part in state):
-            raise ValueError(f"state is of {len(state[0])} episodes, but obs holds {n}; leave it out to begin anew.")
+            raise ValueError(f"state is of {len(state[0])} episodes, but obs holds {n}; leave it out for new episodes.")
         if [part.shape for part in state] != [part.shape for part in initial]:
             found, wanted = ([tuple(part.shape) for part in parts] for parts in (state, initial))
-            raise ValueError(f"state has shapes {found}, that of this policy {wanted}; leave it out to begin anew.")
+            raise ValueError(f"state has shapes {found}, that of this policy {wanted}; leave it out for new episodes.")
         if any(part.isnan().any() for part in state):
-            raise ValueError("state holds a NaN; leave it out to begin anew.")
+            raise ValueError("state holds a NaN; leave it out for new episodes.")
         noise = None if deterministic else self.policy.draw_noise(n, self._generator)
         step = self.policy.act(rows, noise, state, starts)
         out = self.spec.action.to_env(step.actions.numpy(force=True))
@@ -172,7 +172,7 @@ def _as_state(given: Any, like: PolicyState) -> PolicyState:  # noqa: ANN401 - w
         parts = [torch.as_tensor(part) for part in given]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"state is a {type(given).__name__}; give the one that the last call returned, or None to begin anew."
+            f"state is a {type(given).__name__}; give the one that the last call returned, or None for new episodes."
         ) from None
     if len(parts) != len(like):  # of another policy, as its shapes show
         return tuple(parts)

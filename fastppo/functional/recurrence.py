@@ -154,7 +154,7 @@ def _lstm_forward(
 
     These are the activated gates [L, S, 4H], f being 0 at episode starts, and c_t and tanh(c_t) [L, S, H] of all steps.
     """
-    if native.takes(gates):
+    if native.takes(gates, weight, hidden, cell):
         return native.lstm_forward(gates, weight, starts, hidden, cell)
     units = hidden.shape[-1]
     gates, weight = gates.clone(memory_format=torch.contiguous_format), weight.clone()
@@ -202,7 +202,7 @@ def _lstm_backward(
 
     All factors of dc_t and dh_t are computed for all steps at once; the loop multiplies them.
     """
-    if native.takes(gates):
+    if native.takes(gates, weight, cell):
         given = grad_outputs, grad_hidden, grad_cell, weight, starts, cell, gates, cells, tanh_cells
         grads, dh, dc = native.lstm_backward(*given)
         return grads, _weight_gradient(grads, _entering(hidden, outputs, starts)), dh, dc
@@ -243,7 +243,7 @@ def _gru_forward(
 
     These are r, z and d + bias in one tensor [L, S, 3H], and n [L, S, H].
     """
-    if native.takes(gates):
+    if native.takes(gates, weight, bias, hidden):
         return native.gru_forward(gates, weight, bias, starts, hidden)
     units = hidden.shape[-1]
     candidates = gates[..., 2 * units :].clone(memory_format=torch.contiguous_format)
@@ -286,7 +286,7 @@ def _gru_backward(
     """
     length, sequences, units = outputs.shape
     entering = _entering(hidden, outputs, starts)
-    if native.takes(gates):
+    if native.takes(gates, weight, hidden):
         given = grad_outputs, grad_hidden, weight, starts, hidden, outputs, gates, candidates
         grads, of_candidates, dh = native.gru_backward(*given)
         of_d = grads[..., 2 * units :]

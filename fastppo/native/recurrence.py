@@ -26,9 +26,10 @@ def unavailable() -> str | None:
     return None
 
 
-def takes(gates: Tensor) -> bool:
-    """Whether the recurrences in C can read tensors like `gates`."""
-    return gates.device.type == "cpu" and gates.dtype == torch.float32 and gates.numel() > 0 and unavailable() is None
+def takes(*tensors: Tensor) -> bool:
+    """Whether the recurrences in C can read these tensors: float32 on a CPU, none of them empty."""
+    plain = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0 for x in tensors)
+    return plain and unavailable() is None
 
 
 def lstm_forward(

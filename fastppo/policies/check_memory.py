@@ -22,7 +22,7 @@ def check_memory(network: nn.Module, x: Encoded) -> None:
 
     Raises:
         ConfigError: it changes the state that it is given, computes several steps at once differently from one after
-            the other, doesn't begin anew where an episode starts, or begins anew elsewhere.
+            the other, doesn't reset its state where an episode starts, or resets it elsewhere.
     """
     name = type(network).__name__
 
@@ -53,18 +53,18 @@ def check_memory(network: nn.Module, x: Encoded) -> None:
     starts = nowhere.clone()
     starts[1, 0] = True
     params_after, values_after, _ = run(sequence, state, starts)
-    anew_params, anew_values, _ = run(_steps(sequence, 1, 3), initial, nowhere[:2])
-    if not (_close(params_after[1:, 0], anew_params[:, 0]) and _close(values_after[1:, 0], anew_values[:, 0])):
+    reset_params, reset_values, _ = run(_steps(sequence, 1, 3), initial, nowhere[:2])
+    if not (_close(params_after[1:, 0], reset_params[:, 0]) and _close(values_after[1:, 0], reset_values[:, 0])):
         raise ConfigError(
-            f"network {name} does not begin anew where an episode starts: where episode_start[t] is True, step t must "
-            "see the state of initial_state."
+            f"network {name} does not reset its state where an episode starts: where episode_start[t] is True, step t "
+            "must see the state of initial_state."
         )
     goes_on = (params_after[:, 1], params[:, 1]), (values_after[:, 1], values[:, 1])
     before = (params_after[0, 0], params[0, 0]), (values_after[0, 0], values[0, 0])
     if not all(_close(*pair) for pair in (*goes_on, *before)):
         raise ConfigError(
-            f"network {name} forgets where no episode starts: an episode_start of one row changed another row or an "
-            "earlier step; reset single rows, from that step on."
+            f"network {name} resets its state where no episode starts: an episode_start of one row changed another row "
+            "or an earlier step; reset single rows, from that step on."
         )
 
 

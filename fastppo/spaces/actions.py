@@ -104,9 +104,9 @@ class ActionSpec:
         assert self.kind == "box", self.kind
         return _BOX_DISTRIBUTIONS[self.box_distribution](math.prod(self.shape))
 
-    @property
+    @functools.cached_property  # read at every step
     def squash(self) -> float | None:
-        """K of the map tanh(k u) from the distribution's actions u to [-1, 1]; None: they are not squashed."""
+        """Factor k of the map tanh(k u) from the distribution's actions u to [-1, 1]; None: they are not squashed."""
         return self.box.squash if self.kind == "box" else None
 
     def rescaled(self) -> ActionSpec:
@@ -153,7 +153,7 @@ class ActionSpec:
                 )
         return None
 
-    @property
+    @functools.cached_property
     def _unit(self) -> bool:
         """Whether [-1, 1] is mapped to the bounds."""
         return self.rescale or self.squash is not None

@@ -95,7 +95,7 @@ def test_wrong_names_and_numbers_are_one_line_and_harm_nothing(env):
     assert env.kind == "async" or "(Level) has no method or attribute 'hardr'; did you mean 'harder'?" in one_line(
         error
     )
-    with pytest.raises(EnvError, match="environment 0 .*has no method or attribute 'velocity', and neither") as error:
+    with pytest.raises(EnvError, match="environment 0 .*has no method or attribute 'velocity'; its wrappers") as error:
         env.set_attr("velocity", 3)
     one_line(error)
     with pytest.raises(EnvError, match="has no method or attribute 'velocity'"):

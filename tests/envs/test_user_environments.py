@@ -313,7 +313,7 @@ def test_moments_are_part_of_the_exact_state():
         decode({"moments": {}})
 
 
-def test_an_evaluation_says_that_a_users_normaliser_began_anew(tmp_path):
+def test_an_evaluation_says_that_a_users_normaliser_starts_from_nothing(tmp_path):
     Trainer(short(tmp_path), make_env=normalized).run()
     played = evaluate(tmp_path / "run", 2, make_env=normalized)
     assert played.remark == "; NormalizeReward and NormalizeObservation began with fresh statistics"
