@@ -16,14 +16,14 @@ from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.distributed import World
 
-Mode = Literal["off", "on", "graph"]
+Mode = Literal["off", "fused", "on", "graph"]
 
 # A loop over steps in a user's own module is unrolled by the compiler: from here on that takes a minute and more
 UNROLLED_STEPS = 16
 
 
 def compile_parts(
-    wanted: Literal["auto", "off", "on", "graph"],
+    wanted: Literal["auto", "off", "fused", "on", "graph"],
     minibatches: int,
     learner: Learner,
     collector: Collector,
@@ -36,7 +36,8 @@ def compile_parts(
     """Compile or capture rollout and update, and return the resulting mode.
 
     Args:
-        wanted: the requested mode; "auto" captures on CUDA, and on the CPU compiles if the minibatches ahead repay it.
+        wanted: the requested mode; "auto" captures on CUDA; on the CPU it updates in C where that is possible, and
+            else compiles if the minibatches ahead repay it.
         minibatches: minibatches left in this run.
         learner: compiled first, since the update is most of the work.
         collector: its actors are compiled second.
@@ -53,6 +54,18 @@ def compile_parts(
         FastPPOError: it failed on some ranks only, after the others had begun collective operations.
     """
     device = learner.device
+    if device.type == "cpu" and wanted in ("auto", "fused"):
+        begin = time.perf_counter()
+        try:
+            learner.fuse()
+            collector.fuse()
+            seconds = time.perf_counter() - begin
+            notes.append(f"compile fused: acting and update run in C; took {seconds:.1f} s.")
+            return "fused", seconds
+        except CompileError as error:
+            notes.append(f"not fused: {error}.")
+    if wanted == "fused":
+        wanted = "auto"
     compiled_before = compiling.compilations
     mode, why = _choose_mode(wanted, minibatches, learner)
     if mode == "off":

@@ -31,7 +31,7 @@ class AdamState(NamedTuple):
 
 def adam(eps: float) -> Optimizer:
     """Adam with the given epsilon."""
-    return Optimizer(adam_init, functools.partial(adam_step, eps=eps))
+    return Optimizer(adam_init, functools.partial(adam_step, eps=eps), adam_eps=eps)
 
 
 def adam_init(params: Tensor) -> AdamState:

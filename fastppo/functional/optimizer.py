@@ -15,10 +15,12 @@ class Optimizer(NamedTuple):
     Attributes:
         init: params [P] -> state, a NamedTuple of tensors. Field names are the names in checkpoints.
         step: (params [P], gradient [P], state, learning rate []) -> new params and new state; nothing in place.
+        adam_eps: epsilon of Adam, for code that takes its steps itself; None: the steps are not Adam's.
     """
 
     init: Callable[[Tensor], Any]
     step: Callable[[Tensor, Tensor, Any, Tensor], tuple[Tensor, Any]]
+    adam_eps: float | None = None
 
 
 def clip_by_norm(gradient: Tensor, max_norm: Tensor) -> tuple[Tensor, Tensor]:

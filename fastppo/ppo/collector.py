@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from fastppo.envs.vec_env import VecEnv
 from fastppo.policies.actors import fill_values_and_logprobs, make_actor
+from fastppo.policies.decisions import Actor
+from fastppo.policies.native_actor import NativeActor, NativePolicy, can_act_in_c
 from fastppo.policies.policy import Policy, PolicyState
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
@@ -48,15 +49,6 @@ class FinalValues:
             t, i = torch.tensor(self._rows, device=values.device).unbind(1)
             self._rollout.next_values[t, i] = values[: len(self._rows)]
             self._rows.clear()
-
-
-def value_of_final(policy: Policy, obs: Tensor, state: PolicyState = ()) -> Tensor:
-    """Return V [B] of final observations [B, *obs], seen from `state`: NaN where an observation is not finite.
-
-    Final observations are not stored, so a bad one must show in its value, which a bounded activation or a
-    normaliser's clipping could hide.
-    """
-    return torch.where(policy.encoder.spec.finite(obs), policy.value(obs, state), torch.nan)
 
 
 class ActingCopy:
@@ -129,8 +121,9 @@ class Collector:
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(r.transitions())
         self._decisions = r.decisions()
-        self._final_values = FinalValues(r, partial(value_of_final, policy))
-        self.actors = [
+        self._in_c: NativePolicy | None = None
+        self._final_values = FinalValues(r, self._value_of_final)
+        self.actors: list[Actor] = [
             make_actor(policy, self._decisions.of_group(group), torch_only=torch_only) for group in env.groups
         ]
         self.roll: Callable[[], None] = self._roll
@@ -168,6 +161,8 @@ class Collector:
     def prepare(self) -> None:
         """Draw the rollout's noise and pass the current parameters and moments to the actors."""
         self._policy.distribution.fill_noise(self.rollout.noise, self._generator)
+        if self._in_c is not None:
+            self._in_c.begin()
         for actor in self.actors:
             actor.begin()
 
@@ -222,7 +217,7 @@ class Collector:
         """Fill in values and log-probabilities where acting did not, and the values of the true successors."""
         r = self.rollout
         if not self.actors[0].complete:
-            fill_values_and_logprobs(self._policy, self._decisions)
+            fill_values_and_logprobs(self._policy.distribution, self._value, self._decisions)
         if (final := self._env.final_obs_buffer) is None:
             self._final_values.flush()
         elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated
@@ -233,22 +228,40 @@ class Collector:
                     r.next_values[t, n] = r.values[t, n]
                 else:
                     state = tuple(x[t + 1, n] for x in r.states)
-                    r.next_values[t, n] = value_of_final(self._policy, final.obs[k, n], state)
+                    r.next_values[t, n] = self._value_of_final(final.obs[k, n], state)
         elif len(final.end_steps):
             after = (final.end_steps + 1).clamp(max=len(r.rewards))  # of unused slots, any
             everyone = torch.arange(final.end_steps.shape[1], device=after.device)
             state = tuple(x[after, everyone].flatten(0, 1) for x in r.states)
-            values = value_of_final(self._policy, final.obs.flatten(0, 1), state).view(final.end_steps.shape)
+            values = self._value_of_final(final.obs.flatten(0, 1), state).view(final.end_steps.shape)
             # the extra row takes the writes of unused slots
             padded = torch.cat((r.next_values, r.next_values[:1]))
             r.next_values.copy_(padded.scatter(0, final.end_steps, values)[:-1])
         last_starts = None if r.starts is None else r.starts[-1]
-        last_values = self._policy.value(r.obs[-1], tuple(x[-1] for x in r.states), last_starts)
+        last_values = self._value(r.obs[-1], tuple(x[-1] for x in r.states), last_starts)
         torch.logical_or(r.terminated, r.truncated, out=r.done)
         successors = torch.cat((r.values[1:], last_values.unsqueeze(0)))
         if r.valid is None:
             successors = torch.where(r.truncated & ~r.terminated, r.next_values, successors)
         r.next_values.copy_(successors)
+
+    @property
+    def _value(self) -> Callable[..., Tensor]:
+        return self._policy.value if self._in_c is None else self._in_c.value
+
+    def _value_of_final(self, obs: Tensor, state: PolicyState = ()) -> Tensor:
+        """Return V [B] of final observations [B, *obs], seen from `state`: NaN where an observation is not finite.
+
+        Final observations are not stored, so a bad one must show in its value, which a bounded activation or a
+        normaliser's clipping could hide.
+        """
+        return torch.where(self._policy.encoder.spec.finite(obs), self._value(obs, state), torch.nan)
+
+    def fuse(self) -> None:
+        """Act in C, and compute values there, if C covers the policy."""
+        if self.rollout.rewards.device.type == "cpu" and can_act_in_c(self._policy):
+            self._in_c = NativePolicy(self._policy)
+            self.actors = [NativeActor(self._in_c, self._decisions.of_group(group)) for group in self._env.groups]
 
     def compile(self) -> None:
         """Compile the actors.

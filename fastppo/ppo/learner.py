@@ -12,6 +12,7 @@ from fastppo.errors import CaptureError
 from fastppo.functional.gae import Trajectory, choose_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
+from fastppo.native.gae import gae as native_gae
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.ppo.metrics import Metrics
@@ -136,6 +137,16 @@ class Learner:
         estimate = self.update.world.together(self._compiled_estimate, CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
         self._estimate = estimate
+
+    def fuse(self) -> None:
+        """Update in C, and compute advantages there; changes no state.
+
+        Raises:
+            CompileError: C doesn't cover the update, on this rank or another.
+        """
+        self.update.fuse(self._rollout.batch(), self.coefs)
+        self.gae = native_gae
+        self._estimate = self._estimate_eagerly
 
     def capture(self) -> None:
         """Capture a call in three graphs: before the epochs, an epoch, after the epochs; later calls replay them.

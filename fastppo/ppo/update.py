@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from fastppo.functional.adaptation import Adaptation
-from fastppo.functional.losses import Batch, Coefficients, Loss, advantage_scale, normalize_advantages
+from fastppo.functional.losses import Batch, Coefficients, Loss, PPOLoss, advantage_scale, normalize_advantages
 from fastppo.functional.optimizer import Optimizer
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.policy import Policy
-from fastppo.ppo.minibatches import BatchLayout, Minibatch, sequence_rows
+from fastppo.ppo.fused_gradient import FusedGradient, check_fused_gradient, not_fused
+from fastppo.ppo.minibatches import Minibatch, sequence_rows
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
@@ -124,9 +125,12 @@ class PPOUpdate:
         # mean and divisor of the advantages of each minibatch, and the packed batch; `begin` writes both
         self._scales = vector.new_zeros(update_epochs, n_minibatches, 2)
         self._data: tuple[Tensor, ...] = ()
-        self._layout: BatchLayout | None = None
-        self._gradient = LossGradient(policy, parameters, loss, scale_advantages=normalize == "minibatch")
-        self.trained = self._gradient.trained
+        loss_gradient = LossGradient(
+            policy, parameters, loss, scale_advantages=normalize == "minibatch", segment_length=segment_length
+        )
+        self.trained = loss_gradient.trained
+        self._gradient: LossGradient | FusedGradient = loss_gradient
+        self._optimizer = optimizer
         self._bound = functools.partial(
             update_step,
             optimizer=optimizer,
@@ -135,8 +139,8 @@ class PPOUpdate:
             adapt_rate=None if adaptive_rate is None else adaptive_rate.rule,
             sum_exact_kl=adaptive_kl_coef is not None,
         )
-        alone = self.world.size == 1
-        self._step: Step = functools.partial(self._bound, gradient_fn=self._gradient if alone else self._summed)
+        self._adapts_rate = adaptive_rate is not None
+        self._step: Step = self._eager_step()
         self._epoch: Epoch = self._run_epoch
 
     def compile(self, batch: Batch, coefs: Coefficients) -> None:
@@ -176,6 +180,45 @@ class PPOUpdate:
             tail(state, self.world.sum_(gradient(state.params, minibatch, coefs, constants)), coefs)
 
         self._step = step
+
+    def not_fused(self) -> str | None:
+        """Return why the gradient can't be computed in C, or None."""
+        return not_fused(self.policy, self.loss)
+
+    def fuse(self, batch: Batch, coefs: Coefficients) -> None:
+        """Compute gradients in C, and with Adam at a scheduled rate on one rank whole epochs; changes no state.
+
+        Args:
+            batch: has the shapes of all batches.
+            coefs: this run's coefficients.
+
+        Raises:
+            CompileError: C can't differentiate this policy or loss on this rank or another, or its gradient is not
+                torch's on an example.
+        """
+
+        def fused() -> FusedGradient:
+            if reason := self.not_fused():
+                raise CompileError(reason)
+            assert isinstance(self.loss, PPOLoss), "this is what not_fused checks"
+            gradient = FusedGradient(
+                self.policy, self.parameters, self.loss, scale_advantages=self.normalize == "minibatch"
+            )
+            check_fused_gradient(gradient, self._gradient, self.policy, self.state.params, batch, coefs)
+            return gradient
+
+        self._gradient = gradient = self.world.together(fused, CompileError)
+        self._step = self._eager_step()
+        adam_eps = self._optimizer.adam_eps
+        if self.world.size > 1 or adam_eps is None or self._adapts_rate:
+            return
+        exact_kl = self._adaptive_kl_coef is not None
+
+        def epoch(rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
+            gradient.run_epoch(self.state, rows, scales, coefs, adam_eps=adam_eps, exact_kl=exact_kl)
+            self._end_epoch()
+
+        self._epoch = epoch
 
     def capture(self, coefs: Coefficients, pool: GraphPool) -> None:
         """Capture an epoch over the batch of the last `begin`; every later epoch replays it, with these `coefs`.
@@ -333,9 +376,7 @@ class PPOUpdate:
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Pack `batch` for minibatches."""
-        if self._layout is None:
-            self._layout = self._gradient.layout = BatchLayout(batch, self.segment_length)
-        return self._layout.pack(batch)
+        return self._gradient.pack(batch)
 
     def scales(self, batch: Batch) -> Tensor:
         """Return mean and divisor of the advantages of each minibatch drawn by `prepare`, [E, M, 2]."""
@@ -350,6 +391,9 @@ class PPOUpdate:
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
         return self.pack(batch), self.scales(batch)
+
+    def _eager_step(self) -> Step:
+        return functools.partial(self._bound, gradient_fn=self._gradient if self.world.size == 1 else self._summed)
 
     def _summed(
         self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fastppo.functional.losses import Coefficients, Loss
+from fastppo.functional.losses import Batch, Coefficients, Loss
 from fastppo.functional.optimizer import Optimizer, clip_by_norm
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.policy import Policy, PolicyOutput
@@ -134,25 +134,37 @@ class LossGradient:
     Attributes:
         trained: names of the trained parameters in the policy.
         constants: the policy's frozen parameters and its buffers, including the normaliser's moments.
-        layout: layout of the batch; set before the first call.
     """
 
-    def __init__(self, policy: Policy, parameters: FlatParameters, loss: Loss, *, scale_advantages: bool) -> None:
-        """Differentiate `loss` of `policy`; with `scale_advantages`, apply each minibatch's `scale` first."""
+    def __init__(
+        self, policy: Policy, parameters: FlatParameters, loss: Loss, *, scale_advantages: bool, segment_length: int = 1
+    ) -> None:
+        """Differentiate `loss` of `policy` over sequences of `segment_length` rows.
+
+        With `scale_advantages`, each minibatch's `scale` is applied to its advantages first.
+        """
         self._policy, self._parameters, self._loss, self._scale_advantages = policy, parameters, loss, scale_advantages
+        self._segment_length = segment_length
+        self._layout: BatchLayout | None = None
         trained = {id(p) for p in parameters.parameters}
         names = {id(p): name for name, p in policy.named_parameters()}
         self.trained = [names[id(p)] for p in parameters.parameters]
         fixed: dict[str, Tensor] = {name: p for name, p in policy.named_parameters() if id(p) not in trained}
         fixed |= dict(policy.named_buffers())
         self._fixed, self.constants = list(fixed), tuple(fixed.values())
-        self.layout: BatchLayout
+
+    def pack(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Pack `batch` for minibatches; every batch must have the shapes of the first."""
+        if self._layout is None:
+            self._layout = BatchLayout(batch, self._segment_length)
+        return self._layout.pack(batch)
 
     def __call__(
         self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
     ) -> Gradient:
         """Return the gradient of the mean loss of `minibatch` at `params` [P]."""
-        batch = self.layout.gather(minibatch)
+        assert self._layout is not None, "pack comes first"
+        batch = self._layout.gather(minibatch)
         if self._scale_advantages:
             mean, divisor = minibatch.scale[0], minibatch.scale[1]
             batch = batch._replace(advantages=(batch.advantages - mean) / divisor)

@@ -1,0 +1,637 @@
+// The PPO update of a policy of fully connected layers: a minibatch from gather to gradient in blocks of rows that stay
+// in a core's cache, then clipping and Adam. Definitions: functional/losses.py, ppo/update_step.py, functional/adam.py.
+#include "activations.h"
+#include "distributions.h"
+#include "products.h"
+#include "threads.h"
+
+#include <string.h>
+
+#define MOST_LAYERS 8
+#define MOST_BLOCK 96          // rows
+#define BLOCK_FLOATS 65536     // of all buffers of a block, so that they stay in the second cache
+#define FORBIDDEN -1e8f        // logit of an action that the mask forbids
+#define PARALLEL_SIZE 32768    // parameters from which the work on them is divided among threads
+#define N_DIAGNOSTICS 7
+
+enum { POLICY_LOSS, VALUE_LOSS, ENTROPY, OLD_APPROX_KL, APPROX_KL, EXACT_KL, CLIP_FRACTION };
+enum { VALUE_CLIP_OFF, VALUE_CLIP_MAX, VALUE_CLIPPED_ONLY };
+
+typedef struct {
+  long weight, bias;  // where they lie in the vector of parameters; weights are [out][in]
+} Linear;
+
+typedef struct {
+  long features, actor_features;  // of an observation; the actor reads the first of them
+  long n_layers;                  // hidden layers of a trunk
+  long widths[MOST_LAYERS];
+  long activation;
+  long shared;                     // whether policy and value share the critic's trunk
+  long outputs;                    // of the actor's head
+  Linear critic[MOST_LAYERS + 1];  // hidden layers, then the head
+  Linear actor[MOST_LAYERS + 1];
+  long log_std;  // where the log standard deviations lie; -1: there are none, or the head computes them
+  long size;     // of the vector of parameters
+  Distribution distribution;
+  long params;  // of the distribution
+} Network;
+
+// Rows of a rollout: the features, then the columns named; -1: there is none
+typedef struct {
+  const float *at;
+  long width;
+  long mask, old, action, logprob, advantage, target, value, valid;
+} Rows;
+
+typedef struct {
+  long clips, penalizes, value_clip;
+} Loss;
+
+typedef struct {
+  const float *learning_rate, *clip, *value_clip, *value, *entropy, *max_norm, *kl;
+} Coefficients;
+
+// See ppo/update_step.py; `exact_kl` is whether the sums end with those of exact KLs
+typedef struct {
+  float *params, *mean, *square;
+  double *left1, *left2;
+  float *sums, *kl_limit, *stop_kl, *skipped;
+  long exact_kl;
+  float adam_eps;
+} State;
+
+// A linear layer, and where its parts lie in the workspace
+typedef struct {
+  long in, out;
+  Linear at;
+  long forward, backward, bias;                        // shared: weights in panels, padded bias
+  long gradient, gradient_row, turned, bias_gradient;  // of a part; a turned gradient is [in][out]
+} Layer;
+
+typedef struct {
+  const Network *net;
+  Layer layers[2][MOST_LAYERS + 1];  // of the critic and of the actor: hidden layers, then the head
+  long n_trunks, block;
+  long inputs, hidden[2][MOST_LAYERS], before[2][MOST_LAYERS], slopes[MOST_LAYERS];  // buffers of a part: a block's rows
+  long out[2], d_out[2], work;
+  long log_std_gradient, gradient_end;  // gradients of a part begin at 0
+  long zeros, flat;                     // shared: a row of zeros, and the gradient in the parameters' order
+  long part_size, shared_size;          // floats
+} Plan;
+
+static long take_space(long *end, long n) {
+  long at = *end;
+  *end += padded(n);
+  return at;
+}
+
+// Heads of few outputs are dot products: a panel would be mostly padding
+static int uses_dots(long in, long out) { return out * (in / WIDTH + 5) < 2 * in * (padded(out) / PANEL); }
+
+static void plan_layer(Plan *plan, Layer *layer, long in, long out, Linear at) {
+  *layer = (Layer){.in = in, .out = out, .at = at, .turned = in < out};
+  layer->forward = take_space(&plan->shared_size, in * padded(out));
+  layer->backward = take_space(&plan->shared_size, out * padded(in));
+  layer->bias = take_space(&plan->shared_size, out);
+  layer->gradient_row = padded(layer->turned ? out : in);
+  layer->gradient = take_space(&plan->gradient_end, (layer->turned ? in : out) * layer->gradient_row);
+  layer->bias_gradient = take_space(&plan->gradient_end, out);
+}
+
+static void make_plan(Plan *plan, const Network *net) {
+  *plan = (Plan){.net = net, .n_trunks = net->shared ? 1 : 2};
+  for (int t = 0; t < 2; t++) {
+    const Linear *at = t ? net->actor : net->critic;
+    long in = t ? net->actor_features : net->features;
+    for (long l = 0; l < net->n_layers; l++, in = net->widths[l - 1])
+      if (t < plan->n_trunks) plan_layer(plan, &plan->layers[t][l], in, net->widths[l], at[l]);
+    if (net->n_layers) in = net->widths[net->n_layers - 1];
+    plan_layer(plan, &plan->layers[t][net->n_layers], in, t ? net->outputs : 1, at[net->n_layers]);
+  }
+  if (net->log_std >= 0) plan->log_std_gradient = take_space(&plan->gradient_end, net->outputs);
+  plan->flat = take_space(&plan->shared_size, net->size);
+  long row = stride_of(net->features), widest = 0;
+  for (long l = 0; l < net->n_layers; l++) {
+    row += stride_of(net->widths[l]) * (1 + plan->n_trunks * (1 + reads_input((int)net->activation)));
+    if (net->widths[l] > widest) widest = net->widths[l];
+  }
+  plan->zeros = take_space(&plan->shared_size, widest);
+  plan->block = BLOCK_FLOATS / row / 6 * 6;
+  if (plan->block > MOST_BLOCK) plan->block = MOST_BLOCK;
+  if (plan->block < 6) plan->block = 6;
+  long end = plan->gradient_end, m = plan->block;
+  plan->inputs = take_space(&end, m * stride_of(net->features));
+  for (int t = 0; t < plan->n_trunks; t++)
+    for (long l = 0; l < net->n_layers; l++) {
+      plan->hidden[t][l] = take_space(&end, m * stride_of(net->widths[l]));
+      plan->before[t][l] = plan->hidden[t][l];
+      if (reads_input((int)net->activation)) plan->before[t][l] = take_space(&end, m * stride_of(net->widths[l]));
+    }
+  for (long l = 0; l < net->n_layers; l++) plan->slopes[l] = take_space(&end, m * stride_of(net->widths[l]));
+  for (int t = 0; t < 2; t++) {
+    plan->out[t] = take_space(&end, m * stride_of(t ? net->params : 1));
+    plan->d_out[t] = take_space(&end, m * stride_of(t ? net->params : 1));
+  }
+  plan->work = take_space(&end, 3 * net->params);
+  plan->part_size = (end + 63) / 64 * 64;
+  plan->shared_size = (plan->shared_size + 63) / 64 * 64;
+}
+
+// Floats of the workspace of `threads` threads; it must be zero at first
+long mlp_workspace(const Network *net, int threads) {
+  Plan plan;
+  make_plan(&plan, net);
+  return plan.shared_size + threads * plan.part_size;
+}
+
+typedef struct {
+  const Plan *plan;
+  const Rows *rows;
+  const Loss *loss;
+  const Coefficients *coefs;
+  const State *state;
+  const float *params;
+  const int64_t *order;
+  float mean, divisor;  // of the advantages
+  long n, n_valid;      // rows of the minibatch; those that count
+  int parts;
+  float *shared, *workspace;
+  double sums[MOST_PARTS][N_DIAGNOSTICS], squares[MOST_PARTS];
+  float scale, step_size, correction;  // of the gradient; of Adam's step
+} Job;
+
+static float *part_of(const Job *job, int part) { return job->workspace + part * job->plan->part_size; }
+
+static int is_hidden_of_none(const Plan *plan, int t, long l) { return t >= plan->n_trunks && l < plan->net->n_layers; }
+
+#define FOR_EACH_LAYER(plan)                                  \
+  for (int t = 0; t < 2; t++)                                 \
+    for (long l = 0; l <= (plan)->net->n_layers; l++)         \
+      if (!is_hidden_of_none(plan, t, l))
+
+static void pack_part(void *arguments, int part) {
+  Job *job = arguments;
+  const Plan *plan = job->plan;
+  long item = 0;
+  FOR_EACH_LAYER(plan) {
+    const Layer *layer = &plan->layers[t][l];
+    const float *weight = job->params + layer->at.weight;
+    if (item++ % job->parts == part) {
+      pack_panels(layer->in, layer->out, weight, 1, layer->in, job->shared + layer->forward);
+      memcpy(job->shared + layer->bias, job->params + layer->at.bias, (size_t)layer->out * sizeof(float));
+    }
+    if (l && item++ % job->parts == part)
+      pack_panels(layer->out, layer->in, weight, layer->in, 1, job->shared + layer->backward);
+  }
+}
+
+// out[m][out] = bias + x[m][in] weight^T
+static void run_layer(const Job *job, const Layer *layer, long m, const float *x, long row_x, float *out, long row_out) {
+  const float *bias = job->shared + layer->bias;
+  if (uses_dots(layer->in, layer->out)) {
+    const float *weight = job->params + layer->at.weight;
+    long whole = layer->in / WIDTH * WIDTH;
+    for (long i = 0; i < m; i++)
+      for (long o = 0; o < layer->out; o++) {
+        const float *a = x + i * row_x, *b = weight + o * layer->in;
+        vector sum = {0};
+        for (long k = 0; k < whole; k += WIDTH) sum += *(const vector *)(a + k) * *(const vector *)(b + k);
+        float total = bias[o];
+        for (int k = 0; k < WIDTH; k++) total += sum[k];
+        for (long k = whole; k < layer->in; k++) total += a[k] * b[k];
+        out[i * row_out + o] = total;
+      }
+    return;
+  }
+  multiply(m, layer->out, layer->in, (Matrix){x, row_x, 1},
+           (Columns){job->shared + layer->forward, PANEL, layer->in * PANEL}, (Matrix){bias, 0, 1}, out, row_out);
+}
+
+// Add the gradient of a layer's weights, for inputs x and gradients d of its outputs, to those of a part
+static void add_weight_gradient(const Layer *layer, long m, const float *x, long row_x, const float *d, long row_d,
+                                float *part) {
+  float *c = part + layer->gradient;
+  Matrix left = layer->turned ? (Matrix){x, 1, row_x} : (Matrix){d, 1, row_d};
+  Columns right = layer->turned ? (Columns){d, row_d, PANEL} : (Columns){x, row_x, PANEL};
+  long rows = layer->turned ? layer->in : layer->out, n = layer->turned ? layer->out : layer->in;
+  multiply(rows, n, m, left, right, (Matrix){c, layer->gradient_row, 1}, c, layer->gradient_row);
+}
+
+static void gather(const Job *job, long first, long m, float *x) {
+  long n = job->plan->net->features, row = stride_of(n);
+  for (long i = 0; i < m; i++)
+    memcpy(x + i * row, job->rows->at + job->order[first + i] * job->rows->width, (size_t)n * sizeof(float));
+}
+
+// The loss of the value `v`, and its gradient
+static inline float value_loss(const Loss *loss, float v, float old, float target, float limit, float *gradient) {
+  float error = v - target, plain = error * error;
+  *gradient = error;
+  if (loss->value_clip == VALUE_CLIP_OFF) return 0.5f * plain;
+  if (limit < 0) limit = INFINITY;
+  float step = v - old, kept = step > limit ? limit : step < -limit ? -limit : step;
+  float clipped_error = old + kept - target, clipped = clipped_error * clipped_error;
+  float clipped_gradient = step > limit || step < -limit ? 0.0f : clipped_error;
+  if (loss->value_clip == VALUE_CLIPPED_ONLY || clipped > plain) {
+    *gradient = clipped_gradient;
+    return 0.5f * clipped;
+  }
+  if (clipped == plain) *gradient = 0.5f * (error + clipped_gradient);  // as torch.maximum divides it
+  return 0.5f * plain;
+}
+
+// The losses of a block's rows: from outputs to their gradients
+static void evaluate_rows(const Job *job, long first, long m, int part, Bounded *bounded, double *sums) {
+  const Plan *plan = job->plan;
+  const Network *net = plan->net;
+  const Rows *rows = job->rows;
+  const Coefficients *coefs = job->coefs;
+  float *own = part_of(job, part), *work = own + plan->work, *log_std_gradient = own + plan->log_std_gradient;
+  long row_p = stride_of(net->params), row_v = stride_of(1);
+  float share = 1.0f / (float)(job->n_valid ? job->n_valid : 1), clip = *coefs->clip;
+  Gradients g = {work, work + net->params, work + 2 * net->params};
+  for (long i = 0; i < m; i++) {
+    const float *row = rows->at + job->order[first + i] * rows->width;
+    float *x = own + plan->out[1] + i * row_p, *d = own + plan->d_out[1] + i * row_p;
+    float *d_value = own + plan->d_out[0] + i * row_v;
+    if (rows->valid >= 0 && row[rows->valid] == 0) {
+      memset(d, 0, (size_t)net->params * sizeof(float)), *d_value = 0;
+      continue;
+    }
+    if (net->log_std >= 0)
+      memcpy(x + net->outputs, job->params + net->log_std, (size_t)net->outputs * sizeof(float));
+    if (rows->mask >= 0)
+      for (long k = 0; k < net->params; k++)
+        if (!(row[rows->mask + k] > 0)) x[k] = FORBIDDEN;
+    Evaluation e = evaluate(&net->distribution, x, row + rows->old, row + rows->action, bounded, g);
+    float logratio = e.logprob - row[rows->logprob], ratio = expf(logratio), less_one = expm1f(logratio);
+    float advantage = (row[rows->advantage] - job->mean) / job->divisor, surrogate = ratio * advantage, by_logprob = -surrogate;
+    if (job->loss->clips) {
+      float low = 1 - clip, high = 1 + clip, clipped = (ratio < low ? low : ratio > high ? high : ratio) * advantage;
+      if (surrogate > clipped) surrogate = clipped, by_logprob = 0;  // a NaN passes by
+    }
+    float penalty = job->loss->penalizes ? *coefs->kl : 0.0f;
+    for (long k = 0; k < net->params; k++) {
+      float slope = by_logprob * g.logprob[k] - *coefs->entropy * g.entropy[k];
+      if (job->loss->penalizes) slope += penalty * g.kl[k];
+      d[k] = share * slope;
+    }
+    if (rows->mask >= 0)
+      for (long k = 0; k < net->params; k++)
+        if (!(row[rows->mask + k] > 0)) d[k] = 0;
+    if (net->log_std >= 0)
+      for (long k = 0; k < net->outputs; k++) log_std_gradient[k] += d[net->outputs + k];
+    float by_value, v = own[plan->out[0] + i * row_v];
+    sums[VALUE_LOSS] += value_loss(job->loss, v, row[rows->value], row[rows->target], *coefs->value_clip, &by_value);
+    *d_value = share * *coefs->value * by_value;
+    sums[POLICY_LOSS] -= surrogate, sums[ENTROPY] += e.entropy, sums[EXACT_KL] += e.kl;
+    sums[OLD_APPROX_KL] -= logratio, sums[APPROX_KL] += less_one - logratio;
+    sums[CLIP_FRACTION] += fabsf(less_one) > clip;
+  }
+}
+
+// out[m][in] = start + d[m][out] weight
+static void run_back(const Job *job, const Layer *layer, long m, const float *d, long row_d, Matrix start, float *out) {
+  multiply(m, layer->in, layer->out, (Matrix){d, row_d, 1},
+           (Columns){job->shared + layer->backward, PANEL, layer->out * PANEL}, start, out, stride_of(layer->in));
+}
+
+// The gradients of head t, for features x
+static void add_head_gradient(const Plan *plan, int t, long m, const float *x, float *own) {
+  const Layer *head = &plan->layers[t][plan->net->n_layers];
+  const float *d = own + plan->d_out[t];
+  long row = stride_of(t ? plan->net->params : 1);
+  add_weight_gradient(head, m, x, stride_of(head->in), d, row, own);
+  for (long i = 0; i < m; i++)
+    for (long o = 0; o < head->out; o++) own[head->bias_gradient + o] += d[i * row + o];
+}
+
+// Back through the hidden layers of trunk t, from the gradient of the last one's outputs in its buffer
+static void back_through_trunk(const Job *job, int t, long m, float *own) {
+  const Plan *plan = job->plan;
+  for (long l = plan->net->n_layers - 1; l >= 0; l--) {
+    const Layer *layer = &plan->layers[t][l];
+    float *d = own + plan->slopes[l];
+    const float *x = own + (l ? plan->hidden[t][l - 1] : plan->inputs);
+    deactivate((int)plan->net->activation, m, padded(layer->out), own + plan->before[t][l], own + plan->hidden[t][l], d,
+               stride_of(layer->out), own + layer->bias_gradient);
+    add_weight_gradient(layer, m, x, stride_of(layer->in), d, stride_of(layer->out), own);
+    if (l)
+      run_back(job, layer, m, d, stride_of(layer->out), (Matrix){job->shared + plan->zeros, 0, 1},
+               own + plan->slopes[l - 1]);
+  }
+}
+
+static void run_trunk(const Job *job, int t, long m, float *own) {
+  const Plan *plan = job->plan;
+  const float *x = own + plan->inputs;
+  for (long l = 0; l < plan->net->n_layers; l++) {
+    const Layer *layer = &plan->layers[t][l];
+    float *z = own + plan->before[t][l], *h = own + plan->hidden[t][l];
+    run_layer(job, layer, m, x, stride_of(layer->in), z, stride_of(layer->out));
+    activate((int)plan->net->activation, m, padded(layer->out), z, h, stride_of(layer->out));
+    x = h;
+  }
+}
+
+// The gradient of this part's rows
+static void differentiate_part(void *arguments, int part) {
+  Job *job = arguments;
+  const Plan *plan = job->plan;
+  const Network *net = plan->net;
+  float *own = part_of(job, part);
+  Bounded bounded[2 * net->distribution.n];
+  for (long i = 0; i < 2 * net->distribution.n; i++) bounded[i].raw = NAN;
+  memset(own, 0, (size_t)plan->gradient_end * sizeof(float));
+  memset(job->sums[part], 0, sizeof job->sums[part]);
+  long last = net->n_layers - 1, end = job->n * (part + 1) / job->parts;
+  for (long first = job->n * part / job->parts; first < end; first += plan->block) {
+    long m = end - first < plan->block ? end - first : plan->block;
+    gather(job, first, m, own + plan->inputs);
+    for (int t = 0; t < plan->n_trunks; t++) run_trunk(job, t, m, own);
+    for (int t = 0; t < 2; t++) {
+      const Layer *head = &plan->layers[t][net->n_layers];
+      const float *x = own + plan->hidden[t % plan->n_trunks][last];
+      run_layer(job, head, m, x, stride_of(head->in), own + plan->out[t], stride_of(t ? net->params : 1));
+    }
+    evaluate_rows(job, first, m, part, bounded, job->sums[part]);
+    float *slopes = own + plan->slopes[last];
+    Matrix none = {job->shared + plan->zeros, 0, 1};
+    for (int t = 0; t < 2; t++) {
+      const Layer *head = &plan->layers[t][net->n_layers];
+      add_head_gradient(plan, t, m, own + plan->hidden[t % plan->n_trunks][last], own);
+      Matrix start = t && net->shared ? (Matrix){slopes, stride_of(head->in), 1} : none;
+      run_back(job, head, m, own + plan->d_out[t], stride_of(t ? net->params : 1), start, slopes);
+      if (t || !net->shared) back_through_trunk(job, t % plan->n_trunks, m, own);
+    }
+  }
+}
+
+static double sum_of_squares(const float *x, long n) {
+  double total = 0;
+  for (long first = 0; first < n; first += 1024) {
+    vector sum = {0};
+    long end = n - first < 1024 ? n : first + 1024;
+    for (long i = first; i < end; i += WIDTH) {
+      vector y = take(x + i, end - i);
+      sum += y * y;
+    }
+    for (int k = 0; k < WIDTH; k++) total += (double)sum[k];
+  }
+  return total;
+}
+
+// Slice `part` of n
+static long from(long n, int part, int parts) { return n * part / parts; }
+
+// Sum the parts' gradients of a slice of each layer into the parameters' order
+static void collect_slice(Job *job, int slice, int slices) {
+  const Plan *plan = job->plan;
+  float *flat = job->shared + plan->flat;
+  double squares = 0;
+  FOR_EACH_LAYER(plan) {
+    const Layer *layer = &plan->layers[t][l];
+    long first = from(layer->out, slice, slices), end = from(layer->out, slice + 1, slices);
+    for (long o = first; o < end; o++) {
+      float *to = flat + layer->at.weight + o * layer->in;
+      for (int part = 0; part < job->parts; part++) {
+        const float *c = part_of(job, part) + layer->gradient + o * (layer->turned ? 1 : layer->gradient_row);
+        long step = layer->turned ? layer->gradient_row : 1;
+        if (part == 0)
+          for (long i = 0; i < layer->in; i++) to[i] = c[i * step];
+        else
+          for (long i = 0; i < layer->in; i++) to[i] += c[i * step];
+      }
+      float bias = 0;
+      for (int part = 0; part < job->parts; part++) bias += part_of(job, part)[layer->bias_gradient + o];
+      flat[layer->at.bias + o] = bias;
+    }
+    squares += sum_of_squares(flat + layer->at.weight + first * layer->in, (end - first) * layer->in);
+    squares += sum_of_squares(flat + layer->at.bias + first, end - first);
+  }
+  if (plan->net->log_std >= 0 && slice == 0) {
+    float *to = flat + plan->net->log_std;
+    for (long i = 0; i < plan->net->outputs; i++) {
+      to[i] = 0;
+      for (int part = 0; part < job->parts; part++) to[i] += part_of(job, part)[plan->log_std_gradient + i];
+    }
+    squares += sum_of_squares(to, plan->net->outputs);
+  }
+  job->squares[slice] = squares;
+}
+
+static void collect_part(void *arguments, int part) { collect_slice(arguments, part, ((Job *)arguments)->parts); }
+
+// Adam on a slice of the parameters
+static void step_slice(const Job *job, long first, long end) {
+  const State *state = job->state;
+  const float *restrict gradient = job->shared + job->plan->flat;
+  float *restrict params = state->params, *restrict mean = state->mean, *restrict square = state->square;
+  float scale = job->scale, step_size = job->step_size, correction = job->correction, eps = state->adam_eps;
+  for (long i = first; i < end; i++) {
+    float g = gradient[i] * scale;
+    mean[i] += (1 - 0.9f) * (g - mean[i]);
+    square[i] = 0.999f * square[i] + 0.001f * g * g;
+    params[i] -= step_size * mean[i] / (sqrtf(square[i]) * correction + eps);
+  }
+}
+
+static void step_part(void *arguments, int part) {
+  Job *job = arguments;
+  long n = job->plan->net->size;
+  step_slice(job, from(n, part, job->parts), from(n, part + 1, job->parts));
+}
+
+static int is_large(const Job *job) { return job->plan->net->size >= PARALLEL_SIZE; }
+
+static void pack(Job *job) {
+  int parts = job->parts;
+  if (!is_large(job)) job->parts = 1;
+  run_parts(pack_part, job, job->parts);
+  job->parts = parts;
+}
+
+// The gradient of a minibatch, flat, its squared norm, and the means of the diagnostics
+static double differentiate(Job *job, float *diagnostics) {
+  const Rows *rows = job->rows;
+  job->n_valid = job->n;
+  if (rows->valid >= 0) {
+    job->n_valid = 0;
+    for (long i = 0; i < job->n; i++) job->n_valid += rows->at[job->order[i] * rows->width + rows->valid] != 0;
+  }
+  pack(job);
+  run_parts(differentiate_part, job, job->parts);
+  double squares = 0;
+  if (is_large(job)) {
+    run_parts(collect_part, job, job->parts);
+    for (int part = 0; part < job->parts; part++) squares += job->squares[part];
+  } else {
+    collect_slice(job, 0, 1);
+    squares = job->squares[0];
+  }
+  for (int k = 0; k < N_DIAGNOSTICS; k++) {
+    double sum = 0;
+    for (int part = 0; part < job->parts; part++) sum += job->sums[part][k];
+    diagnostics[k] = (float)(sum / (double)(job->n_valid ? job->n_valid : 1));
+  }
+  return squares;
+}
+
+static void begin(Job *job, Plan *plan, const Network *net, const float *params, int parts, float *workspace) {
+  make_plan(plan, net);
+  job->plan = plan, job->params = params, job->parts = parts;
+  job->shared = workspace, job->workspace = workspace + plan->shared_size;
+}
+
+// The gradient [size] of a minibatch of n rows, the means of its diagnostics, and the number of rows that count
+void mlp_gradient(const Network *net, const Rows *rows, const Loss *loss, const Coefficients *coefs, const float *params,
+                  const int64_t *order, const float *scale, long n, int parts, float *workspace, float *gradient,
+                  float *diagnostics, float *n_valid) {
+  Plan plan;
+  Job job = {.rows = rows, .loss = loss, .coefs = coefs, .order = order, .mean = scale[0], .divisor = scale[1], .n = n};
+  begin(&job, &plan, net, params, parts, workspace);
+  differentiate(&job, diagnostics);
+  memcpy(gradient, job.shared + plan.flat, (size_t)net->size * sizeof(float));
+  *n_valid = (float)job.n_valid;
+}
+
+// One epoch: a step on each of `minibatches` of n rows, order[minibatches][n], scales[minibatches][2]. Returns early once
+// the KL has stopped the update: the steps left would change nothing.
+void mlp_epoch(const Network *net, const Rows *rows, const Loss *loss, const Coefficients *coefs, const State *state,
+               const int64_t *order, const float *scales, long minibatches, long n, int parts, float *workspace) {
+  Plan plan;
+  Job job = {.rows = rows, .loss = loss, .coefs = coefs, .state = state, .n = n};
+  begin(&job, &plan, net, state->params, parts, workspace);
+  float *sums = state->sums, *counts = sums + N_DIAGNOSTICS + 1, diagnostics[N_DIAGNOSTICS];
+  for (long i = 0; i < minibatches && *state->kl_limit != -INFINITY; i++) {
+    job.order = order + i * n, job.mean = scales[2 * i], job.divisor = scales[2 * i + 1];
+    float norm = (float)sqrt(differentiate(&job, diagnostics)), kl = diagnostics[APPROX_KL], limit = *state->kl_limit;
+    int within = kl <= limit || limit == INFINITY, finite = isfinite(norm) != 0, take = within && finite;
+    if (take) {
+      for (int k = 0; k < N_DIAGNOSTICS; k++) sums[k] += diagnostics[k];
+      sums[N_DIAGNOSTICS] += norm;
+      *state->left1 *= 0.9, *state->left2 *= 0.999;
+      job.scale = *coefs->max_norm / (norm + 1e-6f);
+      if (job.scale > 1) job.scale = 1;
+      job.step_size = (float)((double)*coefs->learning_rate / (1 - *state->left1));
+      job.correction = (float)(1 / sqrt(1 - *state->left2));
+      if (is_large(&job))
+        run_parts(step_part, &job, parts);
+      else
+        step_slice(&job, 0, net->size);
+    }
+    counts[0] += (float)take, counts[1] += (float)within, counts[2] += kl;
+    if (state->exact_kl && !isnan(diagnostics[EXACT_KL])) counts[3] += diagnostics[EXACT_KL], counts[4] += 1;
+    state->skipped[0] = finite ? 0 : state->skipped[0] + 1;
+    if (state->skipped[0] > state->skipped[1]) state->skipped[1] = state->skipped[0];
+    if (!within) *state->stop_kl = kl, *state->kl_limit = -INFINITY;
+  }
+}
+
+// Pack the parameters into a workspace, for mlp_act and mlp_values
+void mlp_pack(const Network *net, const float *params, float *workspace) {
+  Plan plan;
+  Job job = {0};
+  begin(&job, &plan, net, params, 1, workspace);
+  pack(&job);
+}
+
+// How observations become features: (x - mean) scale within +-clip, in float64; or x / divisor where mean is null
+typedef struct {
+  const double *mean, *scale;
+  float clip, divisor;
+} Input;
+
+typedef struct {
+  Job job;
+  const Input *input;
+  const float *obs, *noise;
+  long rows, trunk;
+  float *params, *values;
+  int64_t *choices;  // actions of a categorical or Bernoulli distribution
+  float *numbers;    // of a Gaussian
+} Forward;
+
+static void read_input(const Input *input, long n, const float *obs, float *x) {
+  if (input->mean == NULL) {
+    for (long k = 0; k < n; k++) x[k] = input->divisor == 1 ? obs[k] : obs[k] / input->divisor;
+    return;
+  }
+  for (long k = 0; k < n; k++) {
+    float y = (float)(((double)obs[k] - input->mean[k]) * input->scale[k]);
+    x[k] = y > input->clip ? input->clip : y < -input->clip ? -input->clip : y;
+  }
+}
+
+// Draw the action of one row from parameters x and noise
+static void sample_row(const Distribution *d, const float *x, const float *noise, int64_t *choice, float *number,
+                       Bounded *bounded) {
+  for (long i = 0; i < d->n; i++) {
+    if (d->kind == CATEGORICAL) {
+      long best = 0;
+      float most = x[0] + noise[0];
+      for (long k = 1; k < d->nvec[i]; k++)
+        if (x[k] + noise[k] > most) most = x[k] + noise[k], best = k;
+      choice[i] = best, x += d->nvec[i], noise += d->nvec[i];
+    } else if (d->kind == BERNOULLI) {
+      choice[i] = x[i] + noise[i] > 0;
+    } else {
+      bound(bounded + i, x[d->n + i]);
+      number[i] = x[i] + bounded[i].std * noise[i];
+    }
+  }
+}
+
+static void forward_part(void *arguments, int part) {
+  Forward *f = arguments;
+  Job *job = &f->job;
+  const Plan *plan = job->plan;
+  const Network *net = plan->net;
+  const Distribution *d = &net->distribution;
+  float *own = part_of(job, part);
+  Bounded bounded[d->n];
+  for (long i = 0; i < d->n; i++) bounded[i].raw = NAN;
+  int t = (int)f->trunk, body = t % (int)plan->n_trunks;
+  const Layer *head = &plan->layers[t][net->n_layers];
+  long end = from(f->rows, part + 1, job->parts), row_x = stride_of(net->features), row = stride_of(t ? net->params : 1);
+  for (long first = from(f->rows, part, job->parts); first < end; first += plan->block) {
+    long m = end - first < plan->block ? end - first : plan->block;
+    for (long i = 0; i < m; i++)
+      read_input(f->input, net->features, f->obs + (first + i) * net->features, own + plan->inputs + i * row_x);
+    run_trunk(job, body, m, own);
+    run_layer(job, head, m, own + plan->hidden[body][net->n_layers - 1], stride_of(head->in), own + plan->out[t], row);
+    for (long i = 0; i < m; i++) {
+      float *out = own + plan->out[t] + i * row;
+      long at = first + i;
+      if (t == 0) {
+        f->values[at] = out[0];
+        continue;
+      }
+      if (net->log_std >= 0) memcpy(out + net->outputs, job->params + net->log_std, (size_t)net->outputs * sizeof(float));
+      memcpy(f->params + at * net->params, out, (size_t)net->params * sizeof(float));
+      long n_noise = d->kind == CATEGORICAL ? net->params : d->n;
+      sample_row(d, out, f->noise + at * n_noise, f->choices + at * d->n, f->numbers + at * d->n, bounded);
+    }
+  }
+}
+
+static void forward(Forward *f, const Network *net, const float *params, int parts, float *workspace) {
+  Plan plan;
+  begin(&f->job, &plan, net, params, parts, workspace);
+  run_parts(forward_part, f, parts);
+}
+
+// Act for n rows of obs, with the parameters in `workspace`: write the distribution's parameters and the actions
+void mlp_act(const Network *net, const float *params, const Input *input, const float *obs, const float *noise, long n,
+             int parts, float *workspace, float *outputs, void *actions) {
+  Forward f = {.input = input, .obs = obs, .noise = noise, .rows = n, .trunk = 1, .params = outputs};
+  f.choices = actions, f.numbers = actions;
+  forward(&f, net, params, parts, workspace);
+}
+
+// Write V of n rows of obs
+void mlp_values(const Network *net, const float *params, const Input *input, const float *obs, long n, int parts,
+                float *workspace, float *values) {
+  Forward f = {.input = input, .obs = obs, .rows = n, .trunk = 0, .values = values};
+  forward(&f, net, params, parts, workspace);
+}
