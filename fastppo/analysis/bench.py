@@ -294,12 +294,8 @@ def measure(config: Config, seconds: float, started: float) -> Point:
 
 def _long_run(config: Config, run_dir: Path) -> Config:
     """Return settings under which a run behaves as in its first minutes, however long the measurement takes."""
-    from fastppo.runtime.device import choose_device
-
-    on_cpu = choose_device(config.device).type == "cpu"  # on other devices auto does not compile long runs either
     return dataclasses.replace(
         config,
-        compile="on" if config.compile == "auto" and on_cpu else config.compile,
         total_timesteps=_LONG,
         target_return=None,
         init_from=None,

@@ -232,6 +232,8 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     shares = sorted(((name, s / whole) for name, s in result.phases.items()), key=lambda item: -item[1])
     table.add_row("time spent", "  ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005))
     compiled = f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "no"
+    if config.compile == "fused":
+        compiled = f"fused: acting and update in C, ready in {result.compile_seconds:.1f} s"
     table.add_row("torch threads", str(config.threads))
     table.add_row("compiled", compiled)
     console.print(table)

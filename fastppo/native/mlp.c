@@ -30,7 +30,8 @@ typedef struct {
   long outputs;                    // of the actor's head
   Linear critic[MOST_LAYERS + 1];  // hidden layers, then the head
   Linear actor[MOST_LAYERS + 1];
-  long log_std;  // where the log standard deviations lie; -1: there are none, or the head computes them
+  long free_std;  // whether log standard deviations are parameters of their own
+  long log_std;   // where they lie
   long size;     // of the vector of parameters
   Distribution distribution;
   long params;  // of the distribution
@@ -108,7 +109,7 @@ static void make_plan(Plan *plan, const Network *net) {
     if (net->n_layers) in = net->widths[net->n_layers - 1];
     plan_layer(plan, &plan->layers[t][net->n_layers], in, t ? net->outputs : 1, at[net->n_layers]);
   }
-  if (net->log_std >= 0) plan->log_std_gradient = take_space(&plan->gradient_end, net->outputs);
+  if (net->free_std) plan->log_std_gradient = take_space(&plan->gradient_end, net->outputs);
   plan->flat = take_space(&plan->shared_size, net->size);
   long row = stride_of(net->features), widest = 0;
   for (long l = 0; l < net->n_layers; l++) {
@@ -258,7 +259,7 @@ static void evaluate_rows(const Job *job, long first, long m, int part, Bounded 
       memset(d, 0, (size_t)net->params * sizeof(float)), *d_value = 0;
       continue;
     }
-    if (net->log_std >= 0)
+    if (net->free_std)
       memcpy(x + net->outputs, job->params + net->log_std, (size_t)net->outputs * sizeof(float));
     if (rows->mask >= 0)
       for (long k = 0; k < net->params; k++)
@@ -279,7 +280,7 @@ static void evaluate_rows(const Job *job, long first, long m, int part, Bounded 
     if (rows->mask >= 0)
       for (long k = 0; k < net->params; k++)
         if (!(row[rows->mask + k] > 0)) d[k] = 0;
-    if (net->log_std >= 0)
+    if (net->free_std)
       for (long k = 0; k < net->outputs; k++) log_std_gradient[k] += d[net->outputs + k];
     float by_value, v = own[plan->out[0] + i * row_v];
     sums[VALUE_LOSS] += value_loss(job->loss, v, row[rows->value], row[rows->target], *coefs->value_clip, &by_value);
@@ -409,7 +410,7 @@ static void collect_slice(Job *job, int slice, int slices) {
     squares += sum_of_squares(flat + layer->at.weight + first * layer->in, (end - first) * layer->in);
     squares += sum_of_squares(flat + layer->at.bias + first, end - first);
   }
-  if (plan->net->log_std >= 0 && slice == 0) {
+  if (plan->net->free_std && slice == 0) {
     float *to = flat + plan->net->log_std;
     for (long i = 0; i < plan->net->outputs; i++) {
       to[i] = 0;
@@ -607,7 +608,7 @@ static void forward_part(void *arguments, int part) {
         f->values[at] = out[0];
         continue;
       }
-      if (net->log_std >= 0) memcpy(out + net->outputs, job->params + net->log_std, (size_t)net->outputs * sizeof(float));
+      if (net->free_std) memcpy(out + net->outputs, job->params + net->log_std, (size_t)net->outputs * sizeof(float));
       memcpy(f->params + at * net->params, out, (size_t)net->params * sizeof(float));
       long n_noise = d->kind == CATEGORICAL ? net->params : d->n;
       sample_row(d, out, f->noise + at * n_noise, f->choices + at * d->n, f->numbers + at * d->n, bounded);

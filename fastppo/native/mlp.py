@@ -44,6 +44,7 @@ class Network(ctypes.Structure):
         ("outputs", _long),
         ("critic", _Linear * (MOST_LAYERS + 1)),
         ("actor", _Linear * (MOST_LAYERS + 1)),
+        ("free_std", _long),
         ("log_std", _long),
         ("size", _long),
         ("distribution", _Distribution),
@@ -156,7 +157,8 @@ def network(
         activation=ACTIVATIONS.index(activation),
         shared=len(actor.weights) == 1,
         outputs=outputs,
-        log_std=-1 if log_std is None else log_std,
+        free_std=log_std is not None,
+        log_std=log_std or 0,
         size=size,
         params=params,
     )
@@ -196,7 +198,7 @@ def gradient(
     workspace: Tensor,
     n_diagnostics: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradient [P] of the mean loss of the rows `order` [B] int64, its diagnostics, and the rows that count."""
+    """Return the gradient [P] of the mean loss of the rows `order` [B], int64, diagnostics, and the rows that count."""
     flat, diagnostics, n_valid = params.new_empty(params.shape), params.new_empty(n_diagnostics), params.new_empty(())
     load("mlp").mlp_gradient(
         *map(ctypes.byref, (net, rows, loss, coefs)),

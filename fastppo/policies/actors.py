@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from fastppo.functional.distributions import Distribution
 from fastppo.policies.decisions import Actor, Decisions
 from fastppo.policies.numpy_actor import NumpyActor, can_act_in_numpy
 from fastppo.policies.policy import ActionStep, Policy, PolicyState
@@ -79,20 +78,21 @@ def _seconds(call: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def fill_values_and_logprobs(distribution: Distribution, value: Callable[..., Tensor], d: Decisions) -> None:
+def fill_values_and_logprobs(policy: Policy, d: Decisions, value: Callable[..., Tensor] | None = None) -> None:
     """Fill values and log-probabilities of a whole rollout from its observations, parameters and actions.
 
     Args:
-        distribution: of actions.
-        value: as `Policy.value`.
+        policy: the policy that acted.
         d: the rollout.
+        value: does what `policy.value` does; None: that.
     """
+    value = value or policy.value
     steps, n = d.noise.shape[:2]
     chunk = max(1, _CHUNK // n)
     for t in range(0, steps, chunk):
         rows = slice(t, min(t + chunk, steps))
         params, actions = d.params[rows].flatten(0, 1), d.actions[rows].flatten(0, 1)
-        d.logprobs[rows] = distribution.log_prob(params, actions).view(-1, n)
+        d.logprobs[rows] = policy.distribution.log_prob(params, actions).view(-1, n)
         # each row is a sequence of one step, from the state that was stored before it
         state = tuple(x[rows].flatten(0, 1) for x in d.states)
         starts = None if d.starts is None else d.starts[rows].flatten()

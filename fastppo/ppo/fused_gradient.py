@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,7 @@ class FusedGradient:
 
     constants: tuple[Tensor, ...] = ()
 
-    def __init__(
-        self, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, scale_advantages: bool
-    ) -> None:
+    def __init__(self, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, scale_advantages: bool) -> None:
         """Differentiate `loss` of `policy`, for which `not_fused` is None; see `LossGradient`."""
         self._policy, self._scale_advantages, self._n_diagnostics = policy, scale_advantages, len(loss.diagnostics)
         self._net = describe(policy, parameters.vector)
@@ -50,15 +50,14 @@ class FusedGradient:
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Write the encoded observations of `batch`, and all else that the loss reads, to one row each."""
         columns = self._columns(batch)
+        widths = [x[0].numel() for x in columns.values()]
         if len(self._packed) != len(batch.logprobs):
-            ends = [0]
-            for x in columns.values():
-                ends.append(ends[-1] + x[0].numel())
-            self._packed = torch.zeros(len(batch.logprobs), ends[-1])
-            begins = dict.fromkeys(("mask", "valid"), -1) | dict(zip(columns, ends, strict=False))
-            del begins["features"]
-            self._rows = native.Rows(at=native.address(self._packed), width=ends[-1], **begins)
-        for place, x in zip(self._packed.split([x[0].numel() for x in columns.values()], 1), columns.values(), strict=True):
+            self._packed = torch.zeros(len(batch.logprobs), sum(widths))
+            begins = dict(zip(columns, itertools.accumulate(widths, initial=0), strict=False))
+            del begins["features"]  # which come first
+            missing = {"mask": -1, "valid": -1}
+            self._rows = native.Rows(at=native.address(self._packed), width=sum(widths), **missing | begins)
+        for place, x in zip(torch.split(self._packed, widths, 1), columns.values(), strict=True):
             place.copy_(x.reshape(place.shape))
         return (self._packed,)
 

@@ -101,6 +101,16 @@ CASES = {
         "vectorization": "tensor",
         "target_kl": 2e-3,
         "kl_stop": "minibatch",
+        "compile": "off",
+        "learning_rate": 0.01,
+    },
+    "fused, stop by minibatch": {
+        "env_id": "Acrobot-v1",
+        "vectorization": "tensor",
+        "target_kl": 2e-3,
+        "kl_stop": "minibatch",
+        "objective": "clip_and_penalty",
+        "compile": "fused",
         "learning_rate": 0.01,
     },
     "compiled, stop by epoch": {

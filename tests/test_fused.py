@@ -1,0 +1,452 @@
+"""Acting, values, advantages and the update in C against torch."""
+
+import ctypes
+import itertools
+import math
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastppo
+from fastppo import Config, Trainer
+from fastppo.functional.adam import adam
+from fastppo.functional.adaptation import Adaptation, adapted_kl_coef, adapted_learning_rate
+from fastppo.functional.bounded_distributions import Beta, SquashedGaussian
+from fastppo.functional.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
+from fastppo.functional.gae import gae_loop
+from fastppo.functional.losses import Batch, PPOLoss
+from fastppo.native import library
+from fastppo.native import mlp as native
+from fastppo.native.gae import gae
+from fastppo.policies.decisions import Decisions
+from fastppo.policies.encoder import Encoder
+from fastppo.policies.flat_parameters import FlatParameters
+from fastppo.policies.mlp import MLP
+from fastppo.policies.native_actor import NativeActor, NativePolicy, can_act_in_c
+from fastppo.policies.normalizers import ObsNormalizer
+from fastppo.policies.policy import FORBIDDEN, Policy
+from fastppo.ppo import fused_gradient
+from fastppo.ppo.fused_gradient import FusedGradient
+from fastppo.ppo.minibatches import Minibatch
+from fastppo.ppo.update import PPOUpdate
+from fastppo.ppo.update_step import LossGradient
+from fastppo.runtime.compile import CompileError
+from fastppo.spaces.observations import ObsSpec
+from tests.test_update import REPORT, coefficients, learn, named
+from tests.worlds import short
+
+SOURCES = Path(native.__file__).parent
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C compiler")
+
+DISTRIBUTIONS = {
+    "categorical": Categorical(3),
+    "choices": MultiCategorical((3, 2, 4)),
+    "bits": Bernoulli(3),
+    "gaussian": Gaussian(3),
+    "squashed": SquashedGaussian(2),
+}
+
+
+def make_policy(dist, *, obs=5, widths=(16, 16), activation="tanh", shared=False, free_std=None, seed=0, critic=0):
+    torch.manual_seed(seed)
+    spec = ObsSpec.from_space(spaces.Box(-np.inf, np.inf, (obs,), np.float32))
+    free_std = isinstance(dist, Gaussian) if free_std is None else free_std
+    network = MLP(
+        obs,
+        dist.n_params,
+        free_std=free_std,
+        hidden_sizes=widths,
+        activation=activation,
+        shared_trunk=shared,
+        n_critic_features=critic,
+    )
+    policy = Policy(Encoder(spec), network, dist)
+    with torch.no_grad():  # the first heads are nearly zero, which would hide errors behind them
+        for p in network.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return policy
+
+
+def make_batch(policy, rows, seed=1, valid=None):
+    g, dist = torch.Generator().manual_seed(seed), policy.distribution
+    obs = torch.randn(rows, *policy.encoder.spec.shape, generator=g)
+    noise = torch.zeros(rows, dist.noise_size)
+    dist.fill_noise(noise, g)
+    with torch.no_grad():
+        params = policy(obs).params + 0.05 * torch.randn(rows, dist.n_params, generator=g)
+    actions = dist.sample(params, noise)
+    logprobs, more = dist.log_prob(params, actions), torch.randn(3, rows, generator=g)
+    return Batch(obs, actions, logprobs, params, *more, valid)
+
+
+def gradients(policy, batch, loss, threads=1, **coefs):
+    """Return the gradient by torch and by C."""
+    flat = FlatParameters(policy.network)
+    order = torch.randperm(len(batch.logprobs), generator=torch.Generator().manual_seed(3))
+    torch.set_num_threads(threads)
+    try:
+        for kind in (LossGradient, FusedGradient):
+            gradient = kind(policy, flat, loss, scale_advantages=True)
+            minibatch = Minibatch(torch.tensor([0.1, 1.5]), order, gradient.pack(batch))
+            yield gradient(flat.vector.clone(), minibatch, coefficients(kl_coef=0.5, **coefs), gradient.constants)
+    finally:
+        torch.set_num_threads(1)
+
+
+def assert_same(torchs, ours):
+    largest = torchs.flat.abs().max()
+    torch.testing.assert_close(ours.flat, torchs.flat, atol=float(1e-5 * largest), rtol=0)
+    torch.testing.assert_close(ours.diagnostics, torchs.diagnostics, atol=1e-5, rtol=1e-4)
+    assert ours.n_rows == torchs.n_rows
+    assert largest > 1e-3
+
+
+@pytest.mark.parametrize("objective", ["clip", "penalty", "clip_and_penalty"])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_a_gradient_is_autograds(name, objective):
+    policy = make_policy(DISTRIBUTIONS[name])
+    assert_same(*gradients(policy, make_batch(policy, 203), PPOLoss("max", objective)))
+
+
+@pytest.mark.parametrize("value_clip", native.VALUE_CLIPS)
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_a_gradient_with_each_activation(activation, value_clip):
+    policy = make_policy(Gaussian(2), activation=activation, widths=(33, 20), shared=value_clip == "max")
+    valid = torch.arange(150) % 3 != 0
+    assert_same(*gradients(policy, make_batch(policy, 150, valid=valid), PPOLoss(value_clip), threads=2))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    widths=st.lists(st.integers(1, 300), min_size=1, max_size=4),
+    obs=st.integers(1, 400),
+    n=st.integers(1, 20),
+    rows=st.integers(1, 300),
+    gaussian=st.booleans(),
+    shared=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_a_gradient_of_any_shape(widths, obs, n, rows, gaussian, shared, threads):
+    policy = make_policy(Gaussian(n) if gaussian else Categorical(n + 1), obs=obs, widths=tuple(widths), shared=shared)
+    batch = make_batch(policy, rows)
+    torchs, ours = gradients(policy, batch, PPOLoss("off"), threads=threads, clip_coef=10.0)
+    torch.testing.assert_close(ours.flat, torchs.flat, atol=float(2e-5 * torchs.flat.abs().max()), rtol=0)
+    torch.testing.assert_close(ours.diagnostics, torchs.diagnostics, atol=1e-4, rtol=1e-4)
+
+
+def test_deviations_that_the_network_computes():
+    for dist in (Gaussian(3), SquashedGaussian(2)):
+        policy = make_policy(dist, free_std=False)
+        assert_same(*gradients(policy, make_batch(policy, 100), PPOLoss("max", "clip_and_penalty")))
+
+
+def test_features_that_only_the_critic_reads():
+    policy = make_policy(Categorical(3), obs=7, critic=4)
+    assert_same(*gradients(policy, make_batch(policy, 100), PPOLoss("max")))
+
+
+def test_masked_actions(tmp_path):
+    trainer = Trainer(short(tmp_path, env_id="Taxi-v4", n_steps=32, compile="off", total_timesteps=64), progress=False)
+    trainer.run()
+    assert trainer.policy.encoder.spec.has_mask
+    batch = trainer.collect.rollout.batch()
+    assert (batch.params <= FORBIDDEN).any()
+    assert_same(*gradients(trainer.policy, batch, PPOLoss("max")))
+
+
+OPTIONS = {
+    "normalize": ["minibatch", "batch", "off"],
+    "kl_stop": ["epoch", "minibatch"],
+    "objective": ["clip", "penalty", "clip_and_penalty"],
+    "value_clip": ["max", "off", "clipped_only"],
+    "distribution": list(DISTRIBUTIONS),
+    "fillers": [False, True],
+    "limit": [math.inf, 0.01],
+    "adaptive_rate": [False, True],
+    "adaptive_kl_coef": [False, True],
+}
+
+
+def pairwise(options):
+    """Return few combinations in which every pair of values of two options appears."""
+    names, wanted = list(options), set()
+    for a, b in itertools.combinations(options, 2):
+        wanted |= {((a, x), (b, y)) for x in options[a] for y in options[b]}
+    rng, cases = np.random.default_rng(0), []
+    while wanted:
+        best, covered = None, set()
+        for _ in range(60):
+            (a, x), (b, y) = sorted(wanted, key=str)[int(rng.integers(len(wanted)))]
+            case = {name: options[name][int(rng.integers(len(options[name])))] for name in names} | {a: x, b: y}
+            pairs = set(itertools.combinations(case.items(), 2)) & wanted
+            if len(pairs) > len(covered):
+                best, covered = case, pairs
+        cases.append(best)
+        wanted -= covered
+    return cases
+
+
+@pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda case: "-".join(str(x) for x in case.values()))
+def test_an_update_is_the_eager_one(case):
+    results = []
+    for fused in (False, True):
+        policy = make_policy(DISTRIBUTIONS[case["distribution"]])
+        valid = torch.arange(256) % 5 != 0 if case["fillers"] else None
+        batch = make_batch(policy, 256, valid=valid)
+        update = PPOUpdate(
+            policy,
+            FlatParameters(policy.network),
+            torch.Generator().manual_seed(5),
+            loss=PPOLoss(case["value_clip"], case["objective"]),
+            optimizer=adam(1e-5),
+            update_epochs=3,
+            n_minibatches=4,
+            normalize=case["normalize"],
+            kl_stop=case["kl_stop"],
+            adaptive_rate=Adaptation(1e-3, lambda rate, kl: adapted_learning_rate(rate, kl, 0.01, 1e-5, 1e-2))
+            if case["adaptive_rate"]
+            else None,
+            adaptive_kl_coef=Adaptation(0.5, lambda beta, kl: adapted_kl_coef(beta, kl, 0.01))
+            if case["adaptive_kl_coef"] and case["objective"] != "clip"
+            else None,
+        )
+        coefs = coefficients(learning_rate=5e-3, kl_coef=0.5)._replace(**update.adapted)
+        if fused:
+            before = [x.clone() for x in update.kept()]
+            update.fuse(batch, coefs)
+            assert all(map(torch.equal, before, update.kept())), "it changes no state"
+        reports = [learn(update, batch, coefs, case["limit"]) for _ in range(2)]
+        results.append((update.state.params.clone(), torch.stack(reports), update.state_dict()))
+    (params, report, state), (ours, our_report, our_state) = results
+    torch.testing.assert_close(ours, params, atol=1e-5, rtol=0)
+    torch.testing.assert_close(our_report, report, atol=1e-4, rtol=1e-4, equal_nan=True)
+    for name, x in state.items():
+        torch.testing.assert_close(our_state[name], x, atol=1e-5, rtol=1e-4)
+    if case["limit"] != math.inf and not case["adaptive_rate"]:
+        assert report[:, REPORT.index("stopped")].any()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped():
+    policy = make_policy(Categorical(3))
+    batch = make_batch(policy, 256)
+    batch.returns[17] = math.nan
+    update = make_update(policy)
+    update.fuse(batch, coefficients())
+    before = update.state.params.clone()
+    report = named(learn(update, batch, coefficients(), math.inf))
+    assert report["skipped_minibatches"] == 2, "one in each of two epochs"
+    assert report["skipped_in_a_row"] == 1
+    assert update.state.params.isfinite().all()
+    assert not torch.equal(update.state.params, before)
+
+
+def make_update(policy, **changes):
+    options = {"update_epochs": 2, "n_minibatches": 4, "normalize": "minibatch", "kl_stop": "epoch"} | changes
+    optimizer = adam(1e-5)
+    flat, shuffles = FlatParameters(policy.network), torch.Generator().manual_seed(5)
+    return PPOUpdate(policy, flat, shuffles, loss=PPOLoss("max"), optimizer=optimizer, **options)
+
+
+def test_the_bits_depend_on_the_number_of_threads_alone():
+    found = {}
+    for threads in (1, 2, 1, 2):
+        policy = make_policy(Categorical(3), widths=(64, 64))
+        batch, update = make_batch(policy, 2048), make_update(policy)
+        torch.set_num_threads(threads)
+        try:
+            update.fuse(batch, coefficients())
+            learn(update, batch, coefficients(), math.inf)
+        finally:
+            torch.set_num_threads(1)
+        expected = found.setdefault(threads, update.state.params.clone())
+        assert torch.equal(update.state.params, expected)
+    torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=0)
+
+
+def test_large_networks_are_shared_among_threads():
+    """From 32,768 parameters on, packing, summing and Adam are divided too."""
+    results = []
+    for threads in (0, 1, 3):
+        policy = make_policy(Categorical(3), widths=(150, 170))
+        batch, update = make_batch(policy, 256), make_update(policy)
+        assert update.parameters.size > 32768
+        torch.set_num_threads(threads or 1)
+        try:
+            if threads:
+                update.fuse(batch, coefficients())
+            learn(update, batch, coefficients(), math.inf)
+        finally:
+            torch.set_num_threads(1)
+        results.append(update.state.params.clone())
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=0)
+
+
+def decisions(policy, steps, n, seed=2):
+    g, dist = torch.Generator().manual_seed(seed), policy.distribution
+    noise = torch.zeros(steps, n, dist.noise_size)
+    dist.fill_noise(noise, g)
+    obs = torch.randn(steps + 1, n, *policy.encoder.spec.shape, generator=g)
+    actions = torch.zeros(steps, n, *dist.action_shape, dtype=dist.action_dtype)
+    return Decisions(obs, noise, actions, *(torch.zeros(steps, n, *shape) for shape in ((), (dist.n_params,), ())))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_acting_is_torchs(name, shared):
+    policy = make_policy(DISTRIBUTIONS[name], shared=shared)
+    if name == "gaussian":
+        policy.encoder.normalizer = ObsNormalizer((5,), 2.0)
+        policy.encoder.normalizer.update(3 + 2 * torch.randn(50, 5))
+    assert can_act_in_c(policy)
+    d, in_c = decisions(policy, 3, 70), NativePolicy(policy)
+    for group in (slice(0, 31), slice(31, 70)):
+        actor = NativeActor(in_c, d.of_group(group))
+        for t in range(3):
+            actor.act(t)
+    for t in range(3):
+        step = policy.act(d.obs[t], d.noise[t])
+        torch.testing.assert_close(d.params[t], step.params, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(d.actions[t], step.actions, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(in_c.value(d.obs[t]), step.values, atol=1e-5, rtol=1e-5)
+
+
+def test_new_parameters_are_seen_after_begin():
+    policy = make_policy(Categorical(3))
+    d, in_c = decisions(policy, 1, 4), NativePolicy(policy)
+    with torch.no_grad():
+        for p in policy.network.parameters():
+            p.mul_(2.0)
+    in_c.begin()
+    NativeActor(in_c, d).act(0)
+    torch.testing.assert_close(d.params[0], policy(d.obs[0]).params, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (32, 65)])
+def test_advantages_are_those_of_the_loop(shape):
+    g = torch.Generator().manual_seed(0)
+    rewards, values, next_values = torch.randn(3, *shape, generator=g)
+    terminated = torch.rand(shape, generator=g) < 0.2
+    done = terminated | (torch.rand(shape, generator=g) < 0.2)
+    next_values[terminated] = math.nan
+    trajectory = rewards, values, next_values, terminated, done, torch.tensor(0.99), torch.tensor(0.95)
+    for ours, theirs in zip(gae(*trajectory), gae_loop(*trajectory), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def config(folder, **changes):
+    return Config(env_id="CartPole-v1", n_envs=4, n_steps=32, total_timesteps=640, run_dir=folder, threads=1, **changes)
+
+
+def notes_of(trainer):
+    return [note for note in trainer.notes if "fused" in note]
+
+
+def test_auto_takes_the_c_code_where_it_applies(tmp_path):
+    trainer = Trainer(config(tmp_path / "run"), progress=False)
+    assert trainer.config.compile == "fused"
+    assert all(isinstance(actor, NativeActor) for actor in trainer.collect.actors)
+    assert len(notes_of(trainer)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"memory": "lstm"}, "the network is a RecurrentNetwork"),
+        ({"precision": "bf16"}, "precision is bf16"),
+        ({"hidden_sizes": (4,) * 9}, "more than 8 hidden layers"),
+    ],
+)
+def test_what_is_not_covered_runs_as_before(tmp_path, changes, why):
+    trainer = Trainer(config(tmp_path / "run", compile="fused", **changes), progress=False)
+    assert trainer.config.compile == "off", "a short run"
+    (note,) = notes_of(trainer)
+    assert why in note
+    trainer.run()
+
+
+def test_a_beta_distribution_is_not_covered():
+    policy = make_policy(Beta(2))
+    assert "the distribution is Beta" in make_update(policy).not_fused()
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/cc", "/bin/false"])
+def test_without_a_compiler_training_runs_as_before(tmp_path, monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.load.cache_clear()
+    native.unavailable.cache_clear()
+    try:
+        trainer = Trainer(config(tmp_path / "run"), progress=False)
+        assert trainer.config.compile == "off"
+        assert len(notes_of(trainer)) == 1
+        trainer.run()
+    finally:
+        monkeypatch.undo()
+        library.load.cache_clear()
+        native.unavailable.cache_clear()
+
+
+def test_a_wrong_gradient_is_found_at_the_start(tmp_path, monkeypatch):
+    right = native.gradient
+
+    def wrong(*arguments):
+        flat, *rest = right(*arguments)
+        return (flat * 1.01, *rest)
+
+    monkeypatch.setattr(fused_gradient.native, "gradient", wrong)
+    policy = make_policy(Categorical(3))
+    with pytest.raises(CompileError, match="its flat differs from torch's"):
+        make_update(policy).fuse(make_batch(policy, 64), coefficients())
+    trainer = Trainer(config(tmp_path / "run"), progress=False)
+    assert trainer.config.compile == "off"
+    assert "differs from torch's" in notes_of(trainer)[0]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
+    whole = Trainer(config(tmp_path / "whole"), progress=False)
+    whole.run()
+    for stats in Trainer(config(tmp_path / "part"), progress=False).iterations():
+        if stats.iteration == 2:
+            break
+    again = fastppo.resume(tmp_path / "part", progress=False)
+    again.run()
+    assert again.config.compile == "fused"
+    assert torch.equal(again.update.parameters.vector, whole.update.parameters.vector)
+
+
+def test_the_structures_are_those_of_the_source(tmp_path):
+    """A field that Python and C place differently would be read as another."""
+    names = {"Network": native.Network, "Rows": native.Rows, "Loss": native.Loss, "State": native.State}
+    names |= {"Coefficients": native.Coefficients, "Input": native.Input}
+    lines = ['#include "mlp.c"', "#include <stddef.h>", "#include <stdio.h>", "int main(void) {"]
+    expected = []
+    for name, structure in names.items():
+        for field, *_ in structure._fields_:
+            lines.append(f'  printf("%zu\\n", offsetof({name}, {field}));')
+            expected.append(getattr(structure, field).offset)
+        lines.append(f'  printf("%zu\\n", sizeof({name}));')
+        expected.append(ctypes.sizeof(structure))
+    (tmp_path / "offsets.c").write_text("\n".join([*lines, "}"]))
+    command = [os.environ.get("CC", "cc"), "-std=gnu11", "-march=native", f"-I{SOURCES}", str(tmp_path / "offsets.c")]
+    subprocess.run([*command, "-o", str(tmp_path / "offsets"), "-lpthread", "-lm"], check=True)
+    printed = subprocess.run([str(tmp_path / "offsets")], capture_output=True, text=True, check=True).stdout
+    assert [int(x) for x in printed.split()] == expected
+
+
+def test_the_update_runs_under_sanitisers(tmp_path):
+    program = tmp_path / "program"
+    flags = ["-g", "-O1", "-std=gnu11", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    source = Path(__file__).parent / "native_mlp_program.c"
+    command = [os.environ.get("CC", "cc"), *flags, f"-I{SOURCES}", "-o", str(program), str(source), "-lpthread", "-lm"]
+    subprocess.run(command, check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
