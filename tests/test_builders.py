@@ -19,8 +19,8 @@ class Parts:
 
     device = torch.device("cpu")
 
-    def __init__(self, compiles=True, records=True, memory_steps=0):
-        self.compiles, self.records, self.done = compiles, records, []
+    def __init__(self, compiles=True, records=True, memory_steps=0, fuses=False):
+        self.compiles, self.records, self.fuses, self.done = compiles, records, fuses, []
         policy = SimpleNamespace(has_memory=memory_steps > 0, network=torch.nn.Identity())
         self.update = SimpleNamespace(policy=policy, segment_length=max(1, memory_steps))
 
@@ -28,6 +28,11 @@ class Parts:
         if not self.compiles:
             raise CompileError("there is no C++ compiler")
         self.done.append("compile")
+
+    def fuse(self):
+        if not self.fuses:
+            raise CompileError("the network is a CNN")
+        self.done.append("fuse")
 
     def capture(self):
         if not self.records:
@@ -49,13 +54,19 @@ class Parts:
         ("auto", 1, Parts(), "cuda", "graph", "compile graph: on CUDA, launches cost more"),
         ("auto", 1, Parts(records=False), "cuda", "off", "compile off: forward looks at values"),
         ("auto", 1, Parts(compiles=False), "cuda", "graph", "kernels are eager: they can't be compiled"),
-        ("off", 1, Parts(), "cpu", "off", None),
+        ("off", 1, Parts(fuses=True), "cpu", "off", None),
+        ("auto", 1, Parts(fuses=True), "cpu", "fused", "compile fused: acting and update run in C; took"),
+        ("fused", 1, Parts(fuses=True), "cpu", "fused", "compile fused: acting and update run in C; took"),
+        ("on", 1, Parts(fuses=True), "cpu", "on", "compile on: requested; took"),
+        ("fused", 1, Parts(), "cuda", "graph", "compile graph: on CUDA, launches cost more"),
     ],
 )
 def test_a_note_explains_the_compile_mode(wanted, minibatches, parts, device, mode, note):
     parts.device, notes, said = torch.device(device), [], []
     found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes=notes, say=said.append)
     assert found == mode
+    if device == "cpu" and wanted == "auto" and not parts.fuses:
+        assert notes.pop(0) == "not fused: the network is a CNN."
     assert bool(note) == bool(notes)
     assert note is None or notes[0].startswith(note)
     assert bool(seconds) == (mode != "off")

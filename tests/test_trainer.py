@@ -97,19 +97,19 @@ def test_a_run_does_not_change_the_global_random_state(tmp_path):
     assert np.array_equal(np.random.get_state()[1], state)
 
 
-def test_the_first_ratio_of_every_update_is_1_with_normalised_observations(tmp_path):
-    config = short(tmp_path, env_id="Pendulum-v1", n_steps=64, total_timesteps=640, update_epochs=1, n_minibatches=1)
-    trainer = Trainer(config)
-    inner, worst = trainer.update._step, []
+@pytest.mark.parametrize("compiled", ["off", "fused"])
+def test_the_first_ratio_of_every_update_is_1_with_normalised_observations(tmp_path, compiled):
+    trainer = Trainer(short(tmp_path, env_id="Pendulum-v1", n_steps=64, total_timesteps=640, compile=compiled))
+    run_epochs, worst = trainer.update.run_epochs, []
 
-    def watch(state, minibatch, *rest):
-        batch = trainer.update._layout.gather(minibatch)
+    def watch(*arguments, **options):
+        batch = trainer.collect.rollout.batch()
         with torch.no_grad():
             logprobs = trainer.policy.evaluate_actions(trainer.policy(batch.obs), batch.actions, batch.params).logprobs
         worst.append((logprobs - batch.logprobs).abs().max().item())
-        inner(state, minibatch, *rest)
+        run_epochs(*arguments, **options)
 
-    trainer.update._step = watch
+    trainer.update.run_epochs = watch
     for _ in trainer.iterations():
         pass
     assert len(worst) == 5

@@ -20,6 +20,7 @@ Mode = Literal["off", "fused", "on", "graph"]
 
 # A loop over steps in a user's own module is unrolled by the compiler: from here on that takes a minute and more
 UNROLLED_STEPS = 16
+_WAIT = "compiling: 10-20 s the first time, 5 s from the cache"
 
 
 def compile_parts(
@@ -55,13 +56,8 @@ def compile_parts(
     """
     device = learner.device
     if device.type == "cpu" and wanted in ("auto", "fused"):
-        begin = time.perf_counter()
         try:
-            learner.fuse()
-            collector.fuse()
-            seconds = time.perf_counter() - begin
-            notes.append(f"compile fused: acting and update run in C; took {seconds:.1f} s.")
-            return "fused", seconds
+            return "fused", _fuse(minibatches, learner, collector, env, notes, say)
         except CompileError as error:
             notes.append(f"not fused: {error}.")
     if wanted == "fused":
@@ -72,7 +68,7 @@ def compile_parts(
         if wanted != "off":
             notes.append(f"compile off: {why}.")
         return mode, 0.0
-    say("compiling: 10-20 s the first time, 5 s from the cache")
+    say(_WAIT)
     begin = time.perf_counter()
     unrolls = _unrolled_steps(learner) > UNROLLED_STEPS and wanted == "auto"
     if (mode == "on" or device.type == "cuda") and not unrolls:
@@ -110,6 +106,29 @@ def compile_parts(
         why = f"{why.removesuffix('.')}; took {seconds:.1f} s"
     notes.append(f"compile {mode}: {why.removesuffix('.')}.")
     return mode, seconds
+
+
+def _fuse(
+    minibatches: int,
+    learner: Learner,
+    collector: Collector,
+    env: VecEnv,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> float:
+    """Let acting and update run in C; only the steps of a `TensorEnv` are left for the compiler."""
+    begin = time.perf_counter()
+    learner.fuse()
+    collector.fuse()
+    seconds = time.perf_counter() - begin
+    notes.append(f"compile fused: acting and update run in C; took {seconds:.1f} s.")
+    if isinstance(env, TensorEnv) and worth_compiling(minibatches)[0]:
+        say(_WAIT)
+        try:
+            _compile_env(env)
+        except CompileError as error:
+            notes.append(f"stepping is eager: it can't be compiled: {error}.")
+    return time.perf_counter() - begin
 
 
 def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, learner: Learner) -> tuple[Mode, str]:

@@ -33,6 +33,7 @@ from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.health import RunTraits, rounding_of
 from fastppo.monitoring.run_logger import RunLogger
+from fastppo.policies.native_mlp import not_covered
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
@@ -136,7 +137,8 @@ def build_run(
         if c.threads is None:
             work = c.minibatch_size * models.parameters.size
             # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
-            threads, choices = world.shared(lambda: _free_threads(work))
+            in_c = c.compile in ("auto", "fused") and not_covered(models.policy) is None
+            threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
             c = dataclasses.replace(c, threads=threads)
             notes += choices
         notes += check_threads(known(c.threads), resumed=resume_from is not None)
@@ -263,9 +265,9 @@ def build_run(
     return run
 
 
-def _free_threads(work: int) -> tuple[int, list[str]]:
+def _free_threads(work: int, *, in_c: bool) -> tuple[int, list[str]]:
     """Return the threads for minibatches of `work` = rows x parameters, and notes; cores in use don't count."""
-    wanted = choose_threads(work)
+    wanted = choose_threads(work, in_c=in_c)
     threads = min(wanted, free_cores(AT_START)) if wanted > 1 else wanted
     if threads == wanted:
         return threads, []

@@ -17,8 +17,10 @@ _MOST_PER_CORE = 8  # threads
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
-def choose_threads(work: int) -> int:
+def choose_threads(work: int, *, in_c: bool = False) -> int:
     """Return the CPU threads for minibatches of `work` = rows x parameters: 1 where more would cost more than it gains.
+
+    An update `in_c` divides a minibatch once, where torch divides each operation, so it gains from smaller ones on.
 
     Measured on two cores with 9k parameters (benchmarks/update.py), in ms per minibatch:
 
@@ -26,7 +28,7 @@ def choose_threads(work: int) -> int:
         one thread   0.87   1.45    3.0      25
         two threads  0.80   1.14    2.0      15
     """
-    return CORES if work >= 9_000_000 else 1
+    return CORES if work >= (1_000_000 if in_c else 9_000_000) else 1
 
 
 def check_threads(threads: int, *, resumed: bool) -> list[str]:
