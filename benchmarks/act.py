@@ -3,9 +3,10 @@
     python -m benchmarks.act
 
 Timed: `Actor.act` into a row of a rollout, observations of 4 numbers, 2 actions, two 64x64 tanh networks, one thread;
-median of half a second of calls. The trainer uses `numpy` for this network, and `module` for custom networks: one torch
-pass that also computes values and log-probabilities. `compiled` is that pass compiled as a whole. `the rest` is the
-work that numpy defers to the end of the rollout (values and log-probabilities of 128 steps in one pass), per step.
+median of half a second of calls. The trainer uses `C` for this network, `numpy` with compile=on or off, and `module` for
+custom networks: one torch pass that also computes values and log-probabilities. `compiled` is that pass compiled as a
+whole. `the rest` is the work that C and numpy defer to the end of the rollout (values and log-probabilities of 128 steps
+in one pass), per step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastppo.policies.actors import ModuleActor, fill_values_and_logprobs
 from fastppo.policies.decisions import Decisions
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.mlp import MLP
+from fastppo.policies.native_actor import NativeActor, NativePolicy
 from fastppo.policies.numpy_actor import NumpyActor
 from fastppo.policies.policy import Policy
 from fastppo.runtime.compile import compile_graph
@@ -58,12 +60,15 @@ def main(options: Options) -> None:
         )
         numpy, module = NumpyActor(policy, d), ModuleActor(policy, d)
         one = (d.obs[0], d.noise[0])
-        compiled = compile_graph(policy.act, one)
+        compiled, in_c = compile_graph(policy.act, one), NativePolicy(policy)
+        native = NativeActor(in_c, d)
         rows.append(
             {
                 "n_envs": n,
                 "numpy us": median_ms(lambda: numpy.act(0)) * 1e3,  # noqa: B023 - called in this round only
                 "the rest us": median_ms(lambda: fill_values_and_logprobs(policy, d)) * 1e3 / T,  # noqa: B023
+                "C us": median_ms(lambda: native.act(0)) * 1e3,  # noqa: B023
+                "C, the rest us": median_ms(lambda: fill_values_and_logprobs(policy, d, in_c.value)) * 1e3 / T,  # noqa: B023
                 "module us": median_ms(lambda: module.act(0)) * 1e3,  # noqa: B023
                 "compiled us": median_ms(lambda: compiled(*one)) * 1e3,  # noqa: B023
             }

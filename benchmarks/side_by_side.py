@@ -73,7 +73,7 @@ def run_together(arguments: tuple[str, ...], count: int, seconds: float, checkou
         runs = [Path(folder) / f"run{k}" for k in range(count)]
         for seed, run in enumerate(runs, start=1):
             command = [sys.executable, "-m", "fastppo", "train", *arguments, "--total-timesteps", "1000000000"]
-            command += ["--compile", "on", "--seed", str(seed), "--run-dir", str(run)]
+            command += ["--seed", str(seed), "--run-dir", str(run)]
             with run.with_suffix(".log").open("wb") as log:
                 process = subprocess.Popen(
                     command, stdout=log, stderr=log, cwd=folder, env=os.environ | {"PYTHONPATH": str(checkout)}

@@ -5,6 +5,7 @@
 Timed: `PPOUpdate.step` on a rollout of at least 16384 rows with CartPole's shapes (4 numbers, 2 actions), two
 64x64 tanh networks; median of half a second of calls. `module + Adam` is the same mathematics in plain PyTorch:
 nn.Module, loss.backward(), clip_grad_norm_, torch.optim.Adam. `torch.compile` is that with module and loss compiled.
+`fused` is an epoch's time by its minibatches; `seconds to fuse` includes the C compiler where its cache is empty.
 Each row has a fresh process, because threads and the C library's memory settings are set once per process.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,12 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     update.compile(batch, coefs)
     row["seconds to compile"] = time.perf_counter() - begin
     row["ours, compiled ms"] = median_ms(lambda: update.step(minibatch, coefs))
+    begin = time.perf_counter()
+    update.fuse(batch, coefs)
+    row["seconds to fuse"] = time.perf_counter() - begin
+    update.prepare(total, math.inf)
+    update.begin(batch)
+    row["ours, fused ms"] = median_ms(lambda: update.run_epochs(coefs, watch=False)) / update.n_minibatches
     return row
 
 

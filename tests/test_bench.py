@@ -1,6 +1,7 @@
 """fastppo bench: measurements in fresh processes, failures as rows, verdicts from the figures."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -45,11 +46,20 @@ def test_the_verdict_names_the_bottleneck_and_faster_settings():
     assert "n_envs 64 -> 512: +30%" in text
     assert "vectorization pool: +25%" in text
     assert "unreliable" not in text
+    assert "fused" not in text
     assert "->" not in verdict(points[1], points)
     assert verdict(points[3], points) == "no such"
     env_bound = point(phases=SHARES | {"env": 0.7, "update": 0.1})
     assert verdict(env_bound, [env_bound]).startswith("env-bound (70% of the time)")
     assert {n: p.vectorization for n, p in best_by_n_envs(points).items()} == {64: "pool", 512: "sync"}
+
+
+def test_the_verdict_names_a_faster_update():
+    slow = point(can_fuse=True, config={"threads": 1, "n_steps": 8, "compile": "off"})
+    # 0.6 of the time becomes 0.06: 1 / 0.46 - 1
+    assert "; --compile fused would give about +117%" in verdict(slow, [slow])
+    fast = dataclasses.replace(slow, config=slow.config | {"compile": "fused"})
+    assert "would give" not in verdict(fast, [fast])
 
 
 def test_overlapping_speeds_give_no_verdict():

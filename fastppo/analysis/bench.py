@@ -38,6 +38,7 @@ _LONG = 10**12  # planned steps, so many that schedules stay at their start
 _MIN_ITERATIONS = 3
 _OTHER_CORES = 0.25  # used by other programs; more on a full machine slows a point down visibly
 _CONTRADICTION = 2.0  # ratio of a part's speed alone and in training, either way
+_FUSED = {"on": 1.6, "off": 10.0}  # how many times as fast a fused update is, by compile (benchmarks/update.py)
 _LARGE = 0.1  # share of a part that is compared
 
 
@@ -68,6 +69,7 @@ class Point:
         planned_mb: memory before the trainer was made, plus the trainer's plan.
         config: resolved settings.
         notes: choices of the trainer with their reasons.
+        can_fuse: whether compile=fused covers this run.
     """
 
     n_envs: int
@@ -91,6 +93,7 @@ class Point:
     planned_mb: float = 0.0
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    can_fuse: bool = False
 
     def gain(self, part: str, times: float = 2.0) -> float:
         """Return the gain in training speed if `part` were `times` as fast: 0.1 is 10 %.
@@ -189,6 +192,8 @@ def verdict(point: Point, points: Sequence[Point]) -> str:
         f"{limit}-bound ({point.phases[limit]:.0%} of the time); "
         f"{parts[limit]} twice as fast: {point.gain(limit):+.0%} steps/s ({others})"
     )
+    if limit == "update" and point.can_fuse and (times := _FUSED.get(str(point.config["compile"]))):
+        text += f"; --compile fused would give about {point.gain('update', times):+.0%}"
     larger = [p for p in points if p.vectorization == point.vectorization and p.n_envs > point.n_envs and not p.failure]
     if larger:
         following = min(larger, key=lambda p: p.n_envs)
@@ -238,7 +243,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
     """Train for about `seconds` after the warm-up, then time each part alone.
 
     Args:
-        config: settings of the run; `compile` auto compiles on the CPU, as a long run would.
+        config: settings of the run; `compile` auto chooses as for a long run.
         seconds: seconds of real iterations; at least three iterations are measured.
         started: time.time() at the start of this process.
     """
@@ -289,6 +294,7 @@ def measure(config: Config, seconds: float, started: float) -> Point:
         peak_mb=peak_memory() / 2**20,
         config=trainer.config.to_dict(),
         notes=trainer.notes,
+        can_fuse=trainer.device.type == "cpu" and trainer.update.not_fused() is None,
     )
 
 

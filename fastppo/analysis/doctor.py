@@ -179,7 +179,9 @@ def _compiler(device: torch.device) -> CheckResult:
 def _native() -> CheckResult:
     """Say whether C compiles here, and where its libraries are."""
     if (why := unavailable()) is not None:
-        return CheckResult("C", "does not work", "note", f"LSTM and GRU train at half the speed: {why}")
+        return CheckResult(
+            "C", "does not work", "note", f"MLP, LSTM and GRU train at half the speed: {why}"
+        )
     kept = kept_libraries()
     size = sum(path.stat().st_size for path in kept) / 2**10
     return CheckResult("C", f"works; {len(kept)} compiled, {size:,.0f} KiB in {cache_folder()} (--clear-cache)")
@@ -207,5 +209,8 @@ def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
         yield CheckResult(
             "auto", f"device {c.device}, vectorization {c.vectorization}, threads {c.threads} at this size"
         )
-        compiled = "graph" if trainer.device.type == "cuda" else "on if the run is long enough to gain from it"
+        compiled = "graph"
+        if trainer.device.type == "cpu":
+            reason = trainer.update.not_fused()
+            compiled = f"on if the run is long enough to gain from it; not fused: {reason}" if reason else "fused"
         yield CheckResult("auto", f"compile {compiled}")

@@ -1,15 +1,17 @@
-// A pool of threads that sleep between calls. A thread that waits spins for at most some 50 us, so that two programs
-// on the same cores don't hold the cores from each other.
+// A pool of threads that sleep between calls. A thread that waits spins for at most some 50 us, and lets others have its
+// core meanwhile: where another program uses the other cores, it waits for a thread on its own.
 #ifndef FASTPPO_THREADS_H
 #define FASTPPO_THREADS_H
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <time.h>
 
 #define MOST_PARTS 64
 #define SPIN_NANOSECONDS 50000
+#define HELD_NANOSECONDS 2000  // of these; then the core is offered
 
 typedef void (*Task)(void *arguments, int part);
 
@@ -43,13 +45,19 @@ static int64_t nanoseconds(void) {
   return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
+// One turn of a wait that began at `since`; 0 once it is time to sleep
+static int spin(int64_t since) {
+  for (int i = 0; i < 32; i++) relax();
+  int64_t waited = nanoseconds() - since;
+  if (waited > HELD_NANOSECONDS) sched_yield();
+  return waited < SPIN_NANOSECONDS;
+}
+
 static void *work(void *number) {
   int part = (int)(intptr_t)number;
   long seen = pool.first_round[part];
   for (;;) {
-    int64_t asleep_at = nanoseconds() + SPIN_NANOSECONDS;
-    while (atomic_load(&pool.round) == seen && nanoseconds() < asleep_at)
-      for (int i = 0; i < 32; i++) relax();
+    for (int64_t since = nanoseconds(); atomic_load(&pool.round) == seen && spin(since);) continue;
     if (atomic_load(&pool.round) == seen) {
       pthread_mutex_lock(&pool.lock);
       while (atomic_load(&pool.round) == seen) pthread_cond_wait(&pool.begin, &pool.lock);
@@ -102,9 +110,7 @@ static void run_parts(Task task, void *arguments, int parts) {
       pthread_cond_broadcast(&pool.begin);
       pthread_mutex_unlock(&pool.lock);
       task(arguments, 0);
-      int64_t asleep_at = nanoseconds() + SPIN_NANOSECONDS;
-      while (atomic_load(&pool.left) && nanoseconds() < asleep_at)
-        for (int i = 0; i < 32; i++) relax();
+      for (int64_t since = nanoseconds(); atomic_load(&pool.left) && spin(since);) continue;
       pthread_mutex_lock(&pool.lock);
       while (atomic_load(&pool.left)) pthread_cond_wait(&pool.end, &pool.lock);
       pthread_mutex_unlock(&pool.lock);

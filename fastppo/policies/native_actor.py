@@ -12,7 +12,7 @@ from fastppo.policies.decisions import Decisions
 from fastppo.policies.native_mlp import describe, not_covered
 from fastppo.policies.policy import Policy, PolicyState
 
-_ROWS_PER_THREAD = 32  # fewer take less time than waking a thread
+_ROWS_PER_THREAD = 256  # with fewer, waking a thread costs more than it saves
 
 
 def can_act_in_c(policy: Policy) -> bool:
