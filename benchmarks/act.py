@@ -3,10 +3,10 @@
     python -m benchmarks.act
 
 Timed: `Actor.act` into a row of a rollout, observations of 4 numbers, 2 actions, two 64x64 tanh networks, one thread;
-median of half a second of calls. The trainer uses `C` for this network, `numpy` with compile=on or off, and `module` for
-custom networks: one torch pass that also computes values and log-probabilities. `compiled` is that pass compiled as a
-whole. `the rest` is the work that C and numpy defer to the end of the rollout (values and log-probabilities of 128 steps
-in one pass), per step.
+median of half a second of calls. The trainer uses `C` for this network, `numpy` with compile=on or off, and `module`
+for custom networks: one torch pass that also computes values and log-probabilities. `compiled` is that pass compiled as
+a whole. `the rest` is the work that C and numpy defer to the end of the rollout (values and log-probabilities of 128
+steps in one pass), per step.
 """
 
 from __future__ import annotations

@@ -49,7 +49,8 @@ def test_compiled_libraries_are_shown_and_cleared(capsys, monkeypatch, tmp_path)
     assert list(folder.iterdir()) == []
     monkeypatch.setattr(doctor, "unavailable", lambda: "there is no C compiler (cc)")
     check = doctor._native()
-    assert (check.state, check.advice) == ("note", "MLP, LSTM and GRU train at half the speed: there is no C compiler (cc)")
+    advice = "MLP, LSTM and GRU train at half the speed: there is no C compiler (cc)"
+    assert (check.state, check.advice) == ("note", advice)
 
 
 def test_a_busy_machine_and_spinning_threads_are_noted(monkeypatch):

@@ -28,7 +28,7 @@ def choose_threads(work: int, *, in_c: bool = False) -> int:
         one thread   0.87   1.45    3.0      25
         two threads  0.80   1.14    2.0      15
     """
-    return CORES if work >= (1_000_000 if in_c else 9_000_000) else 1
+    return CORES if work >= (2_000_000 if in_c else 9_000_000) else 1
 
 
 def check_threads(threads: int, *, resumed: bool) -> list[str]:
