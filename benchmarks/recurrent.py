@@ -1,7 +1,7 @@
 """Training speed with an LSTM: fastppo against its own MLP and against sb3-contrib's RecurrentPPO, interleaved.
 
-    python -m benchmarks.recurrent --output benchmarks/results/recurrent_2core-cpu_2026-11-26.json
-    python -m benchmarks.recurrent --show benchmarks/results/recurrent_2core-cpu_2026-11-26.json
+    python -m benchmarks.recurrent --output benchmarks/results/recurrent_2core-cpu_2026-11-27.json
+    python -m benchmarks.recurrent --show benchmarks/results/recurrent_2core-cpu_2026-11-27.json
 
 Matched: CartPole-v1, N=64, T=128, 4 epochs, 4 minibatches of 2,048 steps, one LSTM of 64 units that policy and value
 share, float32, Adam with the same linearly annealed step size, the same coefficients, no value clipping, the same

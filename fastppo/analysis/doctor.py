@@ -179,9 +179,7 @@ def _compiler(device: torch.device) -> CheckResult:
 def _native() -> CheckResult:
     """Say whether C compiles here, and where its libraries are."""
     if (why := unavailable()) is not None:
-        return CheckResult(
-            "C", "does not work", "note", f"MLP, LSTM and GRU train at half the speed: {why}"
-        )
+        return CheckResult("C", "does not work", "note", f"MLP, LSTM and GRU train at half the speed: {why}")
     kept = kept_libraries()
     size = sum(path.stat().st_size for path in kept) / 2**10
     return CheckResult("C", f"works; {len(kept)} compiled, {size:,.0f} KiB in {cache_folder()} (--clear-cache)")

@@ -183,7 +183,7 @@ class GymnasiumVecEnv(VecEnv):
             # a step that only resets ends nothing, whatever its flags say
             terminated, truncated = terminated & real, truncated & real
             self._ended[at] = terminated | truncated
-        elif truncated.any():
+        elif np.count_nonzero(truncated):  # faster than any()
             mine = np.flatnonzero(truncated & ~terminated)
             self._keep_final(mine, at.start, obs, infos)
             truncations = (mine + at.start).tolist()
