@@ -459,6 +459,9 @@ class Config:
         int | None, Setting(section="logging", at_least=1, unit="STEPS", unset="never", changes="nothing")
     ] = None
     """Environment steps between videos of an episode, for TensorBoard (extra `video`)."""
+    log_info: Annotated[tuple[str, ...], Setting(section="logging", unit="KEY [...]", changes="nothing")] = ()
+    """Also log numbers under these keys of the environments' info, such as `success 'reward_terms/*'`: `info/KEY` is
+    the mean over the steps of an iteration that have the key. `/` joins nested keys; `*` stands for any text."""
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], Setting(section="logging", changes="nothing")] = ()
     """Also log to these services (extras `wandb`, `mlflow`), configured by their environment variables."""
 
@@ -892,6 +895,11 @@ def _check_combinations(config: Config) -> None:
     if config.act_device == "cpu" and config.vectorization == "tensor":
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."
+        )
+    if config.log_info and config.vectorization == "tensor":
+        raise ConfigError(
+            "log_info with vectorization=tensor: these environments give no info; use sync, pool or async, or leave it "
+            "out."
         )
     if config.critic_obs_keys and config.shared_trunk:
         raise ConfigError(

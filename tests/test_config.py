@@ -63,6 +63,7 @@ NOTHING = {
     "log_every": "rows only merge",
     "record_ratios": "samples only read",
     "log_histograms": "samples only read",
+    "log_info": "infos are only read",
     "video_every": "as eval_every",
     "track": "another sink",
 }

@@ -217,7 +217,7 @@ def build_envs(
     if c.exact_resume and how.way == "restart":
         raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
     restarts = c.env_restarts if c.on_env_error == "restart" and backend.restarts_envs else 0
-    return make_vec_env(
+    env = make_vec_env(
         env_info,
         n_envs,
         c.vectorization,
@@ -228,6 +228,9 @@ def build_envs(
         fault_policy=FaultPolicy(how.way, restarts, c.env_timeout if backend.has_timeout else None),
         resume_support=how,
     )
+    if c.log_info:
+        env.log_info(c.log_info)
+    return env
 
 
 def _note_on_normalizers(names: Sequence[str], *, kept: bool) -> str:
