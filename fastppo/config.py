@@ -272,13 +272,15 @@ class Config:
         float | str | None,
         Setting(section="optimisation", at_least=0, scheduled=True, search=SearchValues(low=1e-5, high=1e-2, log=True)),
     ] = None
-    """Adam's step size. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or constant:VALUE;
-    also adaptive:START:LOWEST:HIGHEST, which follows the KL of each minibatch (`--adaptive-kl`)."""
+    """Step size of the optimiser. Like every NUMBER|SCHEDULE: a number, linear:START:END, cosine:START:END or
+    constant:VALUE; also adaptive:START:LOWEST:HIGHEST, which follows the KL of each minibatch (`--adaptive-kl`)."""
     adaptive_kl: Annotated[float, Setting(section="optimisation", above=0)] = 0.01
     """Target of an adaptive learning rate: above twice this exact KL the rate is divided by 1.5, below half of it
     multiplied by 1.5."""
     anneal_lr: Annotated[bool | None, Setting(section="optimisation", search=SearchValues((True, False)))] = None
     """Anneal the learning rate to 0: short for `--learning-rate linear:X:0`."""
+    optimizer: Annotated[Literal["adam", "muon"], Setting(section="optimisation", on_resume="keep")] = "adam"
+    """`muon`: Muon for the matrices of hidden layers, with steps of Adam's size, and Adam for all other parameters."""
     adam_eps: Annotated[float, Setting(section="optimisation", above=0)] = 1e-5
     """Adam's epsilon."""
     objective: Annotated[Literal["clip", "penalty", "clip_and_penalty"], Setting(section="optimisation")] = "clip"
@@ -460,6 +462,9 @@ class Config:
         int | None, Setting(section="logging", at_least=1, unit="STEPS", unset="never", changes="nothing")
     ] = None
     """Environment steps between videos of an episode, for TensorBoard (extra `video`)."""
+    log_info: Annotated[tuple[str, ...], Setting(section="logging", unit="KEY [...]", changes="nothing")] = ()
+    """Also log numbers under these keys of the environments' info, such as `success 'reward_terms/*'`: `info/KEY` is
+    the mean over the steps of an iteration that have the key. `/` joins nested keys; `*` stands for any text."""
     track: Annotated[tuple[Literal["wandb", "mlflow"], ...], Setting(section="logging", changes="nothing")] = ()
     """Also log to these services (extras `wandb`, `mlflow`), configured by their environment variables."""
 
@@ -893,6 +898,11 @@ def _check_combinations(config: Config) -> None:
     if config.act_device == "cpu" and config.vectorization == "tensor":
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."
+        )
+    if config.log_info and config.vectorization == "tensor":
+        raise ConfigError(
+            "log_info with vectorization=tensor: these environments give no info; use sync, pool or async, or leave it "
+            "out."
         )
     if config.critic_obs_keys and config.shared_trunk:
         raise ConfigError(

@@ -90,7 +90,7 @@ class Trainer:
         self.env_info = run.env_info
         self.env, self.rollout, self.collect, self.progress = run.env, run.rollout, run.collect, run.progress
         self.update, self.metrics, self._statistics, self.learner, self._sampler = run.learning
-        self._watch_envs, self._evaluate, self._saver = run.monitor, run.evaluation, run.saver
+        self._watch_envs, self._add_info, self._evaluate, self._saver = run.monitor, run.info, run.evaluation, run.saver
         self.run_dir, self.compile_seconds = run.run_dir, run.compile_seconds
         self._signals: StopSignals | None = None
         self._stage: Literal["between", "rollout", "abandoned", "update", "failing", "leaving"] = "between"
@@ -131,6 +131,7 @@ class Trainer:
                     progress.seconds = stats.seconds
                 self._stage = "between"
                 self._watch_envs(stats)
+                self._add_info(stats)
                 with clock.paused():
                     best = self._evaluate(stats, progress)
                 with clock.phase("log"):

@@ -63,6 +63,7 @@ NOTHING = {
     "log_every": "rows only merge",
     "record_ratios": "samples only read",
     "log_histograms": "samples only read",
+    "log_info": "infos are only read",
     "video_every": "as eval_every",
     "track": "another sink",
 }
@@ -81,6 +82,7 @@ KEPT = {
     "normalize_rewards": "the scale of what the value network predicts",
     "seed": "the random streams go on",
     "kl_coef": "only a first value; the weight goes on from the checkpoint's",
+    "optimizer": "the state in the checkpoint",
     "network": "the network",
     "hidden_sizes": "the network",
     "activation": "the network",

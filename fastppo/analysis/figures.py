@@ -23,6 +23,7 @@ _MAX_EPISODES = 3000  # dots per run
 _MAX_RUNS_WITH_EPISODES = 4
 _MAX_EVALUATIONS = 200  # error bars per run
 _BAND_POINTS = 200  # of a mean over seeds
+_DASHES = ("solid", "dot", "dash")
 
 
 class Diagnostic(NamedTuple):
@@ -242,6 +243,21 @@ def diagnostics_of(runs: Sequence[RunData]) -> list[Diagnostic]:
     return [d for d in DIAGNOSTICS if not d.optional or logged(d)]
 
 
+def info_diagnostics(runs: Sequence[RunData]) -> list[Diagnostic]:
+    """Return a figure of each key of `--log-info`; of a single run, keys of one nested dict share a figure."""
+    columns = {tag: run.columns[tag] for run in runs for tag in run.columns if tag.startswith("info/")}
+    panels: dict[str, list[tuple[str, str]]] = {}
+    for tag in sorted(columns):
+        folder, _, key = tag.rpartition("/")
+        shared = len(runs) == 1 and folder != "info"
+        panels.setdefault(folder if shared else tag, []).append((tag, key if shared else ""))
+    return [
+        # the end of an episode gives some keys, so that not every row has them
+        Diagnostic(title, tuple(lines), sampled=any(np.isnan(columns[tag]).any() for tag, _ in lines))
+        for title, lines in panels.items()
+    ]
+
+
 def diagnostic_figure(runs: Sequence[RunData], diagnostic: Diagnostic) -> go.Figure:
     """Draw the lines of a diagnostic for each run; lines that were never logged are left out."""
     figure, alone = go.Figure(), len(runs) == 1
@@ -252,12 +268,13 @@ def diagnostic_figure(runs: Sequence[RunData], diagnostic: Diagnostic) -> go.Fig
         steps = plain(downsample(run.column("global_step")))
         for k, (tag, name) in enumerate(diagnostic.lines):
             if np.isfinite(run.column(tag)).any():
+                dash = _DASHES[k % len(_DASHES)]
                 figure.add_scatter(
                     x=steps,
                     y=plain(downsample(run.column(tag))),
                     mode="lines+markers" if diagnostic.sampled else "lines" if len(run) > 1 else "markers",
                     connectgaps=diagnostic.sampled,
-                    line={"color": COLORS[k] if alone else color, "dash": ("solid", "dot", "dash")[k], "width": 1.5},
+                    line={"color": COLORS[k % len(COLORS)] if alone else color, "dash": dash, "width": 1.5},
                     name=" ".join(word for word in ("" if alone else run.label, name) if word),
                 )
     figure.update_layout(**LAYOUT, title=diagnostic.title, height=300, showlegend=len(figure.data) > 1)

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fastppo.analysis.figures import diagnostic_figure, diagnostics_of, phases_figure, returns_figure, speed_figure
+from fastppo.analysis.figures import (
+    diagnostic_figure,
+    diagnostics_of,
+    info_diagnostics,
+    phases_figure,
+    returns_figure,
+    speed_figure,
+)
 from fastppo.analysis.html import Figures, heading, items, page, paragraphs, table
 from fastppo.analysis.run_data import RunData, read_runs
 from fastppo.analysis.update_section import update_section
@@ -59,6 +66,7 @@ def report_page(runs: Sequence[RunData]) -> str:
         if len(env_ids) > 1
         else "",
         _full_width(figures.draw(returns_figure(runs), "returns")),
+        _info(runs, figures),
         heading("Diagnostics"),
         _grid(*diagnostics),
         heading("Speed"),
@@ -112,6 +120,12 @@ def _health(runs: Sequence[RunData]) -> str:
             lines.append((name, record.description))
         parts.append(items(lines) if lines else paragraphs([f"{run.label}: no problems detected."]))
     return "".join(parts)
+
+
+def _info(runs: Sequence[RunData], figures: Figures) -> str:
+    """Return the figures of `--log-info`; "" if there are none."""
+    drawn = [figures.draw(diagnostic_figure(runs, d)) for d in info_diagnostics(runs)]
+    return heading("Figures from info") + _grid(*drawn) if drawn else ""
 
 
 def _settings(runs: Sequence[RunData]) -> str:

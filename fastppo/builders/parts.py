@@ -24,10 +24,13 @@ from fastppo.functional.adam import adam
 from fastppo.functional.adaptation import Adaptation, adapted_kl_coef, adapted_learning_rate
 from fastppo.functional.gae import gae_doubling
 from fastppo.functional.losses import PPOLoss
+from fastppo.functional.muon import muon
+from fastppo.functional.optimizer import Optimizer
 from fastppo.monitoring.stats import Statistics
 from fastppo.monitoring.update_samples import UpdateSampler
 from fastppo.policies.actors import choose_act_device
 from fastppo.policies.flat_parameters import FlatParameters
+from fastppo.policies.mlp import hidden_matrices
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
@@ -139,7 +142,7 @@ def build_update(c: Config, models: Models, device: torch.device, world: World, 
         parameters=models.parameters,
         generator=generator(c.seed, "shuffle", device, world.rank),
         loss=loss,
-        optimizer=adam(c.adam_eps),
+        optimizer=build_optimizer(c, models),
         update_epochs=known(c.update_epochs),
         n_minibatches=known(c.n_minibatches),
         normalize=c.normalize_advantages,
@@ -150,6 +153,28 @@ def build_update(c: Config, models: Models, device: torch.device, world: World, 
         adaptive_rate=adaptive_rate,
         adaptive_kl_coef=adaptive_kl_coef,
     )
+
+
+def build_optimizer(c: Config, models: Models) -> Optimizer:
+    """Build the optimiser.
+
+    Raises:
+        ConfigError: Muon, for a network without hidden matrices, or one of the user's own.
+    """
+    if c.optimizer == "adam":
+        return adam(c.adam_eps)
+    if models.spec.network == "custom":
+        raise ConfigError(
+            "optimizer=muon with a network of your own: which of its matrices belong to hidden layers is not known; "
+            "use adam."
+        )
+    places = models.parameters.places(hidden_matrices(models.policy.network))
+    if not places:
+        raise ConfigError(
+            f"optimizer=muon with hidden_sizes={list(c.hidden_sizes)}: the first layer and the heads are Adam's, so "
+            "nothing is left for Muon; give at least two hidden layers, or use adam."
+        )
+    return muon(places, c.adam_eps)
 
 
 def plan_run(
@@ -217,7 +242,7 @@ def build_envs(
     if c.exact_resume and how.way == "restart":
         raise ConfigError(f"exact_resume, but a resumed run would restart its environments: {how.why}.")
     restarts = c.env_restarts if c.on_env_error == "restart" and backend.restarts_envs else 0
-    return make_vec_env(
+    env = make_vec_env(
         env_info,
         n_envs,
         c.vectorization,
@@ -228,6 +253,9 @@ def build_envs(
         fault_policy=FaultPolicy(how.way, restarts, c.env_timeout if backend.has_timeout else None),
         resume_support=how,
     )
+    if c.log_info:
+        env.log_info(c.log_info)
+    return env
 
 
 def _note_on_normalizers(names: Sequence[str], *, kept: bool) -> str:

@@ -32,6 +32,7 @@ from fastppo.evaluation.video import choose_renderers
 from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.health import RunTraits, rounding_of
+from fastppo.monitoring.info_monitor import InfoMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.policies.native_mlp import not_covered
 from fastppo.ppo.collector import Collector
@@ -85,6 +86,7 @@ class Run:
     n_iterations: int
     progress: Progress
     monitor: EnvMonitor
+    info: InfoMonitor
     evaluation: PeriodicEvaluation
     parts: dict[str, Part]
     run_dir: Path
@@ -233,6 +235,7 @@ def build_run(
                 max_restarts=c.env_restarts if c.on_env_error == "restart" else None,
                 say=logger.say,
             ),
+            info=InfoMonitor(env, c.log_info, world, logger.say),
             evaluation=evaluation,
             parts=parts,
             run_dir=run_dir,

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
 from fastppo.envs.env_state import NotPlainError, ResumeSupport, close_env, moments_of, set_state, state_of
+from fastppo.envs.info_sums import NO_INFO, InfoSums, InfoTotals
 from fastppo.envs.sync import StepResult, call_env, check_callable, one_each, set_env
 from fastppo.envs.vec_env import Transitions, VecEnv, no_access
 from fastppo.errors import ENV_ERRORS, EnvError, FastPPOError, cause_line
@@ -123,6 +124,7 @@ class GymnasiumVecEnv(VecEnv):
         self.final_obs = torch.from_numpy(self._final)
         self._results: list[StepResult] = [() for _ in self.groups]  # type: ignore[misc]
         self._checked, self._steps = False, 0
+        self._info_sums: InfoSums | None = None
         self._discrete = first if self.obs_spec.is_single and first.kind == "discrete" else None
 
     def reset(self, seeds: _Array) -> Tensor:
@@ -187,6 +189,8 @@ class GymnasiumVecEnv(VecEnv):
             mine = np.flatnonzero(truncated & ~terminated)
             self._keep_final(mine, at.start, obs, infos)
             truncations = (mine + at.start).tolist()
+        if self._info_sums is not None:
+            self._info_sums.add_batch(infos, terminated | truncated, real)
         if self.mode == AutoresetMode.DISABLED and (done := terminated | truncated).any():
             # the vector environment may clear its own flags in place
             terminated, truncated = terminated.copy(), truncated.copy()
@@ -209,6 +213,14 @@ class GymnasiumVecEnv(VecEnv):
             if row is not None and value is not None:
                 row.copy_(value)
         return truncations
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """See `VecEnv.log_info`."""
+        self._info_sums = InfoSums(patterns, self.n_envs)
+
+    def read_info(self) -> InfoTotals:
+        """See `VecEnv.read_info`."""
+        return NO_INFO if self._info_sums is None else self._info_sums.take()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the vector environment's attributes, and which episodes ended in the last step."""

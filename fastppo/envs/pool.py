@@ -5,7 +5,7 @@ pickling. The environments may be stepped in two groups, so that the trainer act
 other. Nobody polls in a busy loop: idle processes sleep on a semaphore.
 
 Rollouts are bit-identical to Gymnasium's SyncVectorEnv for any number of workers (same-step autoreset). Infos other
-than `final_obs` stay in the workers.
+than `final_obs` stay in the workers; `log_info` has them sum chosen numbers, which are read once per iteration.
 
 The trainer monitors its workers. It kills one that dies or exceeds the time-out and raises an error, or replaces it and
 truncates the episodes of its environments. A late answer of the old worker is lost: the new one has its own semaphores.
@@ -33,12 +33,15 @@ from gymnasium.vector.utils import batch_space
 
 from fastppo.envs.env_state import close_env
 from fastppo.envs.factory import WorkerSetup
+from fastppo.envs.info_sums import InfoTotals, join_totals
 from fastppo.envs.pool_worker import (
     CALL,
     CLOSE,
     GET_MESSAGES,
     GET_STATE,
+    LOG_INFO,
     MAX_REPORT,
+    READ_INFO,
     RESET,
     SET_ATTR,
     SET_MOMENTS,
@@ -129,6 +132,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._shared = SharedArrays(self._ctx, n, self.single_observation_space, self.single_action_space)
         self._arrays = self._shared.arrays()
         self._messages: list[str] = []
+        self._info_patterns: Sequence[str] = ()
         self._lost_workers = 0
         self._workers: list[_Worker] = []
         self._finalizer = weakref.finalize(self, _stop, self._workers)
@@ -142,7 +146,8 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         makers = {i: self._env_fns[i] for part in parts for i in range(part.start, part.stop)}
         with _single_threaded():
             spaces = self.single_observation_space, self.single_action_space
-            return _Worker(self._ctx, self._shared, parts, makers, self.fault_policy, spaces, self._setup(min(makers)))
+            pickled = cloudpickle.dumps((self._setup(min(makers)), makers, self._info_patterns))
+            return _Worker(self._ctx, self._shared, parts, pickled, self.fault_policy, spaces)
 
     def _setup(self, first: int) -> WorkerSetup:
         """Return the setup of the worker whose first environment is `first`; each start has another random stream."""
@@ -257,6 +262,21 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         each = one_each(values, self.num_envs)
         for w, g, part in self._idle_parts(f"set_attr({name!r})"):
             self._order(w, SET_ATTR, g, (name, each[part]))
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """See `VecEnv.log_info`.
+
+        Raises:
+            EnvError: a step is under way.
+        """
+        for w, g, _ in self._idle_parts("log_info"):
+            self._order(w, LOG_INFO, g, tuple(patterns))
+        self._info_patterns = tuple(patterns)  # for workers that replace lost ones
+
+    def read_info(self) -> InfoTotals:
+        """See `VecEnv.read_info`; what a lost worker has summed is lost."""
+        parts = {(g, w): self._ask(w, READ_INFO, g) for w, g, _ in self._idle_parts("read_info")}
+        return join_totals([parts[key] for key in sorted(parts) if parts[key] is not None])
 
     def _idle_parts(self, doing: str) -> Iterator[tuple[int, int, slice]]:
         """Yield worker, group and environments of each share.
@@ -442,10 +462,9 @@ class _Worker:
         ctx: Any,  # noqa: ANN401 - one of multiprocessing's contexts
         shared: SharedArrays,
         parts: list[slice],
-        env_fns: dict[int, Callable[[], gym.Env[Any, Any]]],
+        pickled: bytes,
         fault_policy: FaultPolicy,
         spaces: tuple[gym.Space[Any], gym.Space[Any]],
-        setup: WorkerSetup,
     ) -> None:
         self.parts, self.done = parts, [ctx.Semaphore(0) for _ in parts]
         self.lost: dict[int, _Array] = {}
@@ -459,7 +478,7 @@ class _Worker:
         self._stacks, stacks = ctx.Pipe(duplex=False)
         trainer_alive, self._trainer_alive = ctx.Pipe(duplex=False)  # this end closes when the trainer dies
         channels = Channels(self._go, self._ring, self.done, self.failed, pipe, stacks, trainer_alive=trainer_alive)
-        arguments = (shared, parts, cloudpickle.dumps((setup, env_fns)), fault_policy, spaces, channels)
+        arguments = (shared, parts, pickled, fault_policy, spaces, channels)
         self.process = ctx.Process(target=run_worker, args=arguments, daemon=True)
         with importable_main():
             self.process.start()

@@ -23,8 +23,9 @@ from fastppo.errors import ENV_ERRORS, EnvError, cause_line
 
 _Array = np.ndarray[Any, Any]
 # Orders: plain integers, which the ring buffer holds
-STEP, RESET, CLOSE, GET_STATE, SET_STATE, SET_MOMENTS, GET_MESSAGES, CALL, SET_ATTR = range(9)
-WITH_DATA = (SET_STATE, SET_MOMENTS, CALL, SET_ATTR)  # orders whose arguments follow through the pipe, pickled
+STEP, RESET, CLOSE, GET_STATE, SET_STATE, SET_MOMENTS, GET_MESSAGES, CALL, SET_ATTR, LOG_INFO, READ_INFO = range(11)
+# Orders whose arguments follow through the pipe, pickled
+WITH_DATA = (SET_STATE, SET_MOMENTS, CALL, SET_ATTR, LOG_INFO)
 MAX_REPORT = 8000  # characters of an error report
 STACKS_SIGNAL = getattr(signal, "SIGUSR2", None)  # makes a worker write its stacks; not on Windows
 
@@ -135,19 +136,23 @@ def _make_groups(
 ) -> list[EnvGroup]:
     """Make a worker's environments, into `envs`, and return its share of each group.
 
-    `pickled` is a `WorkerSetup`, and the makers by index.
+    `pickled` is a `WorkerSetup`, the makers by index, and the patterns of `log_info`.
     """
     import cloudpickle
 
-    setup, makers = cloudpickle.loads(pickled)
+    setup, makers, patterns = cloudpickle.loads(pickled)
     setup.seed_streams()
     for i, env in make_envs({i: functools.partial(setup.make, make) for i, make in makers.items()}, envs).items():
         check_spaces(i, env, *spaces)
     ranges = [range(part.start, part.stop) for part in parts]
-    return [
+    groups = [
         EnvGroup([envs[i] for i in mine], [makers[i] for i in mine], arrays, part, fault_policy)
         for part, mine in zip(parts, ranges, strict=True)
     ]
+    if patterns:
+        for group in groups:
+            group.log_info(patterns)
+    return groups
 
 
 def _answer(order: int, groups: list[EnvGroup], group: int, pipe: Connection) -> Any:  # noqa: ANN401 - JSON-able
@@ -158,6 +163,8 @@ def _answer(order: int, groups: list[EnvGroup], group: int, pipe: Connection) ->
     """
     if order == GET_STATE:
         return groups[group].state()
+    if order == READ_INFO:
+        return groups[group].read_info()
     if order in WITH_DATA:
         given = pipe.recv_bytes()
         try:
@@ -189,6 +196,8 @@ def _carry_out(order: int, group: EnvGroup, pickled: bytes) -> bytes | None:
         group.load_moments(given)
     elif order == SET_ATTR:
         group.set_attr(*given)
+    elif order == LOG_INFO:
+        group.log_info(given)
     else:
         results = group.call(*given)
         try:

@@ -29,6 +29,7 @@ from fastppo.envs.env_state import (
     set_state,
     state_of,
 )
+from fastppo.envs.info_sums import NO_INFO, InfoSums, InfoTotals
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, EnvStartError, FastPPOError, cause_line
 
 _Array = np.ndarray[Any, Any]
@@ -176,6 +177,7 @@ class EnvGroup:
         self._casting: Any = "same_kind" if self._obs.dtype.kind == "f" else "safe"
         self._log = EpisodeLog(len(makers)) if fault_policy.way == "replay" else None
         self._built = [self._constructed(env) for env in envs]
+        self._info_sums: InfoSums | None = None
 
     def _constructed(self, env: gym.Env[Any, Any]) -> ConstructedData | None:
         return None if self._fault_policy.way == "restart" else ConstructedData(env)
@@ -217,10 +219,12 @@ class EnvGroup:
 
     def _step_on(self, actions: _Array, rewards: list[Any], terminated: list[Any], truncated: list[Any]) -> None:
         """Step the environments that have no entry in the lists yet."""
-        rows, envs, shape, dtype = self._obs, self.envs, self._obs.shape[1:], self._obs.dtype
+        rows, envs, sums, shape, dtype = self._obs, self.envs, self._info_sums, self._obs.shape[1:], self._obs.dtype
         for i in range(len(rewards), len(envs)):
             self.at = i
-            obs, reward, terminal, truncation, _ = envs[i].step(actions[i])
+            obs, reward, terminal, truncation, info = envs[i].step(actions[i])
+            if sums is not None:
+                sums.add(i, info)
             if getattr(obs, "shape", None) != shape:
                 self._check_shape("step", obs)
             if terminal or truncation:
@@ -318,6 +322,14 @@ class EnvGroup:
         for i, (env, value) in enumerate(zip(self.envs, values, strict=True)):
             self._touch(i)
             set_env(self._first + i, env, name, value)
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """See `VecEnv.log_info`."""
+        self._info_sums = InfoSums(patterns, len(self.envs))
+
+    def read_info(self) -> InfoTotals:
+        """See `VecEnv.read_info`."""
+        return NO_INFO if self._info_sums is None else self._info_sums.take()
 
     def _touch(self, i: int) -> None:
         """Record that environment i changes by more than its actions, so that its open episode can't be replayed."""
@@ -535,6 +547,14 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
         """Set an attribute to one value for all environments, or to a list or tuple of one for each."""
         self._group.set_attr(name, one_each(values, self.num_envs))
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """See `VecEnv.log_info`."""
+        self._group.log_info(patterns)
+
+    def read_info(self) -> InfoTotals:
+        """See `VecEnv.read_info`."""
+        return self._group.read_info()
 
     def restart_messages(self) -> list[str]:
         """Return one line per environment restarted since the last call."""

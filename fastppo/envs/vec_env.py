@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastppo.envs.env_state import ResumeSupport
-from fastppo.errors import EnvError
+from fastppo.envs.info_sums import NO_INFO, InfoTotals
+from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces.actions import ActionSpec
 from fastppo.spaces.observations import ObsSpec
 
@@ -203,6 +204,18 @@ class VecEnv(ABC):
             EnvError: these environments have no attributes to set, there is no such attribute, or it can't be set.
         """
         raise EnvError(no_access(type(self).__name__, "set_attr"))
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """Sum the numbers under keys of info that match `patterns`, from the next step on; see `InfoSums`.
+
+        Raises:
+            ConfigError: these environments give no info.
+        """
+        raise ConfigError(f"log_info: {type(self).__name__} gives no info; use vectorization sync, pool or async.")
+
+    def read_info(self) -> InfoTotals:
+        """Return the sums since the last call; call it between iterations."""
+        return NO_INFO
 
     def restart_messages(self) -> Sequence[str]:
         """Return one line per failed and restarted environment or worker since the last call."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastppo.envs.env_state import ResumeSupport, moments_in
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
+from fastppo.envs.info_sums import InfoTotals
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.sync import SerialVectorEnv, check_callable
 from fastppo.envs.vec_env import VecEnv
@@ -176,6 +177,14 @@ class SerialVecEnv(GymnasiumVecEnv):
         """Restore the running moments of wrappers from any `state_dict()`; call before a reset."""
         if states := saved.get("envs", saved.get("moments")):
             self.venv.load_moments([moments_in(states[i % len(states)]) for i in range(self.n_envs)])
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """Have the environments sum their infos where they are stepped."""
+        self.venv.log_info(patterns)
+
+    def read_info(self) -> InfoTotals:
+        """Return the sums since the last call."""
+        return self.venv.read_info()
 
     def restart_messages(self) -> Sequence[str]:
         """Return one line per failed and restarted environment or worker since the last call."""

@@ -10,7 +10,7 @@ from fastppo.monitoring.stats import MAX_RETURNS, Stats
 
 # Measured in each iteration, so that a row holds their mean; of other tags it holds the latest value
 _MEANS = (
-    *("losses/", "time/", "eval/", "samples/", "memory/"),
+    *("losses/", "time/", "eval/", "samples/", "memory/", "info/"),
     *("charts/clipped_actions", "charts/action_range", "charts/action_std", "charts/masked_actions"),
     *("charts/obs_outside_space", "charts/reward_per_step"),
 )

@@ -16,7 +16,7 @@ from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
 from fastppo.runtime.console import print_log
 
-_GROUPS = ("charts", "losses", "time", "samples", "eval", "video")  # of the run's own tags
+_GROUPS = ("charts", "losses", "time", "samples", "eval", "video", "info")  # of the run's own tags
 
 
 class RunLogger:

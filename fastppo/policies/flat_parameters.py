@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastppo.errors import ConfigError
+from fastppo.functional.muon import Place
 
 _ALIGN = 16  # float32 values in 64 bytes; vectorised kernels are much slower on unaligned parameters
 
@@ -74,6 +75,12 @@ class FlatParameters:
             vector[offset : offset + p.numel()].view(p.shape)
             for offset, p in zip(self._offsets, self.parameters, strict=True)
         ]
+
+    def places(self, matrices: Sequence[Tensor]) -> list[Place]:
+        """Return where those trainable parameters that are among `matrices` lie, in ascending order."""
+        chosen = {id(p) for p in matrices}
+        pairs = zip(self._offsets, self.parameters, strict=True)
+        return [Place(offset, *p.shape) for offset, p in pairs if id(p) in chosen]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return tensors of the parameters' shapes as one vector [P], with zeros as padding."""

@@ -70,6 +70,22 @@ class Body(nn.Module):
         return self.heads(self.features(x))
 
 
+def hidden_matrices(network: nn.Module) -> list[Tensor]:
+    """Return the weights of the fully connected hidden layers of fastppo's own networks: what Muon may optimise.
+
+    Left out are, as Muon's authors advise, the first layer of each trunk, which reads the input, and the heads; also
+    convolutions, which are no matrices, and memories, whose weights stack the matrices of several gates.
+
+    Source: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks".
+    """
+    found: list[Tensor] = []
+    for trunk in network.modules():
+        if isinstance(trunk, nn.Sequential):
+            layers = [layer for layer in trunk if any(True for _ in layer.parameters())]
+            found += [layer.weight for layer in layers[1:] if isinstance(layer, nn.Linear)]
+    return found
+
+
 class MLP(Body):
     """Policy and value networks of fully connected layers, with separate trunks or a shared one."""
 

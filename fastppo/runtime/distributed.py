@@ -70,6 +70,15 @@ class World:
             dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
 
+    def gather_objects(self, x: T) -> list[T]:
+        """Return the `x` of every process in order of rank; any values that can be pickled."""
+        if self.size == 1:
+            return [x]
+        parts: list[Any] = [None] * self.size
+        with self._naming_loss():
+            dist.all_gather_object(parts, x)
+        return parts
+
     def from_main_(self, x: Tensor) -> Tensor:
         """Overwrite `x` with the main process's values."""
         if self.size > 1:
@@ -128,9 +137,7 @@ class World:
         except error as caught:
             failure = caught
         if self.size > 1:
-            texts: list[str | None] = [None] * self.size
-            with self._naming_loss():
-                dist.all_gather_object(texts, None if failure is None else str(failure))
+            texts = self.gather_objects(None if failure is None else str(failure))
             failed = [k for k, text in enumerate(texts) if text is not None]
             if failed and collective and len(failed) < self.size:
                 raise FastPPOError(

@@ -197,3 +197,25 @@ class NoSingleSpaces(gym.vector.VectorEnv):
 
     num_envs = 2
     observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
+
+
+class Scored(Steps):
+    """Gives `terms/even` and `terms/deep/steps` in each step, `success` in the last, and other values at a reset."""
+
+    def __init__(self, ends=((3, False), (5, True)), odd=False):
+        super().__init__(ends)
+        self.odd = odd
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:  # which a run gives; its first look at a vector environment must not count
+            self.episode = -1
+        return super().reset(seed=seed)[0], {"success": 50.0, "terms": {"even": 70.0}, "only_reset": 1.0}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = super().step(action)
+        info = {"terms": {"even": self.steps % 2 == 0, "deep": {"steps": np.float32(self.steps / 3)}}}
+        if terminated or truncated:
+            info["success"] = float(self.episode % 3 == 0)
+        if self.odd:
+            info |= {"name": "seven", "vector": np.arange(3.0), "nothing": None, "number": np.array(2.5)}
+        return obs, reward, terminated, truncated, info

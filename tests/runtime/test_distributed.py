@@ -135,6 +135,13 @@ CASES = {
         "learning_rate": "adaptive:1e-3:1e-5:1e-2",
         "compile": "on",
     },
+    "compiled muon": {
+        "env_id": "CartPole-v1",
+        "vectorization": "tensor",
+        "optimizer": "muon",
+        "learning_rate": 1e-3,
+        "compile": "on",
+    },
     "memory": {
         "env_id": "CartPole-v1",
         "env_kwargs": {"max_episode_steps": 20},

@@ -14,7 +14,9 @@ from gymnasium import spaces
 from torch import Tensor
 
 from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.info_sums import NO_INFO, InfoTotals
 from fastppo.envs.pack_observation import mask_under_key, n_choices
+from fastppo.envs.tensor.info_sums import TensorInfoSums
 from fastppo.envs.vec_env import FinalObsBuffer, Transitions, VecEnv
 from fastppo.errors import EnvError
 from fastppo.spaces.actions import ActionSpec, ToEnv
@@ -87,6 +89,7 @@ class SimulatorEnv(VecEnv):
                 "observation before the final one (approximate)."
             ]
         self._checked = False
+        self._info_sums: TensorInfoSums | None = None
 
     def read(self, obs_keys: Sequence[str], critic_obs_keys: Sequence[str], *, masks: bool) -> None:
         """Choose what to read of Dict observations, which the simulator returns as mappings of their keys.
@@ -144,6 +147,8 @@ class SimulatorEnv(VecEnv):
                     "it; copy it in the simulator."
                 )
         terminated, truncated = terminated.bool(), truncated.bool()
+        if self._info_sums is not None:
+            self._info_sums.add(extras, terminated | truncated)
         buffer.end_steps[t].copy_(torch.where(truncated & ~terminated, t, len(to.rewards)))
         to.obs[t + 1].copy_(obs)
         to.rewards[t].copy_(rewards.detach())
@@ -153,6 +158,14 @@ class SimulatorEnv(VecEnv):
     def store(self, t: int, group: int) -> Sequence[int]:
         """Return nothing: `send` wrote the results, and final observations stay in `final_obs_buffer`."""
         return ()
+
+    def log_info(self, patterns: Sequence[str]) -> None:
+        """See `VecEnv.log_info`; the sums stay on the device."""
+        self._info_sums = TensorInfoSums(patterns, self.n_envs)
+
+    def read_info(self) -> InfoTotals:
+        """See `VecEnv.read_info`."""
+        return NO_INFO if self._info_sums is None else self._info_sums.take()
 
     def close(self) -> None:
         """Close the simulator, if it has a `close`."""

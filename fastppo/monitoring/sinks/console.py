@@ -14,6 +14,7 @@ from fastppo.monitoring.stats import Stats
 from fastppo.runtime.console import print_log
 
 _PLAIN_SECONDS = 5.0
+_MOST_INFO = 3  # figures of the user's own in the line
 _WIDE = 100  # columns from which the bar is long
 
 
@@ -82,6 +83,9 @@ def _progress_text(stats: Stats, sps: str) -> str:
     if math.isnan(stats.mean_return):  # no episode has ended, and perhaps none ever will
         mean = f"reward/step {stats.scalars['charts/reward_per_step']:.3g}"
     text = f"{sps} steps/s  ETA {eta}  {mean}  KL {stats.kl:.2g}"
+    info = [(tag, value) for tag, value in stats.scalars.items() if tag.startswith("info/")]
+    for tag, value in info[:_MOST_INFO]:
+        text += f"  {tag.removeprefix('info/')} {value:.3g}"
     if stats.findings:
         more = f" +{len(stats.findings) - 1}" if len(stats.findings) > 1 else ""
         text += f"  ! {stats.findings[0].name}{more}"
