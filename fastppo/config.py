@@ -35,6 +35,7 @@ Section = Literal[
     "run",
     "rollout",
     "optimisation",
+    "exploration",
     "policy",
     "normalisation",
     "device and speed",
@@ -345,6 +346,16 @@ class Config:
     max_skipped: Annotated[int, Setting(section="optimisation", at_least=1, changes="nothing")] = 20
     """End the run after this many consecutive minibatches with a NaN or infinite gradient, and keep the inputs for
     `fastppo replay`."""
+
+    rnd: Annotated[bool, Setting(section="exploration", on_resume="keep")] = False
+    """Random network distillation: an intrinsic reward for observations that a predictor doesn't know yet, for tasks
+    whose own rewards are rare."""
+    rnd_coef: Annotated[float, Setting(section="exploration", above=0)] = 0.5
+    """Weight of the intrinsic advantage, against 1 for that of the rewards; the paper's weights are 1 and 2."""
+    rnd_gamma: Annotated[float, Setting(section="exploration", at_least=0, at_most=1)] = 0.99
+    """Discount factor of the intrinsic return, which goes on where episodes end."""
+    rnd_proportion: Annotated[float, Setting(section="exploration", above=0, at_most=1)] = 0.25
+    """Share of each minibatch that the predictor learns from."""
 
     network: Annotated[
         Literal["auto", "mlp", "cnn"], Setting(section="policy", chosen_at_start=True, on_resume="keep")
@@ -859,6 +870,11 @@ def _check_combinations(config: Config) -> None:
     if config.anneal_lr and isinstance(config.learning_rate, str):
         raise ConfigError(f"anneal_lr and learning_rate={config.learning_rate!r} both give a schedule; keep one.")
     _check_followers_of_the_kl(config)
+    for name in ("rnd_coef", "rnd_gamma", "rnd_proportion"):
+        if not config.rnd and getattr(config, name) != DEFAULTS[name]:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} has no effect without --rnd; add it, or leave {name} out."
+            )
     if config.anneal_clip and isinstance(config.clip_coef, str):
         raise ConfigError(f"anneal_clip and clip_coef={config.clip_coef!r} both give a schedule; keep one.")
     if config.sign_rewards and config.normalize_rewards:

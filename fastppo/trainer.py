@@ -86,7 +86,7 @@ class Trainer:
         self._run = run = build_run(config, make_env, policy, console, resume_from)
         self.config, self.notes, self.n_iterations, self.memory = run.config, run.notes, run.n_iterations, run.memory
         self.clock, self.device, self.world, self.logger = run.clock, run.device, run.world, run.logger
-        self.spec, self.policy, self.reward_normalizer, _ = run.models
+        self.spec, self.policy, self.reward_normalizer, *_ = run.models
         self.env_info = run.env_info
         self.env, self.rollout, self.collect, self.progress = run.env, run.rollout, run.collect, run.progress
         self.update, self.metrics, self._statistics, self.learner, self._sampler = run.learning

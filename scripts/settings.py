@@ -47,7 +47,8 @@ def page() -> str:
 def _facts(setting: Setting, default: str) -> list[str]:
     facts = [f"Default: {default.replace(';', ',')}"]
     if setting.at_most is not None:
-        facts.append(f"from {shown(setting.at_least)} to {shown(setting.at_most)}")
+        lowest = f"from {shown(setting.at_least)}" if setting.above is None else f"above {shown(setting.above)}, up"
+        facts.append(f"{lowest} to {shown(setting.at_most)}")
     elif setting.at_least is not None:
         facts.append(f"at least {shown(setting.at_least)}")
     elif setting.above is not None:

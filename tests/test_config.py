@@ -96,6 +96,7 @@ KEPT = {
     "action_masks": "the input of the network",
     "normalize_obs": "the input of the network",
     "obs_clip": "the input of the network",
+    "rnd": "what the checkpoint holds",
 }
 
 
@@ -126,7 +127,7 @@ def test_only_settings_that_leave_a_choice_are_chosen_at_the_start():
 
 
 # Settings that other settings need to have an effect
-NEEDED = {"vectorization": "pool", "objective": "penalty", "learning_rate": "adaptive:3e-4:1e-5:1e-2"}
+NEEDED = {"vectorization": "pool", "objective": "penalty", "learning_rate": "adaptive:3e-4:1e-5:1e-2", "rnd": True}
 
 
 @pytest.mark.parametrize("name", [name for name, setting in SETTINGS.items() if setting.above is not None])

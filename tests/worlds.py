@@ -191,3 +191,28 @@ class Masked(Spaces):
 
     def _info(self):
         return {"action_mask": self.mask} if self.source == "info" else {}
+
+
+class Lock(gym.Env):
+    """A lock with `n` dials: the right one of two choices turns to the next dial, the wrong one back to the first.
+
+    The observation is the dial. The only reward, 1, comes with the last dial and ends the episode; a time limit cuts it
+    after 2 n steps. Random choices open a lock of 24 dials once in 2^24 attempts.
+    """
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, n=24):
+        self.secret = np.random.default_rng(7).integers(2, size=n)
+        self.observation_space = spaces.Discrete(n)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.dial = self.steps = 0
+        return self.dial, {}
+
+    def step(self, action):
+        self.steps += 1
+        self.dial = self.dial + 1 if action == self.secret[self.dial] else 0
+        opened = self.dial == len(self.secret)
+        return min(self.dial, len(self.secret) - 1), float(opened), opened, self.steps == 2 * len(self.secret), {}

@@ -76,6 +76,8 @@ DIAGNOSTICS = (
     Diagnostic(
         "Gradient norm before clipping", (("losses/grad_norm", "norm"), ("charts/max_grad_norm", "limit")), log=True
     ),
+    Diagnostic("Intrinsic reward per step", (("charts/intrinsic_reward", ""),), log=True, optional=True),
+    Diagnostic("Loss of RND's predictor", (("losses/rnd_loss", ""),), log=True, optional=True),
     Diagnostic("Epochs per update", (("losses/epochs_run", ""),)),
     Diagnostic(
         "Share of actions that masks forbid", (("charts/masked_actions", ""),), y_range=(-0.02, 1.02), optional=True

@@ -25,7 +25,7 @@ from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
 
 TIMED = ("time/", "charts/SPS", "charts/sps", "seconds")  # prefixes of tags that measure time
-_GROUPS = ("policy", "rewards", "update", "learner", "collector", "metrics", "env", "figures")
+_GROUPS = ("policy", "rewards", "rnd", "update", "curiosity", "learner", "collector", "metrics", "env", "figures")
 _FIXED: dict[str, Any] = {
     "checkpoint_every": None,
     "checkpoint_minutes": 0.0,

@@ -34,7 +34,9 @@ from fastppo.policies.mlp import hidden_matrices
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
+from fastppo.policies.rnd import RandomNetworkDistillation
 from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.learner import Learner
 from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.ppo.metrics import Metrics
@@ -59,16 +61,19 @@ class Models(NamedTuple):
         policy: encoder, network, distribution.
         reward_normalizer: None: rewards are not normalised.
         parameters: the network's parameters, as one vector.
+        rnd: what rewards the policy for new observations; None: nothing does.
     """
 
     spec: PolicySpec
     policy: Policy
     reward_normalizer: RewardNormalizer | None
     parameters: FlatParameters
+    rnd: RandomNetworkDistillation | None = None
 
     def saved(self) -> dict[str, nn.Module]:
         """Return the modules of a model file by name."""
-        return _saved(self.policy, self.reward_normalizer)
+        parts = {"policy": self.policy, "rewards": self.reward_normalizer, "rnd": self.rnd}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
@@ -89,7 +94,7 @@ def policy_spec(c: Config, env_info: EnvInfo, *, custom: bool) -> PolicySpec:
 
 
 def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device: torch.device, world: World) -> Models:
-    """Build policy and normalisers around `network` (None: the config's), with new weights or those of `init_from`.
+    """Build policy, normalisers and RND around `network` (None: the config's), new or with the state of `init_from`.
 
     Raises:
         ConfigError: the network doesn't fit the spaces or the free memory.
@@ -112,19 +117,30 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     reward_normalizer = RewardNormalizer(known(c.n_envs), c.reward_clip).to(device) if c.normalize_rewards else None
+    rnd = build_rnd(c, spec).to(device) if c.rnd else None
+    models = Models(spec, policy, reward_normalizer, FlatParameters(policy.network), rnd)
     if c.init_from is not None:
         saved, about = read_spec(c.init_from)
         if differing := spec.differences(saved):
             name = f"{c.init_from} (trained on {about.get('env')})"
             raise CheckpointError(f"init_from: {name} holds another policy: {'; '.join(differing)}.")
-        load_model(c.init_from, _saved(policy, reward_normalizer), optional=("rewards",))
-    parameters = FlatParameters(policy.network)
-    for tensor in (parameters.vector, *policy.state_dict().values()):  # frozen parameters too
+        load_model(c.init_from, models.saved(), optional=("rewards", "rnd"))
+    for tensor in (models.parameters.vector, *policy.state_dict().values()):  # frozen parameters too
         world.from_main_(tensor)
-    for moments in (reward_normalizer, policy.encoder.normalizer):
+    for tensor in () if rnd is None else rnd.state_dict().values():
+        world.from_main_(tensor)
+    own = () if rnd is None else (rnd.observations, rnd.rewards)
+    for moments in (reward_normalizer, policy.encoder.normalizer, *own):
         if moments is not None:
             moments.pool = world.pool
-    return Models(spec, policy, reward_normalizer, parameters)
+    return models
+
+
+def build_rnd(c: Config, spec: PolicySpec) -> RandomNetworkDistillation:
+    """Build the networks that reward new observations, with weights that no other choice shifts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed_stream(c.seed, "rnd").generate_state(1)[0]))
+        return RandomNetworkDistillation(spec, known(c.n_envs))
 
 
 def build_update(c: Config, models: Models, device: torch.device, world: World, n_envs: int | None = None) -> PPOUpdate:
@@ -175,6 +191,22 @@ def build_optimizer(c: Config, models: Models) -> Optimizer:
             "nothing is left for Muon; give at least two hidden layers, or use adam."
         )
     return muon(places, c.adam_eps)
+
+
+def build_curiosity(c: Config, models: Models, rollout: Rollout, world: World) -> Curiosity | None:
+    """Build what adds intrinsic advantages to `rollout`; None without RND."""
+    if models.rnd is None:
+        return None
+    return Curiosity(
+        models.rnd,
+        rollout,
+        adam(c.adam_eps),
+        coef=c.rnd_coef,
+        gamma=c.rnd_gamma,
+        proportion=c.rnd_proportion,
+        minibatch_size=c.minibatch_size,
+        world=world,
+    )
 
 
 def plan_run(
@@ -315,10 +347,9 @@ def build_learning(
 ) -> Learning:
     """Build the parts that learn from `rollout`, for a run of `n_iterations`."""
     device = rollout.rewards.device
-    update = build_update(c, models, device, world)
-    metrics = Metrics(
-        rollout, env.obs_spec, env.action_spec, update.report_names, world=world, obs_bounds=env.obs_bounds
-    )
+    update, curiosity = build_update(c, models, device, world), build_curiosity(c, models, rollout, world)
+    report_names = (*update.report_names, *(() if curiosity is None else curiosity.report_names))
+    metrics = Metrics(rollout, env.obs_spec, env.action_spec, report_names, world=world, obs_bounds=env.obs_bounds)
     statistics = Statistics(
         metrics,
         clock,
@@ -336,6 +367,7 @@ def build_learning(
         sign_rewards=bool(c.sign_rewards),
         schedules={name: schedule_of(c, name) for name in SCHEDULED if name not in update.adapted},
         kl_stop_factor=c.kl_stop_factor,
+        curiosity=curiosity,
     )
     every = c.record_ratios
     if every is None:
@@ -343,7 +375,3 @@ def build_learning(
     return Learning(
         update, metrics, statistics, learner, UpdateSampler(rollout, update, every=every, histograms=c.log_histograms)
     )
-
-
-def _saved(policy: Policy, reward_normalizer: RewardNormalizer | None) -> dict[str, nn.Module]:
-    return {"policy": policy} if reward_normalizer is None else {"policy": policy, "rewards": reward_normalizer}

@@ -182,6 +182,8 @@ def build_run(
             "log": logger.interval,
             "randomness": GlobalRandomState(),
         }
+        if learning.learner.curiosity is not None:
+            parts["curiosity"] = learning.learner.curiosity
         run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
         if lock is not None:
             undo.callback(lock.release)

@@ -12,7 +12,7 @@ from fastppo.monitoring.stats import MAX_RETURNS, Stats
 _MEANS = (
     *("losses/", "time/", "eval/", "samples/", "memory/", "info/"),
     *("charts/clipped_actions", "charts/action_range", "charts/action_std", "charts/masked_actions"),
-    *("charts/obs_outside_space", "charts/reward_per_step"),
+    *("charts/obs_outside_space", "charts/reward_per_step", "charts/intrinsic_reward"),
 )
 _PER_EPISODE = ("charts/episodic_return", "charts/episodic_length")
 

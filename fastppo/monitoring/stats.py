@@ -101,7 +101,8 @@ class Statistics:
         stopped, stop_kl = measured.pop("stopped"), measured.pop("stop_kl")
         reward_per_step = measured.pop("rewards") / max(1.0, measured.pop("steps"))
         shown = {name: coefs[name] for name in ("learning_rate", "clip_coef", "max_grad_norm") if name in coefs}
-        shown |= {name: measured.pop(name) for name in ("learning_rate", "kl_coef") if name in measured}
+        charts = ("learning_rate", "kl_coef", "intrinsic_reward")
+        shown |= {name: measured.pop(name) for name in charts if name in measured}
         for name in ("broken", "skipped_in_a_row"):
             del measured[name]
         scalars = {f"losses/{name}": value for name, value in measured.items()}

@@ -11,7 +11,7 @@ from fastppo.errors import ConfigError
 from fastppo.policies.mlp import MLP, ActionHead, Body, orthogonal
 from fastppo.spaces.leaves import MIN_IMAGE_SIDE, ObsLeaf
 
-_FEATURES = 512  # of an image
+IMAGE_FEATURES = 512
 
 
 def nature_trunk(image_size: tuple[int, int, int]) -> nn.Sequential:
@@ -37,7 +37,7 @@ def nature_trunk(image_size: tuple[int, int, int]) -> nn.Sequential:
     )
     with torch.no_grad():
         flat = trunk(torch.zeros(1, channels, height, width)).shape[1]
-    return trunk.extend([orthogonal(nn.Linear(flat, _FEATURES)), nn.ReLU()])
+    return trunk.extend([orthogonal(nn.Linear(flat, IMAGE_FEATURES)), nn.ReLU()])
 
 
 class NatureCNN(Body):
@@ -58,10 +58,10 @@ class NatureCNN(Body):
             ConfigError: the image is smaller than 36 x 36.
         """
         super().__init__()
-        self.width = _FEATURES
+        self.width = IMAGE_FEATURES
         self.trunk = nature_trunk(image_size)
-        self.actor = ActionHead(head_width or _FEATURES, n_params, free_std)
-        self.critic = orthogonal(nn.Linear(head_width or _FEATURES, 1), 1.0)
+        self.actor = ActionHead(head_width or IMAGE_FEATURES, n_params, free_std)
+        self.critic = orthogonal(nn.Linear(head_width or IMAGE_FEATURES, 1), 1.0)
 
     def features(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the features [B, 512] for x [B, C, H, W] in [0, 1]."""
@@ -90,7 +90,7 @@ class MultiInputNetwork(Body):
         self._names = [leaf.name for leaf in leaves]
         # by position: a name may hold characters that no module's name can
         self.images = nn.ModuleDict({str(i): nature_trunk(x.image_size) for i, x in enumerate(leaves) if x.fits_cnn})
-        widths = [_FEATURES if leaf.fits_cnn else leaf.features for leaf in leaves]
+        widths = [IMAGE_FEATURES if leaf.fits_cnn else leaf.features for leaf in leaves]
         self.tail = MLP(
             sum(widths),
             n_params,

@@ -15,6 +15,7 @@ from fastppo.functional.schedules import scheduled
 from fastppo.native.gae import gae as native_gae
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
+from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.metrics import Metrics
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
@@ -32,6 +33,7 @@ class Learner:
         coef_values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
         gae: the kernel that computes advantages.
         update: the epochs.
+        curiosity: adds intrinsic advantages; None: there are none.
         rewards: [T, N] the rewards of the last advantages, after normalisation or sign.
         device: of all tensors.
     """
@@ -48,6 +50,7 @@ class Learner:
         sign_rewards: bool,
         schedules: Mapping[str, tuple[str, float, float]],
         kl_stop_factor: float,
+        curiosity: Curiosity | None = None,
     ) -> None:
         """Bind the parts.
 
@@ -61,11 +64,12 @@ class Learner:
             sign_rewards: learn from the signs of rewards.
             schedules: (shape, start, end) of each coefficient that the update doesn't adapt, and of target_kl.
             kl_stop_factor: an update stops at a KL of kl_stop_factor * target_kl.
+            curiosity: adds intrinsic advantages, and learns after the policy; None: rewards are the environment's.
         """
         self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
         self._reward_normalizer, self._sign_rewards, self.rewards = reward_normalizer, sign_rewards, rollout.rewards
         self._schedules, self._kl_stop_factor = schedules, kl_stop_factor
-        self.update = update
+        self.update, self.curiosity = update, curiosity
         self.device = device = rollout.rewards.device
         n_steps, n_envs = rollout.rewards.shape
         self.gae = choose_gae(n_steps, n_envs, device)
@@ -96,6 +100,8 @@ class Learner:
         with self._clock.phase("update"):
             watch = watch and self.coef_values["target_kl"] != math.inf
             self.update.run_epochs(self.coefs, watch=watch, on_epoch=on_epoch)
+            if self.curiosity is not None:
+                self.curiosity.learn(self.update.orders, self.coefs)
             return self._finish()
 
     def compute_advantages(self) -> Tensor:
@@ -109,6 +115,8 @@ class Learner:
         if r.valid is not None:  # a filler row's reward must not reach the row before: 0 times NaN is NaN
             rewards = torch.where(r.valid, rewards, 0.0)
         advantages, returns = self._estimate(self._trajectory(rewards), self.coefs.gamma, self.coefs.gae_lambda)
+        if self.curiosity is not None:
+            advantages = advantages + self.curiosity.advantages(self._estimate, self.coefs.gae_lambda)
         r.advantages.copy_(advantages)
         r.returns.copy_(returns)
         return rewards
@@ -119,13 +127,14 @@ class Learner:
         self._policy.encoder.update_moments(batch.obs, batch.valid)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the discounted returns of open episodes, if rewards are normalised."""
-        return {} if self._reward_normalizer is None else {"carry": self._reward_normalizer.carry}
+        """Return the discounted returns of open episodes, if rewards are normalised, and of curiosity's streams."""
+        carries = {} if self._reward_normalizer is None else {"carry": self._reward_normalizer.carry}
+        return carries if self.curiosity is None else {**carries, "intrinsic_carry": self.curiosity.rnd.rewards.carry}
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Restore in place from `state_dict()`."""
-        if self._reward_normalizer is not None:
-            self._reward_normalizer.carry.copy_(saved["carry"])
+        for name, carry in self.state_dict().items():
+            carry.copy_(saved[name])
 
     def compile(self) -> None:
         """Compile the kernels; changes no state.
@@ -136,6 +145,9 @@ class Learner:
         # every rank votes, because ranks may differ in the kernel
         estimate = self.update.world.together(self._compiled_estimate, CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
+        if self.curiosity is not None:
+            self.update.allocate(self._rollout.rewards.numel())
+            self.curiosity.compile(self.update.orders[0, 0], self.coefs)
         self._estimate = estimate
 
     def fuse(self) -> None:
@@ -162,17 +174,20 @@ class Learner:
         shuffles = self.update.generator.get_state()
         self.anneal(0.0)
         self.update.generator.set_state(shuffles)  # permutations must not depend on capture
-        rewards = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
+        moments = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
+        moments += [] if self.curiosity is None else self.curiosity.moments()
         self.update.begin(self._rollout.batch())  # allocates what the graphs share
         pool = GraphPool(self.device)
         begin, finish = (
             capture(work, keep=keep, fresh=[], device=self.device, pool=pool, world=self.update.world)
             for work, keep in (
-                (self._begin_eagerly, rewards),
+                (self._begin_eagerly, moments),
                 (self._finish_eagerly, [*self._metrics.kept(), *self.update.adapted.values()]),
             )
         )
         self.update.capture(self.coefs, pool)
+        if self.curiosity is not None:
+            self.curiosity.capture(self.update.orders[0], self.coefs, pool)
 
         def replay_begin() -> Tensor:
             with self._clock.phase("update"):
@@ -195,7 +210,8 @@ class Learner:
         return rewards
 
     def _finish_eagerly(self) -> Tensor:
-        return self._metrics.measure(self.update.finish())
+        report = self.update.finish()
+        return self._metrics.measure(report if self.curiosity is None else torch.cat((report, self.curiosity.report())))
 
     def _trajectory(self, rewards: Tensor) -> Trajectory:
         r = self._rollout

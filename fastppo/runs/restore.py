@@ -87,8 +87,8 @@ def restore(
         metadata: of this run, as `run_metadata` returns it.
         spec: of this run's policy.
         models: policy, and reward normaliser if there is one.
-        parts: all other parts; "update", "progress", "metrics" and "log" are shared by all processes, the rest belongs
-            to one.
+        parts: all other parts; "update", "progress", "metrics", "log" and "curiosity" are shared by all processes, the
+            rest belongs to one.
         env: the environments, already reset.
         obs: [N, *obs] first observations of the next rollout; overwritten if the environments are reset.
         world: the ranks that train together.
@@ -113,8 +113,8 @@ def restore(
             metrics["open"] = torch.zeros_like(parts["metrics"].state_dict()["open"])
         if int(shared.part("progress")["iteration"]) == 0:  # new parts with the run's seed are in that state already
             return True, [f"resumed from {path.name}, before the first iteration.", *notes]
-        for name, state in (("update", shared.part("update")), ("progress", shared.part("progress"))):
-            parts[name].load_state_dict(state)
+        for name in ("update", "progress", *(["curiosity"] if "curiosity" in parts else [])):
+            parts[name].load_state_dict(shared.part(name))
         parts["metrics"].load_state_dict(metrics)
         # older checkpoints have no open row, but a row needs the number of episodes before it
         log = shared.part("log") if "log" in shared.values else {"episodes": metrics["episodes"]}

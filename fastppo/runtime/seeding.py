@@ -13,7 +13,7 @@ import torch
 from fastppo.errors import ConfigError
 
 # One stream per purpose, so that drawing more from one never shifts another
-_STREAMS = ("envs", "weights", "noise", "shuffle", "eval")
+_STREAMS = ("envs", "weights", "noise", "shuffle", "eval", "rnd")
 
 
 def seed_stream(seed: int, use: str, rank: int = 0, offset: int = 0) -> np.random.SeedSequence:
@@ -21,7 +21,7 @@ def seed_stream(seed: int, use: str, rank: int = 0, offset: int = 0) -> np.rando
 
     Args:
         seed: of the run.
-        use: "envs", "weights", "noise", "shuffle" or "eval".
+        use: "envs", "weights", "noise", "shuffle", "eval" or "rnd".
         rank: of the process.
         offset: iteration from which a resumed run draws from new streams; 0 for the original ones.
 

@@ -68,6 +68,8 @@ def train(name, settings):
         keep = {k: v for k, v in stats.scalars.items() if not k.startswith("time/") and "sps" not in k.lower()}
         logged.append(keep | {"steps": stats.global_step, "mean": stats.mean_return, "episodes": stats.episodes})
         vector = trainer.update.parameters.vector
+        if trainer.learner.curiosity is not None:
+            vector = torch.cat((vector, trainer.learner.curiosity.parameters.vector))
         hashes.append(hashlib.sha256(vector.numpy().tobytes()).hexdigest())
     normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.reward_normalizer) if m is not None]
     moments = [x.tolist() for m in normalizers for x in (m.mean, m.var, m.count)]
@@ -142,6 +144,8 @@ CASES = {
         "learning_rate": 1e-3,
         "compile": "on",
     },
+    "compiled, RND": {"env_id": "CartPole-v1", "vectorization": "tensor", "rnd": True, "compile": "on"},
+    "RND": {"env_id": "CartPole-v1", "vectorization": "sync", "rnd": True, "learning_rate": 1e-3},
     "memory": {
         "env_id": "CartPole-v1",
         "env_kwargs": {"max_episode_steps": 20},
