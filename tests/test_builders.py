@@ -20,7 +20,7 @@ class Parts:
     device = torch.device("cpu")
 
     def __init__(self, compiles=True, records=True, memory_steps=0, fuses=False):
-        self.compiles, self.records, self.fuses, self.done = compiles, records, fuses, []
+        self.compiles, self.records, self.fuses, self.done, self.curiosity = compiles, records, fuses, [], None
         policy = SimpleNamespace(has_memory=memory_steps > 0, network=torch.nn.Identity())
         self.update = SimpleNamespace(policy=policy, segment_length=max(1, memory_steps))
 

@@ -362,6 +362,7 @@ def test_auto_takes_the_c_code_where_it_applies(tmp_path):
         ({"memory": "lstm"}, "the network is a RecurrentNetwork"),
         ({"precision": "bf16"}, "precision is bf16"),
         ({"hidden_sizes": (4,) * 9}, "more than 8 hidden layers"),
+        ({"optimizer": "muon"}, "the optimiser is not Adam"),
     ],
 )
 def test_what_is_not_covered_runs_as_before(tmp_path, changes, why):

@@ -75,11 +75,7 @@ def compile_parts(
         try:
             learner.compile()
             # if these fail, the update stays compiled
-            for name, compile_part in (("acting", collector.compile), ("stepping", lambda: _compile_env(env))):
-                try:
-                    compile_part()
-                except CompileError as error:
-                    notes.append(f"{name} is eager: it can't be compiled: {error}.")
+            _compile_each({"acting": collector.compile, "stepping": lambda: _compile_env(env)}, notes)
         except CompileError as error:
             if mode == "on":
                 mode, why = "off", f"it can't be compiled: {error}"
@@ -116,19 +112,27 @@ def _fuse(
     notes: list[str],
     say: Callable[[str], None],
 ) -> float:
-    """Let acting and update run in C; only the steps of a `TensorEnv` are left for the compiler."""
+    """Let acting and update run in C; the steps of a `TensorEnv` and of RND's networks are left for the compiler."""
     begin = time.perf_counter()
     learner.fuse()
     collector.fuse()
-    seconds = time.perf_counter() - begin
-    notes.append(f"compile fused: acting and update run in C; took {seconds:.1f} s.")
-    if isinstance(env, TensorEnv) and worth_compiling(minibatches)[0]:
+    notes.append(f"compile fused: acting and update run in C; took {time.perf_counter() - begin:.1f} s.")
+    left = {"stepping": lambda: _compile_env(env)} if isinstance(env, TensorEnv) else {}
+    if learner.curiosity is not None:
+        left["RND"] = learner.compile_curiosity
+    if left and worth_compiling(minibatches)[0]:
         say(_WAIT)
-        try:
-            _compile_env(env)
-        except CompileError as error:
-            notes.append(f"stepping is eager: it can't be compiled: {error}.")
+        _compile_each(left, notes)
     return time.perf_counter() - begin
+
+
+def _compile_each(parts: dict[str, Callable[[], None]], notes: list[str]) -> None:
+    """Compile each part, or add a note that it stays eager."""
+    for name, compile_part in parts.items():
+        try:
+            compile_part()
+        except CompileError as error:
+            notes.append(f"{name} is eager: it can't be compiled: {error}.")
 
 
 def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, learner: Learner) -> tuple[Mode, str]:

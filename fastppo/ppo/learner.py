@@ -145,10 +145,18 @@ class Learner:
         # every rank votes, because ranks may differ in the kernel
         estimate = self.update.world.together(self._compiled_estimate, CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
+        self.compile_curiosity()
+        self._estimate = estimate
+
+    def compile_curiosity(self) -> None:
+        """Compile the steps of RND's networks, if there are any; changes no state.
+
+        Raises:
+            CompileError: they can't be compiled on this rank or another.
+        """
         if self.curiosity is not None:
             self.update.allocate(self._rollout.rewards.numel())
             self.curiosity.compile(self.update.orders[0, 0], self.coefs)
-        self._estimate = estimate
 
     def fuse(self) -> None:
         """Update in C, and compute advantages there; changes no state.

@@ -182,11 +182,11 @@ class PPOUpdate:
         self._step = step
 
     def not_fused(self) -> str | None:
-        """Return why the gradient can't be computed in C, or None."""
-        return not_fused(self.policy, self.loss)
+        """Return why `fuse` can't be used, or None."""
+        return "the optimiser is not Adam" if self._optimizer.adam_eps is None else not_fused(self.policy, self.loss)
 
     def fuse(self, batch: Batch, coefs: Coefficients) -> None:
-        """Compute gradients in C, and with Adam at a scheduled rate on one rank whole epochs; changes no state.
+        """Compute gradients in C, and at a scheduled learning rate on one rank whole epochs; changes no state.
 
         Args:
             batch: has the shapes of all batches.
