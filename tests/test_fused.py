@@ -148,8 +148,9 @@ def test_deviations_that_the_network_computes():
 
 
 def test_features_that_only_the_critic_reads():
-    policy = make_policy(Categorical(3), obs=7, critic=4)
-    assert_same(*gradients(policy, make_batch(policy, 100), PPOLoss("max")))
+    for obs, critic in ((7, 4), (90, 61)):
+        policy = make_policy(Categorical(3), obs=obs, critic=critic)
+        assert_same(*gradients(policy, make_batch(policy, 100), PPOLoss("max")))
 
 
 def test_masked_actions(tmp_path):

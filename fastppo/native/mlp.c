@@ -67,12 +67,14 @@ typedef struct {
   Linear at;
   long forward, backward, bias;                        // shared: weights in panels, padded bias
   long gradient, gradient_row, turned, bias_gradient;  // of a part; a turned gradient is [in][out]
+  int reads_obs;
 } Layer;
 
 typedef struct {
   const Network *net;
-  Layer layers[2][MOST_LAYERS + 1];  // of the critic and of the actor: hidden layers, then the head
-  long n_trunks, block;
+  Layer layers[2 * (MOST_LAYERS + 1)];
+  long n_layers, trunks[2], heads[2];  // where the layers of critic and actor begin; a shared trunk is the critic's
+  long n_trunks, block;                // block: rows at a time
   long inputs, hidden[2][MOST_LAYERS], before[2][MOST_LAYERS], slopes[MOST_LAYERS];  // buffers of a part: a block's rows
   long out[2], d_out[2], work;
   long log_std_gradient, gradient_end;  // gradients of a part begin at 0
@@ -89,8 +91,9 @@ static long take_space(long *end, long n) {
 // Heads of few outputs are dot products: a panel would be mostly padding
 static int uses_dots(long in, long out) { return out * (in / WIDTH + 5) < 2 * in * (padded(out) / PANEL); }
 
-static void plan_layer(Plan *plan, Layer *layer, long in, long out, Linear at) {
-  *layer = (Layer){.in = in, .out = out, .at = at, .turned = in < out};
+static void plan_layer(Plan *plan, long in, long out, Linear at, int reads_obs) {
+  Layer *layer = &plan->layers[plan->n_layers++];
+  *layer = (Layer){.in = in, .out = out, .at = at, .turned = in < out, .reads_obs = reads_obs};
   layer->forward = take_space(&plan->shared_size, in * padded(out));
   layer->backward = take_space(&plan->shared_size, out * padded(in));
   layer->bias = take_space(&plan->shared_size, out);
@@ -103,11 +106,13 @@ static void make_plan(Plan *plan, const Network *net) {
   *plan = (Plan){.net = net, .n_trunks = net->shared ? 1 : 2};
   for (int t = 0; t < 2; t++) {
     const Linear *at = t ? net->actor : net->critic;
-    long in = t ? net->actor_features : net->features;
-    for (long l = 0; l < net->n_layers; l++, in = net->widths[l - 1])
-      if (t < plan->n_trunks) plan_layer(plan, &plan->layers[t][l], in, net->widths[l], at[l]);
-    if (net->n_layers) in = net->widths[net->n_layers - 1];
-    plan_layer(plan, &plan->layers[t][net->n_layers], in, t ? net->outputs : 1, at[net->n_layers]);
+    plan->trunks[t] = t < plan->n_trunks ? plan->n_layers : plan->trunks[0];
+    for (long l = 0, in = t ? net->actor_features : net->features; t < plan->n_trunks && l < net->n_layers; l++) {
+      plan_layer(plan, in, net->widths[l], at[l], l == 0);
+      in = net->widths[l];
+    }
+    plan->heads[t] = plan->n_layers;
+    plan_layer(plan, net->widths[net->n_layers - 1], t ? net->outputs : 1, at[net->n_layers], 0);
   }
   if (net->free_std) plan->log_std_gradient = take_space(&plan->gradient_end, net->outputs);
   plan->flat = take_space(&plan->shared_size, net->size);
@@ -161,27 +166,23 @@ typedef struct {
   float scale, step_size, correction;  // of the gradient; of Adam's step
 } Job;
 
+// Numbers between two rows of a layer's inputs; the actor may read a part of a row of features
+static long input_row(const Plan *plan, const Layer *layer) {
+  return stride_of(layer->reads_obs ? plan->net->features : layer->in);
+}
+
 static float *part_of(const Job *job, int part) { return job->workspace + part * job->plan->part_size; }
-
-static int is_hidden_of_none(const Plan *plan, int t, long l) { return t >= plan->n_trunks && l < plan->net->n_layers; }
-
-#define FOR_EACH_LAYER(plan)                                  \
-  for (int t = 0; t < 2; t++)                                 \
-    for (long l = 0; l <= (plan)->net->n_layers; l++)         \
-      if (!is_hidden_of_none(plan, t, l))
 
 static void pack_part(void *arguments, int part) {
   Job *job = arguments;
-  const Plan *plan = job->plan;
-  long item = 0;
-  FOR_EACH_LAYER(plan) {
-    const Layer *layer = &plan->layers[t][l];
+  for (long i = 0, item = 0; i < job->plan->n_layers; i++) {
+    const Layer *layer = &job->plan->layers[i];
     const float *weight = job->params + layer->at.weight;
     if (item++ % job->parts == part) {
       pack_panels(layer->in, layer->out, weight, 1, layer->in, job->shared + layer->forward);
       memcpy(job->shared + layer->bias, job->params + layer->at.bias, (size_t)layer->out * sizeof(float));
     }
-    if (l && item++ % job->parts == part)
+    if (!layer->reads_obs && item++ % job->parts == part)
       pack_panels(layer->out, layer->in, weight, layer->in, 1, job->shared + layer->backward);
   }
 }
@@ -299,7 +300,7 @@ static void run_back(const Job *job, const Layer *layer, long m, const float *d,
 
 // The gradients of head t, for features x
 static void add_head_gradient(const Plan *plan, int t, long m, const float *x, float *own) {
-  const Layer *head = &plan->layers[t][plan->net->n_layers];
+  const Layer *head = &plan->layers[plan->heads[t]];
   const float *d = own + plan->d_out[t];
   long row = stride_of(t ? plan->net->params : 1);
   add_weight_gradient(head, m, x, stride_of(head->in), d, row, own);
@@ -311,12 +312,12 @@ static void add_head_gradient(const Plan *plan, int t, long m, const float *x, f
 static void back_through_trunk(const Job *job, int t, long m, float *own) {
   const Plan *plan = job->plan;
   for (long l = plan->net->n_layers - 1; l >= 0; l--) {
-    const Layer *layer = &plan->layers[t][l];
+    const Layer *layer = &plan->layers[plan->trunks[t] + l];
     float *d = own + plan->slopes[l];
     const float *x = own + (l ? plan->hidden[t][l - 1] : plan->inputs);
     deactivate((int)plan->net->activation, m, padded(layer->out), own + plan->before[t][l], own + plan->hidden[t][l], d,
                stride_of(layer->out), own + layer->bias_gradient);
-    add_weight_gradient(layer, m, x, stride_of(layer->in), d, stride_of(layer->out), own);
+    add_weight_gradient(layer, m, x, input_row(plan, layer), d, stride_of(layer->out), own);
     if (l)
       run_back(job, layer, m, d, stride_of(layer->out), (Matrix){job->shared + plan->zeros, 0, 1},
                own + plan->slopes[l - 1]);
@@ -327,9 +328,9 @@ static void run_trunk(const Job *job, int t, long m, float *own) {
   const Plan *plan = job->plan;
   const float *x = own + plan->inputs;
   for (long l = 0; l < plan->net->n_layers; l++) {
-    const Layer *layer = &plan->layers[t][l];
+    const Layer *layer = &plan->layers[plan->trunks[t] + l];
     float *z = own + plan->before[t][l], *h = own + plan->hidden[t][l];
-    run_layer(job, layer, m, x, stride_of(layer->in), z, stride_of(layer->out));
+    run_layer(job, layer, m, x, input_row(plan, layer), z, stride_of(layer->out));
     activate((int)plan->net->activation, m, padded(layer->out), z, h, stride_of(layer->out));
     x = h;
   }
@@ -351,7 +352,7 @@ static void differentiate_part(void *arguments, int part) {
     gather(job, first, m, own + plan->inputs);
     for (int t = 0; t < plan->n_trunks; t++) run_trunk(job, t, m, own);
     for (int t = 0; t < 2; t++) {
-      const Layer *head = &plan->layers[t][net->n_layers];
+      const Layer *head = &plan->layers[plan->heads[t]];
       const float *x = own + plan->hidden[t % plan->n_trunks][last];
       run_layer(job, head, m, x, stride_of(head->in), own + plan->out[t], stride_of(t ? net->params : 1));
     }
@@ -359,7 +360,7 @@ static void differentiate_part(void *arguments, int part) {
     float *slopes = own + plan->slopes[last];
     Matrix none = {job->shared + plan->zeros, 0, 1};
     for (int t = 0; t < 2; t++) {
-      const Layer *head = &plan->layers[t][net->n_layers];
+      const Layer *head = &plan->layers[plan->heads[t]];
       add_head_gradient(plan, t, m, own + plan->hidden[t % plan->n_trunks][last], own);
       Matrix start = t && net->shared ? (Matrix){slopes, stride_of(head->in), 1} : none;
       run_back(job, head, m, own + plan->d_out[t], stride_of(t ? net->params : 1), start, slopes);
@@ -390,8 +391,8 @@ static void collect_slice(Job *job, int slice, int slices) {
   const Plan *plan = job->plan;
   float *flat = job->shared + plan->flat;
   double squares = 0;
-  FOR_EACH_LAYER(plan) {
-    const Layer *layer = &plan->layers[t][l];
+  for (long k = 0; k < plan->n_layers; k++) {
+    const Layer *layer = &plan->layers[k];
     long first = from(layer->out, slice, slices), end = from(layer->out, slice + 1, slices);
     for (long o = first; o < end; o++) {
       float *to = flat + layer->at.weight + o * layer->in;
@@ -593,7 +594,7 @@ static void forward_part(void *arguments, int part) {
   Bounded bounded[d->n];
   for (long i = 0; i < d->n; i++) bounded[i].raw = NAN;
   int t = (int)f->trunk, body = t % (int)plan->n_trunks;
-  const Layer *head = &plan->layers[t][net->n_layers];
+  const Layer *head = &plan->layers[plan->heads[t]];
   long end = from(f->rows, part + 1, job->parts), row_x = stride_of(net->features), row = stride_of(t ? net->params : 1);
   for (long first = from(f->rows, part, job->parts); first < end; first += plan->block) {
     long m = end - first < plan->block ? end - first : plan->block;
