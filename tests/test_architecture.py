@@ -26,6 +26,7 @@ LAYERS = {
     "resume_run.py": 9,
     "analysis": 10,
     "commands": 11,
+    "compat": 11,
     "__init__.py": 11,
     "cli.py": 12,
     "__main__.py": 13,
