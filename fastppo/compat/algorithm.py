@@ -20,7 +20,7 @@ from fastppo.builders.parts import build_models
 from fastppo.builders.resolve import resolve_config
 from fastppo.compat.archive import unpacked, write_archive
 from fastppo.compat.callbacks import Hooks, Logger, hooks_of
-from fastppo.compat.envs import EnvSource, env_source, normalizer_of
+from fastppo.compat.envs import EnvSource, env_source, normalizer_of, register
 from fastppo.compat.keywords import Schedule, check_settings, first_value, policy_settings, translate, whole_minibatches
 from fastppo.config import Config
 from fastppo.errors import CheckpointError, ConfigError
@@ -52,6 +52,7 @@ class Algorithm:
         logger: takes figures of callbacks.
         verbose: 0: nothing is printed in training.
         tensorboard_log: folder of the runs; None: temporary ones.
+        trainer: of the last `learn`, or of the one that runs; None before.
         result: of the last `learn`; None before.
     """
 
@@ -103,6 +104,7 @@ class Algorithm:
         self.observation_space: Any = None
         self.action_space: Any = None
         self.logger = Logger()
+        self.trainer: Trainer | None = None
         self.result: Result | None = None
         self._source: EnvSource | None = None
         self._lost: tuple[str, ...] = ()  # schedules that a file can't hold
@@ -132,6 +134,7 @@ class Algorithm:
 
     def get_env(self) -> Any:  # noqa: ANN401 - a VecEnv of either program
         """Return the environments as a VecEnv, whose step returns observations, rewards, dones and infos; or None."""
+        register()  # a script may have imported stable-baselines3 since
         return None if self._source is None else self._source.venv
 
     def get_vec_normalize_env(self) -> Any:  # noqa: ANN401 - an object of stable-baselines3
@@ -260,6 +263,7 @@ class Algorithm:
                 seed=self.config.seed + self._trainings,
             )
             trainer = Trainer(config, self._source.make_env, progress=bool(self.verbose or progress_bar))
+            self.trainer = trainer
             self._continue(trainer)
             self._schedule(trainer, before, int(total_timesteps))
             self.num_timesteps = before

@@ -143,7 +143,10 @@ class Logger:
         """Do nothing: figures are written at the end of each iteration."""
 
     def write(self, log: Callable[[str, float], None]) -> None:
-        """Pass what was recorded since the last call to `log`."""
+        """Pass what was recorded since the last call to `log`; as callback/KEY where fastppo has the group."""
         for key, number in self._pending.items():
-            log(key, number)
+            try:
+                log(key, number)
+            except ValueError:
+                log(f"callback/{key}", number)
         self._pending = {}

@@ -45,7 +45,7 @@ class VecEnv:
         self.reset_infos: list[dict[str, Any]] = [{} for _ in self.envs]
         self._seeds: list[int | None] = [None] * self.num_envs
         self._actions: Any = None
-        _register()
+        register()
 
     @property
     def unwrapped(self) -> VecEnv:
@@ -282,22 +282,24 @@ def _make(
 
 def normalizer_of(venv: Any) -> Any:  # noqa: ANN401 - objects of stable-baselines3
     """Return the VecNormalize of stable-baselines3 around a VecEnv; None if there is none."""
-    module: Any = sys.modules.get("stable_baselines3.common.vec_env")
+    module = _sb3_vec_env()
     return None if module is None else module.unwrap_vec_normalize(venv)
 
 
 def _is_sb3_vec_env(env: object) -> bool:
-    """Whether `env` is a VecEnv of stable-baselines3, which then has been imported."""
-    module: Any = sys.modules.get("stable_baselines3.common.vec_env")
+    module = _sb3_vec_env()
     return module is not None and isinstance(env, module.VecEnv)
 
 
-def _register() -> None:
-    """Let stable-baselines3's functions, such as evaluate_policy, take a VecEnv of ours, if it is installed."""
-    with contextlib.suppress(ImportError):
-        from stable_baselines3.common.vec_env import VecEnv as Theirs
+def register() -> None:
+    """Let stable-baselines3's functions, such as evaluate_policy, take a VecEnv of ours, if it has been imported."""
+    if module := _sb3_vec_env():
+        module.VecEnv.register(VecEnv)
 
-        Theirs.register(VecEnv)
+
+def _sb3_vec_env() -> Any:  # noqa: ANN401 - a module
+    """Return stable-baselines3's module of VecEnvs if it has been imported, as where one is given; else None."""
+    return sys.modules.get("stable_baselines3.common.vec_env")
 
 
 def _layers(env: Any) -> Iterable[Any]:  # noqa: ANN401 - an environment and its wrappers

@@ -124,7 +124,9 @@ CASES = [(a, name, *case) for a, cases in HONOURED.items() for name, case in cas
 @pytest.mark.parametrize("algorithm", HONOURED)
 def test_each_keyword_of_the_signature_is_honoured_or_refused(algorithm):
     names = set(inspect.signature(algorithm).parameters) - {"policy", "env", "settings"}
-    assert names - {"normalize_obs", "normalize_rewards"} == HONOURED[algorithm].keys() | REFUSED[algorithm].keys() | RUN
+    assert (
+        names - {"normalize_obs", "normalize_rewards"} == HONOURED[algorithm].keys() | REFUSED[algorithm].keys() | RUN
+    )
 
 
 @pytest.mark.parametrize(("algorithm", "name", "value", "expected"), CASES)
@@ -208,7 +210,10 @@ def test_arguments_of_the_policy_that_cannot_be_honoured(algorithm, kwargs, mess
     [
         (lambda: PPO("MlpLstmPolicy", "CartPole-v1"), "policy='MlpLstmPolicy' must be MlpPolicy or CnnPolicy or Multi"),
         (lambda: RecurrentPPO("MlpPolicy", "CartPole-v1"), "policy='MlpPolicy' must be MlpLstmPolicy or"),
-        (lambda: PPO(torch.nn.Linear, "CartPole-v1"), "policy='Linear' must be .*; for a network of your own, give fast"),
+        (
+            lambda: PPO(torch.nn.Linear, "CartPole-v1"),
+            "policy='Linear' must be .*; for a network of your own, give fast",
+        ),
         (lambda: PPO("MlpPolicy", 3), "env is a int; give an id, a Gymnasium environment or a VecEnv"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", n_steps=100), "rows don't divide the rollout of 100 .*: 50, 100"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", clip_coef=0.1), "clip_coef=0.1: another keyword stands for this"),
