@@ -31,7 +31,7 @@ import tyro
 
 from benchmarks import report, table
 from fastppo.monitoring.health import HealthMonitor, RunTraits
-from fastppo.presets import TUNED
+from fastppo.profiles import TUNED
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "health"
 _TAGS = ("losses/", "charts/", "samples/")
@@ -101,8 +101,8 @@ _CARTPOLE = {"env_id": "CartPole-v1", **TUNED["CartPole-v1"], "total_timesteps":
 _PENDULUM = {"env_id": "Pendulum-v1", **TUNED["Pendulum-v1"], "total_timesteps": 61_440}
 
 GOOD = {
-    "cartpole-tuned": Setting({"env_id": "CartPole-v1", "preset": "tuned"}),
-    "pendulum-tuned": Setting({"env_id": "Pendulum-v1", "preset": "tuned"}),
+    "cartpole-tuned": Setting({"env_id": "CartPole-v1", "profile": "tuned"}),
+    "pendulum-tuned": Setting({"env_id": "Pendulum-v1", "profile": "tuned"}),
     "cartpole": Setting({"env_id": "CartPole-v1", "total_timesteps": 300_000}),
     "pendulum": Setting({"env_id": "Pendulum-v1", "total_timesteps": 150_000, "compile": "on"}),
     "acrobot": Setting({"env_id": "Acrobot-v1", "total_timesteps": 150_000}),

@@ -40,7 +40,7 @@ def run(job: tuple[str, float, int]) -> dict[str, Any]:
     env_id, target, seed = job
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        config = Config(env_id=env_id, preset="tuned", seed=seed, target_return=target, run_dir=Path(folder) / "run")
+        config = Config(env_id=env_id, profile="tuned", seed=seed, target_return=target, run_dir=Path(folder) / "run")
         trainer = Trainer(config)
         result = trainer.run()
         seconds = time.perf_counter() - begin

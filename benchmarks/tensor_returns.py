@@ -21,8 +21,8 @@ import tyro
 from benchmarks import report
 
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "CartPole-v1": {"preset": "tuned", "total_timesteps": 50_000},
-    "Pendulum-v1": {"preset": "tuned", "total_timesteps": 40_000},
+    "CartPole-v1": {"profile": "tuned", "total_timesteps": 50_000},
+    "Pendulum-v1": {"profile": "tuned", "total_timesteps": 40_000},
     "Acrobot-v1": {"n_envs": 16, "n_steps": 128, "learning_rate": 1e-3, "total_timesteps": 60_000},
     "MountainCarContinuous-v0": {"n_envs": 8, "n_steps": 256, "n_minibatches": 8, "total_timesteps": 40_000},
     "fastppo/Catch-v0": {"n_envs": 32, "n_steps": 22, "learning_rate": 1e-3, "total_timesteps": 7_040},

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import inspect
 import io
+import itertools
 import os
 import shutil
 import sys
@@ -22,11 +22,12 @@ from fastppo.commands.checking import Replay, VerifyEnv, VerifyResume
 from fastppo.commands.console import discard_stdout
 from fastppo.commands.flags import Form, flag, form
 from fastppo.commands.measuring import Bench, Doctor, Study
+from fastppo.commands.profiles import ShowProfile
 from fastppo.commands.reporting import Diff, Export, Report
 from fastppo.commands.settings import SettingsCommand
 from fastppo.commands.training import Eval, Resume, Train
 from fastppo.commands.tuning import Tune
-from fastppo.config import ALIASES, TYPES, Config, load_toml, shown
+from fastppo.config import ALIASES, DEFAULTS, TYPES, Config, load_toml, shown
 from fastppo.errors import ConfigError, EnvError, EnvStartError, FastPPOError
 from fastppo.runtime.console import wrap_words
 
@@ -44,6 +45,7 @@ COMMANDS: dict[str, type] = {
     "report": Report,
     "diff": Diff,
     "export": Export,
+    "profile": ShowProfile,
     "doctor": Doctor,
     "verify-env": VerifyEnv,
     "verify-resume": VerifyResume,
@@ -196,27 +198,43 @@ def _no_command(name: str) -> str:
 
 
 def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
-    """Return the defaults of the flags: the file that --config names, or the command's own."""
-    for i, argument in enumerate(arguments):
+    """Return the defaults of the flags: the file that --config names over the profile, or the command's own."""
+    file, profile = _given(arguments, "--config"), _given(arguments, "--profile", "--preset")
+    if file is None and profile is None:
+        return kind()
+    path = None if file is None else Path(file)
+    values = {} if path is None else load_toml(path)
+    if profile is not None:
+        values = {name: value for name, value in values.items() if name not in ("profile", "preset")}
+        values["profile"] = profile
+    config = Config.from_dict(values, str(path))
+    typed = {flag(a.partition("=")[0].lstrip("-")) for a in arguments}
+    for imported in config.imported:
+        name = imported.partition(" ")[0]
+        if flag(name) not in typed:
+            value = shown(getattr(config, name))  # all wrappers, not only those that import code
+            raise ConfigError(f"{path}: {imported} imports code; if you trust it, add {flag(name)} {value}")
+    in_file = {name.replace("-", "_") for name in values}
+    named = {ALIASES.get(name, name) for name in in_file}
+    # a command's own defaults, such as a study's target, stay where neither file nor profile says otherwise
+    changed = {
+        name: getattr(config, name) for name in DEFAULTS if name in named or getattr(config, name) != DEFAULTS[name]
+    }
+    if "n_envs" in changed and issubclass(kind, (Bench, Study)):  # these take several n_envs
+        changed["n_envs"] = (config.n_envs,)
+    if "vectorization" in changed and kind is Bench:
+        changed["vectorization"] = Bench.vectorization if config.vectorization == "auto" else (config.vectorization,)
+    return kind(**changed, config=path)
+
+
+def _given(arguments: Sequence[str], *names: str) -> str | None:
+    """Return the value of the last of the flags `names`; None if none is given."""
+    found = None
+    for argument, following in itertools.zip_longest(arguments, arguments[1:]):
         name, equals, value = argument.partition("=")
-        if name == "--config" and (equals or i + 1 < len(arguments)):
-            path = Path(value if equals else arguments[i + 1])
-            config = Config.from_dict(load_toml(path), str(path))
-            typed = {flag(a.partition("=")[0].lstrip("-")) for a in arguments}
-            for imported in config.imported:
-                name = imported.partition(" ")[0]
-                if flag(name) not in typed:
-                    value = shown(getattr(config, name))  # all wrappers, not only those that import code
-                    raise ConfigError(f"{path}: {imported} imports code; if you trust it, add {flag(name)} {value}")
-            found = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-            if issubclass(kind, (Bench, Study)):  # these take several n_envs
-                found["n_envs"] = (config.n_envs,) if config.n_envs else kind.n_envs
-            if kind is Bench:
-                found["vectorization"] = (
-                    Bench.vectorization if config.vectorization in ("auto", "sync") else (config.vectorization,)
-                )
-            return kind(**found, config=path)
-    return kind()
+        if name in names and (equals or following is not None):
+            found = value if equals else following
+    return found
 
 
 def _normalise(arguments: Sequence[str]) -> list[str]:

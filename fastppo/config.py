@@ -5,9 +5,9 @@ schedules, the settings a resume must keep, the grouping of seeds in reports, `-
 from it.
 
 A field that is None is not given: `fill_defaults` fills it by the kind of environment (CleanRL's `ppo.py` for vectors
-and discrete actions, `ppo_atari.py` for images, `ppo_continuous_action.py` for Box actions) or from a preset. Filling a
-filled config changes nothing, so a run folder stores exactly the settings that ran. Layers 0 to 4
-(docs/architecture.md) take plain values, not a Config.
+and discrete actions, `ppo_atari.py` for images, `ppo_continuous_action.py` for Box actions) or from a profile. Filling
+a filled config changes nothing, so a run folder stores exactly the settings that ran. A profile's other settings are
+set by the constructor, under those that are given. Layers 0 to 4 (docs/architecture.md) take plain values, no Config.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastppo.errors import ConfigError
-from fastppo.presets import CLEANRL, TUNED, Kind
+from fastppo.profiles import CLEANRL, PROFILES, TUNED, Kind, ProfileName
 
 Section = Literal[
     "environment",
@@ -212,9 +212,10 @@ class Config:
     ] = None
     """Stop once the mean return of the last 100 episodes reaches this; `threshold`: the environment's reward_threshold,
     if it has one."""
-    preset: Annotated[Literal["cleanrl", "tuned"], Setting(section="run", changes="nothing")] = "cleanrl"
+    profile: Annotated[ProfileName, Setting(section="run", alias="preset", changes="nothing")] = "cleanrl"
     """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
-    environment id, where available."""
+    environment id, where available; `sb3`, `ppo1`, `ppo2`, `rsl_rl`: those of stable-baselines3, of PPO1 and PPO2 in
+    stable-baselines, of rsl_rl. `fastppo profile NAME` prints them."""
     init_from: Annotated[Path | None, Setting(section="run", unset="none", on_resume="free")] = None
     """Start from the policy and normalisers of this run folder."""
     name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
@@ -545,8 +546,8 @@ class Config:
         return found + ([f"wrappers {' '.join(others)}"] if others else [])
 
 
-def _take_aliases(cls: type[Config]) -> None:
-    """Let the constructor of `cls` take the aliases of settings, as the command line and TOML files do."""
+def _take_aliases_and_profiles(cls: type[Config]) -> None:
+    """Let the constructor of `cls` take the aliases of settings, and set what a profile sets and nothing else gives."""
     make = cls.__init__
 
     @functools.wraps(make)
@@ -556,7 +557,11 @@ def _take_aliases(cls: type[Config]) -> None:
                 if name in values:
                     raise ConfigError(f"{name} is given twice, once under its alias {alias}; keep one.")
                 values[name] = values.pop(alias)
-        make(self, *args, **values)
+        fields = [field.name for field in dataclasses.fields(cls)][len(args) :]
+        profile = _profile_settings(values.get("profile"))
+        # `fill_defaults` fills the settings that are None by default
+        closed = {name: value for name, value in profile.items() if name in fields and DEFAULTS[name] is not None}
+        make(self, *args, **closed | values)
 
     cls.__init__ = init  # type: ignore[method-assign]
 
@@ -567,7 +572,7 @@ SETTINGS: dict[str, Setting] = {
     for name, hint in typing.get_type_hints(Config, include_extras=True).items()
 }
 ALIASES = {setting.alias: name for name, setting in SETTINGS.items() if setting.alias}
-_take_aliases(Config)
+_take_aliases_and_profiles(Config)
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 SCHEDULED = tuple(name for name, setting in SETTINGS.items() if setting.scheduled)
 CHOSEN_AT_START = tuple(name for name, setting in SETTINGS.items() if setting.chosen_at_start)
@@ -577,6 +582,11 @@ FIXED = frozenset(name for name, setting in SETTINGS.items() if setting.fixed)
 NOTED = frozenset(name for name, s in SETTINGS.items() if s.changes != "nothing" and s.on_resume == "note")
 # Runs that are equal in these are samples of one experiment
 CHANGES_RESULTS = frozenset(name for name, setting in SETTINGS.items() if setting.changes == "results")
+
+
+def _profile_settings(name: object) -> dict[str, Any]:
+    """Return the settings of another program's profile; none for a name that is no such profile."""
+    return PROFILES[name].settings if name in PROFILES else {}
 
 
 def fill_defaults(
@@ -603,8 +613,15 @@ def fill_defaults(
         ConfigError: n_minibatches doesn't divide the batch, or settings contradict each other.
     """
     defaults = CLEANRL[kind] | {"sign_rewards": atari}
-    if config.preset == "tuned":
+    if config.profile == "tuned":
         defaults |= TUNED.get(config.env_id, {})
+    elif config.profile != "cleanrl":  # which is CLEANRL, by kind
+        profile = _profile_settings(config.profile)
+        rows = profile.pop("minibatch_size", None)
+        defaults |= {name: value for name, value in profile.items() if DEFAULTS[name] is None}
+        if rows is not None:
+            n_envs, n_steps = (getattr(config, name) or defaults[name] for name in ("n_envs", "n_steps"))
+            defaults["n_minibatches"] = _largest_divisor(n_envs * n_steps, max(1, n_envs * n_steps // rows))
     # a schedule replaces the short form
     if isinstance(config.learning_rate, str):
         defaults["anneal_lr"] = False
@@ -944,7 +961,10 @@ def _check_combinations(config: Config) -> None:
 
 def _check_followers_of_the_kl(config: Config) -> None:
     """Check the settings of an adaptive learning rate and of a penalty on the KL."""
-    adaptive, penalty = parse_adaptive_rate(config.learning_rate) is not None, config.objective != "clip"
+    rate = config.learning_rate
+    if rate is None:
+        rate = _profile_settings(config.profile).get("learning_rate")
+    adaptive, penalty = parse_adaptive_rate(rate) is not None, config.objective != "clip"
     for name, used, by in (
         ("adaptive_kl", adaptive, "an adaptive learning rate: --learning-rate adaptive:3e-4:1e-5:1e-2"),
         ("kl_coef", penalty, "a penalty: --objective penalty or clip_and_penalty"),

@@ -18,7 +18,7 @@ Each setting is a flag, a key of a TOML file (`--config`) and an argument of `Co
 description is followed by
 
 * its default. Where this depends on the kind of environment, the first value is for vectors with discrete actions, the
-  others for images and for Box actions. `--preset tuned` has other defaults for some environments.
+  others for images and for Box actions. `--profile` has other defaults (profiles.md).
 * its range. A *schedule* may replace a number: `linear:START:END` or `cosine:START:END` over the run, or
   `constant:VALUE`.
 * what it changes. *Results*: what a run learns. *Noise*: only random draws or rounding, so reports treat runs that

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "fastppo"
 # docs/architecture.md draws this table; a file may import every layer below its own
 LAYERS = {
     "errors.py": 0,
-    "presets.py": 0,
+    "profiles.py": 0,
     "native": 0,
     "functional": 1,
     "runtime": 2,
@@ -26,6 +26,7 @@ LAYERS = {
     "resume_run.py": 9,
     "analysis": 10,
     "commands": 11,
+    "compat": 11,
     "__init__.py": 11,
     "cli.py": 12,
     "__main__.py": 13,

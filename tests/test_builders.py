@@ -243,10 +243,10 @@ def test_a_run_stops_when_its_parameters_are_replaced(tmp_path):
 
 def test_a_note_reports_a_setting_without_a_value_for_the_environment(tmp_path):
     sizes = {"n_envs": 2, "n_steps": 8, "total_timesteps": 16, "compile": "off"}
-    given = {"env_id": "Pendulum-v1", "target_return": "threshold", "preset": "cleanrl"}
+    given = {"env_id": "Pendulum-v1", "target_return": "threshold", "profile": "cleanrl"}
     trainer = Trainer(Config(**sizes, **given, n_minibatches=1, run_dir=tmp_path / "a"))
     assert "target_return threshold: Pendulum-v1 has none; training runs all steps." in trainer.notes
     trainer.run()
-    trainer = Trainer(Config(**sizes, env_id="Acrobot-v1", preset="tuned", run_dir=tmp_path / "b"))
-    assert "preset tuned: no measured setting for Acrobot-v1; CleanRL's defaults are used." in trainer.notes
+    trainer = Trainer(Config(**sizes, env_id="Acrobot-v1", profile="tuned", run_dir=tmp_path / "b"))
+    assert "profile tuned: no measured setting for Acrobot-v1; CleanRL's defaults are used." in trainer.notes
     trainer.run()

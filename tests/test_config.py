@@ -1,4 +1,4 @@
-"""Settings: metadata, defaults, presets, files, help, and the message for each mistake."""
+"""Settings: metadata, defaults, profiles, files, help, and the message for each mistake."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from fastppo.config import (
     parse_schedule,
 )
 from fastppo.errors import ConfigError
-from fastppo.presets import CLEANRL, TUNED
+from fastppo.profiles import CLEANRL, TUNED, ProfileName
 
 # Why each setting that doesn't change results is so; the settings not named here change what a run learns
 NOISE = {
@@ -44,7 +44,7 @@ NOISE = {
 NOTHING = {
     "name": "a label",
     "run_dir": "a place",
-    "preset": "the settings it fills are recorded themselves",
+    "profile": "the settings it fills are recorded themselves",
     "workers": "which process steps an environment doesn't matter to it",
     "on_env_error": "what happens at a failure",
     "env_restarts": "what happens at a failure",
@@ -164,8 +164,8 @@ def test_a_run_shows_what_differs_from_the_defaults_of_its_kind():
     assert differences_from_defaults(config, "continuous") == text
     atari = fill_defaults(Config(env_id="ALE/Pong-v5"), "image", atari=True)
     assert differences_from_defaults(atari, "image", atari=True) == "env_id=ALE/Pong-v5  seed=1"
-    tuned = fill_defaults(Config(preset="tuned"), "discrete")
-    assert "preset=tuned" in differences_from_defaults(tuned, "discrete")
+    tuned = fill_defaults(Config(profile="tuned"), "discrete")
+    assert "profile=tuned" in differences_from_defaults(tuned, "discrete")
     assert "n_steps=32" in differences_from_defaults(tuned, "discrete")
 
 
@@ -194,19 +194,20 @@ def test_default_minibatches_divide_the_sequences(settings, expected):
 
 
 @pytest.mark.parametrize("kind", CLEANRL)
-@pytest.mark.parametrize("preset", ["cleanrl", "tuned"])
+@pytest.mark.parametrize("profile", get_args(ProfileName))
 @pytest.mark.parametrize("env_id", [*TUNED, "Acrobot-v1"])
-def test_filling_defaults_twice_changes_nothing_and_survives_json(kind, preset, env_id):
-    once = fill_defaults(Config(env_id=env_id, preset=preset, target_return="threshold"), kind, reward_threshold=475.0)
+def test_filling_defaults_twice_changes_nothing_and_survives_json(kind, profile, env_id):
+    given = Config(env_id=env_id, profile=profile, target_return="threshold")
+    once = fill_defaults(given, kind, reward_threshold=475.0)
     assert fill_defaults(once, kind) == once
     assert Config.from_dict(once.to_dict()) == once
     assert all(isinstance(once.schedule(name), (int, float, str)) for name in SCHEDULED)
 
 
-def test_what_is_given_wins_over_every_preset():
-    c = fill_defaults(Config(preset="tuned", n_envs=16, gamma=0.5, learning_rate="linear:1:0"), "discrete")
+def test_what_is_given_wins_over_every_profile():
+    c = fill_defaults(Config(profile="tuned", n_envs=16, gamma=0.5, learning_rate="linear:1:0"), "discrete")
     assert (c.n_envs, c.gamma, c.learning_rate, c.anneal_lr, c.n_steps) == (16, 0.5, "linear:1:0", False, 32)
-    assert fill_defaults(Config(env_id="Acrobot-v1", preset="tuned"), "discrete").n_steps == 128
+    assert fill_defaults(Config(env_id="Acrobot-v1", profile="tuned"), "discrete").n_steps == 128
 
 
 def test_short_forms_of_annealing():

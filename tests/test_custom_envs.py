@@ -13,7 +13,7 @@ from fastppo import SimulatorEnv, Trainer, evaluate, load_policy, resume
 from fastppo.envs.env_info import EnvInfo
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.errors import ConfigError, EnvError
-from fastppo.presets import CLEANRL
+from fastppo.profiles import CLEANRL
 from fastppo.spaces.leaves import ObsLeaf
 from fastppo.spaces.observations import ObsSpec
 from tests.worlds import Counter, Spaces, short, step
@@ -106,12 +106,12 @@ def test_bounds_far_from_the_policy_are_noted_and_rescaling_is_refused_without_b
 
 
 @pytest.mark.parametrize("own_vector", [False, True])
-def test_an_environment_of_ones_own_has_its_own_name_and_no_preset(tmp_path, own_vector):
+def test_an_environment_of_ones_own_has_its_own_name_and_no_profile(tmp_path, own_vector):
     def make_env():
         return SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.SAME_STEP) if own_vector else Counter()
 
-    trainer = Trainer(short(tmp_path, preset="tuned"), make_env=make_env)
-    assert "preset tuned: no measured setting for Counter; CleanRL's defaults are used." in trainer.notes
+    trainer = Trainer(short(tmp_path, profile="tuned"), make_env=make_env)
+    assert "profile tuned: no measured setting for Counter; CleanRL's defaults are used." in trainer.notes
     assert (trainer.config.env_id, trainer.config.gamma) == ("Counter", CLEANRL["discrete"]["gamma"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["env_id"] == "Counter"
     trainer.run()

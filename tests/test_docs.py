@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fastppo.cli import COMMANDS, main, parse
-from fastppo.config import Config, load_toml
+from fastppo.config import ALIASES, Config, load_toml
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -34,6 +34,7 @@ SHORT = {
     "diff": [],
     "export": ["--format", "pt2"],
     "verify-env": ["--steps", "20"],
+    "profile": [],
     "verify-resume": [*TRAIN[2:], "--iterations", "2"],
     "tune": [*TRAIN, "--total-timesteps", "4096", "--trials", "1", "--seeds", "1", "--jobs", "1"],
     "study": [*TRAIN, "--seeds", "1", "--jobs", "1", "--target-return", "1"],
@@ -119,7 +120,7 @@ def test_a_command_runs(words, workplace, capfd):
 
 
 def test_every_flag_in_the_text_exists():
-    known = {"--help", "--debug", "--logdir", "--num-envs", "--num-steps", "--num-minibatches"}
+    known = {"--help", "--debug", "--logdir", *(f"--{alias.replace('_', '-')}" for alias in ALIASES)}
     known |= {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--node-rank"}  # flags of torchrun
     known |= {"--master-addr", "--master-port", "--quick"}  # --quick is a flag of scripts/bench-gpu
     for command in COMMANDS.values():

@@ -19,7 +19,7 @@ def train(config):
 
 def train_seeds(tmp_path, seeds, enough, solved, **settings):
     """Train seeds in order, two at a time, until `enough` results are `solved`; return all results."""
-    configs = [Config(seed=s, threads=1, run_dir=tmp_path / str(s), preset="tuned", **settings) for s in seeds]
+    configs = [Config(seed=s, threads=1, run_dir=tmp_path / str(s), profile="tuned", **settings) for s in seeds]
     results = []
     prepare_fork_server()  # the fork server of this process also serves the tests of signals
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("forkserver")) as pool:

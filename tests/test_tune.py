@@ -281,7 +281,7 @@ def test_settings_that_change_no_number_may_differ(tmp_path, fake_runs):
     run(tmp_path, 1)
     other = dataclasses.replace(BASE, checkpoint_minutes=3.0, log_every=5, keep_checkpoints=7)
     assert len(run(tmp_path, 2, base=other)[1]) == 1
-    for changes in ({"preset": "tuned"}, {"seed": 2}, {"objective": "clip_and_penalty"}):
+    for changes in ({"profile": "tuned"}, {"seed": 2}, {"objective": "clip_and_penalty"}):
         with pytest.raises(ConfigError, match=f"{next(iter(changes))} was "):
             run(tmp_path, 2, base=dataclasses.replace(BASE, **changes))
     with pytest.raises(ConfigError, match="search was .* Name a new folder"):

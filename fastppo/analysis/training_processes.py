@@ -45,8 +45,8 @@ def claim_folder(folder: Path, content: str, base: Config, **more: object) -> bo
     Raises:
         ConfigError: it holds other files, or the same kind of content with other settings, or can't be used.
     """
-    # a preset changes numbers through the settings that it fills, which are open in `base`
-    compared = [name for name, setting in SETTINGS.items() if setting.changes != "nothing" or name == "preset"]
+    # a profile changes numbers through the settings that it fills, which are open in `base`
+    compared = [name for name, setting in SETTINGS.items() if setting.changes != "nothing" or name == "profile"]
     # through JSON, as the file holds it: tuples become lists
     settings: dict[str, Any] = json.loads(json.dumps(base.to_dict() | more | {"content": content}, default=str))
     path = folder / _PLAN
@@ -59,6 +59,7 @@ def claim_folder(folder: Path, content: str, base: Config, **more: object) -> bo
                 write_json(path, settings)
                 return True
             before: dict[str, Any] = Config().to_dict() | {"content": content} | json.loads(path.read_text())
+            before["profile"] = before.pop("preset", before["profile"])  # its name in earlier versions
     except ConfigError:
         raise
     except (FileExistsError, NotADirectoryError):

@@ -300,8 +300,10 @@ def write_best(folder: Path, base: Config, trial: FrozenTrial) -> str:
 
     The command has flags for settings that TOML can't hold, and for code to import, which a file alone may not name.
     """
-    defaults, given = Config().to_dict(), base.to_dict()
+    defaults, given = Config(profile=base.profile).to_dict(), base.to_dict()
     values = {name: v for name, v in given.items() if v != defaults[name] and name not in _NOT_OF_THE_BEST}
+    if base.profile != Config.profile:
+        values = {"profile": base.profile} | values
     path = folder / "best.toml"
     lines, flags = [f"# trial {trial.number}: {describe(trial)}"], []
     for name, value in (values | {"env_id": base.env_id} | trial.params).items():

@@ -11,7 +11,7 @@ from fastppo.envs.env_state import close_env
 from fastppo.envs.factory import EnvFactory, build, find_spec, first_reset, is_atari
 from fastppo.envs.pack_observation import packed_space
 from fastppo.errors import ConfigError
-from fastppo.presets import CLEANRL, Kind
+from fastppo.profiles import CLEANRL, Kind
 from fastppo.runs.run_dir import check_new_folder, check_run_folder
 from fastppo.runtime.cores import processes
 from fastppo.spaces.leaves import ObsLeaf, read_as_images

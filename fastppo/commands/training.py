@@ -30,7 +30,7 @@ RunFolder = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 @dataclasses.dataclass(frozen=True)
 class Train(SettingsCommand):
-    """Train a policy. Defaults depend on the kind of environment; see --preset."""
+    """Train a policy. Defaults depend on the kind of environment; see --profile."""
 
     seeds: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: one run)")] = None
     """Train this many seeds, from --seed on, in processes of their own, and summarise them. The same command continues

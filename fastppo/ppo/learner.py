@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -31,6 +32,7 @@ class Learner:
         coefs: this iteration's coefficients, as tensors that are written in place: by `anneal`, or by the update where
             it adapts them.
         coef_values: every scheduled coefficient as a number; `kl_limit` is the KL that stops an update.
+        schedules: the value of each scheduled coefficient at a progress in [0, 1].
         gae: the kernel that computes advantages.
         update: the epochs.
         curiosity: adds intrinsic advantages; None: there are none.
@@ -68,7 +70,10 @@ class Learner:
         """
         self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
         self._reward_normalizer, self._sign_rewards, self.rewards = reward_normalizer, sign_rewards, rollout.rewards
-        self._schedules, self._kl_stop_factor = schedules, kl_stop_factor
+        self.schedules: dict[str, Callable[[float], float]] = {
+            name: functools.partial(scheduled, *schedule) for name, schedule in schedules.items()
+        }
+        self._kl_stop_factor = kl_stop_factor
         self.update, self.curiosity = update, curiosity
         self.device = device = rollout.rewards.device
         n_steps, n_envs = rollout.rewards.shape
@@ -82,7 +87,7 @@ class Learner:
 
     def anneal(self, progress: float) -> None:
         """Write the coefficients of an iteration that begins at `progress` in [0, 1], and draw its permutations."""
-        self.coef_values = {name: scheduled(*schedule, progress) for name, schedule in self._schedules.items()}
+        self.coef_values = {name: schedule(progress) for name, schedule in self.schedules.items()}
         for name, tensor in self.coefs._asdict().items():
             if name in self.coef_values:
                 tensor.fill_(self.coef_values[name])

@@ -1,0 +1,465 @@
+"""An algorithm of stable-baselines3 as a thin layer over Config and Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import secrets
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, ClassVar, Self, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastppo.builders.parts import build_models
+from fastppo.builders.resolve import resolve_config
+from fastppo.compat.archive import unpacked, write_archive
+from fastppo.compat.callbacks import Hooks, Logger, hooks_of
+from fastppo.compat.envs import EnvSource, env_source, normalizer_of, register
+from fastppo.compat.keywords import Schedule, check_settings, first_value, policy_settings, translate, whole_minibatches
+from fastppo.config import Config
+from fastppo.errors import CheckpointError, ConfigError
+from fastppo.evaluation.saved_policy import SavedPolicy, load_policy
+from fastppo.monitoring.stats import Stats
+from fastppo.policies.normalizers import RewardNormalizer
+from fastppo.policies.policy import Policy
+from fastppo.policies.policy_spec import PolicySpec
+from fastppo.profiles import Profile
+from fastppo.runs.inspect_env import inspect_configured
+from fastppo.runs.model_files import load_model, model_files
+from fastppo.runs.result import Result
+from fastppo.runs.state_files import Stateful, StateSnapshot, read_state, snapshot, state_files
+from fastppo.runtime.device import choose_device
+from fastppo.runtime.distributed import World
+from fastppo.trainer import Trainer
+
+
+class Algorithm:
+    """Base of the algorithms: a subclass names its profile, whose keywords are those of its constructor.
+
+    Attributes:
+        config: the settings that the keywords stand for.
+        num_timesteps: environment steps so far.
+        n_envs: environments.
+        observation_space: of one environment; None without one.
+        action_space: as observation_space.
+        policy: encoder, network and distribution.
+        logger: takes figures of callbacks.
+        verbose: 0: nothing is printed in training.
+        tensorboard_log: folder of the runs; None: temporary ones.
+        trainer: of the last `learn`, or of the one that runs; None before.
+        result: of the last `learn`; None before.
+    """
+
+    profile: ClassVar[Profile]
+    recurrent: ClassVar[bool] = False  # whether its policies must have memory
+    legacy: ClassVar[bool] = False  # whether it is stable-baselines', on TensorFlow
+    masks: ClassVar[bool] = False  # whether it uses masks of allowed actions
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - as in any class
+        """Give the constructor the signature of the profile's keywords."""
+        super().__init_subclass__(**kwargs)
+        if "profile" in vars(cls):
+            cls.__signature__ = _signature(cls.profile)
+
+    def __init__(self, *args: Any, **given: Any) -> None:  # noqa: ANN401 - see __signature__
+        """Build the policy for an environment.
+
+        Args:
+            args: the program's arguments, from `policy` and `env` on; `inspect.signature` shows them.
+            given: these by name; `normalize_obs` and `normalize_rewards`; and settings of fastppo that no keyword
+                stands for, such as threads=1.
+
+        Raises:
+            TypeError: `policy` or `env` is missing, or there are too many arguments.
+            ConfigError: a value that can't be honoured; the message names the nearest way.
+            EnvError: the environment can't be used.
+        """
+        bound = self.__signature__.bind(*args, **given)
+        bound.apply_defaults()
+        keywords = dict(bound.arguments)
+        own, env = keywords.pop("settings"), keywords.pop("env")
+        normalize = {name: keywords.pop(name) for name in ("normalize_obs", "normalize_rewards")}
+        policy, policy_kwargs = keywords["policy"], keywords["policy_kwargs"]
+        settings, schedules = translate(self.profile, keywords)
+        settings |= policy_settings(policy, policy_kwargs, legacy=self.legacy, recurrent=self.recurrent) | normalize
+        check_settings(own, settings)
+        settings |= {"action_masks": "auto" if self.masks else "off", "resume_envs": "restart"} | own
+        seed = keywords["seed"]
+        settings["seed"] = secrets.randbits(31) if seed is None else int(seed)
+        self._begin(settings, schedules, keywords["verbose"], keywords["tensorboard_log"])
+        self._use(env_source(env))
+        self._build()
+
+    def _begin(self, settings: dict[str, Any], schedules: dict[str, Schedule], verbose: int, log: Any) -> None:  # noqa: ANN401
+        self._settings, self._schedules = settings, schedules
+        self.verbose, self.tensorboard_log = verbose, None if log is None else Path(log)
+        self.num_timesteps, self._trainings = 0, 0
+        self.observation_space: Any = None
+        self.action_space: Any = None
+        self.logger = Logger()
+        self.trainer: Trainer | None = None
+        self.result: Result | None = None
+        self._source: EnvSource | None = None
+        self._lost: tuple[str, ...] = ()  # schedules that a file can't hold
+        self._state: StateSnapshot | None = None  # of the last training's optimiser
+        self._spec: PolicySpec
+        self._models: dict[str, nn.Module]
+        self._saved: SavedPolicy
+
+    # Environments
+
+    def _use(self, source: EnvSource) -> None:
+        """Train on `source` from now on."""
+        self._source, self.n_envs = source, source.n_envs
+        self.config = self._config_for(source.n_envs, source.env_id)
+        self._env_info = inspect_configured(self.config, source.make_env)
+        venv = source.venv
+        self.observation_space, self.action_space = venv.observation_space, venv.action_space
+        if self.masks and not self._env_info.obs_spec.has_mask:
+            raise ConfigError(
+                f"{type(self).__name__} needs masks of allowed actions, but {self._env_info.name} gives none: give it "
+                "a method action_masks(), as sb3-contrib's ActionMasker does, or use PPO."
+            )
+
+    def _config_for(self, n_envs: int, env_id: str | None = None) -> Config:
+        settings = whole_minibatches(self._settings, n_envs) | {"n_envs": n_envs}
+        return Config(**settings if env_id is None else settings | {"env_id": env_id})
+
+    def get_env(self) -> Any:  # noqa: ANN401 - a VecEnv of either program
+        """Return the environments as a VecEnv, whose step returns observations, rewards, dones and infos; or None."""
+        register()  # a script may have imported stable-baselines3 since
+        return None if self._source is None else self._source.venv
+
+    def get_vec_normalize_env(self) -> Any:  # noqa: ANN401 - an object of stable-baselines3
+        """Return the VecNormalize of stable-baselines3 around the environments; None if there is none."""
+        return None if self._source is None else normalizer_of(self._source.venv)
+
+    def set_env(self, env: Any, force_reset: bool = True) -> None:  # noqa: ANN401 - what a script gives
+        """Train on `env` from now on; its spaces must be those of the policy.
+
+        Raises:
+            ConfigError: other spaces, or force_reset=False: training always begins with new episodes.
+        """
+        if not force_reset:
+            raise ConfigError("force_reset=False can't be honoured: training begins with new episodes; leave it out.")
+        spec, policy = self._spec, self._saved
+        before = self._source
+        self._use(env_source(env))
+        found = dataclasses.replace(spec, obs=self._env_info.obs_spec, action=self._env_info.action_spec)
+        if differing := found.differences(spec):
+            if before is not None:
+                self._use(before)
+            raise ConfigError(f"set_env: the policy is for another environment: {'; '.join(differing)}.")
+        self._saved = policy
+
+    # The policy
+
+    @property
+    def policy(self) -> Policy:
+        """Encoder, network and distribution."""
+        return self._saved.policy
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the policy."""
+        return self._saved.device
+
+    def _build(self) -> None:
+        """Build an untrained policy, with the weights that the first training begins with."""
+        assert self._source is not None
+        device = choose_device(self.config.device)
+        resolved, _ = resolve_config(self.config, self._env_info, device, custom_policy=False)
+        models = build_models(resolved, self._env_info, None, device, World())
+        self._hold(models.spec, models.saved(), device)
+
+    def _hold(self, spec: PolicySpec, models: dict[str, nn.Module], device: torch.device) -> None:
+        policy = models["policy"]
+        assert isinstance(policy, Policy)
+        self._spec, self._models = spec, models
+        self._saved = SavedPolicy(spec, policy, device, self.config.seed)
+
+    def predict(
+        self,
+        observation: Any,  # noqa: ANN401 - array-like, or a tree of arrays
+        state: Any = None,  # noqa: ANN401 - what the last call returned
+        episode_start: Any = None,  # noqa: ANN401 - array-like
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray[Any, Any], tuple[np.ndarray[Any, Any], ...] | None]:
+        """Return the actions for an observation or a batch, and the policy's next state.
+
+        Args:
+            observation: raw observations, [*obs] or [B, *obs].
+            state: the state that the last call returned; None: that of new episodes.
+            episode_start: whether an episode starts here, a bool or [B].
+            deterministic: take the most probable action; otherwise sample.
+
+        Returns:
+            The actions, [*action] or [B, *action], and the state as arrays; None without memory.
+
+        Raises:
+            ValueError: see `SavedPolicy.predict`.
+        """
+        return self._act(observation, state, episode_start, deterministic)
+
+    def _act(
+        self,
+        observation: Any,  # noqa: ANN401 - as in predict
+        state: Any,  # noqa: ANN401 - as in predict
+        episode_start: Any,  # noqa: ANN401 - as in predict
+        deterministic: bool,
+        action_mask: Any = None,  # noqa: ANN401 - array-like
+    ) -> tuple[np.ndarray[Any, Any], tuple[np.ndarray[Any, Any], ...] | None]:
+        state = None if state is None or len(state) == 0 else state
+        actions, after = self._saved.predict(observation, state, episode_start, deterministic, action_mask=action_mask)
+        return actions, tuple(part.numpy(force=True) for part in after) or None
+
+    # Training
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Any = None,  # noqa: ANN401 - see hooks_of
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for `total_timesteps` more environment steps, rounded up to whole rollouts; return self.
+
+        Args:
+            total_timesteps: environment steps, over all environments.
+            callback: called after each iteration: a function of (locals, globals), an object with `on_step`, or a list
+                of these; see docs/compat.md. False stops training.
+            log_interval: iterations per line of the log.
+            tb_log_name: name of the run's folder in tensorboard_log; None: that of the class.
+            reset_num_timesteps: count steps and schedules from 0; False: go on where the last training ended.
+            progress_bar: show the progress.
+
+        Raises:
+            ConfigError, EnvError: see their texts.
+        """
+        if self._source is None:
+            raise ConfigError("learn needs an environment: call set_env(env), or load(path, env=env).")
+        if self._lost:
+            raise ConfigError(
+                f"{', '.join(self._lost)} followed a function, which a file can't hold: give it again by "
+                "load(path, env=env, custom_objects={...}), under its name in the constructor."
+            )
+        batch, hooks = self.config.batch_size, hooks_of(callback)
+        before = 0 if reset_num_timesteps else self.num_timesteps
+        with self._run_dir(tb_log_name or type(self).__name__) as run_dir:
+            config = dataclasses.replace(
+                self.config,
+                total_timesteps=-(-int(total_timesteps) // batch) * batch,
+                log_every=int(log_interval),
+                run_dir=run_dir,
+                seed=self.config.seed + self._trainings,
+            )
+            trainer = Trainer(config, self._source.make_env, progress=bool(self.verbose or progress_bar))
+            self.trainer = trainer
+            self._continue(trainer)
+            self._schedule(trainer, before, int(total_timesteps))
+            self.num_timesteps = before
+            for hook in hooks:
+                hook.start(self)
+            self._iterate(trainer, hooks)
+        self._state, self.result = snapshot({"update": trainer.update}), trainer.result
+        for hook in hooks:
+            hook.end()
+        return self
+
+    def _iterate(self, trainer: Trainer, hooks: list[Hooks]) -> None:
+        """Run the trainer and call the hooks, until the end or until one of them stops it."""
+        before, n_steps = self.num_timesteps, self.config.batch_size // self.n_envs
+        with contextlib.closing(cast("Generator[Stats]", trainer.iterations())) as iterations:
+            for stats in iterations:
+                goes_on = True
+                for hook in hooks:
+                    hook.rollout_start()
+                for t in range(1, n_steps + 1 if hooks else 0):
+                    self.num_timesteps = before + stats.global_step - (n_steps - t) * self.n_envs
+                    answers = [hook.step() for hook in hooks]  # each is called, whatever the others return
+                    if not all(answers):
+                        goes_on = False
+                        break
+                self.num_timesteps = before + stats.global_step
+                for hook in hooks:
+                    hook.rollout_end()
+                self.logger.write(trainer.log)
+                if not goes_on:
+                    return
+
+    def _continue(self, trainer: Trainer) -> None:
+        """Give a new trainer what was learned so far, and take its policy for ours."""
+        models: dict[str, nn.Module] = {"policy": trainer.policy}
+        if trainer.reward_normalizer is not None:
+            models["rewards"] = trainer.reward_normalizer
+        for name, module in models.items():
+            with torch.no_grad():
+                saved = self._models[name].state_dict()
+                for key, value in module.state_dict().items():
+                    value.copy_(saved[key])
+        if self._state is not None:
+            trainer.update.load_state_dict(self._state.part("update"))
+        self._hold(trainer.spec, models, trainer.device)
+        self._trainings += 1
+
+    def _schedule(self, trainer: Trainer, before: int, total: int) -> None:
+        """Let coefficients follow the remaining progress of this program: 1 - steps / planned steps."""
+        schedules, planned = trainer.learner.schedules, before + total
+
+        def remaining(progress: float) -> float:
+            steps = before + self._steps_counted(round(progress * trainer.n_iterations))
+            return max(0.0, 1 - steps / planned)
+
+        for name, schedule in list(schedules.items()):
+            if (own := self._schedules.get(name)) is not None:
+                schedules[name] = functools.partial(_by_remaining, own, remaining)
+            else:
+                schedules[name] = functools.partial(_by_progress, schedule, remaining)
+
+    def _steps_counted(self, iteration: int) -> int:
+        """Return the steps that the schedules of iteration 0, 1, ... count: those of its own rollout too."""
+        return (iteration + 1) * self.config.batch_size
+
+    @contextlib.contextmanager
+    def _run_dir(self, name: str) -> Iterator[Path]:
+        """Give the folder of a training: the next one in tensorboard_log, else one that is removed afterwards."""
+        if self.tensorboard_log is None:
+            with tempfile.TemporaryDirectory(prefix="fastppo-") as folder:
+                yield Path(folder) / "run"
+            return
+        number = 1
+        while (self.tensorboard_log / f"{name}_{number}").exists():
+            number += 1
+        yield self.tensorboard_log / f"{name}_{number}"
+
+    # Files
+
+    def save(self, path: str | Path | IO[bytes], exclude: Any = None, include: Any = None) -> None:  # noqa: ANN401
+        """Save policy, normalisers, optimiser and settings into one zip; a name without an ending gets `.zip`.
+
+        Raises:
+            ConfigError: `exclude` or `include` is given, or the file can't be written.
+        """
+        if exclude is not None or include is not None:
+            raise ConfigError("save: exclude and include can't be honoured: the file holds no Python objects.")
+        about = {
+            "algorithm": type(self).__name__,
+            "settings": {name: str(v) if isinstance(v, Path) else v for name, v in self._settings.items()},
+            "n_envs": self.n_envs,
+            "schedules": sorted({*self._schedules, *self._lost}),
+            "num_timesteps": self.num_timesteps,
+            "trainings": self._trainings,
+            "verbose": self.verbose,
+            "tensorboard_log": None if self.tensorboard_log is None else str(self.tensorboard_log),
+        }
+        models: dict[str, Stateful] = dict(self._models)
+        files = model_files(snapshot(models), self._spec, {"global_step": self.num_timesteps})
+        files |= state_files(0, self._state or StateSnapshot({}, {}), about)
+        try:
+            write_archive(path, files)
+        except OSError as error:
+            raise ConfigError(f"save: {path} can't be written ({error.strerror or error}).") from None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | IO[bytes],
+        env: Any = None,  # noqa: ANN401 - what a script gives
+        device: Any = "auto",  # noqa: ANN401 - text or torch.device
+        custom_objects: Mapping[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,  # noqa: ANN401 - values of keywords
+    ) -> Self:
+        """Load what `save` wrote.
+
+        Args:
+            path: the file; `.zip` may be left out.
+            env: environment to go on training with; None: for predictions alone.
+            device: device of the policy.
+            custom_objects: new values of the constructor's keywords, such as a learning rate.
+            print_system_info: False.
+            force_reset: True: training begins with new episodes.
+            kwargs: as custom_objects.
+
+        Raises:
+            CheckpointError: there is no such file, or it holds something else.
+            ConfigError: an argument that can't be honoured.
+        """
+        if print_system_info or not force_reset:
+            name = "print_system_info=True" if print_system_info else "force_reset=False"
+            raise ConfigError(f"load: {name} can't be honoured; `fastppo doctor` prints the system.")
+        model = cls.__new__(cls)
+        with unpacked(path) as folder:
+            state, about = read_state(folder, 0) or (None, {})
+            if about.get("algorithm") != cls.__name__ or state is None:
+                raise CheckpointError(f"{path} holds a {about.get('algorithm')}, not a {cls.__name__}.")
+            chosen = choose_device(str(device))
+            model._restore(about, state, {**(custom_objects or {}), **kwargs}, chosen)
+            saved = load_policy(folder, device=str(chosen))
+            models: dict[str, nn.Module] = {"policy": saved.policy}
+            if model.config.normalize_rewards:
+                models["rewards"] = model._reward_normalizer(folder)
+        model._hold(saved.spec, models, chosen)
+        if env is not None:
+            model.set_env(env)
+        return model
+
+    def _restore(
+        self, about: Mapping[str, Any], state: StateSnapshot, changes: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """Set everything but the models from the content of a file and new values of keywords."""
+        settings, schedules, given = dict(about["settings"]), dict[str, Schedule](), set[str]()
+        settings["device"] = device.type
+        translations = {keyword.name: keyword.translate for keyword in self.profile.keywords}
+        for name, value in changes.items():
+            translation = translations.get(name)
+            if translation is None:
+                raise ConfigError(f"load: {name}={value!r} can't be changed; give another keyword of the constructor.")
+            for setting, new in translation(value).items():
+                settings[setting] = first_value(name, new) if callable(new) else new
+                schedules |= {setting: new} if callable(new) else {}
+                given.add(setting)
+        self._begin(settings, schedules, about["verbose"], about["tensorboard_log"])
+        self._state = state if state.values else None
+        self.num_timesteps, self._trainings = int(about["num_timesteps"]), int(about["trainings"])
+        self._lost = tuple(name for name in about["schedules"] if name not in given)
+        self.n_envs = int(about["n_envs"])
+        self.config = self._config_for(self.n_envs)
+
+    def _reward_normalizer(self, folder: Path) -> nn.Module:
+        normalizer = RewardNormalizer(self.n_envs, self.config.reward_clip)
+        load_model(folder, {"rewards": normalizer})
+        return normalizer
+
+
+def _by_remaining(schedule: Schedule, remaining: Callable[[float], float], progress: float) -> float:
+    return float(schedule(remaining(progress)))
+
+
+def _by_progress(schedule: Schedule, remaining: Callable[[float], float], progress: float) -> float:
+    return float(schedule(1 - remaining(progress)))
+
+
+def _signature(profile: Profile) -> inspect.Signature:
+    """Return the signature of a constructor with the profile's keywords, and fastppo's own after them."""
+    parameter = inspect.Parameter
+    theirs = [
+        parameter(
+            keyword.name,
+            parameter.POSITIONAL_OR_KEYWORD,
+            default=parameter.empty if keyword.name in ("policy", "env") else keyword.default,
+        )
+        for keyword in profile.keywords
+    ]
+    ours = [parameter(name, parameter.KEYWORD_ONLY, default=False) for name in ("normalize_obs", "normalize_rewards")]
+    return inspect.Signature([*theirs, *ours, parameter("settings", parameter.VAR_KEYWORD)])
