@@ -132,7 +132,7 @@ def _surrogate_figure() -> go.Figure:
         figure.add_scatter(x=[], y=[], mode="lines", line={"color": color}, name=name)
         marker = {"size": 6, "color": color, "opacity": 0.3}
         figure.add_scatter(x=[], y=[], mode="markers", marker=marker, name=f"rows, {name}")
-    figure.update_layout(title="Clipped objective by ratio")
+    figure.update_layout(title="Objective by ratio")
     figure.update_xaxes(title="ratio r")
     figure.update_yaxes(title="min(r A, clip(r) A) / |A|")
     return figure
