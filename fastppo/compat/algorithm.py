@@ -137,6 +137,11 @@ class Algorithm:
         register()  # a script may have imported stable-baselines3 since
         return None if self._source is None else self._source.venv
 
+    @property
+    def env(self) -> Any:  # noqa: ANN401 - a VecEnv of either program
+        """The environments, as `get_env` returns them."""
+        return self.get_env()
+
     def get_vec_normalize_env(self) -> Any:  # noqa: ANN401 - an object of stable-baselines3
         """Return the VecNormalize of stable-baselines3 around the environments; None if there is none."""
         return None if self._source is None else normalizer_of(self._source.venv)
@@ -268,7 +273,7 @@ class Algorithm:
             self._schedule(trainer, before, int(total_timesteps))
             self.num_timesteps = before
             for hook in hooks:
-                hook.start(self)
+                hook.start(self, before + int(total_timesteps))
             self._iterate(trainer, hooks)
         self._state, self.result = snapshot({"update": trainer.update}), trainer.result
         for hook in hooks:
@@ -404,7 +409,10 @@ class Algorithm:
             if about.get("algorithm") != cls.__name__ or state is None:
                 raise CheckpointError(f"{path} holds a {about.get('algorithm')}, not a {cls.__name__}.")
             chosen = choose_device(str(device))
-            model._restore(about, state, {**(custom_objects or {}), **kwargs}, chosen)
+            try:
+                model._restore(about, state, {**(custom_objects or {}), **kwargs}, chosen)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
             saved = load_policy(folder, device=str(chosen))
             models: dict[str, nn.Module] = {"policy": saved.policy}
             if model.config.normalize_rewards:

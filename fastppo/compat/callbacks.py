@@ -11,8 +11,8 @@ from fastppo.errors import ConfigError
 class Hooks(Protocol):
     """What `learn` calls."""
 
-    def start(self, model: Any) -> None:  # noqa: ANN401 - an algorithm
-        """Training begins."""
+    def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
+        """Training begins, until the model has taken `total_timesteps`."""
 
     def rollout_start(self) -> None:
         """An iteration begins."""
@@ -35,9 +35,9 @@ class FunctionHooks:
         self._function, self._locals = function, dict[str, Any]()
         self._due = False
 
-    def start(self, model: Any) -> None:  # noqa: ANN401 - an algorithm
-        """Keep the model, which the function finds as `locals["self"]`."""
-        self._locals = {"self": model}
+    def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
+        """Keep what the function finds in its locals."""
+        self._locals = {"self": model, "total_timesteps": total_timesteps}
 
     def rollout_start(self) -> None:
         """Make the function due."""
@@ -58,17 +58,17 @@ class FunctionHooks:
 class ObjectHooks:
     """An object with the methods of stable-baselines3's BaseCallback; those that it lacks aren't called.
 
-    Its `locals` hold the model as "self" alone: an iteration's steps are over when it is called.
+    Its `locals` hold the model, as "self", and "total_timesteps": an iteration's steps are over when it is called.
     """
 
     def __init__(self, callback: Any) -> None:  # noqa: ANN401 - an object with on_step
         """Call the methods of `callback`."""
         self._callback = callback
 
-    def start(self, model: Any) -> None:  # noqa: ANN401 - an algorithm
+    def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
         """Call `init_callback` and `on_training_start`."""
         self._call("init_callback", model)
-        self._call("on_training_start", {"self": model}, {})
+        self._call("on_training_start", {"self": model, "total_timesteps": total_timesteps}, {})
 
     def rollout_start(self) -> None:
         """Call `on_rollout_start`."""

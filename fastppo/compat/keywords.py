@@ -66,6 +66,9 @@ def translate(profile: Profile, given: Mapping[str, Any]) -> tuple[dict[str, Any
                 raise ConfigError(f"{name}={value!r} can't be honoured: {way}; or leave it out.")
         elif name not in with_setting and name not in _OF_THE_RUN:
             raise ConfigError(f"{name}={value!r} can't be honoured; leave it out.")
+    value_clip = given.get("clip_range_vf")
+    if isinstance(value_clip, (int, float)) and value_clip <= 0:
+        raise ConfigError(f"clip_range_vf={value_clip!r} must be positive; None switches value clipping off.")
     if given.get("schedule", "linear") not in ("linear", "constant"):
         raise ConfigError(f"schedule={given['schedule']!r} must be linear or constant.")
     settings = profile.translate({name: value for name, value in given.items() if name in with_setting})
@@ -124,7 +127,7 @@ def policy_settings(policy: Any, kwargs: Mapping[str, Any] | None, *, legacy: bo
         policy: its name, or the class of stable-baselines3.
         kwargs: `policy_kwargs`.
         legacy: whether they are stable-baselines': `layers`, `act_fun`, and a plain `net_arch` shares its layers.
-        recurrent: whether the algorithm needs a policy with memory; None of the others has one, except PPO2.
+        recurrent: whether the algorithm needs a policy with memory.
 
     Raises:
         ConfigError: another policy, or an argument that can't be honoured.

@@ -109,6 +109,13 @@ def test_other_files_are_refused(tmp_path):
         archive.writestr("a", "b")
     with pytest.raises(CheckpointError, match="was not saved by fastppo.compat"):
         PPO.load(tmp_path / "other")
+    with zipfile.ZipFile(tmp_path / "m.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data.replace(b'"trainings"', b'"nothing"'))
+    with pytest.raises(CheckpointError, match="changed can't be understood .KeyError: 'trainings'"):
+        PPO.load(tmp_path / "changed")
     with pytest.raises(ConfigError, match="save: exclude and include can't be honoured"):
         PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "x", exclude=["policy"])
 
