@@ -53,7 +53,6 @@ class Algorithm:
         verbose: 0: nothing is printed in training.
         tensorboard_log: folder of the runs; None: temporary ones.
         trainer: of the last `learn`, or of the one that runs; None before.
-        result: of the last `learn`; None before.
     """
 
     profile: ClassVar[Profile]
@@ -105,28 +104,35 @@ class Algorithm:
         self.action_space: Any = None
         self.logger = Logger()
         self.trainer: Trainer | None = None
-        self.result: Result | None = None
         self._source: EnvSource | None = None
         self._lost: tuple[str, ...] = ()  # schedules that a file can't hold
-        self._state: StateSnapshot | None = None  # of the last training's optimiser
+        self._loaded: StateSnapshot | None = None  # the optimiser's state, from a file
         self._spec: PolicySpec
         self._models: dict[str, nn.Module]
         self._saved: SavedPolicy
 
     # Environments
 
-    def _use(self, source: EnvSource) -> None:
-        """Train on `source` from now on."""
-        self._source, self.n_envs = source, source.n_envs
-        self.config = self._config_for(source.n_envs, source.env_id)
-        self._env_info = inspect_configured(self.config, source.make_env)
+    def _use(self, source: EnvSource, spec: PolicySpec | None = None) -> None:
+        """Train on `source` from now on; its spaces must be those of `spec`, if there is a policy already.
+
+        Raises:
+            ConfigError: other spaces, or no masks where the algorithm needs them.
+        """
+        config = self._config_for(source.n_envs, source.env_id)
+        info = inspect_configured(config, source.make_env)
+        if self.masks and not info.obs_spec.has_mask:
+            raise ConfigError(
+                f"{type(self).__name__} needs masks of allowed actions, but {info.name} gives none: give it a method "
+                "action_masks(), as sb3-contrib's ActionMasker does, or use PPO."
+            )
+        if spec is not None:
+            found = dataclasses.replace(spec, obs=info.obs_spec, action=info.action_spec)
+            if differing := found.differences(spec):
+                raise ConfigError(f"set_env: the policy is for another environment: {'; '.join(differing)}.")
+        self._source, self.n_envs, self.config, self._env_info = source, source.n_envs, config, info
         venv = source.venv
         self.observation_space, self.action_space = venv.observation_space, venv.action_space
-        if self.masks and not self._env_info.obs_spec.has_mask:
-            raise ConfigError(
-                f"{type(self).__name__} needs masks of allowed actions, but {self._env_info.name} gives none: give it "
-                "a method action_masks(), as sb3-contrib's ActionMasker does, or use PPO."
-            )
 
     def _config_for(self, n_envs: int, env_id: str | None = None) -> Config:
         settings = whole_minibatches(self._settings, n_envs) | {"n_envs": n_envs}
@@ -154,15 +160,7 @@ class Algorithm:
         """
         if not force_reset:
             raise ConfigError("force_reset=False can't be honoured: training begins with new episodes; leave it out.")
-        spec, policy = self._spec, self._saved
-        before = self._source
-        self._use(env_source(env))
-        found = dataclasses.replace(spec, obs=self._env_info.obs_spec, action=self._env_info.action_spec)
-        if differing := found.differences(spec):
-            if before is not None:
-                self._use(before)
-            raise ConfigError(f"set_env: the policy is for another environment: {'; '.join(differing)}.")
-        self._saved = policy
+        self._use(env_source(env), self._spec)
 
     # The policy
 
@@ -258,7 +256,7 @@ class Algorithm:
                 "load(path, env=env, custom_objects={...}), under its name in the constructor."
             )
         batch, hooks = self.config.batch_size, hooks_of(callback)
-        before = 0 if reset_num_timesteps else self.num_timesteps
+        before, learned = 0 if reset_num_timesteps else self.num_timesteps, self._optimizer_state()
         with self._run_dir(tb_log_name or type(self).__name__) as run_dir:
             config = dataclasses.replace(
                 self.config,
@@ -269,13 +267,12 @@ class Algorithm:
             )
             trainer = Trainer(config, self._source.make_env, progress=bool(self.verbose or progress_bar))
             self.trainer = trainer
-            self._continue(trainer)
+            self._continue(trainer, learned)
             self._schedule(trainer, before, int(total_timesteps))
             self.num_timesteps = before
             for hook in hooks:
                 hook.start(self, before + int(total_timesteps))
             self._iterate(trainer, hooks)
-        self._state, self.result = snapshot({"update": trainer.update}), trainer.result
         for hook in hooks:
             hook.end()
         return self
@@ -285,23 +282,30 @@ class Algorithm:
         before, n_steps = self.num_timesteps, self.config.batch_size // self.n_envs
         with contextlib.closing(cast("Generator[Stats]", trainer.iterations())) as iterations:
             for stats in iterations:
-                goes_on = True
                 for hook in hooks:
                     hook.rollout_start()
+                answers = [True]
                 for t in range(1, n_steps + 1 if hooks else 0):
                     self.num_timesteps = before + stats.global_step - (n_steps - t) * self.n_envs
                     answers = [hook.step() for hook in hooks]  # each is called, whatever the others return
                     if not all(answers):
-                        goes_on = False
                         break
                 self.num_timesteps = before + stats.global_step
-                for hook in hooks:
-                    hook.rollout_end()
+                answers += [hook.rollout_end() for hook in hooks]
                 self.logger.write(trainer.log)
-                if not goes_on:
+                if not all(answers):
                     return
 
-    def _continue(self, trainer: Trainer) -> None:
+    @property
+    def result(self) -> Result | None:
+        """The result of the last `learn`; None before its end."""
+        return None if self.trainer is None else self.trainer.result
+
+    def _optimizer_state(self) -> StateSnapshot | None:
+        """Return the state of the optimiser as it is now; None before any training."""
+        return self._loaded if self.trainer is None else snapshot({"update": self.trainer.update})
+
+    def _continue(self, trainer: Trainer, learned: StateSnapshot | None) -> None:
         """Give a new trainer what was learned so far, and take its policy for ours."""
         models: dict[str, nn.Module] = {"policy": trainer.policy}
         if trainer.reward_normalizer is not None:
@@ -311,8 +315,8 @@ class Algorithm:
                 saved = self._models[name].state_dict()
                 for key, value in module.state_dict().items():
                     value.copy_(saved[key])
-        if self._state is not None:
-            trainer.update.load_state_dict(self._state.part("update"))
+        if learned is not None:
+            trainer.update.load_state_dict(learned.part("update"))
         self._hold(trainer.spec, models, trainer.device)
         self._trainings += 1
 
@@ -368,7 +372,7 @@ class Algorithm:
         }
         models: dict[str, Stateful] = dict(self._models)
         files = model_files(snapshot(models), self._spec, {"global_step": self.num_timesteps})
-        files |= state_files(0, self._state or StateSnapshot({}, {}), about)
+        files |= state_files(0, self._optimizer_state() or StateSnapshot({}, {}), about)
         try:
             write_archive(path, files)
         except OSError as error:
@@ -438,7 +442,7 @@ class Algorithm:
                 schedules |= {setting: new} if callable(new) else {}
                 given.add(setting)
         self._begin(settings, schedules, about["verbose"], about["tensorboard_log"])
-        self._state = state if state.values else None
+        self._loaded = state if state.values else None
         self.num_timesteps, self._trainings = int(about["num_timesteps"]), int(about["trainings"])
         self._lost = tuple(name for name in about["schedules"] if name not in given)
         self.n_envs = int(about["n_envs"])

@@ -45,6 +45,21 @@ def test_a_model_comes_back_bit_for_bit_and_trains_on_as_the_original(name, tmp_
     assert equal(weights(model), weights(loaded)), "weights, normalisers and Adam all came back"
 
 
+def test_a_file_written_in_training_holds_that_moment(tmp_path):
+    """Against a training that ends there: two iterations with a constant learning rate are the same either way."""
+
+    def save(locals_, _):
+        locals_["self"].save(tmp_path / str(locals_["self"].num_timesteps))
+
+    PPO("MlpPolicy", "CartPole-v1", **SMALL).learn(96, save)
+    shorter = PPO("MlpPolicy", "CartPole-v1", **SMALL).learn(64)
+    shorter.save(tmp_path / "shorter")
+    files = [PPO.load(tmp_path / name, env="CartPole-v1") for name in ("64", "shorter")]
+    for name, tensor in files[0]._loaded.part("update").items():
+        assert torch.equal(tensor, files[1]._loaded.part("update")[name]), name
+    assert equal(*map(weights, files))
+
+
 def test_an_untrained_model_is_saved_and_loaded(tmp_path):
     model = PPO("MlpPolicy", "CartPole-v1", **SMALL)
     model.save(tmp_path / "m.zip")

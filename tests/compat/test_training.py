@@ -171,12 +171,12 @@ def test_the_schedule_of_ppo1_moves_learning_rate_and_clip_range():
 def test_training_goes_on_with_optimiser_and_normalisers():
     model = PPO("MlpPolicy", "Pendulum-v1", **SMALL, normalize_obs=True, normalize_rewards=True)
     model.learn(64)
-    moments, state = model.policy.encoder.normalizer, model._state.part("update")
+    moments, state = model.policy.encoder.normalizer, model.trainer.update.state_dict()
     assert (float(moments.count), model.num_timesteps) == (64, 64)
     before = weights(model)
     model.learn(32, reset_num_timesteps=False)
     assert (float(model.policy.encoder.normalizer.count), model.num_timesteps) == (96, 96)
-    after = model._state.part("update")
+    after = model.trainer.update.state_dict()
     steps = [np.log(float(part["left1"])) / np.log(0.9) for part in (state, after)]
     assert steps == pytest.approx([8, 12]), "Adam's steps go on: 2 epochs of 2 minibatches"
     assert not equal(before, weights(model))
