@@ -21,7 +21,14 @@ from fastppo.builders.resolve import resolve_config
 from fastppo.compat.archive import unpacked, write_archive
 from fastppo.compat.callbacks import Hooks, Logger, hooks_of
 from fastppo.compat.envs import EnvSource, env_source, normalizer_of, register
-from fastppo.compat.keywords import Schedule, check_settings, first_value, policy_settings, translate, whole_minibatches
+from fastppo.compat.keywords import (
+    Schedule,
+    check_settings,
+    policy_settings,
+    translate,
+    whole_minibatches,
+    without_functions,
+)
 from fastppo.config import Config
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.saved_policy import SavedPolicy, load_policy
@@ -60,6 +67,7 @@ class Algorithm:
     legacy: ClassVar[bool] = False  # whether it is stable-baselines', on TensorFlow
     masks: ClassVar[bool] = False  # whether it uses masks of allowed actions
     __signature__: ClassVar[inspect.Signature]
+    _functions: tuple[str, ...]  # keywords whose value is a function
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - as in any class
         """Give the constructor the signature of the profile's keywords."""
@@ -86,18 +94,19 @@ class Algorithm:
         own, env = keywords.pop("settings"), keywords.pop("env")
         normalize = {name: keywords.pop(name) for name in ("normalize_obs", "normalize_rewards")}
         policy, policy_kwargs = keywords["policy"], keywords["policy_kwargs"]
-        settings, schedules = translate(self.profile, keywords)
+        settings = translate(self.profile, keywords)
         settings |= policy_settings(policy, policy_kwargs, legacy=self.legacy, recurrent=self.recurrent) | normalize
         check_settings(own, settings)
         settings |= {"action_masks": "auto" if self.masks else "off", "resume_envs": "restart"} | own
         seed = keywords["seed"]
         settings["seed"] = secrets.randbits(31) if seed is None else int(seed)
-        self._begin(settings, schedules, keywords["verbose"], keywords["tensorboard_log"])
+        self._begin(settings, keywords["verbose"], keywords["tensorboard_log"])
+        self._functions = tuple(name for name, value in keywords.items() if callable(value) and name != "policy")
         self._use(env_source(env))
         self._build()
 
-    def _begin(self, settings: dict[str, Any], schedules: dict[str, Schedule], verbose: int, log: Any) -> None:  # noqa: ANN401
-        self._settings, self._schedules = settings, schedules
+    def _begin(self, settings: dict[str, Any], verbose: int, log: Any) -> None:  # noqa: ANN401 - a path, or None
+        self._settings, self._schedules = without_functions(settings)
         self.verbose, self.tensorboard_log = verbose, None if log is None else Path(log)
         self.num_timesteps, self._trainings = 0, 0
         self.observation_space: Any = None
@@ -105,7 +114,7 @@ class Algorithm:
         self.logger = Logger()
         self.trainer: Trainer | None = None
         self._source: EnvSource | None = None
-        self._lost: tuple[str, ...] = ()  # schedules that a file can't hold
+        self._lost: tuple[str, ...] = ()  # keywords that followed a function, which a file couldn't hold
         self._loaded: StateSnapshot | None = None  # the optimiser's state, from a file
         self._spec: PolicySpec
         self._models: dict[str, nn.Module]
@@ -253,7 +262,7 @@ class Algorithm:
         if self._lost:
             raise ConfigError(
                 f"{', '.join(self._lost)} followed a function, which a file can't hold: give it again by "
-                "load(path, env=env, custom_objects={...}), under its name in the constructor."
+                f"load(path, env=env, {self._lost[0]}=...)."
             )
         batch, hooks = self.config.batch_size, hooks_of(callback)
         before, learned = 0 if reset_num_timesteps else self.num_timesteps, self._optimizer_state()
@@ -364,7 +373,7 @@ class Algorithm:
             "algorithm": type(self).__name__,
             "settings": {name: str(v) if isinstance(v, Path) else v for name, v in self._settings.items()},
             "n_envs": self.n_envs,
-            "schedules": sorted({*self._schedules, *self._lost}),
+            "functions": self._functions,
             "num_timesteps": self.num_timesteps,
             "trainings": self._trainings,
             "verbose": self.verbose,
@@ -404,9 +413,10 @@ class Algorithm:
             CheckpointError: there is no such file, or it holds something else.
             ConfigError: an argument that can't be honoured.
         """
-        if print_system_info or not force_reset:
-            name = "print_system_info=True" if print_system_info else "force_reset=False"
-            raise ConfigError(f"load: {name} can't be honoured; `fastppo doctor` prints the system.")
+        if print_system_info:
+            raise ConfigError("load: print_system_info=True can't be honoured; `fastppo doctor` prints the system.")
+        if not force_reset:
+            raise ConfigError("load: force_reset=False can't be honoured: training begins with new episodes.")
         model = cls.__new__(cls)
         with unpacked(path) as folder:
             state, about = read_state(folder, 0) or (None, {})
@@ -430,21 +440,18 @@ class Algorithm:
         self, about: Mapping[str, Any], state: StateSnapshot, changes: Mapping[str, Any], device: torch.device
     ) -> None:
         """Set everything but the models from the content of a file and new values of keywords."""
-        settings, schedules, given = dict(about["settings"]), dict[str, Schedule](), set[str]()
-        settings["device"] = device.type
+        settings = dict(about["settings"]) | {"device": device.type}
         translations = {keyword.name: keyword.translate for keyword in self.profile.keywords}
         for name, value in changes.items():
             translation = translations.get(name)
             if translation is None:
                 raise ConfigError(f"load: {name}={value!r} can't be changed; give another keyword of the constructor.")
-            for setting, new in translation(value).items():
-                settings[setting] = first_value(name, new) if callable(new) else new
-                schedules |= {setting: new} if callable(new) else {}
-                given.add(setting)
-        self._begin(settings, schedules, about["verbose"], about["tensorboard_log"])
+            settings |= translation(value)
+        self._begin(settings, about["verbose"], about["tensorboard_log"])
         self._loaded = state if state.values else None
         self.num_timesteps, self._trainings = int(about["num_timesteps"]), int(about["trainings"])
-        self._lost = tuple(name for name in about["schedules"] if name not in given)
+        self._lost = tuple(name for name in about["functions"] if name not in changes)
+        self._functions = (*self._lost, *(name for name, value in changes.items() if callable(value)))
         self.n_envs = int(about["n_envs"])
         self.config = self._config_for(self.n_envs)
 

@@ -100,6 +100,21 @@ def test_a_function_must_be_given_again(tmp_path):
         PPO.load(tmp_path / "m", env="CartPole-v1", custom_objects={"learning_rate": again}).learn(32)
 
 
+def test_the_value_clip_of_ppo2_follows_a_function_given_again(tmp_path):
+    small = FAST | {"n_steps": 32, "noptepochs": 1, "seed": 1}
+    PPO2("MlpPolicy", "CartPole-v1", **small, cliprange=lambda left: 0.2 * left).save(tmp_path / "m")
+    model = PPO2.load(tmp_path / "m", env="CartPole-v1")
+    with pytest.raises(ConfigError, match=r"cliprange followed a function, .* load\(path, env=env, cliprange=...\)"):
+        model.learn(32)
+    model = PPO2.load(tmp_path / "m", env="CartPole-v1", cliprange=lambda left: 0.3 * left)
+    for _ in range(2):  # the second time from a file of its own
+        model.learn(64)
+        values = model.trainer.learner.coef_values
+        assert values["clip_coef"] == values["value_clip_coef"] == pytest.approx(0.15)
+        model.save(tmp_path / "again")
+        model = PPO2.load(tmp_path / "again", env="CartPole-v1", cliprange=lambda left: 0.3 * left)
+
+
 def test_keywords_may_change_on_loading(tmp_path):
     PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "m")
     loaded = PPO.load(tmp_path / "m", env=make_vec_env("CartPole-v1", 4), n_epochs=1, vf_coef=0.25)
