@@ -24,6 +24,7 @@ LONG = (
     "test_report.py",
     "runtime/test_graphs.py",
     "test_builders.py",
+    "compat/test_scripts.py",
 )
 
 # Whole trainings and every command of the docs, which --quick leaves out

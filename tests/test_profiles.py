@@ -1,6 +1,7 @@
 """Profiles: other programs' defaults as settings, what each of their keywords changes, and the command that prints."""
 
 import dataclasses
+import inspect
 from typing import get_args
 
 import pytest
@@ -103,7 +104,6 @@ def test_a_keyword_changes_its_settings_and_no_other(name, keyword, value, expec
 
 
 def test_the_defaults_of_stable_baselines3_are_those_of_its_constructor():
-    inspect = pytest.importorskip("inspect")
     algorithm = pytest.importorskip("stable_baselines3").PPO
     parameters = inspect.signature(algorithm.__init__).parameters
     theirs = {name: p.default for name, p in parameters.items() if p.default is not inspect.Parameter.empty}

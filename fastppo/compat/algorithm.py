@@ -21,7 +21,14 @@ from fastppo.builders.resolve import resolve_config
 from fastppo.compat.archive import unpacked, write_archive
 from fastppo.compat.callbacks import Hooks, Logger, hooks_of
 from fastppo.compat.envs import EnvSource, env_source, normalizer_of, register
-from fastppo.compat.keywords import Schedule, check_settings, first_value, policy_settings, translate, whole_minibatches
+from fastppo.compat.keywords import (
+    Schedule,
+    check_settings,
+    policy_settings,
+    translate,
+    whole_minibatches,
+    without_functions,
+)
 from fastppo.config import Config
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.saved_policy import SavedPolicy, load_policy
@@ -53,7 +60,6 @@ class Algorithm:
         verbose: 0: nothing is printed in training.
         tensorboard_log: folder of the runs; None: temporary ones.
         trainer: of the last `learn`, or of the one that runs; None before.
-        result: of the last `learn`; None before.
     """
 
     profile: ClassVar[Profile]
@@ -61,6 +67,7 @@ class Algorithm:
     legacy: ClassVar[bool] = False  # whether it is stable-baselines', on TensorFlow
     masks: ClassVar[bool] = False  # whether it uses masks of allowed actions
     __signature__: ClassVar[inspect.Signature]
+    _functions: tuple[str, ...]  # keywords whose value is a function
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - as in any class
         """Give the constructor the signature of the profile's keywords."""
@@ -87,46 +94,54 @@ class Algorithm:
         own, env = keywords.pop("settings"), keywords.pop("env")
         normalize = {name: keywords.pop(name) for name in ("normalize_obs", "normalize_rewards")}
         policy, policy_kwargs = keywords["policy"], keywords["policy_kwargs"]
-        settings, schedules = translate(self.profile, keywords)
+        settings = translate(self.profile, keywords)
         settings |= policy_settings(policy, policy_kwargs, legacy=self.legacy, recurrent=self.recurrent) | normalize
         check_settings(own, settings)
         settings |= {"action_masks": "auto" if self.masks else "off", "resume_envs": "restart"} | own
         seed = keywords["seed"]
         settings["seed"] = secrets.randbits(31) if seed is None else int(seed)
-        self._begin(settings, schedules, keywords["verbose"], keywords["tensorboard_log"])
+        self._begin(settings, keywords["verbose"], keywords["tensorboard_log"])
+        self._functions = tuple(name for name, value in keywords.items() if callable(value) and name != "policy")
         self._use(env_source(env))
         self._build()
 
-    def _begin(self, settings: dict[str, Any], schedules: dict[str, Schedule], verbose: int, log: Any) -> None:  # noqa: ANN401
-        self._settings, self._schedules = settings, schedules
+    def _begin(self, settings: dict[str, Any], verbose: int, log: Any) -> None:  # noqa: ANN401 - a path, or None
+        self._settings, self._schedules = without_functions(settings)
         self.verbose, self.tensorboard_log = verbose, None if log is None else Path(log)
         self.num_timesteps, self._trainings = 0, 0
         self.observation_space: Any = None
         self.action_space: Any = None
         self.logger = Logger()
         self.trainer: Trainer | None = None
-        self.result: Result | None = None
         self._source: EnvSource | None = None
-        self._lost: tuple[str, ...] = ()  # schedules that a file can't hold
-        self._state: StateSnapshot | None = None  # of the last training's optimiser
+        self._lost: tuple[str, ...] = ()  # keywords that followed a function, which a file couldn't hold
+        self._loaded: StateSnapshot | None = None  # the optimiser's state, from a file
         self._spec: PolicySpec
         self._models: dict[str, nn.Module]
         self._saved: SavedPolicy
 
     # Environments
 
-    def _use(self, source: EnvSource) -> None:
-        """Train on `source` from now on."""
-        self._source, self.n_envs = source, source.n_envs
-        self.config = self._config_for(source.n_envs, source.env_id)
-        self._env_info = inspect_configured(self.config, source.make_env)
+    def _use(self, source: EnvSource, spec: PolicySpec | None = None) -> None:
+        """Train on `source` from now on; its spaces must be those of `spec`, if there is a policy already.
+
+        Raises:
+            ConfigError: other spaces, or no masks where the algorithm needs them.
+        """
+        config = self._config_for(source.n_envs, source.env_id)
+        info = inspect_configured(config, source.make_env)
+        if self.masks and not info.obs_spec.has_mask:
+            raise ConfigError(
+                f"{type(self).__name__} needs masks of allowed actions, but {info.name} gives none: give it a method "
+                "action_masks(), as sb3-contrib's ActionMasker does, or use PPO."
+            )
+        if spec is not None:
+            found = dataclasses.replace(spec, obs=info.obs_spec, action=info.action_spec)
+            if differing := found.differences(spec):
+                raise ConfigError(f"set_env: the policy is for another environment: {'; '.join(differing)}.")
+        self._source, self.n_envs, self.config, self._env_info = source, source.n_envs, config, info
         venv = source.venv
         self.observation_space, self.action_space = venv.observation_space, venv.action_space
-        if self.masks and not self._env_info.obs_spec.has_mask:
-            raise ConfigError(
-                f"{type(self).__name__} needs masks of allowed actions, but {self._env_info.name} gives none: give it "
-                "a method action_masks(), as sb3-contrib's ActionMasker does, or use PPO."
-            )
 
     def _config_for(self, n_envs: int, env_id: str | None = None) -> Config:
         settings = whole_minibatches(self._settings, n_envs) | {"n_envs": n_envs}
@@ -136,6 +151,11 @@ class Algorithm:
         """Return the environments as a VecEnv, whose step returns observations, rewards, dones and infos; or None."""
         register()  # a script may have imported stable-baselines3 since
         return None if self._source is None else self._source.venv
+
+    @property
+    def env(self) -> Any:  # noqa: ANN401 - a VecEnv of either program
+        """The environments, as `get_env` returns them."""
+        return self.get_env()
 
     def get_vec_normalize_env(self) -> Any:  # noqa: ANN401 - an object of stable-baselines3
         """Return the VecNormalize of stable-baselines3 around the environments; None if there is none."""
@@ -149,15 +169,7 @@ class Algorithm:
         """
         if not force_reset:
             raise ConfigError("force_reset=False can't be honoured: training begins with new episodes; leave it out.")
-        spec, policy = self._spec, self._saved
-        before = self._source
-        self._use(env_source(env))
-        found = dataclasses.replace(spec, obs=self._env_info.obs_spec, action=self._env_info.action_spec)
-        if differing := found.differences(spec):
-            if before is not None:
-                self._use(before)
-            raise ConfigError(f"set_env: the policy is for another environment: {'; '.join(differing)}.")
-        self._saved = policy
+        self._use(env_source(env), self._spec)
 
     # The policy
 
@@ -250,10 +262,10 @@ class Algorithm:
         if self._lost:
             raise ConfigError(
                 f"{', '.join(self._lost)} followed a function, which a file can't hold: give it again by "
-                "load(path, env=env, custom_objects={...}), under its name in the constructor."
+                f"load(path, env=env, {self._lost[0]}=...)."
             )
         batch, hooks = self.config.batch_size, hooks_of(callback)
-        before = 0 if reset_num_timesteps else self.num_timesteps
+        before, learned = 0 if reset_num_timesteps else self.num_timesteps, self._optimizer_state()
         with self._run_dir(tb_log_name or type(self).__name__) as run_dir:
             config = dataclasses.replace(
                 self.config,
@@ -264,13 +276,12 @@ class Algorithm:
             )
             trainer = Trainer(config, self._source.make_env, progress=bool(self.verbose or progress_bar))
             self.trainer = trainer
-            self._continue(trainer)
+            self._continue(trainer, learned)
             self._schedule(trainer, before, int(total_timesteps))
             self.num_timesteps = before
             for hook in hooks:
-                hook.start(self)
+                hook.start(self, before + int(total_timesteps))
             self._iterate(trainer, hooks)
-        self._state, self.result = snapshot({"update": trainer.update}), trainer.result
         for hook in hooks:
             hook.end()
         return self
@@ -280,23 +291,30 @@ class Algorithm:
         before, n_steps = self.num_timesteps, self.config.batch_size // self.n_envs
         with contextlib.closing(cast("Generator[Stats]", trainer.iterations())) as iterations:
             for stats in iterations:
-                goes_on = True
                 for hook in hooks:
                     hook.rollout_start()
+                answers = [True]
                 for t in range(1, n_steps + 1 if hooks else 0):
                     self.num_timesteps = before + stats.global_step - (n_steps - t) * self.n_envs
                     answers = [hook.step() for hook in hooks]  # each is called, whatever the others return
                     if not all(answers):
-                        goes_on = False
                         break
                 self.num_timesteps = before + stats.global_step
-                for hook in hooks:
-                    hook.rollout_end()
+                answers += [hook.rollout_end() for hook in hooks]
                 self.logger.write(trainer.log)
-                if not goes_on:
+                if not all(answers):
                     return
 
-    def _continue(self, trainer: Trainer) -> None:
+    @property
+    def result(self) -> Result | None:
+        """The result of the last `learn`; None before its end."""
+        return None if self.trainer is None else self.trainer.result
+
+    def _optimizer_state(self) -> StateSnapshot | None:
+        """Return the state of the optimiser as it is now; None before any training."""
+        return self._loaded if self.trainer is None else snapshot({"update": self.trainer.update})
+
+    def _continue(self, trainer: Trainer, learned: StateSnapshot | None) -> None:
         """Give a new trainer what was learned so far, and take its policy for ours."""
         models: dict[str, nn.Module] = {"policy": trainer.policy}
         if trainer.reward_normalizer is not None:
@@ -306,8 +324,8 @@ class Algorithm:
                 saved = self._models[name].state_dict()
                 for key, value in module.state_dict().items():
                     value.copy_(saved[key])
-        if self._state is not None:
-            trainer.update.load_state_dict(self._state.part("update"))
+        if learned is not None:
+            trainer.update.load_state_dict(learned.part("update"))
         self._hold(trainer.spec, models, trainer.device)
         self._trainings += 1
 
@@ -355,7 +373,7 @@ class Algorithm:
             "algorithm": type(self).__name__,
             "settings": {name: str(v) if isinstance(v, Path) else v for name, v in self._settings.items()},
             "n_envs": self.n_envs,
-            "schedules": sorted({*self._schedules, *self._lost}),
+            "functions": self._functions,
             "num_timesteps": self.num_timesteps,
             "trainings": self._trainings,
             "verbose": self.verbose,
@@ -363,7 +381,7 @@ class Algorithm:
         }
         models: dict[str, Stateful] = dict(self._models)
         files = model_files(snapshot(models), self._spec, {"global_step": self.num_timesteps})
-        files |= state_files(0, self._state or StateSnapshot({}, {}), about)
+        files |= state_files(0, self._optimizer_state() or StateSnapshot({}, {}), about)
         try:
             write_archive(path, files)
         except OSError as error:
@@ -395,16 +413,20 @@ class Algorithm:
             CheckpointError: there is no such file, or it holds something else.
             ConfigError: an argument that can't be honoured.
         """
-        if print_system_info or not force_reset:
-            name = "print_system_info=True" if print_system_info else "force_reset=False"
-            raise ConfigError(f"load: {name} can't be honoured; `fastppo doctor` prints the system.")
+        if print_system_info:
+            raise ConfigError("load: print_system_info=True can't be honoured; `fastppo doctor` prints the system.")
+        if not force_reset:
+            raise ConfigError("load: force_reset=False can't be honoured: training begins with new episodes.")
         model = cls.__new__(cls)
         with unpacked(path) as folder:
             state, about = read_state(folder, 0) or (None, {})
             if about.get("algorithm") != cls.__name__ or state is None:
                 raise CheckpointError(f"{path} holds a {about.get('algorithm')}, not a {cls.__name__}.")
             chosen = choose_device(str(device))
-            model._restore(about, state, {**(custom_objects or {}), **kwargs}, chosen)
+            try:
+                model._restore(about, state, {**(custom_objects or {}), **kwargs}, chosen)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
             saved = load_policy(folder, device=str(chosen))
             models: dict[str, nn.Module] = {"policy": saved.policy}
             if model.config.normalize_rewards:
@@ -418,21 +440,18 @@ class Algorithm:
         self, about: Mapping[str, Any], state: StateSnapshot, changes: Mapping[str, Any], device: torch.device
     ) -> None:
         """Set everything but the models from the content of a file and new values of keywords."""
-        settings, schedules, given = dict(about["settings"]), dict[str, Schedule](), set[str]()
-        settings["device"] = device.type
+        settings = dict(about["settings"]) | {"device": device.type}
         translations = {keyword.name: keyword.translate for keyword in self.profile.keywords}
         for name, value in changes.items():
             translation = translations.get(name)
             if translation is None:
                 raise ConfigError(f"load: {name}={value!r} can't be changed; give another keyword of the constructor.")
-            for setting, new in translation(value).items():
-                settings[setting] = first_value(name, new) if callable(new) else new
-                schedules |= {setting: new} if callable(new) else {}
-                given.add(setting)
-        self._begin(settings, schedules, about["verbose"], about["tensorboard_log"])
-        self._state = state if state.values else None
+            settings |= translation(value)
+        self._begin(settings, about["verbose"], about["tensorboard_log"])
+        self._loaded = state if state.values else None
         self.num_timesteps, self._trainings = int(about["num_timesteps"]), int(about["trainings"])
-        self._lost = tuple(name for name in about["schedules"] if name not in given)
+        self._lost = tuple(name for name in about["functions"] if name not in changes)
+        self._functions = (*self._lost, *(name for name, value in changes.items() if callable(value)))
         self.n_envs = int(about["n_envs"])
         self.config = self._config_for(self.n_envs)
 

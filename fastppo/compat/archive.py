@@ -12,6 +12,7 @@ from typing import IO, Any
 from fastppo.errors import CheckpointError
 
 _MODEL = "model.json"
+_FILES = (_MODEL, "model.safetensors", "state-0.json", "state-0.safetensors")
 
 
 def named(path: Any) -> Any:  # noqa: ANN401 - a path or an open file
@@ -61,9 +62,9 @@ def unpacked(path: str | Path | IO[bytes]) -> Iterator[Path]:
                 raise CheckpointError(
                     f"{target} was saved by stable-baselines3, whose files hold pickles; train here and save again."
                 )
-            if _MODEL not in names:
-                raise CheckpointError(f"{target} was not saved by fastppo.compat ({_MODEL} is missing).")
-            archive.extractall(folder)
+            if missing := [name for name in _FILES if name not in names]:
+                raise CheckpointError(f"{target} was not saved by fastppo.compat ({missing[0]} is missing).")
+            archive.extractall(folder, _FILES)
             yield Path(folder)
     except FileNotFoundError:
         raise CheckpointError(f"load: there is no file {target}.") from None

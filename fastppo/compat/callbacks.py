@@ -11,8 +11,8 @@ from fastppo.errors import ConfigError
 class Hooks(Protocol):
     """What `learn` calls."""
 
-    def start(self, model: Any) -> None:  # noqa: ANN401 - an algorithm
-        """Training begins."""
+    def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
+        """Training begins, until the model has taken `total_timesteps`."""
 
     def rollout_start(self) -> None:
         """An iteration begins."""
@@ -20,8 +20,8 @@ class Hooks(Protocol):
     def step(self) -> bool:
         """One step of all environments was taken; False stops training after this iteration."""
 
-    def rollout_end(self) -> None:
-        """An iteration is complete."""
+    def rollout_end(self) -> bool:
+        """An iteration is complete; False stops training."""
 
     def end(self) -> None:
         """Training has ended."""
@@ -33,23 +33,21 @@ class FunctionHooks:
     def __init__(self, function: Callable[[dict[str, Any], dict[str, Any]], Any]) -> None:
         """Call `function`."""
         self._function, self._locals = function, dict[str, Any]()
-        self._due = False
 
-    def start(self, model: Any) -> None:  # noqa: ANN401 - an algorithm
-        """Keep the model, which the function finds as `locals["self"]`."""
-        self._locals = {"self": model}
+    def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
+        """Keep what the function finds in its locals."""
+        self._locals = {"self": model, "total_timesteps": total_timesteps}
 
     def rollout_start(self) -> None:
-        """Make the function due."""
-        self._due = True
+        """Do nothing."""
 
     def step(self) -> bool:
-        """Call the function, at the first step after an iteration."""
-        due, self._due = self._due, False
-        return not due or self._function(self._locals, {}) is not False
-
-    def rollout_end(self) -> None:
         """Do nothing."""
+        return True
+
+    def rollout_end(self) -> bool:
+        """Call the function."""
+        return self._function(self._locals, {}) is not False
 
     def end(self) -> None:
         """Do nothing."""
@@ -58,17 +56,17 @@ class FunctionHooks:
 class ObjectHooks:
     """An object with the methods of stable-baselines3's BaseCallback; those that it lacks aren't called.
 
-    Its `locals` hold the model as "self" alone: an iteration's steps are over when it is called.
+    Its `locals` hold the model, as "self", and "total_timesteps": an iteration's steps are over when it is called.
     """
 
     def __init__(self, callback: Any) -> None:  # noqa: ANN401 - an object with on_step
         """Call the methods of `callback`."""
         self._callback = callback
 
-    def start(self, model: Any) -> None:  # noqa: ANN401 - an algorithm
+    def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
         """Call `init_callback` and `on_training_start`."""
         self._call("init_callback", model)
-        self._call("on_training_start", {"self": model}, {})
+        self._call("on_training_start", {"self": model, "total_timesteps": total_timesteps}, {})
 
     def rollout_start(self) -> None:
         """Call `on_rollout_start`."""
@@ -78,9 +76,10 @@ class ObjectHooks:
         """Call `on_step`."""
         return self._call("on_step") is not False
 
-    def rollout_end(self) -> None:
-        """Call `on_rollout_end`."""
+    def rollout_end(self) -> bool:
+        """Call `on_rollout_end`, whose answer doesn't count."""
         self._call("on_rollout_end")
+        return True
 
     def end(self) -> None:
         """Call `on_training_end`."""

@@ -46,10 +46,8 @@ _ACTIVATIONS = ("tanh", "relu", "elu", "gelu", "silu")
 _OWN_NETWORK = "give fastppo.Trainer your own network"
 
 
-def translate(profile: Profile, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
-    """Return the settings for a constructor's keywords, and the functions among them by the setting they schedule.
-
-    A setting that a function schedules holds its first value.
+def translate(profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings for a constructor's keywords; those that follow a function hold the function.
 
     Args:
         profile: of the program.
@@ -66,21 +64,28 @@ def translate(profile: Profile, given: Mapping[str, Any]) -> tuple[dict[str, Any
                 raise ConfigError(f"{name}={value!r} can't be honoured: {way}; or leave it out.")
         elif name not in with_setting and name not in _OF_THE_RUN:
             raise ConfigError(f"{name}={value!r} can't be honoured; leave it out.")
+    value_clip = given.get("clip_range_vf")
+    if isinstance(value_clip, (int, float)) and value_clip <= 0:
+        raise ConfigError(f"clip_range_vf={value_clip!r} must be positive; None switches value clipping off.")
     if given.get("schedule", "linear") not in ("linear", "constant"):
         raise ConfigError(f"schedule={given['schedule']!r} must be linear or constant.")
-    settings = profile.translate({name: value for name, value in given.items() if name in with_setting})
-    schedules = {name: value for name, value in settings.items() if callable(value)}
-    if "clip_coef" in schedules and settings.get("value_clip") == "max" and settings["value_clip_coef"] is None:
-        schedules["value_clip_coef"] = schedules["clip_coef"]
-    return settings | {name: first_value(name, function) for name, function in schedules.items()}, schedules
+    return profile.translate({name: value for name, value in given.items() if name in with_setting})
 
 
-def first_value(name: str, function: Schedule) -> float:
-    """Return the value of a schedule at the start of a run.
+def without_functions(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
+    """Return settings with the first value of each function in its place, and the functions by setting.
 
     Raises:
-        ConfigError: it returns no number there.
+        ConfigError: a function returns no number there.
     """
+    schedules = {name: value for name, value in settings.items() if callable(value)}
+    plain = {**settings, **{name: _first_value(name, function) for name, function in schedules.items()}}
+    if "clip_coef" in schedules and plain.get("value_clip_coef") is None:  # which then is the clip range
+        schedules["value_clip_coef"] = schedules["clip_coef"]
+    return plain, schedules
+
+
+def _first_value(name: str, function: Schedule) -> float:
     try:
         return float(function(1.0))
     except (TypeError, ValueError) as error:
@@ -124,7 +129,7 @@ def policy_settings(policy: Any, kwargs: Mapping[str, Any] | None, *, legacy: bo
         policy: its name, or the class of stable-baselines3.
         kwargs: `policy_kwargs`.
         legacy: whether they are stable-baselines': `layers`, `act_fun`, and a plain `net_arch` shares its layers.
-        recurrent: whether the algorithm needs a policy with memory; None of the others has one, except PPO2.
+        recurrent: whether the algorithm needs a policy with memory.
 
     Raises:
         ConfigError: another policy, or an argument that can't be honoured.

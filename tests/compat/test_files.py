@@ -45,6 +45,21 @@ def test_a_model_comes_back_bit_for_bit_and_trains_on_as_the_original(name, tmp_
     assert equal(weights(model), weights(loaded)), "weights, normalisers and Adam all came back"
 
 
+def test_a_file_written_in_training_holds_that_moment(tmp_path):
+    """Against a training that ends there: two iterations with a constant learning rate are the same either way."""
+
+    def save(locals_, _):
+        locals_["self"].save(tmp_path / str(locals_["self"].num_timesteps))
+
+    PPO("MlpPolicy", "CartPole-v1", **SMALL).learn(96, save)
+    shorter = PPO("MlpPolicy", "CartPole-v1", **SMALL).learn(64)
+    shorter.save(tmp_path / "shorter")
+    files = [PPO.load(tmp_path / name, env="CartPole-v1") for name in ("64", "shorter")]
+    for name, tensor in files[0]._loaded.part("update").items():
+        assert torch.equal(tensor, files[1]._loaded.part("update")[name]), name
+    assert equal(*map(weights, files))
+
+
 def test_an_untrained_model_is_saved_and_loaded(tmp_path):
     model = PPO("MlpPolicy", "CartPole-v1", **SMALL)
     model.save(tmp_path / "m.zip")
@@ -85,6 +100,21 @@ def test_a_function_must_be_given_again(tmp_path):
         PPO.load(tmp_path / "m", env="CartPole-v1", custom_objects={"learning_rate": again}).learn(32)
 
 
+def test_the_value_clip_of_ppo2_follows_a_function_given_again(tmp_path):
+    small = FAST | {"n_steps": 32, "noptepochs": 1, "seed": 1}
+    PPO2("MlpPolicy", "CartPole-v1", **small, cliprange=lambda left: 0.2 * left).save(tmp_path / "m")
+    model = PPO2.load(tmp_path / "m", env="CartPole-v1")
+    with pytest.raises(ConfigError, match=r"cliprange followed a function, .* load\(path, env=env, cliprange=...\)"):
+        model.learn(32)
+    model = PPO2.load(tmp_path / "m", env="CartPole-v1", cliprange=lambda left: 0.3 * left)
+    for _ in range(2):  # the second time from a file of its own
+        model.learn(64)
+        values = model.trainer.learner.coef_values
+        assert values["clip_coef"] == values["value_clip_coef"] == pytest.approx(0.15)
+        model.save(tmp_path / "again")
+        model = PPO2.load(tmp_path / "again", env="CartPole-v1", cliprange=lambda left: 0.3 * left)
+
+
 def test_keywords_may_change_on_loading(tmp_path):
     PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "m")
     loaded = PPO.load(tmp_path / "m", env=make_vec_env("CartPole-v1", 4), n_epochs=1, vf_coef=0.25)
@@ -109,6 +139,13 @@ def test_other_files_are_refused(tmp_path):
         archive.writestr("a", "b")
     with pytest.raises(CheckpointError, match="was not saved by fastppo.compat"):
         PPO.load(tmp_path / "other")
+    with zipfile.ZipFile(tmp_path / "m.zip") as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "changed.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data.replace(b'"trainings"', b'"nothing"'))
+    with pytest.raises(CheckpointError, match="changed can't be understood .KeyError: 'trainings'"):
+        PPO.load(tmp_path / "changed")
     with pytest.raises(ConfigError, match="save: exclude and include can't be honoured"):
         PPO("MlpPolicy", "CartPole-v1", **SMALL).save(tmp_path / "x", exclude=["policy"])
 

@@ -222,6 +222,7 @@ def test_arguments_of_the_policy_that_cannot_be_honoured(algorithm, kwargs, mess
         (lambda: PPO("MlpPolicy", "CartPole-v1", learning_rate=lambda left: None), "function must return a number"),
         (lambda: PPO1("MlpPolicy", "CartPole-v1", schedule="cosine"), "schedule='cosine' must be linear or constant"),
         (lambda: MaskablePPO("MlpPolicy", "CartPole-v1"), "needs masks of allowed actions, but CartPole-v1 gives none"),
+        (lambda: PPO("MlpPolicy", "CartPole-v1", clip_range_vf=-1), "clip_range_vf=-1 must be positive; None switches"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", gamma=1.5), "gamma=1.5 must be at most 1"),
     ],
 )

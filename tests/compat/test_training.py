@@ -35,6 +35,7 @@ class Recorder:
 
     def on_training_start(self, locals_, globals_):
         assert locals_["self"] is self.model
+        assert locals_["total_timesteps"] > self.model.num_timesteps
         self.calls.append("start")
 
     def on_rollout_start(self):
@@ -170,12 +171,12 @@ def test_the_schedule_of_ppo1_moves_learning_rate_and_clip_range():
 def test_training_goes_on_with_optimiser_and_normalisers():
     model = PPO("MlpPolicy", "Pendulum-v1", **SMALL, normalize_obs=True, normalize_rewards=True)
     model.learn(64)
-    moments, state = model.policy.encoder.normalizer, model._state.part("update")
+    moments, state = model.policy.encoder.normalizer, model.trainer.update.state_dict()
     assert (float(moments.count), model.num_timesteps) == (64, 64)
     before = weights(model)
     model.learn(32, reset_num_timesteps=False)
     assert (float(model.policy.encoder.normalizer.count), model.num_timesteps) == (96, 96)
-    after = model._state.part("update")
+    after = model.trainer.update.state_dict()
     steps = [np.log(float(part["left1"])) / np.log(0.9) for part in (state, after)]
     assert steps == pytest.approx([8, 12]), "Adam's steps go on: 2 epochs of 2 minibatches"
     assert not equal(before, weights(model))
@@ -337,6 +338,39 @@ def test_dict_observations():
         model = PPO("MultiInputPolicy", env, **SMALL).learn(64)
         obs = model.get_env().reset()
         assert model.predict(obs)[0].shape == (model.n_envs,)
+
+
+class Picture(gym.Env):
+    """Images that show the time."""
+
+    observation_space, action_space = gym.spaces.Box(0, 255, (36, 36, 3), np.uint8), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros((36, 36, 3), np.uint8), {}
+
+    def step(self, action):
+        self.t += 1
+        return np.full((36, 36, 3), self.t, np.uint8), float(action), False, self.t == 9, {}
+
+
+def test_images():
+    model = PPO("CnnPolicy", Picture(), **SMALL).learn(32)
+    assert model.config.network == "cnn"
+    assert model.predict(model.env.reset())[0].shape == (1,)
+
+
+def test_masks_of_a_registered_environment():
+    model = MaskablePPO("MlpPolicy", "Taxi-v4", **SMALL).learn(32)
+    obs, info = gym.make("Taxi-v4").reset(seed=0)
+    assert info["action_mask"][int(model.predict(obs, action_masks=info["action_mask"])[0])]
+
+
+def test_worker_processes_step_environments_of_make_vec_env():
+    model = PPO("MlpPolicy", make_vec_env("CartPole-v1", 4), **SMALL, vectorization="pool", workers=2).learn(128)
+    assert model.trainer.config.vectorization == "pool"
+    assert model.num_timesteps == 128
 
 
 def test_vec_normalize_stays_the_scripts_own():
