@@ -253,6 +253,7 @@ def build_run(
                 run_metadata=metadata | {"config": c.to_dict()},
                 model_metadata={"env": env_info.name, "make_env": make_env is not None},
                 world=world,
+                device=device,
             ),
             resumed=resume_from is not None,
             compile_seconds=compile_seconds,

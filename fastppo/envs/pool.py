@@ -236,7 +236,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: there is no such attribute, the method fails, or a step is under way.
         """
-        check_callable(name)
+        check_callable("call", name)
         results: dict[int, Any] = {}
         for w, g, part in self._idle_parts(f"call({name!r})"):
             answer = self._order(w, CALL, g, (name, args, kwargs))
@@ -254,6 +254,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: it can't be set, or a step is under way.
         """
+        check_callable("set_attr", name)
         each = one_each(values, self.num_envs)
         for w, g, part in self._idle_parts(f"set_attr({name!r})"):
             self._order(w, SET_ATTR, g, (name, each[part]))
