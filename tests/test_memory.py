@@ -18,6 +18,7 @@ from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.evaluation.saved_policy import evaluate
+from fastppo.native import recurrence as native
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.minibatches import sequence_rows
@@ -436,6 +437,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, changes):
     results = list(verify_resume(Config(**settings), 4))
     assert all(result.state != "bad" for result in results), results
     assert any(result.name == "resume" and "exact" in str(result) for result in results)
+
+
+@pytest.mark.parametrize(("kind", "noted"), [("lstm", True), ("gru", True), ("mingru", False), ("none", False)])
+def test_a_memory_without_c_is_noted_at_the_start_and_after_a_resume(tmp_path, monkeypatch, kind, noted):
+    def notes_on(trainer, word):
+        return [note for note in trainer.notes if word in note]
+
+    trainer = trainer_of(tmp_path, memory=kind, total_timesteps=6 * T)
+    assert not notes_on(trainer, "computed in torch")
+    trainer.run()
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no C compiler (cc)")
+    again = resume(tmp_path / "run", make_env=Endings, progress=False, total_timesteps=6 * T * 2)
+    message = f"memory {kind} is computed in torch, at half the speed of C: there is no C compiler (cc)."
+    assert notes_on(again, "computed in torch") == [message] * noted
+    assert bool(notes_on(again, "the checkpoint has native code present, now absent")) is (kind != "none")
+    again.run()
+    third = resume(tmp_path / "run", make_env=Endings, progress=False, total_timesteps=6 * T * 3)
+    assert not notes_on(third, "native code")
+    third.env.close()
 
 
 def test_new_episodes_after_a_resume_begin_without_memory(tmp_path):

@@ -33,6 +33,7 @@ from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.health import RunTraits, rounding_of
 from fastppo.monitoring.run_logger import RunLogger
+from fastppo.native import recurrence
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
@@ -181,7 +182,7 @@ def build_run(
         run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
         if lock is not None:
             undo.callback(lock.release)
-        metadata = run_metadata(c, env, world, versions(), machine_name())
+        metadata = run_metadata(c, env, world, versions() | _native_code(c, device, notes), machine_name())
         if resume_from is not None:
             exact, restored = restore(
                 resume_from,
@@ -262,6 +263,16 @@ def build_run(
             _prepare_folder(run)
         undo.pop_all()
     return run
+
+
+def _native_code(c: Config, device: torch.device, notes: list[str]) -> dict[str, str]:
+    """Return, for a resume to compare, whether a memory is computed in C, which rounds differently from torch."""
+    if c.memory == "none":
+        return {}
+    why = recurrence.unavailable()
+    if why is not None and c.memory in ("lstm", "gru") and device.type == "cpu":
+        notes.append(f"memory {c.memory} is computed in torch, at half the speed of C: {why}.")
+    return {"native code": "present" if why is None else "absent"}
 
 
 def _free_threads(work: int) -> tuple[int, list[str]]:

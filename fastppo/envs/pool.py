@@ -197,7 +197,12 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return step_result(self._arrays, self.groups[group])
 
     def env_states(self) -> list[Any]:
-        """Return each environment's state as JSON-able values; empty if it can't be saved now."""
+        """Return each environment's state as JSON-able values; empty if it can't be saved now.
+
+        Raises:
+            EnvError: the pool is closed.
+        """
+        self._check_running()
         states: dict[int, Any] = {}
         for w in range(self.n_workers):
             for g, part in enumerate(self._workers[w].parts):
