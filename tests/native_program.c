@@ -21,6 +21,11 @@ static int check(long steps, long sequences, long units, int threads) {
   failed += lstm_backward(steps, sequences, units, threads, out, NULL, last_c, weight, starts, c, act, cells, curved, grads, last_h, last_c);
   failed += gru_forward(steps, sequences, units, threads, gates, weight, bias, starts, h, out, last_h, act, cells);
   failed += gru_backward(steps, sequences, units, threads, NULL, last_h, weight, starts, h, out, act, cells, grads, curved, last_h);
+  // single steps of rows that end where the arrays end
+  float *end = gates + rows * 4 * units, *products = act + rows * 4 * units;
+  lstm_step(sequences, units, end - state * 4, products - state * 4, c, last_h, last_c);
+  gru_step(sequences, units, end - state * 3, products - state * 3, bias, h, last_h);
+  mingru_step(sequences, units, end - state * 2, h, last_h);
   free(starts), free(gates), free(weight), free(h), free(c), free(bias), free(out), free(last_h), free(last_c), free(act);
   free(cells), free(curved), free(grads);
   return failed != 0;

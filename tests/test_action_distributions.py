@@ -21,6 +21,7 @@ from fastppo.functional.adam import adam
 from fastppo.functional.bounded_distributions import Beta, SquashedGaussian, log_tanh_slope
 from fastppo.functional.distributions import Gaussian, bound_log_std
 from fastppo.functional.losses import Batch, PPOLoss
+from fastppo.native import recurrence as native
 from fastppo.policies.actors import make_actor
 from fastppo.policies.decisions import Decisions
 from fastppo.policies.encoder import Encoder
@@ -191,9 +192,12 @@ def spec_of(kind, action=FAR, **changes):
     return PolicySpec(ObsSpec.single("vector", (D,), "float32"), action_spec, **values | changes)
 
 
-@pytest.mark.parametrize("memory", ["none", "gru"])
+@pytest.mark.parametrize(
+    ("memory", "why"), [("none", None), ("gru", None), ("gru", "there is no C compiler")], ids=["none", "gru", "no C"]
+)
 @pytest.mark.parametrize("kind", KINDS)
-def test_acting_in_numpy_equals_acting_in_torch(kind, memory):
+def test_acting_in_numpy_equals_acting_in_torch(kind, memory, why, monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: why)
     torch.manual_seed(0)
     policy = spec_of(kind, memory=memory, memory_size=7).build()
     for parameter in policy.parameters():

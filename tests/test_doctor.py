@@ -1,11 +1,15 @@
 """fastppo doctor: its checks and its exit status."""
 
+import math
+
 import gymnasium
+import pytest
 import torch
 
 from fastppo.analysis import doctor
 from fastppo.cli import main
 from fastppo.functional.gae import gae_doubling
+from fastppo.native.recurrence import lstm_forward
 from fastppo.policies.actors import choose_act_device
 from fastppo.runtime.cores import usable_cores
 from fastppo.spaces.observations import ObsSpec
@@ -41,16 +45,28 @@ def test_compiled_libraries_are_shown_and_cleared(capsys, monkeypatch, tmp_path)
     folder = tmp_path / "fastppo" / "native"
     folder.mkdir(parents=True)
     (folder / "recurrence-0-0.so").write_bytes(bytes(4096))
+    monkeypatch.setattr(doctor, "unavailable", lambda: None)  # nothing is compiled into this folder
+    monkeypatch.setattr(doctor, "_native_error", lambda: 1e-7)
     check = doctor._native()
     assert (check.name, check.state) == ("C", "ok")
     assert f"4 KiB in {folder}" in check.value
     assert main(["doctor", "--clear-cache"]) == 0
     assert capsys.readouterr().out == f"{folder}: 1 compiled libraries deleted\n"
     assert list(folder.iterdir()) == []
+    monkeypatch.setattr(doctor, "cache_folder", lambda: None)
+    assert doctor._native().value.endswith("compiled at each start, since there is no home folder (set XDG_CACHE_HOME)")
     monkeypatch.setattr(doctor, "unavailable", lambda: "there is no C compiler (cc)")
     check = doctor._native()
     advice = "MLP, LSTM and GRU train at half the speed: there is no C compiler (cc)"
     assert (check.state, check.advice) == ("note", advice)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x + 0.1, lambda x: x * math.nan])
+def test_c_that_computes_something_else_is_found(monkeypatch, wrong):
+    assert doctor._native().state == "ok"
+    monkeypatch.setattr(doctor, "lstm_forward", lambda *given: tuple(map(wrong, lstm_forward(*given))))
+    check = doctor._native()
+    assert (check.state, check.value[:19]) == ("bad", "gives wrong results")
 
 
 def test_a_busy_machine_and_spinning_threads_are_noted(monkeypatch):

@@ -18,6 +18,7 @@ from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.evaluation.saved_policy import evaluate
+from fastppo.native import recurrence as native
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.minibatches import sequence_rows
@@ -438,6 +439,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind, changes):
     assert any(result.name == "resume" and "exact" in str(result) for result in results)
 
 
+@pytest.mark.parametrize(("kind", "noted"), [("lstm", True), ("gru", True), ("mingru", False), ("none", False)])
+def test_a_memory_without_c_is_noted_at_the_start_and_after_a_resume(tmp_path, monkeypatch, kind, noted):
+    def notes_on(trainer, word):
+        return [note for note in trainer.notes if word in note]
+
+    trainer = trainer_of(tmp_path, memory=kind, total_timesteps=6 * T)
+    assert not notes_on(trainer, "computed in torch")
+    trainer.run()
+    monkeypatch.setattr(native, "unavailable", lambda: "there is no C compiler (cc)")
+    again = resume(tmp_path / "run", make_env=Endings, progress=False, total_timesteps=6 * T * 2)
+    message = f"memory {kind} is computed in torch, at half the speed of C: there is no C compiler (cc)."
+    assert notes_on(again, "computed in torch") == [message] * noted
+    assert bool(notes_on(again, "the checkpoint has native code present, now absent")) is (kind != "none")
+    again.run()
+    third = resume(tmp_path / "run", make_env=Endings, progress=False, total_timesteps=6 * T * 3)
+    assert not notes_on(third, "native code")
+    third.env.close()
+
+
 def test_new_episodes_after_a_resume_begin_without_memory(tmp_path):
     trainer = trainer_of(tmp_path, memory="lstm", resume_envs="restart")
     stepped = trainer.iterations()
@@ -597,8 +617,7 @@ class CellNetwork(nn.Module):
             episode_start = torch.cat((torch.zeros_like(episode_start[:1]), episode_start[:-1]))
         for row, start in zip(x, episode_start, strict=True):
             began = hidden
-            first = 1.0 if self.broken == "elsewhere" else 0.0
-            hidden = self.cell(row, torch.where(start.unsqueeze(-1), first, hidden))
+            hidden = self.cell(row, torch.where(start.unsqueeze(-1), 0.0, hidden))
             if self.broken == "in place":
                 hidden = began.copy_(hidden)
             if self.broken == "first step" and len(outs):
@@ -668,13 +687,43 @@ def test_a_first_state_may_be_learned_and_a_state_may_be_whole_numbers(tmp_path)
         ("in place", "CellNetwork changes the state that it is given"),
         ("first step", "computes 3 steps at once differently from one step after the other"),
         ("one late", "does not reset its state where an episode starts"),
-        ("elsewhere", "does not reset its state where an episode starts"),
         ("all rows", "resets its state where no episode starts"),
     ],
 )
 def test_a_broken_memory_is_one_clear_line(tmp_path, broken, message):
     with pytest.raises(ConfigError, match=message):
         trainer_of(tmp_path, policy=CellNetwork(broken))
+
+
+@pytest.mark.parametrize("broken", ["first step", "one late", "all rows"])
+def test_a_broken_memory_shows_through_heads_that_are_zero(tmp_path, broken):
+    network = CellNetwork(broken)
+    heads = [*network.actor.parameters(), *network.critic.parameters()]
+    for x in heads:
+        nn.init.zeros_(x)
+    with pytest.raises(ConfigError, match="computes 3 steps|its state where"):
+        trainer_of(tmp_path, policy=network)
+    assert not any(x.any() for x in heads)
+    network.broken = ""
+    trainer_of(tmp_path, policy=network)
+    assert not any(x.any() for x in heads)
+
+
+class ReadsStarts(CellNetwork):
+    """A network that reads whether an episode starts, beside the observation."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 6)
+
+    def forward(self, x, state, episode_start):
+        return super().forward(torch.cat((x, episode_start.unsqueeze(-1).to(x.dtype)), -1), state, episode_start)
+
+
+def test_a_network_may_read_episode_start_beside_the_observation(tmp_path):
+    torch.manual_seed(0)
+    trainer = trainer_of(tmp_path, policy=ReadsStarts(), segment_length=8, learning_rate=0.0)
+    assert largest_ratio_error(trainer) < 1e-5
 
 
 def test_sequence_rows_are_those_of_a_loop():

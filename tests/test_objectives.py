@@ -328,6 +328,9 @@ def test_a_kl_that_is_not_a_number_does_not_count():
     learn(update, batch)
     assert update._last_kl.item() == pytest.approx(0.5)
     assert update.adapted["kl_coef"].item() == pytest.approx(2 * START)
+    left = iter([math.nan] * PARTS)  # an update that measures no KL changes nothing, whatever the one before measured
+    learn(update, batch)
+    assert update.adapted["kl_coef"].item() == pytest.approx(2 * START)
 
 
 def test_captured_training_matches_eager_training(tmp_path):

@@ -162,6 +162,7 @@ WRONG = {
     "list of dicts": ([ONE, ONE], {}, r"obs is a list of dicts; give a batch as one dict of arrays \[B, ...\]"),
     "no rows": (BATCH | {"camera": BATCH["camera"][:0]}, {}, "obs is empty"),
     "ragged": (ONE | {"camera": [[1, 2], [3]]}, {}, "obs is no array: its rows differ in length"),
+    "state of inf": (BATCH, {"state": (torch.full((3, 8), torch.inf),) * 4}, "state holds an infinity, which no step"),
     "state of nan": (BATCH, {"state": (torch.full((3, 8), torch.nan),) * 4}, "state holds a NaN; leave it out"),
     "state of another batch": (BATCH, {"state": (torch.zeros(2, 8),) * 4}, "state is of 2 episodes, but obs holds 3"),
     "state of another policy": (BATCH, {"state": (torch.zeros(3, 8),) * 2}, "state has shapes .* leave it out"),

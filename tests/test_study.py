@@ -49,7 +49,7 @@ def test_the_reward_threshold_is_a_target(tmp_path):
 @pytest.mark.parametrize(
     ("n_envs", "seeds", "text"),
     [
-        ((5,), 1, "n_envs=5 does not divide the common batch of 512; use 2, 4, 8,"),
+        ((5,), 1, "common batch of 512, which is n_envs 4 x n_steps 128; use 2, 4, 8,"),
         ((512,), 1, None),
     ],
 )

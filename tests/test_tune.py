@@ -1,6 +1,7 @@
 """`fastppo tune`: the search, its journal, and its files."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -277,6 +278,21 @@ def test_a_line_that_a_power_loss_tore_is_dropped(tmp_path, fake_runs):
         run(tmp_path, 3, seeds=1)
 
 
+def test_a_torn_line_is_dropped_under_the_lock_of_the_journal(tmp_path, fake_runs, monkeypatch):
+    run(tmp_path, 1, seeds=1)
+    drop, dropped = tune._drop_torn_line, []
+
+    def checking(journal):
+        with (tmp_path / ".journal").open("a") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        dropped.append(journal)
+        drop(journal)
+
+    monkeypatch.setattr(tune, "_drop_torn_line", checking)
+    run(tmp_path, 2, seeds=1)
+    assert dropped == [tmp_path / "journal.log"]
+
+
 def test_settings_that_change_no_number_may_differ(tmp_path, fake_runs):
     run(tmp_path, 1)
     other = dataclasses.replace(BASE, checkpoint_minutes=3.0, log_every=5, keep_checkpoints=7)
@@ -383,7 +399,7 @@ def test_a_search_by_the_command(tmp_path, capsys):
     arguments += ["--search", "learning_rate", "gamma", "--n-steps", "32", "--compile", "off", "--n-minibatches", "2"]
     assert main([*arguments, "--trials", "1"]) == 0
     said = capsys.readouterr().out
-    assert re.search(r"trial 0 of 1: mean return [\d.]+ \(", said)
+    assert re.search(r"trial 0 \(1 of 1\): mean return [\d.]+ \(", said)
     assert f"fastppo train --config {tmp_path / 'a' / 'best.toml'}" in said
     assert main([*arguments, "--trials", "1", "--gamma", "0.5", "--search", "learning_rate"]) == 2
     assert "search with other settings" in capsys.readouterr().err

@@ -21,8 +21,9 @@ from fastppo.analysis.checks import CheckResult
 from fastppo.config import Config
 from fastppo.errors import CaptureError, FastPPOError, first_line
 from fastppo.functional.gae import choose_gae, gae_loop, triton_failure
+from fastppo.functional.recurrence import lstm_scan
 from fastppo.native.library import cache_folder, kept_libraries
-from fastppo.native.recurrence import unavailable
+from fastppo.native.recurrence import lstm_forward, unavailable
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.device import choose_device, cpu_name
@@ -177,12 +178,33 @@ def _compiler(device: torch.device) -> CheckResult:
 
 
 def _native() -> CheckResult:
-    """Say whether C compiles here, and where its libraries are."""
+    """Say whether C compiles here and computes the same as torch, and where its libraries are."""
     if (why := unavailable()) is not None:
         return CheckResult("C", "does not work", "note", f"MLP, LSTM and GRU train at half the speed: {why}")
-    kept = kept_libraries()
+    error = _native_error()
+    if not error < 1e-4:  # NaN too
+        return CheckResult(
+            "C", f"gives wrong results, error {error:.1e}", "bad", "please report it, and set CC=none until then"
+        )
+    kept, folder = kept_libraries(), cache_folder()
     size = sum(path.stat().st_size for path in kept) / 2**10
-    return CheckResult("C", f"works; {len(kept)} compiled, {size:,.0f} KiB in {cache_folder()} (--clear-cache)")
+    where = f"{len(kept)} compiled, {size:,.0f} KiB in {folder} (--clear-cache)"
+    if folder is None:
+        where = "compiled at each start, since there is no home folder (set XDG_CACHE_HOME)"
+    return CheckResult("C", f"works, error {error:.1e}; {where}")
+
+
+def _native_error() -> float:
+    """Return the largest difference between an LSTM in C, 3 steps of 5 sequences of 7 units, and its steps in torch."""
+    generator = torch.Generator().manual_seed(0)
+    gates, weight = (torch.randn(shape, generator=generator) for shape in ((3, 5, 28), (28, 7)))
+    hidden, cell = torch.randn(2, 5, 7, generator=generator)
+    starts = torch.rand(3, 5, generator=generator) < 0.3
+    outputs, steps = lstm_forward(gates, weight, starts, hidden, cell)[0], list[torch.Tensor]()
+    for t in range(3):  # a single step is computed in torch
+        output, hidden, cell = lstm_scan(gates[t : t + 1], weight, starts[t : t + 1], hidden, cell)
+        steps.append(output)
+    return (outputs - torch.cat(steps)).abs().max().item()
 
 
 def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:

@@ -134,7 +134,7 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
         raise ConfigError(f"study needs a target return, and {reason}: use --target-return NUMBER.")
     configs, cores = [], 1
     for n in dict.fromkeys(n_envs):
-        n_steps = _steps_for(n, resolved.batch_size) if hold == "batch" else resolved.n_steps
+        n_steps = _steps_for(n, resolved) if hold == "batch" else resolved.n_steps
         for seed in range(1, seeds + 1):
             config = dataclasses.replace(
                 base,
@@ -169,17 +169,18 @@ def run_cores(config: Config, env_info: EnvInfo, device: torch.device) -> int:
     return (config.threads or choose_threads(work)) + env_cores(config)
 
 
-def _steps_for(n_envs: int, batch: int) -> int:
-    """Return the n_steps that gives `batch` rows.
+def _steps_for(n_envs: int, resolved: Config) -> int:
+    """Return the n_steps that gives as many rows as those of `resolved`, a config of the default n_envs.
 
     Raises:
         ConfigError: n_envs does not divide the batch.
     """
+    batch = resolved.batch_size
     if batch % n_envs:
         nearest = sorted((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - n_envs))[:3]
         raise ConfigError(
-            f"n_envs={n_envs} does not divide the common batch of {batch}; "
-            f"use {', '.join(map(str, sorted(nearest)))}, another --n-steps, or --hold n_steps."
+            f"n_envs={n_envs} does not divide the common batch of {batch}, which is n_envs {resolved.n_envs} x n_steps "
+            f"{resolved.n_steps}; use {', '.join(map(str, sorted(nearest)))}, another --n-steps, or --hold n_steps."
         )
     return batch // n_envs
 

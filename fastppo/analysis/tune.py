@@ -31,6 +31,7 @@ from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.files import exclusive, write_text
 
 _JOURNAL = "journal.log"
+_JOURNAL_LOCK = ".journal"
 _STARTUP = 5  # first trials, whose settings are drawn at random; as many must be complete before one is pruned
 _NOT_OF_THE_BEST = ("run_dir", "resume", "seed", "checkpoint_minutes", "name")  # the search's own, not the trial's
 
@@ -84,9 +85,10 @@ def open_search(folder: Path, base: Config, space: Mapping[str, SearchValues], s
     journal = folder / _JOURNAL
     try:
         with exclusive(turn_file(folder)):
-            _drop_torn_line(journal)
+            with exclusive(folder / _JOURNAL_LOCK):  # a line of another process may be half written
+                _drop_torn_line(journal)
             return optuna.create_study(
-                storage=JournalStorage(JournalFileBackend(str(journal), _JournalLock(folder / ".journal"))),  # type: ignore[arg-type]
+                storage=JournalStorage(JournalFileBackend(str(journal), _JournalLock(folder / _JOURNAL_LOCK))),  # type: ignore[arg-type]
                 study_name="fastppo",
                 direction="maximize",
                 # several settings at once, since they depend on each other; a later process with the same seed would

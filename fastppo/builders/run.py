@@ -34,6 +34,7 @@ from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.health import RunTraits, rounding_of
 from fastppo.monitoring.info_monitor import InfoMonitor
 from fastppo.monitoring.run_logger import RunLogger
+from fastppo.native import recurrence
 from fastppo.policies.native_mlp import not_covered
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
@@ -187,7 +188,7 @@ def build_run(
         run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
         if lock is not None:
             undo.callback(lock.release)
-        metadata = run_metadata(c, env, world, versions(), machine_name())
+        metadata = run_metadata(c, env, world, versions() | _native_code(c, device, notes), machine_name())
         if resume_from is not None:
             exact, restored = restore(
                 resume_from,
@@ -260,6 +261,7 @@ def build_run(
                 run_metadata=metadata | {"config": c.to_dict()},
                 model_metadata={"env": env_info.name, "make_env": make_env is not None},
                 world=world,
+                device=device,
             ),
             resumed=resume_from is not None,
             compile_seconds=compile_seconds,
@@ -268,6 +270,16 @@ def build_run(
             _prepare_folder(run)
         undo.pop_all()
     return run
+
+
+def _native_code(c: Config, device: torch.device, notes: list[str]) -> dict[str, str]:
+    """Return, for a resume to compare, whether a memory is computed in C, which rounds differently from torch."""
+    if c.memory == "none":
+        return {}
+    why = recurrence.unavailable()
+    if why is not None and c.memory in ("lstm", "gru") and device.type == "cpu":
+        notes.append(f"memory {c.memory} is computed in torch, at half the speed of C: {why}.")
+    return {"native code": "present" if why is None else "absent"}
 
 
 def _free_threads(work: int, *, in_c: bool) -> tuple[int, list[str]]:

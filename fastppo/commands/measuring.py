@@ -144,7 +144,8 @@ class Doctor:
         if self.clear_cache:
             from fastppo.native.library import cache_folder, clear_cache
 
-            print_line(open_console(), f"{cache_folder()}: {clear_cache()} compiled libraries deleted", wrap=False)
+            folder = cache_folder() or "no cache folder"
+            print_line(open_console(), f"{folder}: {clear_cache()} compiled libraries deleted", wrap=False)
             return 0
         if not 0 < self.seconds < math.inf:
             raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough.")

@@ -72,7 +72,9 @@ class Tune(SettingsCommand):
                     tune.write_best(folder, base, best[0])
                 tune_report.write_page(folder, self.env_id, study)
             rank = f"; best {best[0].value:,.1f}, trial {best[0].number}" if best else ""
-            print_line(console, f"trial {trial.number} of {self.trials}: {tune.describe(trial)}{rank}")
+            print_line(
+                console, f"trial {trial.number} ({trial.number + 1} of {self.trials}): {tune.describe(trial)}{rank}"
+            )
         with exclusive(turn_file(folder)):
             best = tune.ranked(study)
             command = tune.write_best(folder, base, best[0]) if best else ""

@@ -258,7 +258,8 @@ class GymnasiumVecEnv(VecEnv):
             EnvError: this vector environment gives no access to its environments, or `call` fails in one of them.
         """
         access = self._access("call")
-        check_callable(name)
+        check_callable("call", name)
+        self.changed = True
         if (envs := self._own_envs()) is not None:
             return tuple(call_env(i, env, name, args, kwargs) for i, env in enumerate(envs))
         with self._failing_in(f"call({name!r})"):
@@ -271,6 +272,8 @@ class GymnasiumVecEnv(VecEnv):
             EnvError: this vector environment gives no access to its environments, or one of them refuses.
         """
         access, each = self._access("set_attr"), one_each(values, self.n_envs)
+        check_callable("set_attr", name)
+        self.changed = True
         if (envs := self._own_envs()) is not None:
             for i, (env, value) in enumerate(zip(envs, each, strict=True)):
                 set_env(i, env, name, value)

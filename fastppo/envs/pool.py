@@ -202,7 +202,12 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         return step_result(self._arrays, self.groups[group])
 
     def env_states(self) -> list[Any]:
-        """Return each environment's state as JSON-able values; empty if it can't be saved now."""
+        """Return each environment's state as JSON-able values; empty if it can't be saved now.
+
+        Raises:
+            EnvError: the pool is closed.
+        """
+        self._check_running()
         states: dict[int, Any] = {}
         for w in range(self.n_workers):
             for g, part in enumerate(self._workers[w].parts):
@@ -241,7 +246,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: there is no such attribute, the method fails, or a step is under way.
         """
-        check_callable(name)
+        check_callable("call", name)
         results: dict[int, Any] = {}
         for w, g, part in self._idle_parts(f"call({name!r})"):
             answer = self._order(w, CALL, g, (name, args, kwargs))
@@ -259,6 +264,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         Raises:
             EnvError: it can't be set, or a step is under way.
         """
+        check_callable("set_attr", name)
         each = one_each(values, self.num_envs)
         for w, g, part in self._idle_parts(f"set_attr({name!r})"):
             self._order(w, SET_ATTR, g, (name, each[part]))

@@ -422,14 +422,17 @@ def set_env(i: int, env: gym.Env[Any, Any], name: str, value: Any) -> None:  # n
         raise EnvError(f"environment {i} failed in set_attr({name!r}): {cause_line(error)}.") from error
 
 
-def check_callable(name: str) -> None:
-    """Refuse to call the methods by which the trainer steps environments.
+def check_callable(access: str, name: str) -> None:
+    """Refuse `access`, "call" or "set_attr", to the methods by which the trainer steps environments.
 
     Raises:
         EnvError: `name` is one of them.
     """
     if name in ("reset", "step", "close"):
-        raise EnvError(f"call({name!r}): the trainer itself steps, resets and closes the environments; call another.")
+        raise EnvError(
+            f"{access}({name!r}): the trainer itself steps, resets and closes the environments; name another method or "
+            "attribute."
+        )
 
 
 def one_each(values: Any, n: int) -> list[Any]:  # noqa: ANN401 - any values
@@ -541,11 +544,12 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
 
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
         """See `EnvGroup.call`."""
-        check_callable(name)
+        check_callable("call", name)
         return tuple(self._group.call(name, args, kwargs))
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
         """Set an attribute to one value for all environments, or to a list or tuple of one for each."""
+        check_callable("set_attr", name)
         self._group.set_attr(name, one_each(values, self.num_envs))
 
     def log_info(self, patterns: Sequence[str]) -> None:

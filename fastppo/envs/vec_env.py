@@ -113,6 +113,7 @@ class VecEnv(ABC):
             truncated episodes.
         capturable_state: every tensor that a step changes outside the rollout, by name, if CUDA graphs can capture a
             step; else None.
+        changed: whether `call` or `set_attr` may have changed an environment since the last checkpoint.
     """
 
     n_envs: int
@@ -127,6 +128,7 @@ class VecEnv(ABC):
     approximates_finals: bool = False
     final_obs_buffer: FinalObsBuffer | None = None
     capturable_state: Mapping[str, Tensor] | None = None
+    changed: bool = False
 
     @abstractmethod
     def reset(self, seeds: np.ndarray[Any, Any]) -> Tensor:

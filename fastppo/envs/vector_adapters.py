@@ -78,8 +78,9 @@ class AsyncVecEnv(GymnasiumVecEnv):
         Raises:
             EnvError: there is no such method, it fails, or a worker process died.
         """
-        check_callable(name)
+        check_callable("call", name)
         self._check_attribute(name)
+        self.changed = True
         return self._call(name, *args, **kwargs)
 
     def set_attr(self, name: str, values: Any) -> None:  # noqa: ANN401 - any values
@@ -88,6 +89,7 @@ class AsyncVecEnv(GymnasiumVecEnv):
         Raises:
             EnvError: there is no such attribute, it can't be set, or a worker process died.
         """
+        check_callable("set_attr", name)
         self._check_attribute(name)
         super().set_attr(name, values)
 

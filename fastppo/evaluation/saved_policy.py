@@ -69,7 +69,8 @@ class SavedPolicy:
         Raises:
             ValueError: `obs` lacks a part, has another shape, holds a NaN, an infinity or anything but numbers, a
                 discrete one is outside its space, a mask has the wrong size or allows no action, `state` or
-                `episode_start` is of another batch or policy, or `state` holds a NaN.
+                `episode_start` is of another batch or policy, or `state` holds a NaN or, of
+                fastppo's own memories, an infinity.
         """
         rows, single = self._rows(obs, action_mask)
         if not self.spec.obs.finite(rows).all():
@@ -96,6 +97,9 @@ class SavedPolicy:
             raise ValueError(f"state has shapes {found}, that of this policy {wanted}; leave it out for new episodes.")
         if any(part.isnan().any() for part in state):
             raise ValueError("state holds a NaN; leave it out for new episodes.")
+        # a network of the user's own may keep an infinity on purpose
+        if self.spec.memory != "none" and not all(part.isfinite().all() for part in state):
+            raise ValueError("state holds an infinity, which no step returns; leave it out for new episodes.")
         noise = None if deterministic else self.policy.draw_noise(n, self._generator)
         step = self.policy.act(rows, noise, state, starts)
         out = self.spec.action.to_env(step.actions.numpy(force=True))

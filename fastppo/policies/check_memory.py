@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ State = tuple[Tensor, ...]
 def check_memory(network: nn.Module, x: Encoded) -> None:
     """Run `network` on short sequences and compare what must be equal.
 
+    Parameters that are all zero, as those of a last layer often are at the start, have random values meanwhile: they
+    would hide the memory.
+
     Args:
         network: a network with memory; see fastppo.policies.policy.
         x: encoded observations of 2 rows.
@@ -24,6 +28,11 @@ def check_memory(network: nn.Module, x: Encoded) -> None:
         ConfigError: it changes the state that it is given, computes several steps at once differently from one after
             the other, doesn't reset its state where an episode starts, or resets it elsewhere.
     """
+    with torch.no_grad(), _no_zeros(network):
+        _compare(network, x)
+
+
+def _compare(network: nn.Module, x: Encoded) -> None:
     name = type(network).__name__
 
     def run(steps: Encoded, state: State, starts: Tensor) -> tuple[Tensor, Tensor, State]:
@@ -53,7 +62,8 @@ def check_memory(network: nn.Module, x: Encoded) -> None:
     starts = nowhere.clone()
     starts[1, 0] = True
     params_after, values_after, _ = run(sequence, state, starts)
-    reset_params, reset_values, _ = run(_steps(sequence, 1, 3), initial, nowhere[:2])
+    # a network may also read episode_start beside the observation, so that it is given here too
+    reset_params, reset_values, _ = run(_steps(sequence, 1, 3), initial, starts[1:])
     if not (_close(params_after[1:, 0], reset_params[:, 0]) and _close(values_after[1:, 0], reset_values[:, 0])):
         raise ConfigError(
             f"network {name} does not reset its state where an episode starts: where episode_start[t] is True, step t "
@@ -66,6 +76,20 @@ def check_memory(network: nn.Module, x: Encoded) -> None:
             f"network {name} resets its state where no episode starts: an episode_start of one row changed another row "
             "or an earlier step; reset single rows, from that step on."
         )
+
+
+@contextlib.contextmanager
+def _no_zeros(network: nn.Module) -> Iterator[None]:
+    """Give random values to the parameters that are all zero, and make them zero again at the end."""
+    generator = torch.Generator().manual_seed(0)
+    zeros = [x for x in network.parameters() if not x.any()]
+    try:
+        for x in zeros:
+            x.copy_(torch.randn(x.shape, generator=generator) / 2)
+        yield
+    finally:
+        for x in zeros:
+            x.zero_()
 
 
 def _steps(sequence: Encoded, first: int, end: int) -> Encoded:

@@ -286,6 +286,7 @@ class PPOUpdate:
         self.state.sums.zero_()
         self.state.stop_kl.zero_()
         self.state.skipped[1].zero_()
+        self._last_kl.fill_(math.nan)  # until an epoch has measured one
 
     def run_epochs(self, coefs: Coefficients, *, watch: bool, on_epoch: Callable[[], None] | None = None) -> None:
         """Run the epochs on the batch of the last `begin`.

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastppo.envs.vec_env import VecEnv
@@ -35,6 +36,7 @@ class RunSaver:
         run_metadata: Mapping[str, Any],
         model_metadata: Mapping[str, Any],
         world: World,
+        device: torch.device,
     ) -> None:
         """Save into `run_dir`.
 
@@ -48,8 +50,9 @@ class RunSaver:
             run_metadata: description of the run in each checkpoint; see `restore.run_metadata`.
             model_metadata: metadata of the model file, in addition to the global step.
             world: the ranks that train together.
+            device: for messages between the ranks.
         """
-        self._run_dir, self._writer, self._world = run_dir, writer, world
+        self._run_dir, self._writer, self._world, self._device = run_dir, writer, world, device
         self._spec, self._models, self._parts, self._env = spec, models, parts, env
         self._run_metadata, self._model_metadata = run_metadata, model_metadata
 
@@ -63,8 +66,11 @@ class RunSaver:
         self._writer.start(step, saved=saved)
 
     def has(self, step: int) -> bool:
-        """Whether a checkpoint of `step` is on the disk; waits for one that is being written."""
-        return self._writer.has(step)
+        """Whether a checkpoint of `step` is on the disk, with this rank's environments as they are after the step.
+
+        Waits for one that is being written.
+        """
+        return not self._env.changed and self._writer.has(step)
 
     def due(self, step: int, iteration_seconds: float) -> bool:
         """Whether a checkpoint is due at `step`, after an iteration of that duration; the same answer on every rank."""
@@ -84,6 +90,7 @@ class RunSaver:
         metadata = dict(self._run_metadata) | ({"way": "restart"} if env_lost else {})
         model, model_metadata = snapshot(self._models), {"global_step": step, **self._model_metadata}
         mine = snapshot(self._parts if env_lost else {**self._parts, "env": self._env})
+        self._env.changed = False
         self._writer.save(
             step,
             lambda: model_files(model, self._spec, model_metadata),
@@ -94,14 +101,17 @@ class RunSaver:
     def last_checkpoint(self, step: int, *, env_lost: bool) -> None:
         """Save a checkpoint at the end of a run, unless one of `step` exists, and wait for it.
 
-        With one rank, environments whose state can't be saved are left out.
+        A checkpoint from before the loop's body changed the environments is replaced, if their state can be saved. With
+        one rank, environments whose state can't be saved are left out.
         """
-        if not self._writer.has(step):
-            try:
-                self.checkpoint(step, env_lost=env_lost)
-            except EnvError:  # reported elsewhere
-                if self._world.size == 1:
-                    self.checkpoint(step, env_lost=True)
+        saved = self._writer.has(step)
+        if saved and (env_lost or not self._world.any(self._env.changed, self._device)):
+            return
+        try:
+            self.checkpoint(step, env_lost=env_lost)
+        except EnvError:  # reported elsewhere
+            if self._world.size == 1 and not saved:
+                self.checkpoint(step, env_lost=True)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is written, or has failed."""

@@ -105,6 +105,8 @@ def test_wrong_names_and_numbers_are_one_line_and_harm_nothing(env):
     for name in ("reset", "step", "close"):
         with pytest.raises(EnvError, match=f"call\\('{name}'\\): the trainer itself steps, resets and closes"):
             env.call(name)
+        with pytest.raises(EnvError, match=f"set_attr\\('{name}'\\): the trainer itself steps, resets and closes"):
+            env.set_attr(name, 3)
     assert levels(env) == [1] * N
     assert env.call("harder") == (2,) * N
 
@@ -278,3 +280,37 @@ def test_a_level_survives_an_exact_resume(tmp_path):
     for _ in again.iterations():
         assert again.env.get_attr("level") == (3, 5)
         break
+
+
+@pytest.mark.parametrize("stop", ["break", "request_stop"])
+@pytest.mark.parametrize("access", ["set_attr", "call"])
+def test_the_last_change_survives_a_stop_at_a_step_that_was_saved(tmp_path, stop, access):
+    """Each iteration's checkpoint is written before the body of the loop, which then changes the environments."""
+    config = short(tmp_path, n_envs=2, n_steps=5, total_timesteps=60, n_minibatches=1, checkpoint_every=10)
+    trainer = Trainer(config, lambda: Level(((3, False),)))
+    for stats in trainer.iterations():
+        if stats.iteration == 2:
+            if access == "call":
+                trainer.env.call("harder", by=6)
+            else:
+                trainer.env.set_attr("level", 7)
+            trainer.request_stop()
+            if stop == "break":
+                break
+    again = resume(tmp_path / "run", make_env=lambda: Level(((3, False),)))
+    assert again.env.get_attr("level") == (7, 7)
+    again.env.close()
+
+
+def test_a_checkpoint_is_kept_if_a_failed_call_has_ended_the_environments(tmp_path):
+    changes = {"vectorization": "pool", "workers": 1, "checkpoint_every": 10}
+    config = short(tmp_path, n_envs=2, n_steps=5, total_timesteps=60, n_minibatches=1, **changes)
+    trainer = Trainer(config, lambda: Level(((3, False),)))
+    with pytest.raises(EnvError, match="exited with 3"):
+        for _ in trainer.iterations():
+            trainer.env.set_attr("level", 7)
+            trainer.env.call("exit_in", 0)
+    again = resume(tmp_path / "run", make_env=lambda: Level(((3, False),)))
+    assert any("continues its episodes" in note or "exact" in note for note in again.notes)
+    assert again.env.get_attr("level") == (1, 1)
+    again.env.close()

@@ -7,6 +7,7 @@ from torch import nn
 
 from fastppo.errors import ConfigError
 from fastppo.functional.distributions import Categorical
+from fastppo.native import recurrence as native
 from fastppo.policies.actors import fill_values_and_logprobs, make_actor
 from fastppo.policies.decisions import Decisions
 from fastppo.policies.encoder import Encoder
@@ -96,9 +97,11 @@ def test_acting_in_numpy_divides_as_the_encoder_does():
     torch.testing.assert_close(decisions.params[0], policy(decisions.obs[0]).params)
 
 
+@pytest.mark.parametrize("why", [None, "there is no C compiler"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("kind", ["lstm", "gru", "mingru"])
-def test_memory_in_numpy_equals_memory_in_torch(kind, shared):
+def test_memory_in_numpy_equals_memory_in_torch(kind, shared, why, monkeypatch):
+    monkeypatch.setattr(native, "unavailable", lambda: why)
     torch.manual_seed(0)
     action = spaces.Box(-1, 1, (2,)) if shared else spaces.Discrete(3)
     policy = spec(
