@@ -34,7 +34,7 @@ def gpu(monkeypatch):
     fake = GPU(count=2)
     fake.install(monkeypatch)
     triton(monkeypatch, gae_doubling)
-    for module in ("ppo.learner", "ppo.update", "policies.actors", "builders.compiling"):
+    for module in ("ppo.learner", "ppo.update", "ppo.curiosity", "policies.actors", "builders.compiling"):
         monkeypatch.setattr(f"fastppo.{module}.compile_graph", lambda fn, example: fn)
     with fake, torch.autograd.set_multithreading_enabled(False):  # a CPU build of torch has no thread for a GPU
         yield fake
@@ -69,6 +69,8 @@ WAYS = {
         "normalize_obs": True,
         "normalize_rewards": True,
     },
+    "tensor, RND": {"rnd": True},
+    "host, RND, acting on the CPU": {"vectorization": "sync", "act_device": "cpu", "rnd": True},
     "tensor, LSTM": {"memory": "lstm", "segment_length": 2},
     "tensor, minGRU": {"memory": "mingru"},
     "host, GRU, acting on the CPU": {"vectorization": "sync", "act_device": "cpu", "memory": "gru"},
@@ -95,7 +97,9 @@ def test_a_run_starts_and_learns_on_a_gpu(gpu, tmp_path, way, compile):
     assert gpu.stream is gpu.main
 
 
-@pytest.mark.parametrize("way", ["tensor", "host, acting on the GPU", "tensor, LSTM", "host, LSTM, acting on the GPU"])
+@pytest.mark.parametrize(
+    "way", ["tensor", "host, acting on the GPU", "tensor, RND", "tensor, LSTM", "host, LSTM, acting on the GPU"]
+)
 def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, way):
     runs = [make(tmp_path, compile, compile=compile, **WAYS[way]) for compile in ("off", "graph")]
     for trainer in runs:
@@ -103,10 +107,14 @@ def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, way):
     torch.testing.assert_close(*(vector(trainer) for trainer in runs), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("memory", ["none", "lstm", "gru", "mingru"])
-def test_rollout_and_update_read_nothing_on_the_host(gpu, tmp_path, memory):
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rnd": True}, {"memory": "lstm"}, {"memory": "gru"}, {"memory": "mingru"}],
+    ids=lambda changes: str(changes.get("memory", "rnd" if changes else "plain")),
+)
+def test_rollout_and_update_read_nothing_on_the_host(gpu, tmp_path, changes):
     for compile in ("off", "graph"):
-        trainer = make(tmp_path, compile, compile=compile, target_kl=0.01, memory=memory)
+        trainer = make(tmp_path, compile, compile=compile, target_kl=0.01, **changes)
         torch.cuda.set_sync_debug_mode("error")
         trainer.learner.anneal(0.0)
         if compile == "graph":

@@ -189,4 +189,4 @@ def test_the_plan_expects_graphs_where_a_run_captures_them_on_cuda(monkeypatch, 
     monkeypatch.setattr(parts, "plan_memory", lambda *_, **options: (asked.append(options), MemoryPlan(0, 0, 0))[1])
     config = Config(n_envs=1, n_steps=1, compile=compile, log_histograms=True)
     plan_run(config, _probe(), None, torch.device(device), World(), [])
-    assert asked == [{"graphs": graphs, "gradients": True}]
+    assert [(options["graphs"], options["gradients"]) for options in asked] == [(graphs, True)]

@@ -328,6 +328,15 @@ def test_an_observation_that_is_not_finite_does_not_reach_the_moments(tmp_path):
     assert all(x.isfinite().all() for x in saved.values())
 
 
+def test_the_memory_plan_counts_the_update_of_rnd(tmp_path):
+    settings = {"make_env": BrightSide, "n_envs": 64, "n_minibatches": 1}
+    without, with_rnd = (
+        trainer_of(tmp_path, **settings, rnd=rnd, run_dir=tmp_path / str(rnd)).memory for rnd in (False, True)
+    )
+    assert with_rnd.storage == without.storage
+    assert with_rnd.update > without.update + 8 * 36 * 36 * 64 * 8, "images in float64"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

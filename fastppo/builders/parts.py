@@ -61,18 +61,18 @@ class Models(NamedTuple):
         policy: encoder, network, distribution.
         reward_normalizer: None: rewards are not normalised.
         parameters: the network's parameters, as one vector.
-        rnd: what rewards the policy for new observations; None: nothing does.
+        rnd: what rewards the policy for new observations, and its parameters as one vector; None: nothing does.
     """
 
     spec: PolicySpec
     policy: Policy
     reward_normalizer: RewardNormalizer | None
     parameters: FlatParameters
-    rnd: RandomNetworkDistillation | None = None
+    rnd: tuple[RandomNetworkDistillation, FlatParameters] | None = None
 
     def saved(self) -> dict[str, nn.Module]:
         """Return the modules of a model file by name."""
-        parts = {"policy": self.policy, "rewards": self.reward_normalizer, "rnd": self.rnd}
+        parts = {"policy": self.policy, "rewards": self.reward_normalizer, "rnd": self.rnd and self.rnd[0]}
         return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -118,7 +118,8 @@ def build_models(c: Config, env_info: EnvInfo, network: nn.Module | None, device
         torch.set_float32_matmul_precision("high")
     reward_normalizer = RewardNormalizer(known(c.n_envs), c.reward_clip).to(device) if c.normalize_rewards else None
     rnd = build_rnd(c, spec).to(device) if c.rnd else None
-    models = Models(spec, policy, reward_normalizer, FlatParameters(policy.network), rnd)
+    learned = None if rnd is None else (rnd, FlatParameters(rnd))
+    models = Models(spec, policy, reward_normalizer, FlatParameters(policy.network), learned)
     if c.init_from is not None:
         saved, about = read_spec(c.init_from)
         if differing := spec.differences(saved):
@@ -198,13 +199,13 @@ def build_curiosity(c: Config, models: Models, rollout: Rollout, world: World) -
     if models.rnd is None:
         return None
     return Curiosity(
-        models.rnd,
+        *models.rnd,
         rollout,
         adam(c.adam_eps),
         coef=c.rnd_coef,
         gamma=c.rnd_gamma,
         proportion=c.rnd_proportion,
-        minibatch_size=c.minibatch_size,
+        minibatch_size=rollout.rewards.numel() // known(c.n_minibatches),
         world=world,
     )
 
@@ -231,6 +232,7 @@ def plan_run(
             gae_doubling,
             graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
             gradients=c.log_histograms or (c.record_ratios != 0 and len(models.policy.recurrences()) > 0),
+            curiosity=lambda rollout: build_curiosity(c, models, rollout, world),
         )
 
     free = free_memory(device)

@@ -205,7 +205,11 @@ def build_run(
             if c.exact_resume and not exact:
                 raise CheckpointError(f"exact_resume: {restored[0]}")
             _refuse_finished(run_dir, c, learning, progress, n_iterations)
-        n_kept, size = c.keep_checkpoints + 2, sum(x.nbytes for x in learning.update.kept())
+        kept = [
+            *learning.update.kept(),
+            *([] if learning.learner.curiosity is None else learning.learner.curiosity.kept()),
+        ]
+        n_kept, size = c.keep_checkpoints + 2, sum(x.nbytes for x in kept)
         world.shared(lambda: check_disk(run_dir, n_kept * size, f"{n_kept} checkpoints"))
         minibatches = n_iterations * known(c.update_epochs) * known(c.n_minibatches)
         mode, compile_seconds = compile_parts(

@@ -78,6 +78,7 @@ class Curiosity:
     def __init__(
         self,
         rnd: RandomNetworkDistillation,
+        parameters: FlatParameters,
         rollout: Rollout,
         optimizer: Optimizer,
         *,
@@ -91,6 +92,7 @@ class Curiosity:
 
         Args:
             rnd: networks and moments, on the device of the rollout.
+            parameters: of its predictor and critic.
             rollout: the storage; row t + 1 of its observations follows step t.
             optimizer: of predictor and critic.
             coef: weight of the intrinsic advantage.
@@ -100,8 +102,7 @@ class Curiosity:
             world: the ranks that share each minibatch.
         """
         self.rnd, self._rollout, self._world, self._coef = rnd, rollout, world, coef
-        self._optimizer, self.parameters = optimizer, FlatParameters(rnd)
-        vector = self.parameters.vector
+        self._optimizer, self.parameters, vector = optimizer, parameters, parameters.vector
         self.state = CuriosityState(vector, optimizer.init(vector), vector.new_zeros(3))
         self.gamma = vector.new_full((), gamma)
         self.rewards, self._values, self._next_values, self.returns = (
@@ -190,7 +191,7 @@ class Curiosity:
         own = rows.clone()
         replay = capture(
             lambda: self._run_epoch(own, coefs),
-            keep=[self.state.params, *self.state.optimizer, self.state.sums],
+            keep=[*self.kept(), self.state.sums],
             fresh=[own],
             device=rows.device,
             pool=pool,
@@ -202,6 +203,15 @@ class Curiosity:
             replay()
 
         self._epoch = epoch
+
+    def step(self, rows: Tensor, coefs: Coefficients) -> None:
+        """Take one step on a minibatch, rows [B] of the rollout."""
+        total = self._world.sum_(self._gradient(*self._gradient_arguments(rows, coefs)))
+        self._apply(self.state, total, coefs.learning_rate, coefs.max_grad_norm)
+
+    def kept(self) -> list[Tensor]:
+        """List the tensors that `learn` changes and its next call reads."""
+        return [self.state.params, *self.state.optimizer]
 
     def moments(self) -> list[Tensor]:
         """List the tensors that `advantages` changes and its next call reads."""
@@ -226,8 +236,7 @@ class Curiosity:
     def _run_epoch(self, order: Tensor, coefs: Coefficients) -> None:
         """Take a step on each minibatch of `order` [M, B]."""
         for rows in order:
-            total = self._world.sum_(self._gradient(*self._gradient_arguments(rows, coefs)))
-            self._apply(self.state, total, coefs.learning_rate, coefs.max_grad_norm)
+            self.step(rows, coefs)
 
     def _gradient_arguments(self, rows: Tensor, coefs: Coefficients) -> tuple[Any, ...]:
         return self.state.params, rows, self._obs, self.returns, coefs.vf_coef, self._constants

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from fastppo.envs.vec_env import FinalObsBuffer
 from fastppo.errors import ConfigError
 from fastppo.functional.losses import Coefficients
+from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
@@ -76,6 +77,7 @@ def plan_memory(
     *,
     graphs: bool = False,
     gradients: bool = False,
+    curiosity: Callable[[Rollout], Curiosity | None] = lambda _: None,
 ) -> MemoryPlan:
     """Plan the memory of an iteration of `n_steps` steps in `env`.
 
@@ -86,6 +88,7 @@ def plan_memory(
         gae: the kernel that computes advantages.
         graphs: the update is captured as CUDA graphs, which share a memory pool.
         gradients: a sampled update also computes the gradient of one minibatch, eagerly.
+        curiosity: makes what rewards new observations, on existing networks; None: nothing does.
     """
     staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
@@ -96,6 +99,7 @@ def plan_memory(
         if env.max_steps is not None:
             cuts = FinalObsBuffer.allocate(n_steps, env.n_envs, env.obs_spec, env.max_steps, device)
         storage = live.bytes - before
+        curious = curiosity(rollout)
         coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         r = rollout
         gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
@@ -109,6 +113,9 @@ def plan_memory(
         rows = order[: max(1, len(order) // length // learner.n_minibatches) * length]
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         peaks += [live.take_peak()] * (1 + gradients)
+        if curious is not None:
+            curious.step(rows, coefs)
+            peaks.append(live.take_peak())
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         peaks.append(live.take_peak())
         if cuts is not None:

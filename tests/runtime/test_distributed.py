@@ -145,7 +145,6 @@ CASES = {
         "compile": "on",
     },
     "compiled, RND": {"env_id": "CartPole-v1", "vectorization": "tensor", "rnd": True, "compile": "on"},
-    "RND": {"env_id": "CartPole-v1", "vectorization": "sync", "rnd": True, "learning_rate": 1e-3},
     "memory": {
         "env_id": "CartPole-v1",
         "env_kwargs": {"max_episode_steps": 20},
