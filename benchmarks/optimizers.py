@@ -88,6 +88,7 @@ def main(options: Options) -> None:
             gain = [muon - adam for adam, muon in zip(*(best[name] for name in _OPTIMIZERS), strict=True)]
             row = {"env_id": env_id, "steps": _STEPS[env_id], "optimizer": "muon - adam", "rate": "best of each"}
             rows.append(row | _summary(bootstrap(gain, mean)) | {"seeds": _text(gain)})
+            write(rows, options.output)
     report(rows, options.output)
 
 
