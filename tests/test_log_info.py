@@ -169,6 +169,7 @@ def test_infos_as_vector_environments_may_give_them():
         "x": np.array([1.0, 50.0, 3.0]),
         "_x": np.array([True, True, False]),
         "whole": 7.0,
+        "_whole": 0.5,  # no mask
         "mixed": np.array([1, None, 2.5], object),
         "_mixed": np.array([True, False, True]),
         "final_info": np.array([None, {"x": 2.0, "deep": {"y": 4}}, None], object),
@@ -178,6 +179,7 @@ def test_infos_as_vector_environments_may_give_them():
     assert totals == {
         "x": [[1, 2, 0], [1, 1, 0]],
         "whole": [[7, 0, 0], [1, 0, 0]],
+        "_whole": [[0.5, 0, 0], [1, 0, 0]],
         "mixed": [[1, 0, 2.5], [1, 0, 1]],
         "deep/y": [[0, 4, 0], [0, 1, 0]],
     }

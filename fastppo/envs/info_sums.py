@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -145,11 +145,10 @@ class InfoSums:
         """Add the value under `name` of the environments `rows` [N] bool."""
         if isinstance(value, dict):
             for key, part in value.items():
-                if isinstance(key, str) and key.startswith("_") and key[1:] in value:
-                    continue
-                has = np.asarray(value.get(f"_{key}", True))
-                present = rows & has if has.shape in ((), rows.shape) else rows
-                self._add_tree(part, present, f"{name}/{key}" if name else str(key))
+                has = value.get(f"_{key}")
+                present = rows & has if _is_mask(has, rows) else rows
+                if not (str(key).startswith("_") and str(key)[1:] in value and _is_mask(part, rows)):
+                    self._add_tree(part, present, f"{name}/{key}" if name else str(key))
         elif _has_objects(value) and len(value) == self._n_envs:  # dicts, or what fits no other array
             for i in np.flatnonzero(rows).tolist():
                 if isinstance(value[i], dict):
@@ -189,6 +188,10 @@ def number_of(value: Any) -> float | None:  # noqa: ANN401 - any value
         return float(value)
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def _is_mask(value: Any, rows: _Array) -> TypeGuard[_Array]:  # noqa: ANN401 - any value
+    return isinstance(value, np.ndarray) and value.dtype == bool and value.shape == rows.shape
 
 
 def _has_objects(value: Any) -> bool:  # noqa: ANN401 - any value

@@ -97,7 +97,13 @@ SETTINGS["record_ratios"] = 0  # each process samples its own rows
 
 
 CASES = {
-    "sync": {"env_id": "CartPole-v1", "vectorization": "sync", "learning_rate": 1e-3},
+    "sync": {
+        "env_id": "CartPole-v1",
+        "wrappers": ["gymnasium.wrappers:RecordEpisodeStatistics"],
+        "log_info": ["episode/r", "episode/l"],
+        "vectorization": "sync",
+        "learning_rate": 1e-3,
+    },
     "stop by minibatch": {
         "env_id": "CartPole-v1",
         "vectorization": "tensor",
@@ -187,6 +193,8 @@ def test_two_processes_of_n_are_one_of_2n(runs, name):
     assert first["result"] == alone["result"] == 8 * 32 * 5
     if "target_kl" in CASES[name]:
         assert any("losses/stop_kl" in row for row in alone["logged"]), "no update was stopped"
+    if "log_info" in CASES[name]:
+        assert all("info/episode/r" in row for row in alone["logged"]), "no figure was compared"
 
 
 def test_the_command_line_under_torchrun(tmp_path):

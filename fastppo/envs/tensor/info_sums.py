@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -45,11 +45,10 @@ class TensorInfoSums:
             if isinstance(value, Mapping):
                 self._add_tree(value, rows, f"{name}/")
                 continue
-            is_mask = isinstance(key, str) and key.startswith("_") and key[1:] in extras
-            if not is_mask and self._selection.chooses(name):
+            of_another = str(key).startswith("_") and str(key)[1:] in extras and _is_mask(value, rows)
+            if not of_another and self._selection.chooses(name):
                 has = extras.get(f"_{key}")
-                present = rows & has.bool() if isinstance(has, Tensor) and has.shape == rows.shape else rows
-                self._add_value(name, value, present)
+                self._add_value(name, value, rows & has if _is_mask(has, rows) else rows)
 
     def _add_value(self, name: str, value: Any, rows: Tensor) -> None:  # noqa: ANN401 - a tensor or a number
         x = torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biuf" else value
@@ -69,3 +68,7 @@ class TensorInfoSums:
         else:
             total[0, 0].add_(x)
             total[1, 0].add_(1.0)
+
+
+def _is_mask(value: Any, rows: Tensor) -> TypeGuard[Tensor]:  # noqa: ANN401 - any value
+    return isinstance(value, Tensor) and value.dtype == torch.bool and value.shape == rows.shape
