@@ -53,7 +53,7 @@ def train(job: tuple[str, str, float, int]) -> float:
         config = Config(
             env_id=env_id,
             vectorization="tensor",
-            preset="tuned",
+            profile="tuned",
             optimizer=optimizer,  # type: ignore[arg-type]
             learning_rate=factor * TUNED[env_id]["learning_rate"],
             total_timesteps=_STEPS[env_id],

@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -26,6 +26,8 @@ class Options:
 
     env_id: str = "CartPole-v1"
     """Environment id."""
+    profile: Literal["tuned", "tuned_penalty"] = "tuned"
+    """The profile that is measured."""
     target_return: float = 475.0
     """Target mean return of the last 100 episodes."""
     seeds: int = 5
@@ -34,13 +36,13 @@ class Options:
     """JSON file for the results."""
 
 
-def run(job: tuple[str, float, int]) -> dict[str, Any]:
+def run(job: tuple[str, Any, float, int]) -> dict[str, Any]:
     from fastppo import Config, Trainer
 
-    env_id, target, seed = job
+    env_id, profile, target, seed = job
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        config = Config(env_id=env_id, profile="tuned", seed=seed, target_return=target, run_dir=Path(folder) / "run")
+        config = Config(env_id=env_id, profile=profile, seed=seed, target_return=target, run_dir=Path(folder) / "run")
         trainer = Trainer(config)
         result = trainer.run()
         seconds = time.perf_counter() - begin
@@ -54,7 +56,7 @@ def main(options: Options) -> None:
     rows = []
     for seed in range(1, options.seeds + 1):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rows.append(pool.apply(run, ((options.env_id, options.target_return, seed),)))
+            rows.append(pool.apply(run, ((options.env_id, options.profile, options.target_return, seed),)))
         print({k: v for k, v in rows[-1].items() if k not in ("about", "config")}, flush=True)
     about, config = rows[0]["about"], rows[0]["config"]
     reached = [row for row in rows if row["ended"] == "target"]

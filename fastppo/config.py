@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from fastppo.errors import ConfigError
-from fastppo.profiles import CLEANRL, PROFILES, TUNED, Kind, ProfileName
+from fastppo.profiles import CLEANRL, MEASURED, PROFILES, TUNED, Kind, ProfileName
 
 Section = Literal[
     "environment",
@@ -213,9 +213,9 @@ class Config:
     """Stop once the mean return of the last 100 episodes reaches this; `threshold`: the environment's reward_threshold,
     if it has one."""
     profile: Annotated[ProfileName, Setting(section="run", alias="preset", changes="nothing")] = "cleanrl"
-    """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`: measured for this
-    environment id, where available; `sb3`, `ppo1`, `ppo2`, `rsl_rl`: those of stable-baselines3, of PPO1 and PPO2 in
-    stable-baselines, of rsl_rl. `fastppo profile NAME` prints them."""
+    """Defaults of the other settings. `cleanrl`: CleanRL's for this kind of environment; `tuned`, `tuned_penalty`:
+    measured for this environment id, where available; `sb3`, `ppo1`, `ppo2`, `rsl_rl`: those of stable-baselines3, of
+    PPO1 and PPO2 in stable-baselines, of rsl_rl. `fastppo profile NAME` prints them."""
     init_from: Annotated[Path | None, Setting(section="run", unset="none", on_resume="free")] = None
     """Start from the policy and normalisers of this run folder."""
     name: Annotated[str, Setting(section="run", changes="nothing")] = "ppo"
@@ -585,7 +585,9 @@ CHANGES_RESULTS = frozenset(name for name, setting in SETTINGS.items() if settin
 
 
 def _profile_settings(name: object) -> dict[str, Any]:
-    """Return the settings of another program's profile; none for a name that is no such profile."""
+    """Return the settings of a profile that don't depend on the environment; none for a name that is no profile."""
+    if name in MEASURED:
+        return MEASURED[str(name)]
     return PROFILES[name].settings if name in PROFILES else {}
 
 
@@ -613,7 +615,7 @@ def fill_defaults(
         ConfigError: n_minibatches doesn't divide the batch, or settings contradict each other.
     """
     defaults = CLEANRL[kind] | {"sign_rewards": atari}
-    if config.profile == "tuned":
+    if config.profile in MEASURED:
         defaults |= TUNED.get(config.env_id, {})
     elif config.profile != "cleanrl":  # which is CLEANRL, by kind
         profile = _profile_settings(config.profile)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 Kind = Literal["discrete", "image", "continuous"]
-ProfileName = Literal["cleanrl", "tuned", "sb3", "ppo1", "ppo2", "rsl_rl"]
+ProfileName = Literal["cleanrl", "tuned", "tuned_penalty", "sb3", "ppo1", "ppo2", "rsl_rl"]
 
 _CLEANRL_PPO: dict[str, Any] = {
     "total_timesteps": 500_000,
@@ -79,6 +79,9 @@ TUNED: dict[str, dict[str, Any]] = {
         "normalize_obs": False,
     },
 }
+
+# What each measured profile sets beside TUNED
+MEASURED: dict[str, dict[str, Any]] = {"tuned": {}, "tuned_penalty": {"objective": "penalty", "penalty_kl": 0.01}}
 
 NO_LIMIT = 1e9  # of the gradient's norm, for programs that don't clip it
 

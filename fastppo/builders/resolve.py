@@ -12,7 +12,7 @@ from fastppo.envs.auto_vectorization import env_key, recall
 from fastppo.envs.make_envs import EnvInfo, choose_vectorization
 from fastppo.errors import ConfigError
 from fastppo.policies.policy_spec import default_network
-from fastppo.profiles import TUNED
+from fastppo.profiles import MEASURED, TUNED
 from fastppo.runtime.device import machine_name
 from fastppo.runtime.distributed import World
 
@@ -94,8 +94,8 @@ def resolve_config(
         notes.append(f"action masks: from {source[env_info.obs_spec.leaves[-1].mask_source or 'key']}.")
     if config.target_return == "threshold" and c.target_return is None:
         notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
-    if config.profile == "tuned" and config.env_id not in TUNED:
-        notes.append(f"profile tuned: no measured setting for {env_info.name}; CleanRL's defaults are used.")
+    if config.profile in MEASURED and config.env_id not in TUNED:
+        notes.append(f"profile {config.profile}: no measured setting for {env_info.name}; CleanRL's defaults are used.")
     if (custom_memory or c.memory != "none") and config.n_minibatches is None and c.n_minibatches == 1:
         notes.append(
             "n_minibatches 1: a minibatch holds whole sequences, and a rollout is only one; give --segment-length or "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -11,7 +11,7 @@ from fastppo.commands.console import open_console
 from fastppo.commands.flags import flag
 from fastppo.config import SETTINGS, default_text, shown
 from fastppo.errors import ConfigError
-from fastppo.profiles import CLEANRL, PROFILES, TUNED, Keyword, Profile
+from fastppo.profiles import CLEANRL, MEASURED, PROFILES, TUNED, Keyword, Profile
 from fastppo.runtime.console import print_line
 
 
@@ -26,31 +26,41 @@ class ShowProfile:
 
     def __call__(self) -> int:
         """Print the profile, or a list of profiles; return 0."""
-        known = (*PROFILES, "tuned")
+        known = (*PROFILES, *MEASURED)
         if self.name and self.name not in known:
             raise ConfigError(f"there is no profile {self.name!r}; use one of {', '.join(known)}.")
         if not self.name:
             _list()
-        elif self.name == "tuned":
-            _print_tuned()
+        elif self.name in MEASURED:
+            _print_measured(self.name)
         else:
-            _print(PROFILES[self.name])
+            _print({str(name): profile for name, profile in PROFILES.items()}[self.name])
         return 0
 
 
 def _list() -> None:
     console = open_console()
     for name, profile in PROFILES.items():
-        print_line(console, f"{name:<8} {profile.program}")
-    print_line(console, f"{'tuned':<8} measured for {', '.join(TUNED)}; CleanRL's defaults elsewhere")
+        print_line(console, f"{name:<14}{profile.program}")
+    for measured, more in MEASURED.items():
+        values = f"; {_flags(more)}" if more else ""
+        print_line(console, f"{measured:<14}measured for {', '.join(TUNED)}; CleanRL's defaults elsewhere{values}")
     print_line(console, "fastppo profile NAME prints one; fastppo train --profile NAME trains with it.")
 
 
-def _print_tuned() -> None:
+def _print_measured(name: str) -> None:
     console = open_console()
     for env_id, settings in TUNED.items():
-        values = "  ".join(f"{flag(name)} {shown(value)}" for name, value in settings.items())
-        print_line(console, f"{env_id}: {values}")
+        print_line(console, f"{env_id}: {_flags(settings | MEASURED[name])}")
+
+
+def _flags(settings: dict[str, Any]) -> str:
+    def given(name: str, value: Any) -> str:  # noqa: ANN401 - any setting's
+        if isinstance(value, bool):
+            return flag(name) if value else flag(name).replace("--", "--no-", 1)
+        return f"{flag(name)} {shown(value)}"
+
+    return "  ".join(given(name, value) for name, value in settings.items())
 
 
 def _print(profile: Profile) -> None:
