@@ -228,7 +228,7 @@ def test_the_readme_matches_the_committed_measurements():
         (n, name): statistics.median(sps[f"fastppo {name}"][i] / x for i, x in sps["stable-baselines3"].items())
         for n, sps in found.items()
         for name in OURS
-        if f"fastppo {name}" in sps
+        if f"fastppo {name}" in sps and "torch.compile" not in name
     }
     low, high = (f"{end(ratios.values()):.1f}" for end in (min, max))
     assert f"{low} to {high} times stable-baselines3's training speed" in PAGES["README.md"].replace("\n", " ")
