@@ -44,7 +44,7 @@ class Options:
     seeds: int = 5
     """Number of seeds; they are 1 to `seeds`."""
     at_once: int = 1
-    """Concurrent trainings."""
+    """Concurrent trainings, 1 or 2."""
     output: Path | None = None
     """JSON file for the results."""
     one: str | None = None
@@ -55,17 +55,18 @@ def main(options: Options) -> None:
     if options.one is not None:
         print(json.dumps(train(*json.loads(options.one))))
         return
-    rows: list[dict[str, Any]] = []
-    returns: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, Any]] = {}
+    runs: dict[str, list[dict[str, Any]]] = {env_id: [] for env_id in options.env_id}
     for env_id in options.env_id:
-        seeds = range(1, options.seeds + 1)
-        jobs = [(program, env_id, options.steps, seed) for seed in seeds for program in PROGRAMS]
-        with ThreadPoolExecutor(options.at_once) as pool:
-            runs = list(pool.map(lambda job: run_task("benchmarks.compat", job), jobs))
-        returns += runs
-        rows.append({"env": env_id, "steps": options.steps, "seeds": options.seeds, **compare(runs)})
-        write(rows, options.output, returns=returns, settings=SETTINGS, annealed=ANNEALED, n_envs=N_ENVS)
-    print(table(rows))
+        for seed in range(1, options.seeds + 1):
+            jobs = [(program, env_id, options.steps, seed) for program in PROGRAMS]
+            with ThreadPoolExecutor(options.at_once) as pool:
+                runs[env_id] += pool.map(lambda job: run_task("benchmarks.compat", job), jobs)
+            rows[env_id] = {"env": env_id, "steps": options.steps, "seeds": seed, **compare(runs[env_id])}
+            settings = {"settings": SETTINGS, "annealed": ANNEALED, "n_envs": N_ENVS}
+            write(list(rows.values()), options.output, returns=runs, **settings)
+            print(rows[env_id], flush=True)
+    print("\n".join(table([row]) for row in rows.values()))
 
 
 def compare(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
