@@ -19,6 +19,7 @@ LONG = (
     "test_gpu_contract.py",
     "faults/test_environment.py",
     "test_update.py",
+    "test_rnd.py",
     "test_memory_plan.py",
     "test_study.py",
     "test_report.py",

@@ -138,20 +138,6 @@ def test_an_update_is_that_of_autograd_and_torch_adam(tmp_path, how):
     assert all(torch.equal(x, rnd.target.state_dict()[name]) for name, x in fixed.items())
 
 
-def test_captured_training_matches_eager_training(tmp_path):
-    logged = {}
-    for how in ("off", "graph"):
-        changes = {"vectorization": "tensor", "env_id": "CartPole-v1", "total_timesteps": 2 * 4 * 4, "compile": how}
-        trainer = trainer_of(tmp_path, make_env=None, **changes, run_dir=tmp_path / how, record_ratios=0, n_steps=4)
-        logged[how] = [
-            [stats.scalars[f"losses/{name}"] for name in ("rnd_loss", "intrinsic_value_loss", "policy_loss")]
-            + [stats.scalars["charts/intrinsic_reward"]]
-            for stats in trainer.iterations()
-        ]
-        assert trainer.config.compile == how
-    assert np.allclose(logged["graph"], logged["off"], rtol=1e-3, atol=1e-5)
-
-
 def test_the_policy_learns_the_same_where_the_weight_is_negligible(tmp_path):
     """RND draws from no stream of the policy and leaves its update alone: 1e-30 times an advantage adds nothing."""
     for name, changes in {"with": {"rnd": True, "rnd_coef": 1e-30}, "without": {"rnd": False}}.items():
