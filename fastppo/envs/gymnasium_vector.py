@@ -164,7 +164,13 @@ class GymnasiumVecEnv(VecEnv):
             self._results[group] = self.venv.step(actions)
         except (EOFError, ConnectionError) as error:  # the only trace of a dead worker process
             name = type(self.venv.unwrapped).__name__
-            raise EnvError(f"a worker process of {name} died in a step ({type(error).__name__}).") from error
+            raise EnvError(
+                f"a worker process of {name} died in step {self._steps + 1} ({type(error).__name__})."
+            ) from error
+        except FastPPOError:
+            raise
+        except ENV_ERRORS as error:
+            raise self._failure(f"step {self._steps + 1}", error) from error
 
     def store(self, t: int, group: int) -> Sequence[int]:
         """Write a step's results into the rollout and return the environments whose episode was truncated.
@@ -294,8 +300,10 @@ class GymnasiumVecEnv(VecEnv):
         except FastPPOError:
             raise
         except ENV_ERRORS as error:
-            name = type(self.venv.unwrapped).__name__
-            raise EnvError(f"{name} failed in {doing}: {cause_line(error)}.") from error
+            raise self._failure(doing, error) from error
+
+    def _failure(self, doing: str, error: BaseException) -> EnvError:
+        return EnvError(f"{type(self.venv.unwrapped).__name__} failed in {doing}: {cause_line(error)}.")
 
     def _access(self, method: str) -> Callable[..., Any]:
         found = getattr(self.venv, method, None) or getattr(self.venv.unwrapped, method, None)

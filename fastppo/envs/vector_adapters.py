@@ -20,7 +20,7 @@ from fastppo.envs.info_sums import InfoTotals
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.sync import SerialVectorEnv, check_callable
 from fastppo.envs.vec_env import VecEnv
-from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, first_line
+from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, FastPPOError, first_line
 from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT
 
 _Array = np.ndarray[Any, Any]
@@ -64,13 +64,17 @@ class AsyncVecEnv(GymnasiumVecEnv):
                 self._broken = True
                 raise EnvError(f"{describe_dead(self._processes)} in {doing}.") from None
             except ENV_ERRORS as error:
-                line = f"{type(error).__name__}: {first_line(error)}"
+                failure = self._failure(doing, error)
+        cause = RuntimeError("\n".join(str(report.message) for report in reports)) if reports else None
+        raise failure from cause
+
+    def _failure(self, doing: str, error: BaseException) -> EnvError:
+        """Return `error` of a worker process, which has ended, as an EnvError that names its environment."""
         pipes = getattr(self.venv.unwrapped, "parent_pipes", [])
         failed = ", ".join(str(i) for i, pipe in enumerate(pipes) if pipe is None)
         self._broken = self._broken or bool(failed)
         which = f"environment {failed}" if failed else "AsyncVectorEnv"
-        cause = RuntimeError("\n".join(str(report.message) for report in reports)) if reports else None
-        raise EnvError(f"{which} failed in {doing}: {line}.") from cause
+        return EnvError(f"{which} failed in {doing}: {type(error).__name__}: {first_line(error)}.")
 
     def call(self, name: str, /, *args: Any, **kwargs: Any) -> tuple[Any, ...]:  # noqa: ANN401 - the method's own
         """See `VecEnv.call`. A method that raises ends its worker process, and with it the run.
@@ -141,7 +145,11 @@ class AsyncVecEnv(GymnasiumVecEnv):
             ) from None
         except (EOFError, ConnectionError):  # the only trace of a dead worker
             self._broken = True
-            raise EnvError(f"{describe_dead(self._processes)} in a step.") from None
+            raise EnvError(f"{describe_dead(self._processes)} in step {self._steps + 1}.") from None
+        except FastPPOError:  # of the worker, which names environment and step
+            raise
+        except ENV_ERRORS as error:
+            raise self._failure(f"step {self._steps + 1}", error) from error
 
 
 class SerialVecEnv(GymnasiumVecEnv):

@@ -11,6 +11,7 @@ from fastppo.envs import factory
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.vec_env import env_seeds
+from fastppo.envs.vector_adapters import AsyncVecEnv
 from fastppo.errors import ConfigError, EnvError
 from tests.worlds import Counter, Spaces, step
 
@@ -231,4 +232,33 @@ def test_async_workers_start_from_a_fork_server():
     env = make_vec_env(inspect_env("CartPole-v1", {}), 2, "async")
     assert isinstance(env.venv, AsyncVectorEnv)
     assert env.venv.context == "forkserver"
+    env.close()
+
+
+class Breaks(Counter):
+    """Fails in its fifth step."""
+
+    def step(self, action):
+        if self.steps == 4:
+            raise ValueError("the wheel fell off")
+        return super().step(action)
+
+
+@pytest.mark.parametrize(
+    ("vectoriser", "adapter", "who"),
+    [(SyncVectorEnv, GymnasiumVecEnv, "SyncVectorEnv"), (AsyncVectorEnv, AsyncVecEnv, "environment 1")],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # in which Gymnasium prints a worker's traceback
+def test_an_error_in_a_vector_environment_names_the_step(vectoriser, adapter, who):
+    venv = vectoriser(
+        [lambda: Counter(((9, False),)), lambda: Breaks(((9, False),))], autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    env = adapter(venv)
+    env.reset(env_seeds(SEED, 2))
+    for _ in range(4):
+        step(env, zero_actions())
+    with pytest.raises(EnvError, match=f"^{who} failed in step 5: ValueError: the wheel fell off") as error:
+        step(env, zero_actions())
+    assert "\n" not in str(error.value)
+    assert error.value.__cause__ is not None
     env.close()
