@@ -63,6 +63,7 @@ static int check(long kind, long features, const long *widths, long n_layers, lo
   mlp_pack(&net, vector, workspace);
   mlp_act(&net, vector, &plain, obs, noise, 29, threads, workspace, outputs, actions);
   mlp_values(&net, vector, &normalized, obs, 29, threads, workspace, values);
+  mlp_logprobs(&net, outputs, actions, 29, threads, values);
   int bad = sums[N_DIAGNOSTICS + 1] != 2 || !(n_valid > 0);
   free(table), free(vector), free(mean), free(square), free(workspace), free(order), free(gradient), free(obs);
   free(noise), free(outputs), free(values), free(moments), free(actions);
@@ -79,6 +80,7 @@ int main(void) {
       bad |= check(kind, 77, odd, 3, kind % 2 ? RELU : ELU, 0, threads);
     }
   bad |= check(GAUSSIAN, 10, wide, 2, TANH, 0, 2);
+  bad |= check(CATEGORICAL, 5, odd, 3, TANH, 0, MOST_PARTS + 6);
   float x[6] = {1, 2, 3, 4, 5, 6}, out[12], gamma = 0.9f;
   unsigned char ends[6] = {0, 1, 0, 0, 0, 1};
   gae(2, 3, x, x, x, ends, ends, &gamma, &gamma, out, out + 6);

@@ -65,8 +65,9 @@ def test_a_note_explains_the_compile_mode(wanted, minibatches, parts, device, mo
     parts.device, notes, said = torch.device(device), [], []
     found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes=notes, say=said.append)
     assert found == mode
-    if device == "cpu" and wanted == "auto" and not parts.fuses:
-        assert notes.pop(0) == "not fused: the network is a CNN."
+    if wanted in ("auto", "fused") and not parts.fuses and (device == "cpu" or wanted == "fused"):
+        why = "the network is a CNN" if device == "cpu" else "the C code runs on a CPU"
+        assert notes.pop(0) == f"not fused: {why}."
     assert bool(note) == bool(notes)
     assert note is None or notes[0].startswith(note)
     assert bool(seconds) == (mode != "off")

@@ -30,6 +30,7 @@ from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.policies.native_actor import NativeActor, NativePolicy, can_act_in_c
+from fastppo.policies.native_mlp import not_covered
 from fastppo.policies.normalizers import ObsNormalizer
 from fastppo.policies.policy import FORBIDDEN, Policy
 from fastppo.ppo import fused_gradient
@@ -45,6 +46,7 @@ from tests.worlds import short
 SOURCES = Path(native.__file__).parent
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason="no C compiler")
 
+WIDER = {"free_std": False, "hidden_sizes": (20, 16), "activation": "tanh", "shared_trunk": False}
 DISTRIBUTIONS = {
     "categorical": Categorical(3),
     "choices": MultiCategorical((3, 2, 4)),
@@ -221,7 +223,7 @@ def test_an_update_is_the_eager_one(case):
         coefs = coefficients(learning_rate=5e-3, kl_coef=0.5)._replace(**update.adapted)
         if fused:
             before = [x.clone() for x in update.kept()]
-            update.fuse(batch, coefs)
+            update.fuse(batch)
             assert all(map(torch.equal, before, update.kept())), "it changes no state"
         reports = [learn(update, batch, coefs, case["limit"]) for _ in range(2)]
         results.append((update.state.params.clone(), torch.stack(reports), update.state_dict()))
@@ -239,7 +241,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     batch = make_batch(policy, 256)
     batch.returns[17] = math.nan
     update = make_update(policy)
-    update.fuse(batch, coefficients())
+    update.fuse(batch)
     before = update.state.params.clone()
     report = named(learn(update, batch, coefficients(), math.inf))
     assert report["skipped_minibatches"] == 2, "one in each of two epochs"
@@ -262,7 +264,7 @@ def test_the_bits_depend_on_the_number_of_threads_alone():
         batch, update = make_batch(policy, 2048), make_update(policy)
         torch.set_num_threads(threads)
         try:
-            update.fuse(batch, coefficients())
+            update.fuse(batch)
             learn(update, batch, coefficients(), math.inf)
         finally:
             torch.set_num_threads(1)
@@ -281,7 +283,7 @@ def test_large_networks_are_shared_among_threads():
         torch.set_num_threads(threads or 1)
         try:
             if threads:
-                update.fuse(batch, coefficients())
+                update.fuse(batch)
             learn(update, batch, coefficients(), math.inf)
         finally:
             torch.set_num_threads(1)
@@ -406,10 +408,127 @@ def test_a_wrong_gradient_is_found_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(fused_gradient.native, "gradient", wrong)
     policy = make_policy(Categorical(3))
     with pytest.raises(CompileError, match="its flat differs from torch's"):
-        make_update(policy).fuse(make_batch(policy, 64), coefficients())
+        make_update(policy).fuse(make_batch(policy, 64))
     trainer = Trainer(config(tmp_path / "run"), progress=False)
     assert trainer.config.compile == "off"
     assert "differs from torch's" in notes_of(trainer)[0]
+    trainer.run()
+
+
+def test_a_wrong_gradient_of_a_weight_is_found(monkeypatch):
+    """Observations of zeros, such as a new rollout's, would hide it."""
+    right, policy = native.gradient, make_policy(Categorical(3))
+    weights = [p.numel() for p in policy.network.parameters() if p.dim() == 2]
+
+    def wrong(*arguments):
+        flat, *rest = right(*arguments)
+        flat[: weights[0]] *= 7  # the first layer's
+        return (flat, *rest)
+
+    monkeypatch.setattr(fused_gradient.native, "gradient", wrong)
+    batch = make_batch(policy, 64)
+    batch.obs.zero_()
+    with pytest.raises(CompileError, match="its flat differs from torch's"):
+        make_update(policy).fuse(batch)
+
+
+def changed(change):
+    policy = make_policy(Categorical(3))
+    change(policy.network)
+    return policy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: setattr(net, "critic_trunk", net.critic_trunk[:-1]),
+        lambda net: net.actor_trunk.__setitem__(2, torch.nn.ReLU()),
+        lambda net: net.critic_trunk.append(torch.nn.LayerNorm(16)),
+        lambda net: (
+            [net.critic_trunk.__setitem__(i, torch.nn.GELU("tanh")) for i in (2, 4)]
+            and [net.actor_trunk.__setitem__(i, torch.nn.GELU("tanh")) for i in (2, 4)]
+        ),
+        lambda net: setattr(net.critic, "bias", None),
+        lambda net: torch.nn.utils.parametrizations.spectral_norm(net.critic_trunk[1]),
+        lambda net: net.actor.linear.register_forward_hook(lambda *_: None),
+        lambda net: setattr(net, "critic_trunk", MLP(5, 3, **WIDER).critic_trunk),
+    ],
+    ids=["no activation", "two activations", "normalised", "another GELU", "no bias", "spectral", "hook", "wider"],
+)
+def test_a_changed_mlp_is_not_covered(change):
+    reason = not_covered(changed(change))
+    assert reason in ("the MLP's layers were changed", "some parameters are frozen")
+    assert not_covered(changed(lambda net: None)) is None
+
+
+def test_threads_beyond_those_of_the_pool_compute_the_same():
+    policy = make_policy(Categorical(3))
+    batch = make_batch(policy, 400)
+    assert_same(*gradients(policy, batch, PPOLoss("max"), threads=70))
+
+
+SPECIAL = [math.nan, math.inf, -math.inf, 1e30, -1e30]
+
+
+@pytest.mark.parametrize("field", ["logprobs", "advantages", "returns", "params", "obs"])
+@pytest.mark.parametrize("name", ["categorical", "bits", "gaussian"])
+def test_numbers_that_are_not_finite_are_skipped_as_by_torch(name, field):
+    for value in SPECIAL:
+        skipped = []
+        for fused in (False, True):
+            policy = make_policy(DISTRIBUTIONS[name])
+            batch = make_batch(policy, 64)
+            getattr(batch, field).view(64, -1)[17, 0] = value
+            update = make_update(policy)
+            if fused:
+                update.fuse(batch)
+            report = named(learn(update, batch, coefficients(), math.inf))
+            skipped.append((report["skipped_minibatches"], report["minibatches_run"], report["skipped_in_a_row"]))
+        assert skipped[0] == skipped[1], value
+
+
+@pytest.mark.parametrize("coef", [-1.0, 0.0])
+def test_value_clipping_at_its_ends(coef):
+    policy = make_policy(Categorical(3))
+    batch = make_batch(policy, 100)
+    for value_clip in ("max", "clipped_only"):
+        assert_same(*gradients(policy, batch, PPOLoss(value_clip), value_clip_coef=coef))
+
+
+@pytest.mark.parametrize("log_std", [-12.0, 4.0])
+def test_deviations_beyond_their_bounds(log_std):
+    policy = make_policy(Gaussian(2))
+    with torch.no_grad():
+        policy.network.actor.log_std.fill_(log_std)
+    assert_same(*gradients(policy, make_batch(policy, 100), PPOLoss("max", "clip_and_penalty"), clip_coef=1e6))
+
+
+def test_bits_beyond_their_bounds_and_saturated_units():
+    policy = make_policy(Bernoulli(3))
+    with torch.no_grad():
+        policy.network.actor.linear.bias[0] = 2000.0
+    batch = make_batch(policy, 100)
+    torchs, ours = gradients(policy, batch._replace(obs=batch.obs * 1e6), PPOLoss("max", "penalty"))
+    torch.testing.assert_close(ours.flat, torchs.flat, atol=float(1e-4 * torchs.flat.abs().max()), rtol=0)
+
+
+def test_the_first_ratio_of_an_update_is_1():
+    """Acting's log-probabilities are computed by the code of the update."""
+    for name, dist in DISTRIBUTIONS.items():
+        policy = make_policy(dist)
+        d, in_c = decisions(policy, 4, 32), NativePolicy(policy)
+        actor = NativeActor(in_c, d)
+        for t in range(4):
+            actor.act(t)
+        in_c.fill(d)
+        rows = {"obs": d.obs[:4], "actions": d.actions, "logprobs": d.logprobs, "params": d.params, "values": d.values}
+        batch = Batch(*(x.flatten(0, 1) for x in rows.values()), *torch.randn(2, 128), None)
+        torchs, ours = gradients(policy, batch, PPOLoss("off"))
+        approx_kl = PPOLoss.diagnostics.index("approx_kl")
+        assert ours.diagnostics[approx_kl] == 0, name
+        assert torchs.diagnostics[approx_kl] < 1e-9
+        expected = policy.value(batch.obs)
+        torch.testing.assert_close(batch.values, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

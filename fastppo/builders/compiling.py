@@ -61,6 +61,8 @@ def compile_parts(
         except CompileError as error:
             notes.append(f"not fused: {error}.")
     if wanted == "fused":
+        if device.type != "cpu":
+            notes.append("not fused: the C code runs on a CPU.")
         wanted = "auto"
     compiled_before = compiling.compilations
     mode, why = _choose_mode(wanted, minibatches, learner)

@@ -31,6 +31,7 @@ from fastppo.monitoring.update_samples import UpdateSampler
 from fastppo.policies.actors import choose_act_device
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import hidden_matrices
+from fastppo.policies.native_mlp import not_covered
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
@@ -232,6 +233,7 @@ def plan_run(
             gae_doubling,
             graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
             gradients=c.log_histograms or (c.record_ratios != 0 and len(models.policy.recurrences()) > 0),
+            fused=c.compile in ("auto", "fused") and not_covered(models.policy) is None,
             curiosity=lambda rollout: build_curiosity(c, models, rollout, world),
         )
 

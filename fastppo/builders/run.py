@@ -140,7 +140,7 @@ def build_run(
         if c.threads is None:
             work = c.minibatch_size * models.parameters.size
             # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
-            in_c = c.compile in ("auto", "fused") and not_covered(models.policy) is None
+            in_c = c.compile in ("auto", "fused") and c.optimizer == "adam" and not_covered(models.policy) is None
             threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
             c = dataclasses.replace(c, threads=threads)
             notes += choices
@@ -277,8 +277,8 @@ def build_run(
 
 
 def _native_code(c: Config, device: torch.device, notes: list[str]) -> dict[str, str]:
-    """Return, for a resume to compare, whether a memory is computed in C, which rounds differently from torch."""
-    if c.memory == "none":
+    """Return, for a resume to compare, whether C is there for update or memory; it rounds differently from torch."""
+    if c.memory == "none" and (c.compile not in ("auto", "fused") or device.type != "cpu"):
         return {}
     why = recurrence.unavailable()
     if why is not None and c.memory in ("lstm", "gru") and device.type == "cpu":

@@ -1,4 +1,4 @@
-// Activations of hidden layers and their slopes, on rows of vectors. Numbers are torch's within some 2e-7.
+// Activations of hidden layers and their slopes, on rows of vectors. Numbers are torch's within 3e-7, of SiLU within 2e-6.
 #ifndef FASTPPO_ACTIVATIONS_H
 #define FASTPPO_ACTIVATIONS_H
 

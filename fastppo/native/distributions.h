@@ -77,15 +77,19 @@ static Evaluation evaluate_choice(long n, const float *x, const float *old, long
   return e;
 }
 
+// Clamped; NaN stays NaN
+static inline float bit_logit(float x) {
+  return x > LARGEST_BIT_LOGIT ? LARGEST_BIT_LOGIT : x < -LARGEST_BIT_LOGIT ? -LARGEST_BIT_LOGIT : x;
+}
+
 static Evaluation evaluate_bit(float x, float old, int set, Gradients g) {
   int inside = !(x > LARGEST_BIT_LOGIT || x < -LARGEST_BIT_LOGIT);
-  x = fminf(at_least(x, -LARGEST_BIT_LOGIT), isnan(x) ? x : LARGEST_BIT_LOGIT);
-  old = fminf(at_least(old, -LARGEST_BIT_LOGIT), LARGEST_BIT_LOGIT);
+  x = bit_logit(x), old = bit_logit(old);
   float p = sigmoid_of(x), old_p = sigmoid_of(old), softplus_x = softplus(x);
   g.logprob[0] = inside ? (float)set - p : 0.0f;
   g.entropy[0] = inside ? -x * p * (1.0f - p) : 0.0f;
   g.kl[0] = inside ? p - old_p : 0.0f;
-  return (Evaluation){(set ? x : 0.0f) - softplus_x, softplus_x - x * p, old_p * (old - x) - softplus(old) + softplus_x};
+  return (Evaluation){set ? -softplus(-x) : -softplus_x, softplus_x - x * p, old_p * (old - x) - softplus(old) + softplus_x};
 }
 
 // log(1 - tanh(u)^2), and its derivative -2 tanh(u)
@@ -112,7 +116,7 @@ static float squashed_part(float mean, float std, float *by_mean, float *by_std)
 static Evaluation evaluate_normal(float mean, float old_mean, float action, const Bounded *b, const Bounded *old,
                                   int squashed, long n, Gradients g) {
   float z = (action - mean) * b->inverse, shift = (old_mean - mean) * b->inverse, ratio = old->std * b->inverse;
-  float spread = ratio * ratio;
+  float spread = old->raw == b->raw ? 1.0f : ratio * ratio;
   g.logprob[0] = z * b->inverse, g.logprob[n] = (z * z - 1.0f) * b->slope;
   g.entropy[0] = 0.0f, g.entropy[n] = b->slope;
   g.kl[0] = -shift * b->inverse, g.kl[n] = (1.0f - spread - shift * shift) * b->slope;

@@ -1,5 +1,5 @@
 // GAE by the backward recursion; the definition is that of functional/gae.py. The environments of a step lie next to each
-// other, so the compiler takes several at once.
+// other, so the compiler takes several at once. A NaN reward stays within its episode.
 
 // One step of n environments; `later` are the advantages of the next one
 static void step(long n, const float *rewards, const float *values, const float *next_values,

@@ -268,7 +268,8 @@ static void evaluate_rows(const Job *job, long first, long m, int part, Bounded 
     Evaluation e = evaluate(&net->distribution, x, row + rows->old, row + rows->action, bounded, g);
     float logratio = e.logprob - row[rows->logprob], ratio = expf(logratio), less_one = expm1f(logratio);
     float advantage = (row[rows->advantage] - job->mean) / job->divisor, surrogate = ratio * advantage, by_logprob = -surrogate;
-    if (job->loss->clips) {
+    if (!isfinite(ratio)) by_logprob = NAN;  // so that the minibatch is skipped, as by torch
+    if (job->loss->clips && isfinite(ratio)) {
       float low = 1 - clip, high = 1 + clip, clipped = (ratio < low ? low : ratio > high ? high : ratio) * advantage;
       if (surrogate > clipped) surrogate = clipped, by_logprob = 0;  // a NaN passes by
     }
@@ -481,7 +482,7 @@ static double differentiate(Job *job, float *diagnostics) {
 
 static void begin(Job *job, Plan *plan, const Network *net, const float *params, int parts, float *workspace) {
   make_plan(plan, net);
-  job->plan = plan, job->params = params, job->parts = parts;
+  job->plan = plan, job->params = params, job->parts = parts < MOST_PARTS ? parts : MOST_PARTS;
   job->shared = workspace, job->workspace = workspace + plan->shared_size;
 }
 
@@ -518,7 +519,7 @@ void mlp_epoch(const Network *net, const Rows *rows, const Loss *loss, const Coe
       job.step_size = (float)((double)*coefs->learning_rate / (1 - *state->left1));
       job.correction = (float)(1 / sqrt(1 - *state->left2));
       if (is_large(&job))
-        run_parts(step_part, &job, parts);
+        run_parts(step_part, &job, job.parts);
       else
         step_slice(&job, 0, net->size);
     }
@@ -620,7 +621,7 @@ static void forward_part(void *arguments, int part) {
 static void forward(Forward *f, const Network *net, const float *params, int parts, float *workspace) {
   Plan plan;
   begin(&f->job, &plan, net, params, parts, workspace);
-  run_parts(forward_part, f, parts);
+  run_parts(forward_part, f, f->job.parts);
 }
 
 // Act for n rows of obs, with the parameters in `workspace`: write the distribution's parameters and the actions
@@ -629,6 +630,39 @@ void mlp_act(const Network *net, const float *params, const Input *input, const 
   Forward f = {.input = input, .obs = obs, .noise = noise, .rows = n, .trunk = 1, .params = outputs};
   f.choices = actions, f.numbers = actions;
   forward(&f, net, params, parts, workspace);
+}
+
+typedef struct {
+  const Network *net;
+  const float *params;
+  const int64_t *choices;
+  const float *numbers;
+  long rows;
+  int parts;
+  float *logprobs;
+} Logprobs;
+
+static void logprobs_part(void *arguments, int part) {
+  const Logprobs *l = arguments;
+  const Network *net = l->net;
+  const Distribution *d = &net->distribution;
+  Bounded bounded[2 * d->n];
+  float action[d->n], work[3 * net->params];
+  for (long i = 0; i < 2 * d->n; i++) bounded[i].raw = NAN;
+  Gradients unused = {work, work + net->params, work + 2 * net->params};
+  for (long i = from(l->rows, part, l->parts); i < from(l->rows, part + 1, l->parts); i++) {
+    const float *x = l->params + i * net->params;
+    for (long k = 0; k < d->n; k++)
+      action[k] = d->kind >= GAUSSIAN ? l->numbers[i * d->n + k] : (float)l->choices[i * d->n + k];
+    l->logprobs[i] = evaluate(d, x, x, action, bounded, unused).logprob;
+  }
+}
+
+// Write the log-probabilities of n actions, by the code of the update: before its first step every ratio is then 1
+void mlp_logprobs(const Network *net, const float *params, const void *actions, long n, int parts, float *logprobs) {
+  if (parts > MOST_PARTS) parts = MOST_PARTS;
+  Logprobs l = {net, params, actions, actions, n, parts, logprobs};
+  run_parts(logprobs_part, &l, parts);
 }
 
 // Write V of n rows of obs

@@ -112,6 +112,7 @@ def unavailable() -> str | None:
     """Return why updates in C can't be used on this machine, or None."""
     try:
         load("mlp")
+        load("gae")  # which always goes with it
     except NativeError as error:
         return str(error)
     return None
@@ -260,6 +261,19 @@ def values(net: Network, vector: Tensor, read: Input, obs: Tensor, threads: int,
         _long(len(obs)),
         ctypes.c_int(threads),
         *map(_pointer, (workspace, result)),
+    )
+    return result
+
+
+def logprobs(net: Network, params: Tensor, actions: Tensor, threads: int) -> Tensor:
+    """Return the log-probabilities [n] of actions under distribution parameters [n, P]."""
+    result = params.new_empty(len(params))
+    load("mlp").mlp_logprobs(
+        ctypes.byref(net),
+        *map(_pointer, (params, actions)),
+        _long(len(params)),
+        ctypes.c_int(threads),
+        _pointer(result),
     )
     return result
 

@@ -78,15 +78,8 @@ def _seconds(call: Callable[[], None]) -> float:
     return statistics.median(times)
 
 
-def fill_values_and_logprobs(policy: Policy, d: Decisions, value: Callable[..., Tensor] | None = None) -> None:
-    """Fill values and log-probabilities of a whole rollout from its observations, parameters and actions.
-
-    Args:
-        policy: the policy that acted.
-        d: the rollout.
-        value: does what `policy.value` does; None: that.
-    """
-    value = value or policy.value
+def fill_values_and_logprobs(policy: Policy, d: Decisions) -> None:
+    """Fill values and log-probabilities of a whole rollout from its observations, parameters and actions."""
     steps, n = d.noise.shape[:2]
     chunk = max(1, _CHUNK // n)
     for t in range(0, steps, chunk):
@@ -96,7 +89,7 @@ def fill_values_and_logprobs(policy: Policy, d: Decisions, value: Callable[..., 
         # each row is a sequence of one step, from the state that was stored before it
         state = tuple(x[rows].flatten(0, 1) for x in d.states)
         starts = None if d.starts is None else d.starts[rows].flatten()
-        d.values[rows] = value(d.obs[rows].flatten(0, 1), state, starts).view(-1, n)
+        d.values[rows] = policy.value(d.obs[rows].flatten(0, 1), state, starts).view(-1, n)
 
 
 class ModuleActor:

@@ -52,8 +52,15 @@ class NativePolicy:
 
     def value(self, obs: Tensor, state: PolicyState = (), starts: Tensor | None = None) -> Tensor:
         """Return V of each row of obs [B, *obs]; as `Policy.value`."""
-        rows = obs.reshape(len(obs), -1).contiguous()
+        rows = (obs.flatten(1) if obs.dim() > 1 else obs.unsqueeze(1)).contiguous()
         return native.values(self.net, self.vector, self.input, rows, self.threads_for(len(rows)), self.workspace)
+
+    def fill(self, d: Decisions) -> None:
+        """Fill values and log-probabilities of a whole rollout from its observations, parameters and actions."""
+        steps, n = d.noise.shape[:2]
+        d.values.copy_(self.value(d.obs[:steps].flatten(0, 1)).view(steps, n))
+        rows, actions = d.params.flatten(0, 1).contiguous(), d.actions.flatten(0, 1).contiguous()
+        d.logprobs.copy_(native.logprobs(self.net, rows, actions, self.threads_for(len(rows))).view(steps, n))
 
 
 class NativeActor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def not_covered(policy: Policy) -> str | None:
         return f"the distribution is {type(distribution).__name__}"
     if distribution.n_params > _MOST_PARAMS:
         return f"the distribution has {distribution.n_params:,} parameters"
+    if _is_changed(mlp):
+        return "the MLP's layers were changed"
     if len(_linears(mlp.critic_trunk)) > native.MOST_LAYERS:
         return f"there are more than {native.MOST_LAYERS} hidden layers"
     if not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in mlp.parameters()):
@@ -41,6 +44,27 @@ def not_covered(policy: Policy) -> str | None:
     if any(p.device.type != "cpu" for p in mlp.parameters()):
         return "the network is not on a CPU"
     return native.unavailable()
+
+
+def _is_changed(mlp: MLP) -> bool:
+    """Whether the layers are not those that `MLP` makes: a user may change them before training."""
+    trunks = [list(trunk.children()) for trunk in (mlp.critic_trunk, mlp.actor_trunk) if trunk is not None]
+    linears = [[x for x in trunk if type(x) is nn.Linear] for trunk in trunks]
+    known = {repr(kind()) for kind in ACTIVATIONS.values()}
+    activations = {repr(x) for trunk in trunks for x in trunk[2::2]}  # with their arguments
+    plain = all(
+        repr(trunk[0]) == repr(nn.Flatten()) and trunk[1::2] == mine and len(trunk) == 1 + 2 * len(mine)
+        for trunk, mine in zip(trunks, linears, strict=True)
+    )
+    widths = [[x.out_features for x in mine] for mine in linears]
+    heads = [mlp.critic, mlp.actor.linear]
+    biased = all(type(x) is nn.Linear and x.bias is not None for x in itertools.chain(heads, *linears))
+    hooked = any(
+        x._forward_hooks or x._forward_pre_hooks or x._backward_hooks or hasattr(x, "parametrizations")
+        for x in mlp.modules()
+    )
+    same = widths.count(widths[0]) == len(widths) and len(widths[0]) > 0
+    return not (plain and biased and same and len(activations) == 1 and activations <= known) or hooked
 
 
 def describe(policy: Policy, vector: Tensor) -> native.Network:
@@ -56,7 +80,7 @@ def describe(policy: Policy, vector: Tensor) -> native.Network:
 
     hidden, log_std = _linears(mlp.critic_trunk), mlp.actor.log_std
     own = [] if mlp.actor_trunk is None else _linears(mlp.actor_trunk)
-    (name,) = (name for name, kind in ACTIVATIONS.items() if any(type(x) is kind for x in mlp.critic_trunk))
+    (name,) = (name for name, kind in ACTIVATIONS.items() if type(mlp.critic_trunk[2]) is kind)
     return native.network(
         features=hidden[0].in_features,
         actor_features=own[0].in_features if own else hidden[0].in_features,

@@ -217,7 +217,10 @@ class Collector:
         """Fill in values and log-probabilities where acting did not, and the values of the true successors."""
         r = self.rollout
         if not self.actors[0].complete:
-            fill_values_and_logprobs(self._policy, self._decisions, self._value)
+            if self._in_c is None:
+                fill_values_and_logprobs(self._policy, self._decisions)
+            else:
+                self._in_c.fill(self._decisions)
         if (final := self._env.final_obs_buffer) is None:
             self._final_values.flush()
         elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated

@@ -12,7 +12,7 @@ from fastppo.functional.losses import Batch, Coefficients, PPOLoss
 from fastppo.native import mlp as native
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.native_mlp import describe, not_covered
-from fastppo.policies.policy import Policy
+from fastppo.policies.policy import FORBIDDEN, Policy
 from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState
 from fastppo.runtime.compile import CompileError
@@ -26,7 +26,8 @@ def not_fused(policy: Policy, loss: object) -> str | None:
 class FusedGradient:
     """What `LossGradient` computes, without torch between gather and gradient.
 
-    Numbers equal those of `LossGradient` up to rounding; their bits depend on the number of threads alone.
+    Numbers equal those of `LossGradient` up to rounding. With the same libraries, compiler and processor, their bits
+    depend on the number of threads alone.
 
     Attributes:
         constants: none; see `LossGradient`.
@@ -136,40 +137,60 @@ _EXAMPLE_ROWS, _TOLERANCE = 97, 1e-4
 
 @torch.no_grad()
 def check_fused_gradient(
-    fused: FusedGradient,
-    plain: LossGradient | FusedGradient,
-    policy: Policy,
-    params: Tensor,
-    batch: Batch,
-    coefs: Coefficients,
+    fused: FusedGradient, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, fillers: bool
 ) -> None:
-    """Compare the two on made-up rows with the shapes of `batch`; changes no state and draws from no stream.
+    """Compare `fused` with `LossGradient` on made-up rows; changes no state and draws from no stream.
+
+    Args:
+        fused: differentiates `loss` of `policy`.
+        policy: the policy.
+        parameters: its parameters.
+        loss: the loss.
+        fillers: whether some rows don't count.
 
     Raises:
         CompileError: the gradients differ.
     """
     n, dist, draws = _EXAMPLE_ROWS, policy.distribution, torch.Generator().manual_seed(0)
-    rows = torch.arange(n) % len(batch.logprobs)
-    logits = torch.randn(n, dist.n_params, generator=draws)
+    obs, mask = _made_up_obs(policy, n, draws)
+    params = torch.randn(n, dist.n_params, generator=draws)
+    if mask is not None:
+        params = torch.where(mask > 0, params, FORBIDDEN)
     noise = torch.zeros(n, dist.noise_size)
     dist.fill_noise(noise, draws)
     scalars = torch.randn(4, n, generator=draws)
-    example = Batch(
-        obs=batch.obs[rows],
-        actions=dist.sample(logits, noise),
-        logprobs=scalars[0] - 1,
-        params=logits,
-        values=scalars[1],
-        advantages=scalars[2],
-        returns=scalars[3],
-        valid=None if batch.valid is None else rows % 5 != 0,
-    )
-    some = Coefficients(*(torch.tensor(x) for x in (1e-3, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95, 0.5)))
+    actions, valid = dist.sample(params, noise), torch.arange(n) % 5 != 0
+    values, advantages, returns = scalars[1:]
+    batch = Batch(obs, actions, scalars[0] - 1, params, values, advantages, returns, valid if fillers else None)
+    # learning rate, clip ranges, weights of value and entropy, largest norm, gamma, lambda, weight of the KL
+    coefs = Coefficients(*(torch.tensor(x) for x in (1e-3, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95, 0.5)))
     scale = torch.tensor([0.1, 1.5])
+    plain = LossGradient(policy, parameters, loss, scale_advantages=True)
     results = [
-        gradient(params, Minibatch(scale, torch.arange(n), gradient.pack(example)), some, gradient.constants)
+        gradient(parameters.vector, Minibatch(scale, torch.arange(n), data), coefs, gradient.constants)
         for gradient in (plain, fused)
+        for data in [gradient.pack(batch)]
     ]
     for name, expected, found in zip(Gradient._fields, *results, strict=True):
         if not torch.allclose(found, expected, _TOLERANCE, _TOLERANCE * max(1e-3, float(expected.abs().max()))):
             raise CompileError(f"its {name} differs from torch's by up to {float((found - expected).abs().max()):.1g}")
+
+
+def _made_up_obs(policy: Policy, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Return n random observations, and their mask if they have one, which allows the first of each choice."""
+    spec, arrays, mask = policy.encoder.spec, list[Tensor](), None
+    for leaf in spec.leaves:
+        shape = (n, *leaf.shape)
+        if leaf.kind == "discrete":
+            nvec, start = (torch.tensor(x).reshape(leaf.shape) for x in (leaf.nvec, leaf.start))
+            arrays.append((torch.rand(shape, generator=draws) * nvec).long() + start)
+        elif leaf.kind == "mask":
+            mask = (torch.rand(shape, generator=draws) < 0.6).float()
+            choices = getattr(policy.distribution, "nvec", (leaf.size,))
+            mask[:, list(itertools.accumulate(choices, initial=0))[:-1]] = 1.0
+            arrays.append(mask)
+        elif leaf.stored_as == "uint8":
+            arrays.append(torch.randint(0, 256, shape, generator=draws, dtype=torch.uint8))
+        else:
+            arrays.append(torch.randn(shape, generator=draws))
+    return spec.pack(arrays), mask

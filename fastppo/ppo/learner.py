@@ -169,7 +169,7 @@ class Learner:
         Raises:
             CompileError: C doesn't cover the update, on this rank or another.
         """
-        self.update.fuse(self._rollout.batch(), self.coefs)
+        self.update.fuse(self._rollout.batch())
         self.gae = native_gae
         self._estimate = self._estimate_eagerly
 

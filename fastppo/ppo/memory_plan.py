@@ -77,6 +77,7 @@ def plan_memory(
     *,
     graphs: bool = False,
     gradients: bool = False,
+    fused: bool = False,
     curiosity: Callable[[Rollout], Curiosity | None] = lambda _: None,
 ) -> MemoryPlan:
     """Plan the memory of an iteration of `n_steps` steps in `env`.
@@ -88,6 +89,7 @@ def plan_memory(
         gae: the kernel that computes advantages.
         graphs: the update is captured as CUDA graphs, which share a memory pool.
         gradients: a sampled update also computes the gradient of one minibatch, eagerly.
+        fused: C computes the gradient, from the encoded observations of a whole rollout.
         curiosity: makes what rewards new observations, on existing networks; None: nothing does.
     """
     staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
@@ -107,6 +109,11 @@ def plan_memory(
         data = learner.pack(batch)
         learner.allocate(len(batch.logprobs))
         learner.scales(batch)
+        packed = list[Tensor]()
+        if fused:
+            encoded = learner.policy.encoder(batch.obs)
+            packed.append(torch.empty_like(encoded))
+            del encoded
         peaks = [live.take_peak()]
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
         length = learner.segment_length

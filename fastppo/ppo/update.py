@@ -185,12 +185,11 @@ class PPOUpdate:
         """Return why `fuse` can't be used, or None."""
         return "the optimiser is not Adam" if self._optimizer.adam_eps is None else not_fused(self.policy, self.loss)
 
-    def fuse(self, batch: Batch, coefs: Coefficients) -> None:
+    def fuse(self, batch: Batch) -> None:
         """Compute gradients in C, and at a scheduled learning rate on one rank whole epochs; changes no state.
 
         Args:
             batch: has the shapes of all batches.
-            coefs: this run's coefficients.
 
         Raises:
             CompileError: C can't differentiate this policy or loss on this rank or another, or its gradient is not
@@ -201,11 +200,10 @@ class PPOUpdate:
             if reason := self.not_fused():
                 raise CompileError(reason)
             assert isinstance(self.loss, PPOLoss), "this is what not_fused checks"
-            gradient = FusedGradient(
-                self.policy, self.parameters, self.loss, scale_advantages=self.normalize == "minibatch"
-            )
-            check_fused_gradient(gradient, self._gradient, self.policy, self.state.params, batch, coefs)
-            return gradient
+            parts = self.policy, self.parameters, self.loss
+            fillers = batch.valid is not None
+            check_fused_gradient(FusedGradient(*parts, scale_advantages=True), *parts, fillers=fillers)
+            return FusedGradient(*parts, scale_advantages=self.normalize == "minibatch")
 
         self._gradient = gradient = self.world.together(fused, CompileError)
         self._step = self._eager_step()
