@@ -233,7 +233,7 @@ def plan_run(
             gae_doubling,
             graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
             gradients=c.log_histograms or (c.record_ratios != 0 and len(models.policy.recurrences()) > 0),
-            fused=c.compile in ("auto", "fused") and not_covered(models.policy) is None,
+            fused=device.type == "cpu" and c.compile in ("auto", "fused") and not_covered(models.policy) is None,
             curiosity=lambda rollout: build_curiosity(c, models, rollout, world),
         )
 
