@@ -586,9 +586,10 @@ CHANGES_RESULTS = frozenset(name for name, setting in SETTINGS.items() if settin
 
 def _profile_settings(name: object) -> dict[str, Any]:
     """Return the settings of a profile that don't depend on the environment; none for a name that is no profile."""
-    if name in MEASURED:
-        return MEASURED[str(name)]
-    return PROFILES[name].settings if name in PROFILES else {}
+    if not isinstance(name, str):  # refused later, with the setting's name
+        return {}
+    others: dict[str, dict[str, Any]] = {key: profile.settings for key, profile in PROFILES.items()}
+    return (others | MEASURED).get(name, {})
 
 
 def fill_defaults(

@@ -37,6 +37,8 @@ for kind in (distributions.Categorical, distributions.Gaussian):
     original = kind.fill_noise
 
     def fill(self, out, generator, original=original):
+        if out.dim() < 3:  # not a rollout's
+            return original(self, out, generator)
         whole = torch.empty(out.shape[0], N, *out.shape[2:])
         original(self, whole, everyone)
         out.copy_(whole[:, mine])

@@ -105,7 +105,7 @@ def test_the_spinning_of_waiting_threads_is_bounded_before_torch_is_loaded(first
 
 @pytest.mark.parametrize(("free", "threads"), [(4, 4), (3, 3), (1, 1)])
 def test_a_run_takes_no_more_threads_than_there_are_free_cores(tmp_path, monkeypatch, free, threads):
-    monkeypatch.setattr("fastppo.builders.run.choose_threads", lambda work: 4)
+    monkeypatch.setattr("fastppo.builders.run.choose_threads", lambda work, in_c: 4)
     monkeypatch.setattr("fastppo.builders.run.free_cores", lambda since: free)
     config = Config(n_envs=2, n_steps=8, total_timesteps=16, run_dir=tmp_path / "run", compile="off")
     trainer = Trainer(config)
