@@ -60,7 +60,7 @@ def main(options: Options) -> None:
         )
         numpy, module = NumpyActor(policy, d), ModuleActor(policy, d)
         one = (d.obs[0], d.noise[0])
-        compiled, in_c = compile_graph(policy.act, one), NativePolicy(policy)
+        compiled, in_c = compile_graph(policy.act, one), NativePolicy(policy, 1)
         native = NativeActor(in_c, d)
         rows.append(
             {

@@ -30,7 +30,7 @@ from benchmarks import machine, run_task
 
 WARM_UP = 2
 T, EPOCHS, MINIBATCHES = 128, 4, 4
-ITERATIONS = {4: 200, 64: 60, 512: 15}
+ITERATIONS = {4: 100, 64: 40, 512: 10}
 # vectorization, half-batches, compile
 OURS = {
     "native": ("native", False, "fused"),

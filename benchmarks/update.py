@@ -104,7 +104,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     row["seconds to compile"] = time.perf_counter() - begin
     row["ours, compiled ms"] = median_ms(lambda: update.step(minibatch, coefs))
     begin = time.perf_counter()
-    update.fuse(batch)
+    update.fuse(batch, threads)
     row["seconds to fuse"] = time.perf_counter() - begin
     update.prepare(total, math.inf)
     update.begin(batch)

@@ -29,7 +29,7 @@ class Parts:
             raise CompileError("there is no C++ compiler")
         self.done.append("compile")
 
-    def fuse(self):
+    def fuse(self, threads):
         if not self.fuses:
             raise CompileError("the network is a CNN")
         self.done.append("fuse")

@@ -1,6 +1,7 @@
 """Acting, values, advantages and the update in C against torch."""
 
 import ctypes
+import functools
 import itertools
 import math
 import os
@@ -92,14 +93,11 @@ def gradients(policy, batch, loss, threads=1, **coefs):
     """Return the gradient by torch and by C."""
     flat = FlatParameters(policy.network)
     order = torch.randperm(len(batch.logprobs), generator=torch.Generator().manual_seed(3))
-    torch.set_num_threads(threads)
-    try:
-        for kind in (LossGradient, FusedGradient):
-            gradient = kind(policy, flat, loss, scale_advantages=True)
-            minibatch = Minibatch(torch.tensor([0.1, 1.5]), order, gradient.pack(batch))
-            yield gradient(flat.vector.clone(), minibatch, coefficients(kl_coef=0.5, **coefs), gradient.constants)
-    finally:
-        torch.set_num_threads(1)
+    kinds = LossGradient, functools.partial(FusedGradient, threads=threads)
+    for kind in kinds:
+        gradient = kind(policy, flat, loss, scale_advantages=True)
+        minibatch = Minibatch(torch.tensor([0.1, 1.5]), order, gradient.pack(batch))
+        yield gradient(flat.vector.clone(), minibatch, coefficients(kl_coef=0.5, **coefs), gradient.constants)
 
 
 def assert_same(torchs, ours):
@@ -223,7 +221,7 @@ def test_an_update_is_the_eager_one(case):
         coefs = coefficients(learning_rate=5e-3, kl_coef=0.5)._replace(**update.adapted)
         if fused:
             before = [x.clone() for x in update.kept()]
-            update.fuse(batch)
+            update.fuse(batch, 1)
             assert all(map(torch.equal, before, update.kept())), "it changes no state"
         reports = [learn(update, batch, coefs, case["limit"]) for _ in range(2)]
         results.append((update.state.params.clone(), torch.stack(reports), update.state_dict()))
@@ -241,7 +239,7 @@ def test_a_gradient_that_is_not_finite_is_skipped():
     batch = make_batch(policy, 256)
     batch.returns[17] = math.nan
     update = make_update(policy)
-    update.fuse(batch)
+    update.fuse(batch, 1)
     before = update.state.params.clone()
     report = named(learn(update, batch, coefficients(), math.inf))
     assert report["skipped_minibatches"] == 2, "one in each of two epochs"
@@ -262,12 +260,8 @@ def test_the_bits_depend_on_the_number_of_threads_alone():
     for threads in (1, 2, 1, 2):
         policy = make_policy(Categorical(3), widths=(64, 64))
         batch, update = make_batch(policy, 2048), make_update(policy)
-        torch.set_num_threads(threads)
-        try:
-            update.fuse(batch)
-            learn(update, batch, coefficients(), math.inf)
-        finally:
-            torch.set_num_threads(1)
+        update.fuse(batch, threads)
+        learn(update, batch, coefficients(), math.inf)
         expected = found.setdefault(threads, update.state.params.clone())
         assert torch.equal(update.state.params, expected)
     torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=0)
@@ -280,13 +274,9 @@ def test_large_networks_are_shared_among_threads():
         policy = make_policy(Categorical(3), widths=(150, 170))
         batch, update = make_batch(policy, 256), make_update(policy)
         assert update.parameters.size > 32768
-        torch.set_num_threads(threads or 1)
-        try:
-            if threads:
-                update.fuse(batch)
-            learn(update, batch, coefficients(), math.inf)
-        finally:
-            torch.set_num_threads(1)
+        if threads:
+            update.fuse(batch, threads)
+        learn(update, batch, coefficients(), math.inf)
         results.append(update.state.params.clone())
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=0)
@@ -309,7 +299,7 @@ def test_acting_is_torchs(name, shared):
         policy.encoder.normalizer = ObsNormalizer((5,), 2.0)
         policy.encoder.normalizer.update(3 + 2 * torch.randn(50, 5))
     assert can_act_in_c(policy)
-    d, in_c = decisions(policy, 3, 70), NativePolicy(policy)
+    d, in_c = decisions(policy, 3, 70), NativePolicy(policy, 1)
     for group in (slice(0, 31), slice(31, 70)):
         actor = NativeActor(in_c, d.of_group(group))
         for t in range(3):
@@ -323,7 +313,7 @@ def test_acting_is_torchs(name, shared):
 
 def test_new_parameters_are_seen_after_begin():
     policy = make_policy(Categorical(3))
-    d, in_c = decisions(policy, 1, 4), NativePolicy(policy)
+    d, in_c = decisions(policy, 1, 4), NativePolicy(policy, 1)
     with torch.no_grad():
         for p in policy.network.parameters():
             p.mul_(2.0)
@@ -408,7 +398,7 @@ def test_a_wrong_gradient_is_found_at_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(fused_gradient.native, "gradient", wrong)
     policy = make_policy(Categorical(3))
     with pytest.raises(CompileError, match="its flat differs from torch's"):
-        make_update(policy).fuse(make_batch(policy, 64))
+        make_update(policy).fuse(make_batch(policy, 64), 1)
     trainer = Trainer(config(tmp_path / "run"), progress=False)
     assert trainer.config.compile == "off"
     assert "differs from torch's" in notes_of(trainer)[0]
@@ -429,7 +419,7 @@ def test_a_wrong_gradient_of_a_weight_is_found(monkeypatch):
     batch = make_batch(policy, 64)
     batch.obs.zero_()
     with pytest.raises(CompileError, match="its flat differs from torch's"):
-        make_update(policy).fuse(batch)
+        make_update(policy).fuse(batch, 1)
 
 
 def changed(change):
@@ -481,7 +471,7 @@ def test_numbers_that_are_not_finite_are_skipped_as_by_torch(name, field):
             getattr(batch, field).view(64, -1)[17, 0] = value
             update = make_update(policy)
             if fused:
-                update.fuse(batch)
+                update.fuse(batch, 1)
             report = named(learn(update, batch, coefficients(), math.inf))
             skipped.append((report["skipped_minibatches"], report["minibatches_run"], report["skipped_in_a_row"]))
         assert skipped[0] == skipped[1], value
@@ -516,7 +506,7 @@ def test_the_first_ratio_of_an_update_is_1():
     """Acting's log-probabilities are computed by the code of the update."""
     for name, dist in DISTRIBUTIONS.items():
         policy = make_policy(dist)
-        d, in_c = decisions(policy, 4, 32), NativePolicy(policy)
+        d, in_c = decisions(policy, 4, 32), NativePolicy(policy, 1)
         actor = NativeActor(in_c, d)
         for t in range(4):
             actor.act(t)

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+import torch
+
 from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CaptureError
@@ -15,6 +17,7 @@ from fastppo.ppo.learner import Learner
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph, worth_compiling
 from fastppo.runtime.distributed import World
+from fastppo.runtime.threads import set_threads
 
 Mode = Literal["off", "fused", "on", "graph"]
 
@@ -116,8 +119,10 @@ def _fuse(
 ) -> float:
     """Let acting and update run in C; the steps of a `TensorEnv` and of RND's networks are left for the compiler."""
     begin = time.perf_counter()
-    learner.fuse()
-    collector.fuse()
+    threads = torch.get_num_threads()
+    learner.fuse(threads)
+    collector.fuse(threads)
+    set_threads(1)  # torch's waiting threads would hold the cores that those of the C code need
     notes.append(f"compile fused: acting and update run in C; took {time.perf_counter() - begin:.1f} s.")
     left = {"stepping": lambda: _compile_env(env)} if isinstance(env, TensorEnv) else {}
     if learner.curiosity is not None:

@@ -23,10 +23,9 @@ def can_act_in_c(policy: Policy) -> bool:
 class NativePolicy:
     """A policy for which `can_act_in_c` is true, ready for calls from C; call `begin` once parameters have changed."""
 
-    def __init__(self, policy: Policy) -> None:
-        """Describe `policy` and allocate what a call needs."""
-        self._policy = policy
-        self.threads = torch.get_num_threads()
+    def __init__(self, policy: Policy, threads: int) -> None:
+        """Describe `policy` and allocate what a call in `threads` threads needs."""
+        self._policy, self.threads = policy, threads
         self.vector: Tensor = policy.network.actor.linear.weight  # type: ignore[union-attr,assignment]
         self.net = describe(policy, self.vector)
         self.workspace = native.new_workspace(self.net, self.threads)
@@ -48,7 +47,7 @@ class NativePolicy:
 
     def threads_for(self, rows: int) -> int:
         """Return how many threads `rows` rows occupy."""
-        return max(1, min(self.threads, torch.get_num_threads(), rows // _ROWS_PER_THREAD))
+        return max(1, min(self.threads, rows // _ROWS_PER_THREAD))
 
     def value(self, obs: Tensor, state: PolicyState = (), starts: Tensor | None = None) -> Tensor:
         """Return V of each row of obs [B, *obs]; as `Policy.value`."""

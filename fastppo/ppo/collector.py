@@ -260,10 +260,10 @@ class Collector:
         """
         return torch.where(self._policy.encoder.spec.finite(obs), self._value(obs, state), torch.nan)
 
-    def fuse(self) -> None:
-        """Act in C, and compute values there, if C covers the policy."""
+    def fuse(self, threads: int) -> None:
+        """Act in C, and compute values there, in `threads` threads, if C covers the policy."""
         if self.rollout.rewards.device.type == "cpu" and can_act_in_c(self._policy):
-            self._in_c = NativePolicy(self._policy)
+            self._in_c = NativePolicy(self._policy, threads)
             self.actors = [NativeActor(self._in_c, self._decisions.of_group(group)) for group in self._env.groups]
 
     def compile(self) -> None:

@@ -35,15 +35,16 @@ class FusedGradient:
 
     constants: tuple[Tensor, ...] = ()
 
-    def __init__(self, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, scale_advantages: bool) -> None:
+    def __init__(
+        self, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, scale_advantages: bool, threads: int
+    ) -> None:
         """Differentiate `loss` of `policy`, for which `not_fused` is None; see `LossGradient`."""
         self._policy, self._scale_advantages, self._n_diagnostics = policy, scale_advantages, len(loss.diagnostics)
         self._net = describe(policy, parameters.vector)
         self._loss = native.Loss(
             loss.objective != "penalty", loss.penalizes_kl, native.VALUE_CLIPS.index(loss.value_clip)
         )
-        self._threads = torch.get_num_threads()
-        self._workspace = native.new_workspace(self._net, self._threads)
+        self._threads, self._workspace = threads, native.new_workspace(self._net, threads)
         self._packed = torch.zeros(0, 0)
         self._rows = native.Rows()
         self._unscaled = torch.tensor([0.0, 1.0])
@@ -76,7 +77,7 @@ class FusedGradient:
                 params,
                 minibatch.rows,
                 scale,
-                self._used_threads(),
+                self._threads,
                 self._workspace,
                 self._n_diagnostics,
             )
@@ -98,7 +99,7 @@ class FusedGradient:
             native.State(*map(native.address, pointers), exact_kl, adam_eps),
             rows,
             scales,
-            self._used_threads(),
+            self._threads,
             self._workspace,
         )
 
@@ -118,13 +119,6 @@ class FusedGradient:
             "value": batch.values,
         }
         return columns if batch.valid is None else columns | {"valid": batch.valid}
-
-    def _used_threads(self) -> int:
-        """Return the number of threads that torch uses now; the memory grows with it."""
-        threads = torch.get_num_threads()
-        if threads > self._threads:
-            self._threads, self._workspace = threads, native.new_workspace(self._net, threads)
-        return threads
 
 
 def _addresses(coefs: Coefficients) -> native.Coefficients:

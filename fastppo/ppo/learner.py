@@ -163,13 +163,13 @@ class Learner:
             self.update.allocate(self._rollout.rewards.numel())
             self.curiosity.compile(self.update.orders[0, 0], self.coefs)
 
-    def fuse(self) -> None:
-        """Update in C, and compute advantages there; changes no state.
+    def fuse(self, threads: int) -> None:
+        """Update in C, in `threads` threads, and compute advantages there; changes no state.
 
         Raises:
             CompileError: C doesn't cover the update, on this rank or another.
         """
-        self.update.fuse(self._rollout.batch())
+        self.update.fuse(self._rollout.batch(), threads)
         self.gae = native_gae
         self._estimate = self._estimate_eagerly
 

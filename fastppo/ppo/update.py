@@ -185,11 +185,12 @@ class PPOUpdate:
         """Return why `fuse` can't be used, or None."""
         return "the optimiser is not Adam" if self._optimizer.adam_eps is None else not_fused(self.policy, self.loss)
 
-    def fuse(self, batch: Batch) -> None:
+    def fuse(self, batch: Batch, threads: int) -> None:
         """Compute gradients in C, and at a scheduled learning rate on one rank whole epochs; changes no state.
 
         Args:
             batch: has the shapes of all batches.
+            threads: of the C code, torch's apart.
 
         Raises:
             CompileError: C can't differentiate this policy or loss on this rank or another, or its gradient is not
@@ -202,8 +203,8 @@ class PPOUpdate:
             assert isinstance(self.loss, PPOLoss), "this is what not_fused checks"
             parts = self.policy, self.parameters, self.loss
             fillers = batch.valid is not None
-            check_fused_gradient(FusedGradient(*parts, scale_advantages=True), *parts, fillers=fillers)
-            return FusedGradient(*parts, scale_advantages=self.normalize == "minibatch")
+            check_fused_gradient(FusedGradient(*parts, scale_advantages=True, threads=threads), *parts, fillers=fillers)
+            return FusedGradient(*parts, scale_advantages=self.normalize == "minibatch", threads=threads)
 
         self._gradient = gradient = self.world.together(fused, CompileError)
         self._step = self._eager_step()
