@@ -1,7 +1,7 @@
 """Training speed of fastppo, stable-baselines3 and rlox at one setting, in interleaved fresh processes.
 
-    python -m benchmarks.peers --output benchmarks/results/peers_2core-cpu_2026-11-21.json
-    python -m benchmarks.peers --show benchmarks/results/peers_2core-cpu_2026-11-21.json --plot peers.svg
+    python -m benchmarks.peers --output benchmarks/results/peers_2core-cpu_2026-11-27.json
+    python -m benchmarks.peers --show benchmarks/results/peers_2core-cpu_2026-11-27.json --plot peers.svg
 
 Matched: CartPole-v1, T=128, 4 epochs, 4 minibatches, two 64x64 tanh networks, orthogonal initial weights, float32, Adam
 with the same linearly annealed step size, the same coefficients, no value clipping, the same number of updates.
