@@ -419,7 +419,8 @@ class Config:
             chosen_at_start=True,
         ),
     ] = None
-    """CPU threads of torch. The number affects rounding; set it to repeat a run bit for bit."""
+    """CPU threads of torch, in fused runs of the C code. The number affects rounding; set it to repeat a run bit for
+    bit."""
     compile: Annotated[
         Literal["auto", "fused", "on", "off", "graph"],
         Setting(section="device and speed", changes="noise", chosen_at_start=True),

@@ -234,7 +234,7 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     compiled = f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "no"
     if config.compile == "fused":
         compiled = f"fused: acting and update in C, ready in {result.compile_seconds:.1f} s"
-    table.add_row("torch threads", str(config.threads))
+    table.add_row("threads", str(config.threads))
     table.add_row("compiled", compiled)
     console.print(table)
     _print_folder(console, result.run_dir)
