@@ -130,7 +130,7 @@ class Kernel(NamedTuple):
 
 
 GAE = Kernel(
-    "fastppo.functional.gae_triton",
+    "fastppo.kernels.gae",
     "_kernel",
     dict.fromkeys(("rewards", "values", "next_values", "gamma_at", "lambda_at", "advantages", "returns"), "*fp32")
     | dict.fromkeys(("terminated", "done"), "*u8")
@@ -198,7 +198,7 @@ def test_spilled_registers_are_found(tmp_path):
 
 @pytest.mark.usefixtures("_triton")
 def test_the_constants_of_a_compiled_kernel_are_those_of_its_launch():
-    from fastppo.functional import gae_triton
+    from fastppo.kernels import gae as gae_triton
 
     assert GAE.constants == {"BLOCK_T": gae_triton._BLOCK_T, "BLOCK_N": gae_triton._BLOCK_N}
 

@@ -144,7 +144,7 @@ def test_small_rollouts_use_doubling_and_large_ones_the_loop():
 TRITON = """
 import json, sys
 import torch
-from fastppo.functional.gae_triton import gae_triton
+from fastppo.kernels.gae import gae_triton
 from tests.functional.test_gae import PATTERNS, as_tensors, make_case, plain
 from tests.reference.gae import advantages_by_definition
 worst, cells = 0.0, 0
