@@ -82,11 +82,11 @@ def test_the_gpu_benchmark_writes_each_row_as_it_comes_and_survives_each_part(tm
 def test_the_gpu_benchmark_runs_without_a_gpu(tmp_path):
     """The script, with small sizes: each part works, and has its roofline."""
     environment = os.environ | {"OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [ROOT / "scripts" / "bench-gpu", "--device", "cpu", "--quick"]
+    command = [ROOT / "scripts" / "bench-gpu", "--device", "cpu", "--quick", "--only", "tensor", "update"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench-gpu.json").read_text())["rows"]
-    assert not [row for row in rows if row["failed"]], rows
+    assert not [row for row in rows if row.get("failed")], rows
     assert [row["what"] for row in rows if row["how"] == "off"] == ["tensor CartPole", "update"]
     assert all(row["GB"] > 0 for row in rows)
     assert not any("share of bytes" in row for row in rows), "nobody knows the peaks of this card"
