@@ -60,9 +60,7 @@ SCENE = {"vectorization": "sync", "env_id": "Scene"}  # the same on the host
 # What a `make_env` gives for a way of stepping that stands for no vectorization
 SIMULATORS = {
     "simulator": lambda: SimulatorEnv(OnDevice(Simulator()), Box(-1, 1, (2,), np.float32), Discrete(2)),
-    "masked simulator": lambda: SimulatorEnv(
-        OnDevice(Grid("extras")), Grid.space, Discrete(4), final_obs_key="last", mask_key="legal"
-    ),
+    "masked simulator": lambda: SimulatorEnv(OnDevice(Grid("extras")), Grid.space, Discrete(4), mask_key="legal"),
 }
 
 
