@@ -137,7 +137,8 @@ def _protocol(source: str) -> list[str]:
         ),
         _wrapped(
             "The machine was shared with other work, so speeds are left out; [performance](performance.md) has "
-            f"measured ones. `benchmarks/results/{source}` holds the figures, with versions, commit and curve of every run; "
+            "measured ones. "
+            f"`benchmarks/results/{source}` holds the figures, with versions, commit and curve of every run. "
             "`python -m benchmarks.learning` trained them, and `python -m benchmarks.results_page` made this page."
         ),
     ]
