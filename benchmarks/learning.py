@@ -338,7 +338,8 @@ def train_stable_baselines3(settings: dict[str, Any]) -> dict[str, Any]:
     model.learn(c.total_timesteps // batch * batch, callback=Curve())  # type: ignore[operator]
     seconds = time.perf_counter() - began
     test = normalized(make_vec_env(c.env_id, 1, seed=c.seed + 10_000), False)
-    test.obs_rms = env.obs_rms
+    if c.normalize_obs:
+        test.obs_rms = env.obs_rms
     evaluation, _ = evaluate_policy(model, test, EVALUATIONS, deterministic=True)
     return {
         "mean_return": points[-1][1],
