@@ -56,7 +56,7 @@ class Options:
     jobs: int = 1
     """Concurrent runs; stable-baselines3 runs one at a time."""
     only: tuple[str, ...] = ()
-    """Stages, columns or environments to train; none: all."""
+    """Stages, columns and environments to train; none: all. With several kinds of names a row must have one of each."""
     seeds: int | None = None
     """Train at most this many seeds of each row."""
     output: Path | None = None
@@ -113,10 +113,7 @@ def main(options: Options) -> None:
         print(json.dumps(train_stable_baselines3(json.loads(options.one))))
         return
     rows = read_table(options.table)
-    names = {name for row in rows for name in (row.stage, row.column, row.env_id)}
-    if unknown := [name for name in options.only if name not in names]:
-        sys.exit(f"--only {unknown[0]}: the table has {', '.join(sorted(names))}.")
-    chosen = [row for row in rows if not options.only or {row.stage, row.column, row.env_id} & {*options.only}]
+    chosen = choose(rows, options.only)
     if options.seeds is not None:
         chosen = [dataclasses.replace(row, seeds=row.seeds[: options.seeds]) for row in chosen]
     if options.hours > 0:
@@ -139,6 +136,16 @@ def read_table(path: Path = TABLE) -> list[Row]:
                 for env_id in row["envs"]
             ]
     return rows
+
+
+def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Return the rows that `--only` names."""
+    kinds = ("stage", "column", "env_id")
+    known = {kind: {getattr(row, kind) for row in rows} for kind in kinds}
+    if unknown := set(names) - set[str]().union(*known.values()):
+        sys.exit(f"--only {min(unknown)}: the table has {', '.join(sorted(set[str]().union(*known.values())))}.")
+    given = {kind: known[kind] & {*names} or known[kind] for kind in kinds}
+    return [row for row in rows if all(getattr(row, kind) in given[kind] for kind in kinds)]
 
 
 def train(rows: Sequence[Row], folder: Path, hours: float, jobs: int) -> None:

@@ -94,6 +94,8 @@ def test_the_first_seed_of_every_row_of_a_stage_comes_first(tmp_path, table, fak
 @pytest.mark.parametrize(
     ("options", "trained"),
     [
+        ({"only": ("Acrobot-v1", "second")}, []),
+        ({"only": ("CartPole-v1", "plain"), "seeds": 1}, [("CartPole-v1", 1)]),
         ({"only": ("second",)}, [("CartPole-v1", 7, "benchmarks.learning")]),
         ({"only": ("Acrobot-v1",), "seeds": 1}, [("Acrobot-v1", 1)]),
         ({"hours": 0.0}, []),
