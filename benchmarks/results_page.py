@@ -218,7 +218,11 @@ def difference(theirs: Sequence[float], ours: Sequence[float]) -> str:
 
 def _others(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     """Return a section for each further stage that has runs."""
-    titles = {"stable-baselines3": "stable-baselines3 at equal settings", "presets": "Tuned presets"}
+    titles = {
+        "500k": "CartPole and Acrobot at CleanRL's 500k steps",
+        "stable-baselines3": "stable-baselines3 at equal settings",
+        "presets": "Tuned presets",
+    }
     titles |= {"minigrid": "MiniGrid with memory", "atari": "Atari"}
     parts = []
     for stage, title in titles.items():
