@@ -222,8 +222,9 @@ def _others(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
         "500k": "CartPole and Acrobot at CleanRL's 500k steps",
         "stable-baselines3": "stable-baselines3 at equal settings",
         "presets": "Tuned presets",
+        "minigrid": "MiniGrid with memory",
+        "atari": "Atari",
     }
-    titles |= {"minigrid": "MiniGrid with memory", "atari": "Atari"}
     parts = []
     for stage, title in titles.items():
         own = [row for row in rows if row.stage == stage]
