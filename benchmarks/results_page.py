@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -247,11 +248,13 @@ def _published(runs: Sequence[Run]) -> str:
 
 
 def _wrapped(text: str, width: int = 130) -> str:
-    """Return paragraphs and list items with lines of at most `width` characters."""
-    return "\n".join(
+    """Return paragraphs and list items with lines of at most `width` characters; code stays on one line."""
+    kept = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", "\0"), text)
+    lines = (
         textwrap.fill(item, width, subsequent_indent="  " if item.startswith("- ") else "", break_on_hyphens=False)
-        for item in text.splitlines()
+        for item in kept.splitlines()
     )
+    return "\n".join(lines).replace("\0", " ")
 
 
 def command(row: learning.Row) -> str:
@@ -269,24 +272,20 @@ def command(row: learning.Row) -> str:
 def _commands(rows: Sequence[learning.Row]) -> str:
     groups: dict[str, list[str]] = {}
     for row in rows:
-        groups.setdefault(command(row), []).append(row.env_id.rpartition(":")[2])
-    return table(["environments", "command"], [[", ".join(envs), f"`{text}`"] for text, envs in groups.items()])
+        groups.setdefault(command(row), []).append(row.env_id)
+    return _wrapped("\n".join(f"- {', '.join(envs)}: `{text}`" for text, envs in groups.items()))
 
 
 def _missing(runs: Sequence[Run], rows: Sequence[learning.Row]) -> str:
-    lines: list[str] = []
-    for stage in dict.fromkeys(row.stage for row in rows):
-        lacks = []
-        for row in (row for row in rows if row.stage == stage):
-            done, planned = len(values(runs, row)), len(row.seeds)
-            if done < planned:
-                column = "" if stage == "defaults" else f"{COLUMNS[row.column]}, "
-                lacks.append(f"{column}{row.env_id.rpartition(':')[2]} {planned - done} of {planned}")
-        if lacks:
-            lines.append(f"- {stage}: {'; '.join(lacks)}.")
-    if not lines:
+    lacks: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        done, planned = len(values(runs, row)), len(row.seeds)
+        if done < planned:
+            lacks.setdefault((row.stage, row.column), []).append(f"{row.env_id} {planned - done} of {planned}")
+    if not lacks:
         return "Nothing of what was planned."
-    return "Seeds that were planned but not trained:\n\n" + _wrapped("\n".join(lines))
+    lines = (f"- {stage}, {COLUMNS[column]}: {', '.join(envs)}." for (stage, column), envs in lacks.items())
+    return "Seeds that were planned and not trained:\n\n" + _wrapped("\n".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
