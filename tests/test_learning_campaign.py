@@ -216,7 +216,8 @@ def test_the_page_shows_means_with_intervals_differences_and_what_is_missing():
         "| Hopper-v5 | 1M | 3 of 5 | 2,200 (2,100 to 2,300) | 2,200 (2,100 to 2,300) | 2,500 (2,500 to 2,500) |" in text
     )
     # Welch: standard error (0.5 / 2 + 0.5 / 2) ** 0.5 = 0.707 with two degrees of freedom, so 4.303 x 0.707
-    assert "| 1,502 (1,501 to 1,502), 2 seeds | 500 (497 to 503) |" in text
+    assert "| 1,502 (1,501 to 1,502), 2 seeds | 500 (497 to 503) |  |  |" in text
+    assert "## stable-baselines3" not in text, "no run of it"
     assert "| CartPole-v1 | 200k | 1 of 5 | 500 | 500 | 500 |" in text, "one seed has no interval"
     missing = text.partition("## Missing")[2].replace("\n  ", " ")
     assert "- defaults, CleanRL's defaults: CartPole-v1 10 of 10, " in missing
