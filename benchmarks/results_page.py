@@ -78,8 +78,8 @@ PUBLISHED: dict[str, dict[str, str]] = {
 NOTES = {
     "CartPole-v1": "200k steps are few for these settings, and seeds differ much; CleanRL's own figure is of 500k.",
     "Swimmer-v5": "gamma 0.99 is too short for it; the zoo's settings, with its 282, have 0.9999.",
-    "LunarLander-v3": "far below the figures of others, who tune their settings for it. It is as low with value "
-    "clipping off; stable-baselines3 with the same settings, below, has too few seeds to say more.",
+    "LunarLander-v3": "far below the figures of others, who tune their settings for it. With the zoo's settings (16 "
+    "environments, 1,024 steps, gamma 0.999), below, fastppo reaches the zoo's return, so the settings are the reason.",
 }
 
 Run = Mapping[str, Any]
@@ -399,7 +399,7 @@ def draw(content: Mapping[str, Sequence[Line]], path: Path) -> None:
             axis.set_xlim(left=0)
         if not alone:
             drawn = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
-            figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=3, frameon=False)
+            figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3, frameon=False)
         figure.supxlabel("thousand environment steps", fontsize=8)
         figure.supylabel("mean return of the last 100 episodes", fontsize=8)
         figure.savefig(path, metadata={"Date": None, "Source": digest(content)})
