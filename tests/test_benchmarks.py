@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compat, gpu, learning, recurrent
+from benchmarks import compat, gpu, memory_and_masks, recurrent
 from benchmarks._roofline import card_of, iteration_work, minibatch_work, roofline
 from benchmarks.identical import compare, run_case
 from benchmarks.identical_case import CASES, SETTINGS
@@ -228,7 +228,7 @@ def play(env, actions):
 
 
 def test_the_sign_of_the_t_maze_shows_in_its_first_cell_only_and_tells_the_turn():
-    env = learning.TMaze(length=3)
+    env = memory_and_masks.TMaze(length=3)
     obs, rewards, terminated, _ = play(env, [0, 0, 0])
     sign = obs[0, 0]
     assert sign in (-1, 1)
@@ -243,7 +243,7 @@ def test_the_sign_of_the_t_maze_shows_in_its_first_cell_only_and_tells_the_turn(
 
 
 def test_an_episode_of_the_t_maze_is_cut_and_turns_in_its_corridor_stay_in_place():
-    obs, rewards, terminated, truncated = play(learning.TMaze(length=3), [1, 2] * 6)
+    obs, rewards, terminated, truncated = play(memory_and_masks.TMaze(length=3), [1, 2] * 6)
     assert (obs[:, 0] == obs[0, 0]).all()
     assert not rewards.any()
     assert not terminated.any()
@@ -251,41 +251,43 @@ def test_an_episode_of_the_t_maze_is_cut_and_turns_in_its_corridor_stay_in_place
 
 
 def test_cartpole_without_velocities_shows_position_and_angle():
-    env = learning.cartpole_without_velocities()
+    env = memory_and_masks.cartpole_without_velocities()
     obs, _ = env.reset(seed=3)
     assert obs.tolist() == env.unwrapped.state[[0, 2]].astype(np.float32).tolist()
     assert env.observation_space.contains(obs)
 
 
-@pytest.mark.parametrize(("task", "variant"), [(task, v) for task, t in learning.TASKS.items() for v in t.variants])
-def test_the_settings_of_each_learning_task_are_valid(task, variant):
-    settings = learning.settings_of(task, variant)
+@pytest.mark.parametrize(
+    ("task", "variant"), [(task, v) for task, t in memory_and_masks.TASKS.items() for v in t.variants]
+)
+def test_the_settings_of_each_task_are_valid(task, variant):
+    settings = memory_and_masks.settings_of(task, variant)
     config = Config(**settings)
     assert ("target_return" in settings) == (config.target_return is not None)
 
 
-def test_a_learning_campaign_trains_only_what_is_missing_or_has_other_settings(tmp_path, monkeypatch):
+def test_a_campaign_over_tasks_trains_only_what_is_missing_or_has_other_settings(tmp_path, monkeypatch):
     trained = []
 
     def run_task(module, job, python):
         trained.append(job)
         task, variant, seed = job
-        settings = learning.settings_of(task, variant)
+        settings = memory_and_masks.settings_of(task, variant)
         return {"task": task, "variant": variant, "seed": seed, "settings": json.loads(json.dumps(settings))}
 
-    monkeypatch.setattr(learning, "run_task", run_task)
+    monkeypatch.setattr(memory_and_masks, "run_task", run_task)
     jobs = [("t-maze", "lstm", 1), ("taxi", "no masks", 2)]
-    first = [learning.run_once(tmp_path, *job) for job in jobs]
-    assert [learning.run_once(tmp_path, *job) for job in jobs] == first
+    first = [memory_and_masks.run_once(tmp_path, *job) for job in jobs]
+    assert [memory_and_masks.run_once(tmp_path, *job) for job in jobs] == first
     assert trained == jobs
-    monkeypatch.setitem(learning._FIXED, "threads", 2)
-    learning.run_once(tmp_path, *jobs[0])
+    monkeypatch.setitem(memory_and_masks._FIXED, "threads", 2)
+    memory_and_masks.run_once(tmp_path, *jobs[0])
     assert trained == [*jobs, jobs[0]]
 
 
-def test_a_learning_run_is_as_expected_by_the_goal_of_its_variant():
+def test_a_run_of_a_task_is_as_expected_by_the_goal_of_its_variant():
     def expected(task, variant, **figures):
-        return learning.as_expected({"task": task, "variant": variant, **figures})
+        return memory_and_masks.as_expected({"task": task, "variant": variant, **figures})
 
     assert expected("t-maze", "lstm", mean_return=0.96, best_mean_return=0.96)
     assert not expected("t-maze", "lstm", mean_return=0.94, best_mean_return=0.99)
