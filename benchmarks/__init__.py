@@ -48,22 +48,32 @@ def machine() -> dict[str, Any]:
     return {name: about[name] for name in ("versions", "device_name", "cpu_count", "git_commit")}
 
 
-def report(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
-    """Print rows as a Markdown table, and rows, `more` and the machine as one line of JSON; write that to `output`."""
-    write(rows, output, **more)
+def report(
+    rows: Sequence[dict[str, Any]], output: Path | None, about: dict[str, Any] | None = None, **more: Any
+) -> None:
+    """Print rows as a Markdown table, and rows, `more` and the machine as one line of JSON; write that to `output`.
+
+    Args:
+        rows: with equal keys.
+        output: None: don't write.
+        about: the `machine()` of the process that measured; None: of this one.
+    """
+    write(rows, output, about, **more)
     print(table(rows))
-    print(json.dumps(_result(rows, more)))
+    print(json.dumps(_result(rows, about, more)))
 
 
-def write(rows: Sequence[dict[str, Any]], output: Path | None, **more: Any) -> None:
-    """Write rows, `more` and the machine to `output`; a benchmark that may be cut short calls it after each row."""
+def write(
+    rows: Sequence[dict[str, Any]], output: Path | None, about: dict[str, Any] | None = None, **more: Any
+) -> None:
+    """Write what `report` prints to `output`; a benchmark that may be cut short calls it after each row."""
     if output is not None:
-        output.write_text(json.dumps(_result(rows, more), indent=1) + "\n")
+        output.write_text(json.dumps(_result(rows, about, more), indent=1) + "\n")
 
 
-def _result(rows: Sequence[dict[str, Any]], more: dict[str, Any]) -> dict[str, Any]:
+def _result(rows: Sequence[dict[str, Any]], about: dict[str, Any] | None, more: dict[str, Any]) -> dict[str, Any]:
     command = [Path(word).name if word.startswith("/") else word for word in sys.argv]
-    return {"rows": list(rows), **more, **machine(), "command": command}
+    return {"rows": list(rows), **more, **(machine() if about is None else about), "command": command}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

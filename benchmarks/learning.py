@@ -1,380 +1,365 @@
-"""Learning on tasks that need memory, masks of allowed actions or Dict observations: steps to a goal, over seeds.
+"""Learning curves over environments and seeds: a campaign that can be stopped at any time and continued.
 
-    scripts/third-party --steps 2000 --only MiniGrid   # once, for the virtual environments
-    python -m benchmarks.learning --task cartpole-no-velocity t-maze --seeds 5 --jobs 1
+    nice python -m benchmarks.learning --hours 2 --jobs 2
+    python -m benchmarks.learning --hours 0 --output benchmarks/results/learning_2core-cpu_2026-11-27.json
 
-Each (task, variant, seed) trains in a fresh process with one thread, and leaves a JSON file in `--folder`. A command
-that was cut short continues: a file whose settings are still those of the table is not trained again. The table of
-`TASKS` holds all settings. A run is as expected if it meets its variant's goal; a task passes if enough of its runs do.
+benchmarks/learning.toml is the table of rows: settings, environments, steps and seeds. Each seed of a row is a run of
+its own, in a process with one torch thread and in the folder that `fastppo train --seeds` would give it. The same
+command continues: runs that have ended are kept, and a run that was interrupted resumes from its last checkpoint, at
+most a minute before. `--hours` ends the runs in progress with a checkpoint each.
 
-The mean return is that of the last 100 training episodes. A run with a goal to reach stops there; a run that must stay
-under a bound trains to the end, and its best mean return counts. The success rate is that of 100 episodes after
-training, with the most probable actions.
+Measured of each run: the mean return of the last 100 training episodes, for which actions are sampled; the mean return
+of 20 evaluation episodes with the most probable actions and other seeds; and the curve of the mean return of the last
+100 episodes, thinned to 60 points. `--output` collects all runs that have ended; benchmarks.results_page makes
+docs/results.md of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import os
-import statistics
+import signal
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import tyro
 
-from benchmarks import report, run_task
+from benchmarks import machine, run_task
+from fastppo.analysis.seeds import begin_seeds, plan_seeds
+from fastppo.analysis.training_processes import ended, run_each
+from fastppo.config import Config, fill_defaults
+from fastppo.runtime.files import replace_file, write_json
 
 ROOT = Path(__file__).parents[1]
-_WINDOW = 100  # episodes of a mean return, and of a success rate
-
-
-class WithoutVelocities(gym.ObservationWrapper[Any, Any, Any]):
-    """CartPole that shows the position of the cart and the angle of the pole alone."""
-
-    _SHOWN = (0, 2)
-
-    def __init__(self, env: gym.Env[Any, Any]) -> None:
-        super().__init__(env)
-        low, high = (getattr(env.observation_space, name)[[*self._SHOWN]] for name in ("low", "high"))
-        self.observation_space = gym.spaces.Box(low, high, dtype=np.float32)
-
-    def observation(self, observation: Any) -> Any:
-        return observation[[*self._SHOWN]]
-
-
-class TMaze(gym.Env[Any, Any]):
-    """A corridor with a sign at its start, which tells the right turn at its end.
-
-    The observation is (sign, whether this is the junction): the sign is -1 for left, 1 for right, and 0 after the first
-    cell. Actions: 0 walks on, 1 turns left, 2 turns right; in the corridor a turn stays in place. A turn at the
-    junction ends the episode with reward 1 if it is right, else 0, so that a guess returns 0.5 in the mean. Episodes
-    are cut after four times the length.
-    """
-
-    observation_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-    action_space = gym.spaces.Discrete(3)
-
-    def __init__(self, length: int = 5) -> None:
-        self._length = length
-
-    def _obs(self) -> Any:
-        return np.array([self._sign * (self._cell == 0), self._cell == self._length], np.float32)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self._cell = self._steps = 0
-        self._sign = int(self.np_random.choice((-1, 1)))
-        return self._obs(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        self._steps += 1
-        turns = self._cell == self._length and action != 0
-        right = turns and action == (1 if self._sign < 0 else 2)
-        self._cell = min(self._cell + int(action == 0), self._length)
-        return self._obs(), float(right), turns, self._steps >= 4 * self._length and not turns, {}
-
-
-def cartpole_without_velocities() -> gym.Env[Any, Any]:
-    return WithoutVelocities(gym.make("CartPole-v1"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Variant:
-    """One way to train on a task, and its goal; without one the run is shown for comparison.
-
-    Attributes:
-        settings: beside the task's.
-        at_least: the mean return or success rate to reach.
-        below: a bound that the best mean return stays under.
-    """
-
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    at_least: float | None = None
-    below: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task, with the settings that all its variants share.
-
-    Attributes:
-        settings: of `fastppo.Config`.
-        variants: by name.
-        make_env: makes the environment instead of settings["env_id"].
-        venv: virtual environment with the packages it needs, made by scripts/third-party; "": the running one.
-        measure: what `at_least` is about: "return", which ends the run, or "success", the success rate.
-        needed: share of a variant's seeds that meet its goal.
-    """
-
-    settings: Mapping[str, Any]
-    variants: Mapping[str, Variant]
-    make_env: Callable[[], gym.Env[Any, Any]] | None = None
-    venv: str = ""
-    measure: str = "return"
-    needed: float = 0.8
-
-
-_FIXED = {"threads": 1, "device": "cpu", "vectorization": "sync", "compile": "off"}
-TASKS = {
-    "cartpole-no-velocity": Task(
-        {
-            "total_timesteps": 300_000,
-            "n_envs": 16,
-            "n_steps": 64,
-            "update_epochs": 5,
-            "gamma": 0.98,
-            "gae_lambda": 0.95,
-            "learning_rate": 1e-3,
-            "anneal_clip": True,
-            "value_clip": "off",
-            "ent_coef": 0.0,
-            "normalize_obs": True,
-        },
-        {
-            "lstm": Variant({"memory": "lstm"}, at_least=475.0),
-            "gru": Variant({"memory": "gru"}, at_least=475.0),
-            "mingru": Variant({"memory": "mingru"}, at_least=475.0),
-            "mlp": Variant(below=200.0),
-        },
-        cartpole_without_velocities,
-    ),
-    "t-maze": Task(
-        {
-            "total_timesteps": 200_000,
-            "n_envs": 16,
-            "n_steps": 64,
-            "learning_rate": 1e-3,
-            "value_clip": "off",
-            "ent_coef": 0.01,
-        },
-        {
-            "lstm": Variant({"memory": "lstm"}, at_least=0.95),
-            "gru": Variant({"memory": "gru"}, at_least=0.95),
-            "mingru": Variant({"memory": "mingru"}, at_least=0.95),
-            "mlp": Variant(
-                below=0.75
-            ),  # a guess is right in 50 of 100 episodes; 75 would be five standard deviations more
-        },
-        TMaze,
-    ),
-    "doorkey": Task(
-        {
-            "env_id": "minigrid:MiniGrid-DoorKey-5x5-v0",
-            "obs_keys": ("image", "direction"),
-            "total_timesteps": 200_000,
-            "n_envs": 16,
-            "n_steps": 128,
-            "n_minibatches": 8,
-            "learning_rate": 1e-3,
-            "value_clip": "off",
-            "ent_coef": 0.01,
-            "normalize_obs": True,
-        },
-        {"mlp": Variant(at_least=0.9)},
-        venv=".venv-third-party",
-    ),
-    "taxi": Task(
-        {
-            "env_id": "Taxi-v4",
-            "total_timesteps": 1_000_000,
-            "n_envs": 32,
-            "n_steps": 128,
-            "n_minibatches": 8,
-            "learning_rate": 1e-3,
-            "value_clip": "off",
-            "ent_coef": "linear:0.1:0",  # at 0.04 a policy without masks stops picking passengers up, and stays at -200
-            "normalize_rewards": True,
-        },
-        {
-            "masks": Variant(at_least=7.0),
-            "no masks": Variant({"action_masks": "off"}, at_least=7.0),
-        },
-    ),
-    "fetch-reach": Task(
-        {
-            "env_id": "gymnasium_robotics:FetchReachDense-v4",
-            "total_timesteps": 100_000,
-            "n_envs": 8,
-            "n_steps": 256,
-            "n_minibatches": 16,
-            "learning_rate": 1e-3,
-            "gamma": 0.95,
-        },
-        {"mlp": Variant(at_least=0.9)},
-        venv=".venv-robotics",
-        measure="success",
-    ),
-}
+TABLE = Path(__file__).with_suffix(".toml")
+EVALUATIONS = 20  # episodes
+POINTS = 60  # of a curve
+_RUNNING = {"threads": 1, "checkpoint_minutes": 1.0}  # changes no number of a run
 
 
 @dataclasses.dataclass
 class Options:
-    """Learning on tasks that need memory, masks of allowed actions or Dict observations."""
+    """Learning curves over environments and seeds."""
 
-    task: tuple[str, ...] = tuple(TASKS)
-    """Tasks to train."""
-    variant: tuple[str, ...] = ()
-    """Variants to train; none: all."""
-    seeds: int = 5
-    """Number of seeds; they are 1 to `seeds`."""
-    jobs: int = 1
-    """Runs trained at the same time; more than one makes speeds wrong."""
+    table: Path = TABLE
+    """TOML file of the rows."""
     folder: Path = ROOT / "runs" / "learning"
-    """Folder of the runs' JSON files."""
+    """Folder of the runs."""
+    hours: float = 1.0
+    """Time for training; 0: none, only collect."""
+    jobs: int = 1
+    """Concurrent runs; stable-baselines3 runs one at a time."""
+    only: tuple[str, ...] = ()
+    """Stages, columns and environments to train; none: all. With several kinds of names a row must have one of each."""
+    seeds: int | None = None
+    """Train at most this many seeds of each row."""
     output: Path | None = None
-    """JSON file for the results."""
+    """JSON file for all runs of the table that have ended."""
     one: str | None = None
-    """Internal: do one run in this process, [task, variant, seed] as JSON."""
+    """Internal: train one run of stable-baselines3 in this process; its settings as JSON."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One environment with one column's settings.
+
+    Attributes:
+        stage: part of the campaign.
+        column: name of the settings.
+        program: who trains, "fastppo" or "stable-baselines3".
+        settings: of `fastppo.Config`.
+        env_id: environment.
+        steps: environment steps of a run.
+        seeds: planned seeds.
+    """
+
+    stage: str
+    column: str
+    program: str
+    settings: Mapping[str, Any]
+    env_id: str
+    steps: int
+    seeds: range
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        env = self.env_id.rpartition(":")[2].replace("/", "-")
+        return f"{self.column}_{env}_{self.steps}"
+
+    @property
+    def config(self) -> Config:
+        """Settings of its first seed."""
+        own = {"env_id": self.env_id, "total_timesteps": self.steps, "seed": self.seeds.start}
+        return Config.from_dict({**self.settings, **own, **_RUNNING})
+
+    def configs(self, folder: Path) -> list[Config]:
+        """Return the settings of each of its runs."""
+        return plan_seeds(self.config, len(self.seeds), folder / self.name)
+
+
+class TimeIsUp(Exception):
+    """The hours of this go are over."""
 
 
 def main(options: Options) -> None:
     if options.one is not None:
-        print(json.dumps(train(*json.loads(options.one))))
+        print(json.dumps(train_stable_baselines3(json.loads(options.one))))
         return
-    if unknown := [name for name in options.task if name not in TASKS]:
-        sys.exit(f"no task {unknown[0]}; there are {', '.join(TASKS)}.")
-    options.folder.mkdir(parents=True, exist_ok=True)
-    cells = [
-        (task, variant)
-        for task in options.task
-        for variant in TASKS[task].variants
-        if not options.variant or variant in options.variant
-    ]
-    if not cells:
-        sys.exit(f"no variant {' or '.join(options.variant)} in {', '.join(options.task)}.")
-    # all variants of a seed before the next seed: a campaign that is cut short has something of each
-    jobs = [
-        (task, variant, seed)
-        for task, of_task in itertools.groupby(cells, lambda cell: cell[0])
-        for seed, (_, variant) in itertools.product(range(1, options.seeds + 1), list(of_task))
-    ]
-    with ThreadPoolExecutor(options.jobs) as pool:
-        runs = list(pool.map(lambda job: run_once(options.folder, *job), jobs))
-    rows = [summary(task, name, [r for r in runs if (r["task"], r["variant"]) == (task, name)]) for task, name in cells]
-    report(rows, options.output, runs=runs)
+    rows = read_table(options.table)
+    chosen = choose(rows, options.only)
+    if options.seeds is not None:
+        chosen = [dataclasses.replace(row, seeds=row.seeds[: options.seeds]) for row in chosen]
+    if options.hours > 0:
+        train(chosen, options.folder, options.hours, options.jobs)
+    if options.output is not None:
+        write_runs(options.output, collect(rows, options.folder))
 
 
-def settings_of(task: str, variant: str) -> dict[str, Any]:
-    """Return the settings of a run, without its seed and folder."""
-    own = TASKS[task].variants[variant]
-    stop = {} if own.at_least is None or TASKS[task].measure != "return" else {"target_return": own.at_least}
-    return {**_FIXED, **TASKS[task].settings, **own.settings, **stop}
+def read_table(path: Path = TABLE) -> list[Row]:
+    """Return the rows of the table in their order."""
+    table = tomllib.loads(path.read_text())
+    rows = []
+    for stage in table["stages"]:
+        for row in stage["rows"]:
+            column, first = table["columns"][row["column"]], row.get("first_seed", 1)
+            seeds = range(first, first + row["seeds"])
+            program = column.get("program", "fastppo")
+            rows += [
+                Row(stage["name"], row["column"], program, column["settings"], env_id, row["steps"], seeds)
+                for env_id in row["envs"]
+            ]
+    return rows
 
 
-def run_once(folder: Path, task: str, variant: str, seed: int) -> dict[str, Any]:
-    """Return the result of a run: from its file in `folder`, or by training it."""
-    path = folder / f"{task}_{variant.replace(' ', '-')}_{seed}.json"
-    if path.exists():
-        done: dict[str, Any] = json.loads(path.read_text())
-        if done["settings"] == json.loads(json.dumps(settings_of(task, variant))):
-            return done
-    result: dict[str, Any] = run_task("benchmarks.learning", (task, variant, seed), python_of(TASKS[task].venv))
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(path)
-    print({k: v for k, v in result.items() if k not in ("settings", "about")}, flush=True)
-    return result
+def choose(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    """Return the rows that `--only` names."""
+    kinds = ("stage", "column", "env_id")
+    known = {kind: {getattr(row, kind) for row in rows} for kind in kinds}
+    if unknown := set(names) - set[str]().union(*known.values()):
+        sys.exit(f"--only {min(unknown)}: the table has {', '.join(sorted(set[str]().union(*known.values())))}.")
+    given = {kind: known[kind] & {*names} or known[kind] for kind in kinds}
+    return [row for row in rows if all(getattr(row, kind) in given[kind] for kind in kinds)]
 
 
-def python_of(venv: str) -> str:
-    """Return the Python of a virtual environment at the root of the checkout; "": the running one."""
-    if not venv:
-        return sys.executable
-    python = ROOT / venv / "bin" / "python"
-    if not python.exists():
-        sys.exit(f"{venv} is missing; scripts/third-party makes it.")
-    return str(python)
+def train(rows: Sequence[Row], folder: Path, hours: float, jobs: int) -> None:
+    """Train the runs that are missing, for some hours at most, and measure those that end."""
+    try:
+        with alarm(hours * 3600):
+            for stage in dict.fromkeys(row.stage for row in rows):
+                for program in ("fastppo", "stable-baselines3"):
+                    own = [row for row in rows if (row.stage, row.program) == (stage, program)]
+                    for row in own:
+                        begin_seeds(row.config, folder / row.name)
+                    runs = _in_turn(own, folder)
+                    if program == "fastppo":
+                        _train_fastppo(runs, jobs)
+                    else:
+                        _train_peers(runs)
+    except TimeIsUp:
+        print("time is up; the same command continues", flush=True)
 
 
-def train(task: str, variant: str, seed: int) -> dict[str, Any]:
-    """Train one run in this process; return its result."""
-    from fastppo import Config, Trainer
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeIsUp in the block after `seconds`."""
 
-    settings = settings_of(task, variant)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(Config(**settings, seed=seed, run_dir=Path(folder) / "run"), TASKS[task].make_env)
-        means = [stats.mean_return for stats in trainer.iterations() if stats.episodes >= _WINDOW]
-        result = trainer.result
-        row: dict[str, Any] = {
-            "task": task,
-            "variant": variant,
-            "seed": seed,
-            "ended": result.ended,
-            "steps": result.global_step,
-            "mean_return": round(result.mean_return, 3),
-            "best_mean_return": round(max(means, default=result.mean_return), 3),
-            "sps": round(result.sps_steady),
-            "seconds": round(result.seconds, 1),
-        }
-        if TASKS[task].measure == "success":
-            row["success_rate"] = success_rate(result.run_dir, settings["env_id"])
-        about = json.loads((result.run_dir / "run.json").read_text())
-    kept = ("versions", "device_name", "cpu_count", "git_commit")
-    return row | {"settings": settings, "about": {name: about[name] for name in kept}}
+    def ring(number: int, frame: Any) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def success_rate(run: Path, env_id: str) -> float:
-    """Return the share of episodes at whose last step `info["is_success"]` is true, with the most probable actions."""
-    from fastppo.evaluation.saved_policy import load_policy
-
-    policy, env, successes = load_policy(run), gym.make(env_id), 0
-    for episode in range(_WINDOW):
-        obs, info = env.reset(seed=10_000 + episode)
-        state, start, over = None, np.ones(1, bool), False
-        while not over:
-            action, state = policy.predict(obs, state, start)
-            obs, _, terminated, truncated, info = env.step(action)
-            start, over = np.zeros(1, bool), terminated or truncated
-        successes += bool(info["is_success"])
-    env.close()
-    return successes / _WINDOW
+def _in_turn(rows: Sequence[Row], folder: Path) -> list[tuple[Row, Config]]:
+    """Return the runs of several rows: the first seed of each, then the second."""
+    runs = [list(enumerate(row.configs(folder))) for row in rows]
+    order = sorted((k, i) for i, own in enumerate(runs) for k, _ in own)
+    return [(rows[i], runs[i][k][1]) for k, i in order]
 
 
-def as_expected(run: Mapping[str, Any]) -> bool | None:
-    """Return whether a run meets its goal; None: it has none."""
-    task = TASKS[run["task"]]
-    variant = task.variants[run["variant"]]
-    if variant.at_least is not None:
-        reached = run["success_rate"] if task.measure == "success" else run["mean_return"]
-        return bool(reached >= variant.at_least)
-    return None if variant.below is None else bool(run["best_mean_return"] < variant.below)
+def _train_fastppo(runs: Sequence[tuple[Row, Config]], jobs: int) -> None:
+    rows = {config.run_dir: row for row, config in runs}
+    with closing(run_each([config for _, config in runs], jobs)) as results:
+        for config, trouble in results:
+            row = rows[config.run_dir]
+            _print(row, config, trouble or figures(row, config) or "no figures")
 
 
-def summary(task: str, variant: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the row of one variant: its goal, how many seeds meet it, and steps and returns by seed."""
-    own = TASKS[task].variants[variant]
-    what = "success rate" if TASKS[task].measure == "success" else "mean return"
-    goal = "-"
-    if own.at_least is not None:
-        goal = f"{what} at least {own.at_least:g}"
-    elif own.below is not None:
-        goal = f"best mean return under {own.below:g}"
-    met = sum(bool(as_expected(run)) for run in runs)
-    figures = "success_rate" if TASKS[task].measure == "success" else "mean_return"
-    if own.below is not None:
-        figures = "best_mean_return"
+def _train_peers(runs: Sequence[tuple[Row, Config]]) -> None:
+    for row, config in runs:
+        if figures(row, config) is None:
+            result: dict[str, Any] = run_task("benchmarks.learning", config.to_dict())
+            _write(row, config, result)
+            _print(row, config, result)
+
+
+def _print(row: Row, config: Config, outcome: Mapping[str, Any] | str) -> None:
+    if not isinstance(outcome, str):
+        returns = f"{outcome['mean_return']:,.1f}, evaluation {outcome['evaluation']:,.1f}"
+        outcome = f"{returns}, {outcome['seconds']:,.0f} s"
+    print(f"{row.column} {row.env_id} {row.steps:,} seed {config.seed}: {outcome}", flush=True)
+
+
+def _file(config: Config) -> Path:
+    """Return the file of a run's measured figures, beside its folder."""
+    assert config.run_dir is not None
+    return config.run_dir.with_suffix(".json")
+
+
+def _write(row: Row, config: Config, result: Mapping[str, Any]) -> None:
+    about = {"stage": row.stage, "column": row.column, "env_id": row.env_id, "total_timesteps": row.steps}
+    _file(config).parent.mkdir(parents=True, exist_ok=True)
+    write_json(_file(config), {**about, "seed": config.seed, **result})
+
+
+def figures(row: Row, config: Config) -> dict[str, Any] | None:
+    """Return the figures of a run that has ended, measured now if they were not yet; None: it has not ended."""
+    if not _file(config).exists():
+        if not ended(config):
+            return None
+        _write(row, config, measure(config))
+    found: dict[str, Any] = json.loads(_file(config).read_text())
+    return found
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Return returns, evaluation, curve, times and versions of a run of fastppo that has ended."""
+    import torch
+
+    from fastppo import evaluate
+    from fastppo.analysis.run_data import read_run
+
+    torch.set_num_threads(1)
+    assert config.run_dir is not None
+    run = read_run(config.run_dir, most=None)
     return {
-        "task": task,
-        "variant": variant,
-        "goal": f"{goal} within {settings_of(task, variant)['total_timesteps']:,} steps",
-        "seeds as expected": f"{met} of {len(runs)}",
-        "passed": "yes" if met >= TASKS[task].needed * len(runs) else "no",
-        "by seed": " ".join(f"{run[figures]:.3g}" for run in runs),
-        "steps by seed": " ".join(f"{run['steps']:,}" for run in runs),
-        "median steps": f"{statistics.median(run['steps'] for run in runs):,.0f}",
-        "steps/s": f"{statistics.median(run['sps'] for run in runs):,.0f}",
-        "median seconds": f"{statistics.median(run['seconds'] for run in runs):,.0f}",
+        "mean_return": run.result["mean_return"],
+        "evaluation": evaluate(config.run_dir, EVALUATIONS, allow_import=True).mean,
+        "episodes": run.result["episodes"],
+        "steps": run.result["global_step"],
+        "seconds": round(run.result["seconds"], 1),
+        "sps": round(run.result["sps_steady"]),
+        "curve": thinned(run.column("global_step").tolist(), run.column("mean_return").tolist()),
+        "about": {name: run.about[name] for name in ("versions", "device_name", "cpu_count", "git_commit")},
+    }
+
+
+def thinned(steps: Sequence[float], returns: Sequence[float]) -> dict[str, list[float | None]]:
+    """Return at most POINTS points of a curve, evenly spaced and with the last one; None where no episode has ended."""
+    at = np.unique(np.linspace(0, len(steps) - 1, min(POINTS, len(steps))).round().astype(int)).tolist()
+    kept = [returns[i] for i in at]
+    return {
+        "steps": [int(steps[i]) for i in at],
+        "returns": [float(f"{value:.5g}") if np.isfinite(value) else None for value in kept],
+    }
+
+
+def collect(rows: Sequence[Row], folder: Path) -> list[dict[str, Any]]:
+    """Return the figures of all runs that have ended, in the order of the rows and seeds."""
+    found = [figures(row, config) for row in rows for config in row.configs(folder)]
+    return [run for run in found if run is not None]
+
+
+def write_runs(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Write runs as JSON, a line for each; versions and machines, which many runs share, are listed once."""
+    machines: list[Any] = []
+    lines = []
+    for run in runs:
+        values = dict(run)
+        about = values.pop("about")
+        if about not in machines:
+            machines.append(about)
+        lines.append(json.dumps(values | {"machine": machines.index(about)}))
+    text = f'{{"machines": {json.dumps(machines)},\n"runs": [\n' + ",\n".join(lines) + "\n]}\n"
+    replace_file(path, lambda part: part.write_text(text))
+
+
+def train_stable_baselines3(settings: dict[str, Any]) -> dict[str, Any]:
+    """Train stable-baselines3 with the settings of a fastppo run; return what `measure` does."""
+    import statistics
+    import time
+
+    import gymnasium as gym
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+    torch.set_num_threads(1)
+    given = Config.from_dict(settings)
+    probe = gym.make(given.env_id)
+    c = fill_defaults(given, "continuous" if isinstance(probe.action_space, gym.spaces.Box) else "discrete")
+    probe.close()
+    rate, batch = c.learning_rate, c.n_envs * c.n_steps  # type: ignore[operator]
+
+    def normalized(env: VecEnv, training: bool) -> VecNormalize:
+        return VecNormalize(
+            env, training, bool(c.normalize_obs), bool(c.normalize_rewards) and training, 10.0, 10.0, c.gamma
+        )
+
+    points: list[tuple[int, float]] = []
+    episodes = 0
+
+    class Curve(BaseCallback):
+        def _on_rollout_end(self) -> None:
+            last = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+            points.append((self.num_timesteps, statistics.fmean(last) if last else float("nan")))
+
+        def _on_step(self) -> bool:
+            nonlocal episodes
+            episodes += sum("episode" in info for info in self.locals["infos"])
+            return True
+
+    model = PPO(
+        "MlpPolicy",
+        env := normalized(make_vec_env(c.env_id, c.n_envs, seed=c.seed), True),
+        learning_rate=lambda left: rate * left,
+        n_steps=c.n_steps,
+        batch_size=batch // c.n_minibatches,  # type: ignore[operator]
+        n_epochs=c.update_epochs,
+        gamma=c.gamma,
+        gae_lambda=c.gae_lambda,
+        clip_range=c.clip_coef,
+        ent_coef=c.ent_coef,
+        vf_coef=c.vf_coef / 2,  # its value loss is not halved
+        max_grad_norm=c.max_grad_norm,
+        policy_kwargs={"optimizer_kwargs": {"eps": c.adam_eps}, "activation_fn": torch.nn.Tanh},
+        seed=c.seed,
+        device="cpu",
+    )
+    began = time.perf_counter()
+    model.learn(c.total_timesteps // batch * batch, callback=Curve())  # type: ignore[operator]
+    seconds = time.perf_counter() - began
+    test = normalized(make_vec_env(c.env_id, 1, seed=c.seed + 10_000), False)
+    if c.normalize_obs:
+        test.obs_rms = env.obs_rms
+    evaluation, _ = evaluate_policy(model, test, EVALUATIONS, deterministic=True)
+    return {
+        "mean_return": points[-1][1],
+        "evaluation": float(evaluation),
+        "episodes": episodes,
+        "steps": model.num_timesteps,
+        "seconds": round(seconds, 1),
+        "sps": round(model.num_timesteps / seconds),
+        "curve": thinned(*zip(*points, strict=True)),
+        "about": machine(),
     }
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before the processes load torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, for the evaluations
     main(tyro.cli(Options))

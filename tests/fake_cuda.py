@@ -2,12 +2,17 @@
 
 It keeps the rules of CUDA that Python code can break: tensors of two devices don't mix, a host read counts as a
 synchronisation (an error in a capture and under `set_sync_debug_mode("error")`), a failed capture stays on its stream
-unless the code restores another, and a replay repeats operations but no Python.
+and keeps the allocator and the default generator recording unless the code ends that, and a replay repeats operations
+but no Python. `Memory` counts bytes as torch's allocator with the private pools of graphs does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
+import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -38,6 +43,7 @@ class OnGPU(Tensor):
     def __init__(self, inner: Tensor, index: int = 0) -> None:
         """Wrap `inner`."""
         self.inner, self.index = inner.detach(), index
+        GPU.current.memory.hold(self)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -54,6 +60,7 @@ class OnGPU(Tensor):
         """Let `x.data = y` move the numbers too."""
         if getattr(func, "__self__", None) is Tensor.data and func.__name__ == "__set__":
             args[0].inner = args[1].inner
+            GPU.current.memory.hold(args[0])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -121,6 +128,53 @@ class Event:
         GPU.current.synchronise("event.synchronize")
 
 
+class Memory:
+    """Bytes of live tensors in the common pool, and bytes that the private pools of graphs have taken for good.
+
+    A graph's pool never gives memory back: it keeps the most that was alive in it at once. The model knows no blocks,
+    so it leaves out rounding and fragmentation.
+
+    Attributes:
+        live: bytes alive, by pool; None is the common one.
+        taken: the most that was alive in each private pool.
+        peak: the most of everything at once.
+    """
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self.live: Counter[Any] = Counter()
+        self.taken: Counter[Any] = Counter()
+        self.peak = 0
+        self._holders: Counter[int] = Counter()
+        self._pool_of: dict[int, Any] = {}
+
+    @property
+    def now(self) -> int:
+        """Bytes of the common pool's live tensors and of all private pools."""
+        return self.live[None] + sum(self.taken.values())
+
+    def hold(self, tensor: OnGPU) -> None:
+        """Count the storage of `tensor` until the last tensor that shares it has died."""
+        storage = tensor.inner.untyped_storage()
+        key, size, graph = storage._cdata, storage.nbytes(), GPU.current.graph
+        pool = None if graph is None else graph.pool_id
+        self._holders[key] += 1
+        if self._holders[key] == 1:
+            self._pool_of[key] = pool
+            self.live[pool] += size
+            if pool is not None:
+                self.taken[pool] = max(self.taken[pool], self.live[pool])
+            self.peak = max(self.peak, self.now)
+        # with the storage, whose key would be used again
+        weakref.finalize(tensor, self._drop, key, size, storage).atexit = False
+
+    def _drop(self, key: int, size: int, storage: Any) -> None:
+        self._holders[key] -= 1
+        if not self._holders[key]:
+            del self._holders[key]
+            self.live[self._pool_of.pop(key)] -= size
+
+
 class Graph:
     """A CUDA graph: the operations of a capture on the numbers of their tensors."""
 
@@ -129,12 +183,15 @@ class Graph:
         self.operations: list[Any] = []
         self.undo: list[tuple[Tensor, Tensor]] = []
 
-    def capture_begin(self, *_: Any, **__: Any) -> None:
-        """Begin to note operations."""
+    def capture_begin(self, pool: Any = None, **_: Any) -> None:
+        """Begin to note operations, in the private pool `pool` (None: a new one)."""
         gpu = GPU.current
+        self.pool_id = gpu.pool_handle() if pool is None else pool
+        assert self.pool_id not in gpu.recording, "already recording to this pool"
+        gpu.recording.add(self.pool_id)
         gpu.fail_at("begin")
         assert gpu.stream is not gpu.main, "a capture needs a stream of its own"
-        gpu.graph, gpu.invalid = self, False
+        gpu.graph, gpu.invalid, gpu.generator_captures = self, False, True
 
     def note(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Note an operation. It runs, for its result, but what it writes is undone: CUDA runs nothing in a capture."""
@@ -154,6 +211,8 @@ class Graph:
         gpu.fail_at("end")
         if gpu.invalid:
             raise torch.AcceleratorError("CUDA error: operation failed due to a previous error during capture")
+        gpu.recording.remove(self.pool_id)
+        gpu.generator_captures = False
 
     def replay(self) -> None:
         """Repeat the operations, and write their results to the same tensors."""
@@ -206,6 +265,9 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
         invalid: whether the capture under way is lost.
         replays: replays so far.
         set: devices given to `set_device`.
+        recording: pools to which the allocator believes that a capture records.
+        generator_captures: whether the default generator believes that a capture is under way.
+        memory: bytes in use.
     """
 
     current: GPU
@@ -217,6 +279,8 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.stream, self.graph, self.invalid, self.hangs = self.main, None, False, False
         self.fails: dict[str, Exception] = {}
         self.replays, self.sync_mode, self.set = 0, 0, list[torch.device]()
+        self.recording, self.generator_captures, self.memory = set[Any](), False, Memory()
+        self._handles, self._warned = itertools.count(1), False
         GPU.current = self
 
     def fail_at(self, stage: str) -> None:
@@ -283,6 +347,22 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "copy_" and mine and not isinstance(given[0], OnGPU):
             self.synchronise(name)
 
+    def pool_handle(self) -> Any:
+        """Return the handle of a new private pool."""
+        return (0, next(self._handles))
+
+    def empty_cache(self) -> None:
+        """Fail while the allocator believes that a capture is under way."""
+        if self.recording:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def set_sync_debug_mode(self, mode: str | int) -> None:
+        """Set what a synchronisation does; the first time, warn as torch does."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
+        self.sync_mode = _MODES.get(mode, mode)  # type: ignore[arg-type,assignment]
+
     def set_stream(self, stream: Stream) -> None:
         """Make `stream` the current one."""
         self.stream = stream
@@ -311,22 +391,24 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda *_: None,
             "synchronize": lambda *_: self.synchronise("torch.cuda.synchronize"),
-            "empty_cache": lambda: None,
+            "empty_cache": self.empty_cache,
             "_lazy_init": lambda: None,
             "Stream": Stream,
             "Event": Event,
             "CUDAGraph": Graph,
-            "graph_pool_handle": lambda: (0, 1),
+            "graph_pool_handle": self.pool_handle,
             "current_stream": lambda *_: self.stream,
             "set_stream": self.set_stream,
             "stream": self.on_stream,
-            "set_sync_debug_mode": lambda mode: setattr(self, "sync_mode", _MODES.get(mode, mode)),
+            "set_sync_debug_mode": self.set_sync_debug_mode,
             "get_sync_debug_mode": lambda: self.sync_mode,
         }
         for name, value in cuda.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(torch.cuda.graph, "default_capture_stream", Stream())
         patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", lambda _, pool: self.recording.remove(pool), raising=False)
+        patch.setattr(torch._C, "_cuda_releasePool", lambda *_: None, raising=False)
         patch.setattr(torch, "Generator", Generator)
         patch.setattr(torch, "randperm", self._randperm)
         patch.setattr(torch, "tensor", self._tensor)

@@ -122,7 +122,8 @@ def test_a_command_runs(words, workplace, capfd):
 def test_every_flag_in_the_text_exists():
     known = {"--help", "--debug", "--logdir", *(f"--{alias.replace('_', '-')}" for alias in ALIASES)}
     known |= {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--node-rank"}  # flags of torchrun
-    known |= {"--master-addr", "--master-port", "--quick"}  # --quick is a flag of scripts/bench-gpu
+    known |= {"--master-addr", "--master-port"}
+    known |= {"--quick", "--only"}  # flags of scripts/bench-gpu and benchmarks/learning.py
     for command in COMMANDS.values():
         known |= {f"--{name.replace('_', '-')}" for name in command.__dataclass_fields__}
     for page, text in PAGES.items():

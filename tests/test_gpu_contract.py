@@ -6,13 +6,17 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box, Discrete
+from torch.utils._pytree import tree_map
 
-from fastppo import Trainer
+from fastppo import SimulatorEnv, Trainer
 from fastppo.analysis.doctor import _gae
+from fastppo.builders.compiling import compile_parts
 from fastppo.builders.resolve import resolve_config
-from fastppo.envs.make_envs import inspect_env
+from fastppo.envs.make_envs import TASKS, inspect_env
 from fastppo.errors import CaptureError, EnvError, FastPPOError, innermost
 from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, triton_failure
 from fastppo.monitoring.health import History, RunTraits, check_health, rounding_of
@@ -21,8 +25,11 @@ from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
 from fastppo.runtime.graphs import capture
+from tests.envs.test_trees import Grid, HallTask
+from tests.envs.trees import Scene
 from tests.fake_cuda import GPU
 from tests.runtime.test_distributed import torchrun
+from tests.test_log_info import Simulator
 from tests.worlds import Counter, short
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -33,6 +40,7 @@ def gpu(monkeypatch):
     """A machine with two fake GPUs, a working Triton kernel, and a compiler that returns what it is given."""
     fake = GPU(count=2)
     fake.install(monkeypatch)
+    monkeypatch.setitem(TASKS, HALL["env_id"], HallTask)
     triton(monkeypatch, gae_doubling)
     for module in ("ppo.learner", "ppo.update", "ppo.curiosity", "policies.actors", "builders.compiling"):
         monkeypatch.setattr(f"fastppo.{module}.compile_graph", lambda fn, example: fn)
@@ -47,11 +55,45 @@ def triton(monkeypatch, kernel):
     triton_failure.cache_clear()
 
 
+HALL = {"env_id": "fastppo-tests/Hall-v0"}  # Dict observations with a mask of allowed actions, in tensors
+SCENE = {"vectorization": "sync", "env_id": "Scene"}  # the same on the host
+# What a `make_env` gives for a way of stepping that stands for no vectorization
+SIMULATORS = {
+    "simulator": lambda: SimulatorEnv(OnDevice(Simulator()), Box(-1, 1, (2,), np.float32), Discrete(2)),
+    "masked simulator": lambda: SimulatorEnv(OnDevice(Grid("extras")), Grid.space, Discrete(4), mask_key="legal"),
+}
+
+
+class OnDevice:
+    """A simulator whose tensors are on the GPU."""
+
+    def __init__(self, inner):
+        self.inner, self.num_envs = inner, inner.num_envs
+
+    def reset(self):
+        return to_gpu(self.inner.reset())
+
+    def step(self, actions):
+        return to_gpu(self.inner.step(actions.cpu()))
+
+
+def to_gpu(found):
+    return tree_map(lambda x: x.to(CUDA) if isinstance(x, torch.Tensor) else x, found)
+
+
 def make(tmp_path, name="run", **settings):
-    host = settings.get("vectorization", "tensor") != "tensor"
     defaults = {"vectorization": "tensor", "env_id": "CartPole-v1", "device": "cuda", "n_steps": 4, "record_ratios": 0}
-    config = short(tmp_path, run_dir=tmp_path / name, **(defaults | {"total_timesteps": 2 * 4 * 3} | settings))
-    return Trainer(config, make_env=Counter if host else None)
+    settings = defaults | {"total_timesteps": 2 * 4 * 3} | settings
+    maker = maker_of(settings["vectorization"], settings["env_id"])
+    if settings["vectorization"] in SIMULATORS:
+        settings |= {"vectorization": "auto", "n_envs": None, "n_minibatches": 1, "total_timesteps": 3 * 4 * 3}
+    return Trainer(short(tmp_path, run_dir=tmp_path / name, **settings), make_env=maker)
+
+
+def maker_of(vectorization, env_id="CartPole-v1"):
+    """Return the make_env of a run; None: a tensor environment."""
+    host = Scene if env_id == "Scene" else Counter
+    return None if vectorization == "tensor" else SIMULATORS.get(vectorization, host)
 
 
 def vector(trainer):
@@ -75,6 +117,27 @@ WAYS = {
     "tensor, minGRU": {"memory": "mingru"},
     "host, GRU, acting on the CPU": {"vectorization": "sync", "act_device": "cpu", "memory": "gru"},
     "host, LSTM, acting on the GPU": {"vectorization": "sync", "act_device": "cuda", "memory": "lstm"},
+    "tensor, penalty": {"objective": "penalty", "target_kl": 0.01, "kl_stop": "minibatch"},
+    "tensor, adaptive rate": {"learning_rate": "adaptive:3e-4:1e-5:1e-2"},
+    "tensor, Muon": {"optimizer": "muon", "hidden_sizes": (16, 16)},
+    "tensor, squashed": {"env_id": "Pendulum-v1", "action_distribution": "squashed", "state_dependent_std": True},
+    "tensor, beta": {"env_id": "Pendulum-v1", "action_distribution": "beta"},
+    "tensor, Dict and masks": HALL | {"normalize_obs": True},
+    "tensor, Dict, masks, memory and RND": HALL | {"memory": "mingru", "rnd": True},
+    "host, Dict and masks, acting on the GPU": SCENE | {"act_device": "cuda"},
+    "host, Dict and masks, acting on the CPU": SCENE | {"act_device": "cpu", "memory": "lstm"},
+    "host, info, acting on the CPU": {"vectorization": "sync", "act_device": "cpu", "log_info": ("*",)},
+    "simulator, info": {"vectorization": "simulator", "log_info": ("success", "terms/*")},
+    "simulator, Dict and masks": {"vectorization": "masked simulator", "critic_obs_keys": ("truth",)},
+}
+LEARNED = {  # what one epoch leaves behind, beside the parameters
+    "plain": {},
+    "RND": {"rnd": True},
+    "adaptive rate and penalty": {"learning_rate": "adaptive:3e-4:1e-5:1e-2", "objective": "penalty"},
+    "Muon": {"optimizer": "muon", "hidden_sizes": (16, 16)},
+    "normalised": {"normalize_obs": True, "normalize_rewards": True},
+    "memory": {"memory": "lstm"},
+    "Dict and masks": HALL,
 }
 
 
@@ -91,15 +154,13 @@ def test_a_run_starts_and_learns_on_a_gpu(gpu, tmp_path, way, compile):
     assert not any("memory is not planned" in note or "Triton" in note for note in trainer.notes)
     before = vector(trainer)
     result = trainer.run()
-    assert result.global_step == 24
+    assert result.global_step == trainer.n_iterations * trainer.rollout.rewards.numel()
     assert bool(gpu.replays) == (compile == "auto")
     assert not torch.equal(vector(trainer), before)
     assert gpu.stream is gpu.main
 
 
-@pytest.mark.parametrize(
-    "way", ["tensor", "host, acting on the GPU", "tensor, RND", "tensor, LSTM", "host, LSTM, acting on the GPU"]
-)
+@pytest.mark.parametrize("way", [way for way in WAYS if "simulator" not in way and "bf16" not in way])
 def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, way):
     runs = [make(tmp_path, compile, compile=compile, **WAYS[way]) for compile in ("off", "graph")]
     for trainer in runs:
@@ -107,11 +168,8 @@ def test_graphs_on_a_gpu_train_like_eager_code(gpu, tmp_path, way):
     torch.testing.assert_close(*(vector(trainer) for trainer in runs), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"rnd": True}, {"memory": "lstm"}, {"memory": "gru"}, {"memory": "mingru"}],
-    ids=lambda changes: str(changes.get("memory", "rnd" if changes else "plain")),
-)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("changes", LEARNED.values(), ids=list(LEARNED))
 def test_rollout_and_update_read_nothing_on_the_host(gpu, tmp_path, changes):
     for compile in ("off", "graph"):
         trainer = make(tmp_path, compile, compile=compile, target_kl=0.01, **changes)
@@ -134,6 +192,21 @@ def test_a_run_on_a_gpu_resumes(gpu, tmp_path, typed, vectorization):
     assert again.device == torch.device("cuda:1" if typed == "cuda:1" else "cuda:0")
     assert torch.equal(vector(again), vector(trainer))
     assert again.run().global_step == 48
+
+
+@pytest.mark.parametrize("changes", LEARNED.values(), ids=list(LEARNED))
+def test_a_resumed_run_on_a_gpu_repeats_the_bits_of_one_that_never_stopped(gpu, tmp_path, changes):
+    whole = make(tmp_path, "whole", compile="graph", total_timesteps=32, **changes)
+    whole.run()
+    half = make(tmp_path, "half", compile="graph", total_timesteps=32, checkpoint_every=16, **changes)
+    for stats in half.iterations():
+        if stats.global_step == 16:
+            break
+    again = resume(half.run_dir)
+    assert any("exact" in note for note in again.notes)
+    assert again.config.compile == "graph"
+    again.run()
+    assert torch.equal(vector(again), vector(whole))
 
 
 RANK = """
@@ -161,10 +234,12 @@ with gpu, torch.autograd.set_multithreading_enabled(False):
     trainer.run()
     again = resume(run_dir, total_timesteps=64)
     found = [str(trainer.device), str(again.device), again.config.device, again.run().global_step, gpu.set[-1].index]
-    for compile in ("off", "graph"):
-        one = Trainer(Config(run_dir=run_dir / compile, compile=compile, vectorization="tensor", **settings))
-        one.run()
-        found.append(one.update.parameters.vector.double().sum().item())
+    for name, changes in json.loads(sys.argv[2]).items():
+        for compile in ("off", "graph"):
+            c = Config(run_dir=run_dir / name / compile, compile=compile, vectorization="tensor", **settings | changes)
+            one = Trainer(c)
+            one.run()
+            found.append(one.update.parameters.vector.double().sum().item())
     assert gpu.replays
     (run_dir / f"found-{trainer.world.rank}.json").write_text(json.dumps(found))
 """
@@ -173,16 +248,36 @@ with gpu, torch.autograd.set_multithreading_enabled(False):
 def test_two_ranks_start_resume_and_capture_on_a_gpu_each(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    done = torchrun(str(script), str(tmp_path / "run"), folder=tmp_path)
+    features = {
+        "plain": {},
+        "RND, normalised, penalty": {"rnd": True, "normalize_rewards": True, "objective": "clip_and_penalty"},
+        "Muon, adaptive, memory": {
+            "optimizer": "muon",
+            "hidden_sizes": (16, 16),
+            "learning_rate": "adaptive:3e-4:1e-5:1e-2",
+            "memory": "gru",
+        },
+    }
+    done = torchrun(str(script), str(tmp_path / "run"), json.dumps(features), folder=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (json.loads((tmp_path / "run" / f"found-{k}.json").read_text()) for k in (0, 1))
     assert first[:5] == ["cuda:0", "cuda:0", "cuda", 64, 0]
     assert second[:5] == ["cuda:1", "cuda:1", "cuda", 64, 1]
     assert first[5:] == second[5:], "parameters are bit-identical on every process"
-    assert first[5] == pytest.approx(first[6], abs=1e-5), "captured all-reduces train like eager ones"
+    for eager, captured in zip(first[5::2], first[6::2], strict=True):
+        assert eager == pytest.approx(captured, abs=1e-5), "captured all-reduces train like eager ones"
 
 
 # --- captures that fail
+
+
+def assert_clean(gpu):
+    """A failed capture left nothing behind in torch."""
+    assert gpu.stream is gpu.main
+    assert gpu.sync_mode == 0
+    assert not gpu.recording, "the allocator counts a capture as under way"
+    assert not gpu.generator_captures, "the default generator would refuse to draw"
+
 
 STAGES = ["warm-up", "begin", "inside", "end", "replay"]
 
@@ -199,8 +294,7 @@ def test_a_run_goes_on_eagerly_after_a_failed_capture(gpu, tmp_path, stage, erro
     gpu.fails[stage] = error
     trainer = make(tmp_path, "graph", compile="auto")
     assert not gpu.fails, "the failure happened"
-    assert gpu.stream is gpu.main
-    assert gpu.sync_mode == 0
+    assert_clean(gpu)
     assert trainer.config.compile == "off"
     (note,) = (note for note in trainer.notes if note.startswith("compile off: it can't be captured as a graph"))
     assert ("the cause" in note) or ("gcc" in note)
@@ -214,8 +308,7 @@ def test_a_requested_graph_that_fails_names_its_first_cause(gpu, tmp_path, stage
     gpu.fails[stage] = RuntimeError("the cause")
     with pytest.raises(CaptureError, match=r"can't be captured as a graph \(.*the cause\)"):
         make(tmp_path, compile="graph")
-    assert gpu.stream is gpu.main
-    assert gpu.sync_mode == 0
+    assert_clean(gpu)
 
 
 def test_acting_alone_can_be_eager(gpu, tmp_path):
@@ -238,6 +331,14 @@ def test_a_host_read_is_found_before_the_capture_begins(gpu, monkeypatch):
         capture(lambda: x.mul_(x.sum().item()), keep=[x], fresh=[], device=CUDA)
     assert not begun
     assert x.tolist() == [1, 1]
+
+
+def test_a_capture_warns_of_nothing(gpu, recwarn):
+    """torch warns where the debug mode of the warm-up is first set; where warnings are errors, no run would start."""
+    x = torch.ones(2, device=CUDA)
+    capture(lambda: x.add_(1), keep=[x], fresh=[], device=CUDA)()
+    assert gpu._warned
+    assert not recwarn.list
 
 
 def test_each_warm_up_begins_with_the_same_contents(gpu):
@@ -287,6 +388,30 @@ def test_rollouts_of_one_or_two_steps_can_be_captured(gpu, tmp_path, n_steps):
     for trainer in runs:
         trainer.run()
     torch.testing.assert_close(*(vector(trainer) for trainer in runs), atol=1e-6, rtol=0)
+
+
+# --- memory
+
+
+@pytest.mark.parametrize("compile", ["off", "graph"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"env_id": "Pendulum-v1", "normalize_obs": True, "normalize_rewards": True},
+    ],
+    ids=["plain", "normalised"],
+)
+def test_the_memory_plan_covers_live_tensors_and_the_pools_of_graphs(gpu, tmp_path, changes, compile):
+    """Against a model of torch's allocator: a graph's pool keeps the most that was alive in it."""
+    settings = {"n_envs": 2048, "n_steps": 8, "n_minibatches": 4, "total_timesteps": 2 * 2048 * 8}
+    trainer = make(tmp_path, compile=compile, **settings | changes)
+    assert bool(gpu.memory.taken) == (compile == "graph")
+    trainer.run()
+    # the environments' own memory is not planned
+    own = sum(x.inner.nbytes for x in trainer.env.capturable_state.values())
+    planned = trainer.memory.total
+    assert 0.5 * planned < gpu.memory.peak - own < planned, (gpu.memory.peak, gpu.memory.taken, own, trainer.memory)
 
 
 # --- kernels that do not work
@@ -499,6 +624,27 @@ def test_a_failure_of_one_rank_fails_all(second):
         with pytest.raises(FastPPOError, match="can't complete any more. Start again with compile off") as caught:
             world.together(attempt, CaptureError, collective=True)
         assert not isinstance(caught.value, CaptureError)
+
+
+@pytest.mark.parametrize(("wanted", "raises"), [("auto", False), ("graph", True)])
+def test_a_requested_capture_of_acting_that_fails_on_one_rank_fails_on_all(gpu, second, tmp_path, wanted, raises):
+    """A rank that went on alone would wait for the others in the first collective operation."""
+    world, sent = second
+    trainer = make(tmp_path, compile="off", vectorization="sync", act_device="cuda")
+    learner, notes = types.SimpleNamespace(device=CUDA, update=trainer.update, compile=list, capture=list), []
+    arguments = (1, learner, trainer.collect, trainer.env, world)
+    sent.append("rank 0 could not")
+    with pytest.raises(CaptureError, match="process 0: rank 0 could not"):
+        compile_parts("graph", *arguments, notes=notes, say=notes.append)
+    sent.append(None)
+    gpu.fails["inside"] = RuntimeError("the cause")
+    if raises:
+        with pytest.raises(CaptureError, match="the cause"):
+            compile_parts(wanted, *arguments, notes=notes, say=notes.append)
+    else:
+        assert compile_parts(wanted, *arguments, notes=notes, say=notes.append)[0] == "graph"
+        assert any(note.startswith("acting is eager: it can't be captured") for note in notes)
+    trainer.run()
 
 
 @pytest.mark.parametrize("vote", range(3))

@@ -24,6 +24,7 @@ from fastppo.monitoring import update_samples
 from fastppo.policies.policy import Policy
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
+from tests.envs.test_trees import HallTask
 
 META, WORLD = torch.device("meta"), World()
 
@@ -42,6 +43,7 @@ class OnlyMeta(TorchDispatchMode):
 def build(monkeypatch, **settings):
     """Return collector, learner and sampler of a run on the meta device."""
     # torch has neither generators nor autocast for meta tensors; captured code draws no random numbers
+    monkeypatch.setitem(TASKS, HALL["env_id"], HallTask)
     monkeypatch.setattr(parts, "generator", lambda *_: torch.Generator())
     monkeypatch.setattr(Policy, "_precision", lambda *_: contextlib.nullcontext())
     wanted = Config(vectorization="tensor", n_envs=6, n_steps=8, n_minibatches=2, update_epochs=3, **settings)
@@ -62,24 +64,48 @@ def roll(collector):
     collector.roll()
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        *({"env_id": env_id, "kl_stop": "epoch"} for env_id in TASKS),
-        {"env_id": "CartPole-v1", "kl_stop": "minibatch", "shared_trunk": True, "sign_rewards": True},
-        {
-            "env_id": "Pendulum-v1",
-            "env_kwargs": {"max_episode_steps": 3},  # several final observations in a rollout
-            "normalize_obs": True,
-            "normalize_rewards": True,
-            "normalize_advantages": "batch",
-            "value_clip": "off",
-        },
-    ],
-    ids=[*TASKS, "shared trunk", "normalised and truncated"],
-)
+EVERY_STEP = {"env_kwargs": {"max_episode_steps": 3}}  # several final observations in a rollout
+HALL = {"env_id": "fastppo-tests/Hall-v0"}  # Dict observations with a mask of allowed actions
+SETTINGS = {
+    **{env_id: {"env_id": env_id, "kl_stop": "epoch"} for env_id in TASKS},
+    "shared trunk": {"kl_stop": "minibatch", "shared_trunk": True, "sign_rewards": True},
+    "normalised and truncated": {
+        "env_id": "Pendulum-v1",
+        "normalize_obs": True,
+        "normalize_rewards": True,
+        "normalize_advantages": "batch",
+        "value_clip": "off",
+        **EVERY_STEP,
+    },
+    "Dict and masks": HALL,
+    "Dict, masks and memory": HALL | {"memory": "lstm", "normalize_obs": True},
+    "Dict and critic": HALL | {"obs_keys": ("place",), "critic_obs_keys": ("goal",)},
+    "RND": {"rnd": True},
+    "RND with Dict": HALL | {"rnd": True, "rnd_proportion": 0.5},
+    "RND with images": {"env_id": "fastppo/Catch-v0", "rnd": True},
+    "penalty": {"objective": "penalty", "kl_stop": "minibatch"},
+    "clip and penalty": {"objective": "clip_and_penalty", "env_id": "Pendulum-v1"},
+    "adaptive rate": {"learning_rate": "adaptive:3e-4:1e-5:1e-2"},
+    "Muon": {"optimizer": "muon", "hidden_sizes": (16, 16)},
+    "squashed": {"env_id": "Pendulum-v1", "action_distribution": "squashed", "state_dependent_std": True},
+    "beta": {"env_id": "Pendulum-v1", "action_distribution": "beta", "objective": "penalty"},
+    **{memory: {"memory": memory, "segment_length": 4, **EVERY_STEP} for memory in ("lstm", "gru", "mingru")},
+    "everything": HALL
+    | {
+        "rnd": True,
+        "memory": "gru",
+        "optimizer": "muon",
+        "hidden_sizes": (16, 16),
+        "objective": "clip_and_penalty",
+        "learning_rate": "adaptive:3e-4:1e-5:1e-2",
+        "normalize_rewards": True,
+    },
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=list(SETTINGS))
 def test_a_rollout_and_an_update_read_nothing_and_stay_on_the_device(monkeypatch, settings):
-    collector, learner, sampler = build(monkeypatch, target_kl=0.01, **settings)
+    collector, learner, sampler = build(monkeypatch, **{"env_id": "CartPole-v1", "target_kl": 0.01} | settings)
     monkeypatch.setattr(update_samples, "_unchanged", contextlib.nullcontext)  # saves random states, on the host
     learner.anneal(0.0)
     with OnlyMeta():

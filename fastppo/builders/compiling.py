@@ -91,12 +91,7 @@ def compile_parts(
             if world.size > 1 and device.type == "cpu":
                 raise CaptureError("several processes on the CPU can't be captured; use compile on or off.")
             learner.capture()
-            try:
-                collector.capture()
-            except CaptureError as error:  # no rank waits for another in a rollout, so each decides alone
-                if wanted == "graph":
-                    raise
-                notes.append(f"acting is eager: {error}")
+            world.together(lambda: _capture_acting(collector, notes, required=wanted == "graph"), CaptureError)
         except CaptureError as error:
             if wanted == "graph":
                 raise
@@ -140,6 +135,20 @@ def _compile_each(parts: dict[str, Callable[[], None]], notes: list[str]) -> Non
             compile_part()
         except CompileError as error:
             notes.append(f"{name} is eager: it can't be compiled: {error}.")
+
+
+def _capture_acting(collector: Collector, notes: list[str], *, required: bool) -> None:
+    """Capture acting, or add a note that it stays eager: no rank waits for another in a rollout, so ranks may differ.
+
+    Raises:
+        CaptureError: the capture failed and is required.
+    """
+    try:
+        collector.capture()
+    except CaptureError as error:
+        if required:
+            raise
+        notes.append(f"acting is eager: {error}")
 
 
 def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, learner: Learner) -> tuple[Mode, str]:

@@ -11,6 +11,8 @@ lets a test on any machine find what would break under CUDA: host reads are refu
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -116,11 +118,11 @@ def _on_cuda(
             with torch.cuda.stream(side):
                 for k in range(_WARM_UP):
                     if k == _WARM_UP - 1:  # find host reads here: in a capture they leave errors behind
-                        torch.cuda.set_sync_debug_mode("error")
+                        _set_sync_debug_mode("error")
                     work()
                     kept.restore()
         finally:
-            torch.cuda.set_sync_debug_mode(debug_mode)
+            _set_sync_debug_mode(debug_mode)
             torch.cuda.set_stream(stream)
             stream.wait_stream(side)
             kept.restore()
@@ -128,11 +130,14 @@ def _on_cuda(
 
     def record() -> tuple[torch.cuda.CUDAGraph, Result]:
         graph = torch.cuda.CUDAGraph()
+        handle = GraphPool(device).handle if pool is None else pool.handle
         try:
-            with torch.cuda.graph(graph, pool=None if pool is None else pool.handle):
+            with torch.cuda.graph(graph, pool=handle):
                 out = work()
-        finally:
-            torch.cuda.set_stream(stream)  # a capture that fails at its end leaves its own stream current
+        except Exception:
+            _clean_up(stream, device, handle)
+            raise
+        torch.cuda.set_stream(stream)
         return graph, out
 
     def first_replay() -> None:
@@ -152,6 +157,29 @@ def _on_cuda(
         return out
 
     return replay
+
+
+def _set_sync_debug_mode(mode: str | int) -> None:
+    with warnings.catch_warnings():  # that the mode is a prototype; an error where warnings are errors
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _clean_up(stream: torch.cuda.Stream, device: torch.device, handle: Any) -> None:  # noqa: ANN401 - torch's own type
+    """Undo what a failed capture leaves behind in torch, as far as it can be undone.
+
+    The stream of the capture stays current. If the capture fails at its end, as after a forbidden operation, torch's
+    allocator counts it as still under way, and fails at the next capture or lack of memory. Some versions also leave
+    the default generator in its capturing state, in which it draws nothing; a capture that succeeds ends it.
+    """
+    torch.cuda.set_stream(stream)
+    with contextlib.suppress(Exception):  # for the allocator, the capture had ended
+        torch._C._cuda_endAllocateToPool(device.index, handle)
+        torch._C._cuda_releasePool(device.index, handle)
+    # suppressed: after some errors, no GPU work is possible any more
+    with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        torch.zeros((), device=device)
+    torch.cuda.set_stream(stream)
 
 
 def _on_cpu(work: Callable[[], Result], fresh: list[Tensor]) -> Callable[[], Result]:

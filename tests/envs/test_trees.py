@@ -465,7 +465,7 @@ class HallTask:
         return {"place": torch.stack((state[0] / 100, state[1]), 1), "goal": (state[0] % 3).long()}
 
     def action_mask(self, state):
-        allowed = self._forbidden(state).unsqueeze(1) != torch.arange(3)
+        allowed = self._forbidden(state).unsqueeze(1) != torch.arange(3, device=state[0].device)
         return allowed & (state[0] < 50).unsqueeze(1) if self.stuck else allowed
 
     def _forbidden(self, state):

@@ -12,33 +12,10 @@ from hypothesis import strategies as st
 from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, linear_scan
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import compile_graph
+from tests.functional.cases import PATTERNS, as_tensors, make_case
 from tests.reference.gae import advantage_by_definition, advantages_by_definition
 
 KERNELS = [gae_loop, gae_doubling]
-# (fraction terminated, fraction truncated)
-PATTERNS = {"none": (0, 0), "terminated": (0.1, 0), "truncated": (0, 0.1), "both": (0.2, 0.2), "every row": (0.5, 1)}
-
-
-def make_case(t, n, pattern, gamma=0.99, gae_lambda=0.95, seed=0):
-    rng = np.random.default_rng(seed)
-    p_term, p_trunc = PATTERNS[pattern]
-    terminated, truncated = rng.random((t, n)) < p_term, rng.random((t, n)) < p_trunc
-    return {
-        "rewards": rng.normal(size=(t, n)).astype(np.float32),
-        "values": rng.normal(size=(t, n)).astype(np.float32),
-        "next_values": rng.normal(size=(t, n)).astype(np.float32),
-        "terminated": terminated,
-        "done": terminated | truncated,
-        "gamma": gamma,
-        "gae_lambda": gae_lambda,
-    }
-
-
-def as_tensors(case, dtype=torch.float32):
-    arrays = ("rewards", "values", "next_values", "terminated", "done")
-    tensors = [torch.as_tensor(case[k]) for k in arrays]
-    tensors = [x if x.dtype == torch.bool else x.to(dtype) for x in tensors]
-    return [*tensors, torch.tensor(case["gamma"], dtype=dtype), torch.tensor(case["gae_lambda"], dtype=dtype)]
 
 
 def plain(case):
@@ -145,7 +122,8 @@ TRITON = """
 import json, sys
 import torch
 from fastppo.kernels.gae import gae_triton
-from tests.functional.test_gae import PATTERNS, as_tensors, make_case, plain
+from tests.functional.cases import PATTERNS, as_tensors, make_case
+from tests.functional.test_gae import plain
 from tests.reference.gae import advantages_by_definition
 worst, cells = 0.0, 0
 for t, n in [(1, 1), (2, 37), (37, 2), (64, 32), (65, 33), (129, 3)]:
