@@ -11,6 +11,7 @@ LAYERS = {
     "errors.py": 0,
     "profiles.py": 0,
     "native": 0,
+    "kernels": 0,
     "functional": 1,
     "runtime": 2,
     "spaces": 2,
