@@ -69,7 +69,7 @@ def softplus(x):
 
 @triton.jit
 def tanh(x):
-    """Return the hyperbolic tangent of x, within 2e-7."""
+    """Return the hyperbolic tangent of x within 2e-7."""
     shrunk = tl.exp(-2.0 * tl.abs(x))
     return tl.where(x < 0, shrunk - 1.0, 1.0 - shrunk) / (1.0 + shrunk)
 
