@@ -22,7 +22,7 @@ from fastppo.builders import parts
 from fastppo.builders.resolve import resolve_config
 from fastppo.envs.make_envs import TASKS, inspect_env
 from fastppo.monitoring import update_samples
-from fastppo.policies.mlp_layout import Linear
+from fastppo.policies.mlp_layout import Linear, Trunk
 from fastppo.policies.policy import Policy
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
@@ -157,6 +157,7 @@ class Kernel(NamedTuple):
     types: dict[str, str]
     constants: dict[str, object]
     cases: tuple[str, ...]
+    warps: int = 4
 
 
 GAE = Kernel(
@@ -209,7 +210,67 @@ def rollout_kernels():
     return found
 
 
-KERNELS = [GAE, *rollout_kernels()]
+def update_kernels():
+    """The kernels of an update, for the largest networks that they cover."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastppo.kernels import update as kernels
+
+    def case(name, features, widths, distribution, outputs, *, activation="tanh", nvec=(), heads=1, shared=False):
+        at = 0
+
+        def linear(n_in, n_out):
+            nonlocal at
+            weight, bias = at, at + -(-n_in * n_out // 16) * 16
+            at = bias + -(-n_out // 16) * 16
+            return Linear(weight, bias, n_in, n_out)
+
+        def hidden():
+            return tuple(linear(a, b) for a, b in itertools.pairwise((features, *widths)))
+
+        critic, value = hidden(), linear(widths[-1], 1)
+        of_actor = tuple(linear(widths[-1], outputs) for _ in range(heads))
+        if shared:
+            trunks = (Trunk(critic, (*of_actor, value), features, True, True),)
+        else:
+            actor = Trunk(hidden(), of_actor, features, True, False)
+            trunks = (Trunk(critic, (value,), features, False, True), actor)
+        free = distribution in ("gaussian", "squashed") and heads == 1
+        network = kernels.Network(
+            trunks, activation, at if free else None, distribution, nvec, outputs, at + 16 * free, "tf32"
+        )
+        names = ("old", "action", "logprob", "advantage", "target", "old_value")
+        wide = 3 * outputs + features
+        columns = kernels.Columns(wide + 6, **{column: wide + i for i, column in enumerate(names)}, mask=features)
+        constants = {
+            "NETWORK": network,
+            "COLUMNS": columns,
+            "LOSS": kernels.Loss(True, True, "max"),
+            "BLOCK": kernels.launch(network)[0],
+        }
+        return Kernel(name, module, "_differentiate", types, constants, aligned, kernels.launch(network)[1])
+
+    module, aligned = "fastppo.kernels.update", ("aligned",)
+    floats = ("params", "data", "scale", "clip", "value_clip", "value", "entropy", "kl", "sums", "result", "squares")
+    floats += ("gradient", "learning_rate", "max_norm", "kl_limit", "stop_kl", "skipped", "decision", "mean", "square")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("left1", "left2"), "*fp64")
+    types |= {"order": "*i64", "eps": "fp32"} | dict.fromkeys(("n", "n_programs", "n_squares"), "i32")
+    reduce = {"SIZE": 9936, "BLOCK": kernels._REDUCE_BLOCK, "ROWS": kernels._REDUCE_ROWS}
+    decide = {"SIZE": 9936, "SUMS_EXACT_KL": True, "KL": 4, "EXACT_KL": 5, "BLOCK": kernels._REDUCE_BLOCK}
+    return [
+        case("CartPole", 4, (64, 64), "categorical", 2, nvec=(2,)),
+        case("HalfCheetah", 17, (64, 64), "gaussian", 6),
+        case("bits", 32, (64, 64), "bernoulli", 16, activation="gelu"),
+        case("choices", 32, (64, 64, 64), "categorical", 16, nvec=(2,) * 8, activation="silu"),
+        case("squashed", 32, (64, 64, 64), "squashed", 16, heads=2, activation="elu"),
+        case("shared", 32, (64, 64), "gaussian", 16, heads=2, shared=True, activation="gelu"),
+        Kernel("reduce", module, "_reduce", types, reduce, aligned),
+        Kernel("decide", module, "_decide", types, decide, aligned),
+        Kernel("adam", module, "_adam", types, {"SIZE": 9936, "BLOCK": kernels._STEP_BLOCK}, aligned),
+    ]
+
+
+KERNELS = [GAE, *rollout_kernels(), *update_kernels()]
 
 
 def compile_kernel(kernel, capability, case="any", **options):
@@ -230,10 +291,11 @@ def compile_kernel(kernel, capability, case="any", **options):
     attributes = {
         (i,): divisible
         for i, (name, kind) in enumerate(signature.items())
-        if case == "aligned" and kind != "constexpr" and name not in (function.do_not_specialize or ())
+        if case == "aligned" and kind not in ("constexpr", "fp32")
+        if name not in (function.do_not_specialize or ()) + (function.do_not_specialize_on_alignment or ())
     }
     source = ASTSource(function, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel.warps} | options)
 
 
 def resources(compiled, folder):

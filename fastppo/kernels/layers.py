@@ -43,6 +43,17 @@ def load_weight(params, LAYER: tl.constexpr):
 
 
 @triton.jit
+def load_turned_weight(params, LAYER: tl.constexpr):
+    """Return the weight of a layer as it is stored, a tile [out, in], for the way back.
+
+    Not tl.trans(load_weight(...)): the compiler would load once, and hold the tile from the way there to the way back.
+    """
+    i, o = tl.arange(0, padded(LAYER.n_in)), tl.arange(0, padded(LAYER.n_out))
+    inside = (o[:, None] < LAYER.n_out) & (i[None, :] < LAYER.n_in)
+    return tl.load(params + LAYER.weight + o[:, None] * LAYER.n_in + i[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
 def load_bias(params, LAYER: tl.constexpr):
     """Return the bias of a layer, a tile [out]."""
     o = tl.arange(0, padded(LAYER.n_out))

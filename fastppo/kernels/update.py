@@ -11,21 +11,34 @@ The definitions are those of `fastppo.functional.losses`, `distributions`, `boun
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastppo.kernels.layers import Precision, activate, dense, load_bias, load_weight, padded, sigmoid, slope
-from fastppo.kernels.layers import softplus, tanh, weight_places
+from fastppo.kernels.layers import (
+    Precision,
+    activate,
+    dense,
+    load_bias,
+    load_turned_weight,
+    load_weight,
+    padded,
+    sigmoid,
+    slope,
+    softplus,
+    tanh,
+    weight_places,
+)
 
 # After the gradient of the parameters, a program's sums hold those of diagnostics and the number of rows that count
 N_DIAGNOSTICS, N_FIGURES = 7, 8
 _VALUE_LOSS = tl.constexpr(1)
 _FIGURES, _COUNT = tl.constexpr(N_FIGURES), tl.constexpr(N_DIAGNOSTICS)
 _ACTOR_FIGURES = tl.constexpr((0, 2, 3, 4, 5, 6, 7))  # policy loss, entropy, the KLs, clip fraction, count
+_N_ACTOR_FIGURES = tl.constexpr(7)
 _FORBIDDEN = tl.constexpr(-1e8)  # logit of an action that the mask forbids
 _LOWEST_LOG_PROB = tl.constexpr(-1e9)
 _LARGEST_BIT_LOGIT = tl.constexpr(1e3)
@@ -34,41 +47,11 @@ _REDUCE_BLOCK, _REDUCE_ROWS, _STEP_BLOCK = 128, 32, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Trunk:
-    """Hidden layers with the heads that read them; layers are `fastppo.policies.mlp_layout.Linear`.
-
-    Attributes:
-        hidden: the hidden layers.
-        heads: the actor's, if `acts`: parameters of the distribution, of a Gaussian the means and then, unless they are
-            parameters of their own, the log standard deviations; then the critic's, if `values`.
-        features: the trunk reads the first so many features of an observation.
-        acts: whether the actor reads it.
-        values: whether the critic reads it.
-    """
-
-    hidden: tuple[object, ...]
-    heads: tuple[object, ...]
-    features: int
-    acts: bool
-    values: bool
-
-    @property
-    def depth(self) -> int:
-        """Number of hidden layers."""
-        return len(self.hidden)
-
-    @property
-    def layers(self) -> tuple[object, ...]:
-        """All layers."""
-        return self.hidden + self.heads
-
-
-@dataclasses.dataclass(frozen=True)
 class Network:
     """An MLP and its distribution, as constants of a kernel.
 
     Attributes:
-        trunks: one that both heads share, or that of the critic and that of the actor.
+        trunks: `fastppo.policies.mlp_layout.Trunk` each.
         activation: a key of `fastppo.policies.mlp.ACTIVATIONS`.
         log_std: offset of log standard deviations that are parameters of their own; None: there are none.
         distribution: of actions.
@@ -78,7 +61,7 @@ class Network:
         precision: of matrix products.
     """
 
-    trunks: tuple[Trunk, ...]
+    trunks: tuple[Any, ...]
     activation: str
     log_std: int | None
     distribution: Literal["categorical", "bernoulli", "gaussian", "squashed"]
@@ -237,9 +220,9 @@ def _value_loss(v, old, target, limit, LOSS: tl.constexpr):
         clipped = 0.5 * clipped_error * clipped_error
         clipped_gradient = tl.where((step > limit) | (step < -limit), 0.0, clipped_error)
         if LOSS.value_clip == "max":
-            # equal losses share the gradient, as torch.maximum divides it; a NaN counts as the larger
+            # equal losses share the gradient, as torch.maximum divides it
             both = tl.where(clipped == loss, 0.5 * (error + clipped_gradient), gradient)
-            larger = (clipped > loss) | (clipped != clipped)
+            larger = clipped > loss  # False for NaN
             loss, gradient = tl.where(larger, clipped, loss), tl.where(larger, clipped_gradient, both)
         else:
             loss, gradient = clipped, clipped_gradient
@@ -248,9 +231,20 @@ def _value_loss(v, old, target, limit, LOSS: tl.constexpr):
 
 @triton.jit
 def _act_loss(
-    outs, params, at, rows, mean, divisor, clip, ent_coef, kl_coef,
-    NETWORK: tl.constexpr, COLUMNS: tl.constexpr, LOSS: tl.constexpr, N: tl.constexpr,
-):  # fmt: skip
+    outs,
+    params,
+    at,
+    rows,
+    mean,
+    divisor,
+    clip,
+    ent_coef,
+    kl_coef,
+    NETWORK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOSS: tl.constexpr,
+    N: tl.constexpr,
+):
     """Evaluate the distribution and the policy's loss of a block of rows.
 
     Returns:
@@ -342,9 +336,23 @@ def _act_loss(
 
 @triton.jit
 def _run_trunk(
-    params, data, order, scale, clip_at, value_clip_at, value_at, entropy_at, kl_at, sums, n,
-    TRUNK: tl.constexpr, NETWORK: tl.constexpr, COLUMNS: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    params,
+    data,
+    order,
+    scale,
+    clip_at,
+    value_clip_at,
+    value_at,
+    entropy_at,
+    kl_at,
+    sums,
+    n,
+    TRUNK: tl.constexpr,
+    NETWORK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write to `sums` the sum, over this program's rows, of the gradient of a trunk with its heads and of figures."""
     clip, value_clip = tl.load(clip_at), tl.load(value_clip_at)
     value_coef, ent_coef, kl_coef = tl.load(value_at), tl.load(entropy_at), tl.load(kl_at)
@@ -355,22 +363,18 @@ def _run_trunk(
     precision: tl.constexpr = NETWORK.precision
     weights, biases = (), ()
     for i in tl.static_range(depth + n_heads):
-        weights = weights + (
-            tl.zeros([padded(TRUNK.layers[i].n_in), padded(TRUNK.layers[i].n_out)], tl.float32),
-        )
+        weights = weights + (tl.zeros([padded(TRUNK.layers[i].n_in), padded(TRUNK.layers[i].n_out)], tl.float32),)
         biases = biases + (tl.zeros([padded(TRUNK.layers[i].n_out)], tl.float32),)
     n_actor_heads: tl.constexpr = n_heads - 1 if TRUNK.values else n_heads
     n_own: tl.constexpr = TRUNK.heads[0].n_out
     log_std_gradient = tl.zeros([padded(n_own)], tl.float32)
     figures = ()
-    for i in tl.static_range(len(_ACTOR_FIGURES)):
+    for i in tl.static_range(_N_ACTOR_FIGURES):
         figures = figures + (tl.zeros([BLOCK], tl.float32),)
     value_losses = tl.zeros([BLOCK], tl.float32)
 
     # weights are read again for each block, from the cache: to keep them would spill registers
-    for first in tl.range(
-        tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK, disable_licm=True, num_stages=1
-    ):
+    for first in tl.range(tl.program_id(0) * BLOCK, n, tl.num_programs(0) * BLOCK, disable_licm=True, num_stages=1):
         place = first + tl.arange(0, BLOCK)
         rows = place < n
         at = data + tl.load(order + place, mask=rows, other=0) * COLUMNS.width
@@ -397,7 +401,7 @@ def _run_trunk(
             if NETWORK.log_std is not None:
                 log_std_gradient += tl.sum(tl.where(rows[:, None], by_params[1], 0.0), 0)
             more = ()
-            for i in tl.static_range(len(_ACTOR_FIGURES)):
+            for i in tl.static_range(_N_ACTOR_FIGURES):
                 more = more + (figures[i] + tl.where(rows, found[i], 0.0),)
             figures = more
         if TRUNK.values:
@@ -417,16 +421,15 @@ def _run_trunk(
                 tl.dot(tl.trans(x), gradients[i], weights[depth + i], input_precision=precision),
             )
             new_biases = new_biases + (biases[depth + i] + tl.sum(gradients[i], 0),)
-            weight = load_weight(params, TRUNK.heads[i])
-            back = tl.dot(gradients[i], tl.trans(weight), back, input_precision=precision)
+            back = tl.dot(gradients[i], load_turned_weight(params, TRUNK.heads[i]), back, input_precision=precision)
         for i in tl.static_range(depth):
             d = back * slope(before[depth - 1 - i], inputs[depth - i], kind)
             turned = tl.trans(inputs[depth - 1 - i])
             new_weights = (tl.dot(turned, d, weights[depth - 1 - i], input_precision=precision),) + new_weights
             new_biases = (biases[depth - 1 - i] + tl.sum(d, 0),) + new_biases
             if i < depth - 1:
-                weight = load_weight(params, TRUNK.layers[depth - 1 - i])
-                back = tl.dot(d, tl.trans(weight), input_precision=precision)
+                turned_weight = load_turned_weight(params, TRUNK.layers[depth - 1 - i])
+                back = tl.dot(d, turned_weight, input_precision=precision)
         weights, biases = new_weights, new_biases
 
     to = sums + tl.program_id(0) * (NETWORK.size + _FIGURES)
@@ -439,7 +442,7 @@ def _run_trunk(
         if NETWORK.log_std is not None:
             o = tl.arange(0, padded(n_own))
             tl.store(to + NETWORK.log_std + o, log_std_gradient, mask=o < n_own)
-        for i in tl.static_range(len(_ACTOR_FIGURES)):
+        for i in tl.static_range(_N_ACTOR_FIGURES):
             tl.store(to + NETWORK.size + _ACTOR_FIGURES[i], tl.sum(figures[i], 0))
     if TRUNK.values:
         tl.store(to + NETWORK.size + _VALUE_LOSS, tl.sum(value_losses, 0))
@@ -447,15 +450,42 @@ def _run_trunk(
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["order", "scale"])
 def _differentiate(
-    params, data, order, scale, clip, value_clip, value, entropy, kl, sums, n,
-    NETWORK: tl.constexpr, COLUMNS: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    params,
+    data,
+    order,
+    scale,
+    clip,
+    value_clip,
+    value,
+    entropy,
+    kl,
+    sums,
+    n,
+    NETWORK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LOSS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     for t in tl.static_range(len(NETWORK.trunks)):
         if tl.program_id(1) == t:
             _run_trunk(
-                params, data, order, scale, clip, value_clip, value, entropy, kl, sums, n,
-                NETWORK.trunks[t], NETWORK, COLUMNS, LOSS, BLOCK,
-            )  # fmt: skip
+                params,
+                data,
+                order,
+                scale,
+                clip,
+                value_clip,
+                value,
+                entropy,
+                kl,
+                sums,
+                n,
+                NETWORK.trunks[t],
+                NETWORK,
+                COLUMNS,
+                LOSS,
+                BLOCK,
+            )
 
 
 @triton.jit(do_not_specialize=["n_programs"])
@@ -476,9 +506,24 @@ def _reduce(sums, result, squares, n_programs, SIZE: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _decide(
-    gradient, squares, learning_rate, max_norm, left1, left2, sums, kl_limit, stop_kl, skipped, decision, n_squares,
-    SIZE: tl.constexpr, SUMS_EXACT_KL: tl.constexpr, KL: tl.constexpr, EXACT_KL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    gradient,
+    squares,
+    learning_rate,
+    max_norm,
+    left1,
+    left2,
+    sums,
+    kl_limit,
+    stop_kl,
+    skipped,
+    decision,
+    n_squares,
+    SIZE: tl.constexpr,
+    SUMS_EXACT_KL: tl.constexpr,
+    KL: tl.constexpr,
+    EXACT_KL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     total = tl.zeros([BLOCK], tl.float32)
     for first in range(0, n_squares, BLOCK):
         k = first + tl.arange(0, BLOCK)
@@ -523,7 +568,7 @@ def _decide(
 @triton.jit
 def _adam(params, mean, square, gradient, decision, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    take = (k < SIZE) & (tl.load(decision) != 0)
+    take = k < tl.where(tl.load(decision) > 0, SIZE, 0)
     scale, step_size, correction = tl.load(decision + 1), tl.load(decision + 2), tl.load(decision + 3)
     g = scale * tl.load(gradient + k, mask=take, other=0.0)
     m, s = tl.load(mean + k, mask=take, other=0.0), tl.load(square + k, mask=take, other=0.0)
@@ -533,3 +578,114 @@ def _adam(params, mean, square, gradient, decision, eps, SIZE: tl.constexpr, BLO
     tl.store(mean + k, m, mask=take)
     tl.store(square + k, s, mask=take)
     tl.store(params + k, x - step_size * m / (tl.sqrt(s) * correction + eps), mask=take)
+
+
+def new_sums(network: Network, programs: int, device: torch.device) -> Tensor:
+    """Return the memory that `programs` programs per trunk write their sums to, on `device`."""
+    return torch.zeros(programs, network.size + N_FIGURES, device=device)  # zeros stay where no parameter lies
+
+
+def differentiate(
+    params: Tensor,
+    data: Tensor,
+    order: Tensor,
+    scale: Tensor,
+    coefs: Coefficients,
+    sums: Tensor,
+    *,
+    network: Network,
+    columns: Columns,
+    loss: Loss,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of a minibatch's mean loss with its figures, and what its squared norm is the sum of.
+
+    Args:
+        params: [P].
+        data: [R, W] packed rows.
+        order: [B] int64, the rows of the minibatch.
+        scale: [2] mean and divisor of the advantages.
+        coefs: coefficients of the loss.
+        sums: from `new_sums`.
+        network: the MLP and its distribution.
+        columns: where the columns of a row begin.
+        loss: the loss.
+
+    Returns:
+        [P + 8]: gradient, diagnostics in the order of `PPOLoss.diagnostics`, number of rows that count; and [K].
+    """
+    assert data.is_contiguous()
+    assert order.is_contiguous()
+    block, warps = launch(network)
+    programs, n = len(sums), len(order)
+    _differentiate[(programs, len(network.trunks))](
+        params, data, order, scale, *coefs, sums, n, network, columns, loss, block, num_warps=warps
+    )
+    parts = triton.cdiv(network.size + N_FIGURES, _REDUCE_BLOCK)
+    result, squares = params.new_empty(network.size + N_FIGURES), params.new_empty(parts)
+    _reduce[(parts,)](
+        sums,
+        result,
+        squares,
+        programs,
+        network.size,
+        _REDUCE_BLOCK,
+        _REDUCE_ROWS,
+    )
+    return result, squares
+
+
+def take_step(
+    state: State,
+    gradient: Tensor,
+    squares: Tensor,
+    learning_rate: Tensor,
+    max_norm: Tensor,
+    *,
+    adam_eps: float,
+    sums_exact_kl: bool,
+    kl: int,
+    exact_kl: int,
+) -> None:
+    """Take the step that `update_step` takes with Adam, in place.
+
+    Args:
+        state: what changes.
+        gradient: [P + 8] from `differentiate`.
+        squares: [K], too.
+        learning_rate: [].
+        max_norm: [] largest norm of the gradient.
+        adam_eps: epsilon of Adam.
+        sums_exact_kl: whether `state.sums` ends with those of exact KLs.
+        kl: index of the KL that has a limit, among the figures.
+        exact_kl: index of the exact KL.
+    """
+    size, decision = state.params.numel(), gradient.new_empty(4)
+    _decide[(1,)](
+        gradient,
+        squares,
+        learning_rate,
+        max_norm,
+        state.left1,
+        state.left2,
+        state.sums,
+        state.kl_limit,
+        state.stop_kl,
+        state.skipped,
+        decision,
+        len(squares),
+        size,
+        sums_exact_kl,
+        kl,
+        exact_kl,
+        _REDUCE_BLOCK,
+    )
+    _adam[(triton.cdiv(size, _STEP_BLOCK),)](
+        state.params, state.mean, state.square, gradient, decision, adam_eps, size, _STEP_BLOCK
+    )
+
+
+def launch(network: Network) -> tuple[int, int]:
+    """Return rows of a block, and warps of a program: the most that spill no registers."""
+    *_, actor = network.trunks
+    plain = len(network.trunks) == 2 and len(actor.heads) == 1 and len(network.nvec) <= 1
+    return (32 if plain and actor.depth <= 2 and network.distribution != "squashed" else 16), 8

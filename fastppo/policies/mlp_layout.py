@@ -68,6 +68,53 @@ class MLPLayout:
         return len(self.actor) == 1
 
 
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """Hidden layers with the heads that read them.
+
+    Attributes:
+        hidden: the hidden layers.
+        heads: the actor's, if `acts`: parameters of the distribution; of a Gaussian the means and then, unless they are
+            parameters of their own, the log standard deviations. Then the critic's, if `values`.
+        features: how many features of an observation the trunk reads, the first.
+        acts: whether the actor reads it.
+        values: whether the critic reads it.
+    """
+
+    hidden: tuple[Linear, ...]
+    heads: tuple[Linear, ...]
+    features: int
+    acts: bool
+    values: bool
+
+    @property
+    def depth(self) -> int:
+        """Number of hidden layers."""
+        return len(self.hidden)
+
+    @property
+    def layers(self) -> tuple[Linear, ...]:
+        """All layers."""
+        return self.hidden + self.heads
+
+
+def trunks(mlp: MLPLayout) -> tuple[Trunk, ...]:
+    """Return the trunk that both heads share, or that of the critic and that of the actor."""
+    *critic, values = mlp.critic
+    *actor, parameters = mlp.actor
+    heads: tuple[Linear, ...] = (parameters,)
+    if mlp.distribution in ("gaussian", "squashed") and mlp.log_std is None:
+        n = parameters.n_out // 2
+        means = dataclasses.replace(parameters, n_out=n)
+        heads = (means, Linear(parameters.weight + n * parameters.n_in, parameters.bias + n, parameters.n_in, n))
+    if mlp.shared:
+        return (Trunk(tuple(critic), (*heads, values), mlp.features, acts=True, values=True),)
+    return (
+        Trunk(tuple(critic), (values,), mlp.features, acts=False, values=True),
+        Trunk(tuple(actor), heads, mlp.actor_features, acts=True, values=False),
+    )
+
+
 def not_laid_out(policy: Policy) -> str | None:
     """Return why `layout` can't describe this policy, or None."""
     mlp, distribution = policy.network, policy.distribution
