@@ -131,6 +131,7 @@ class Kernel(NamedTuple):
     types: dict[str, str]
     constants: dict[str, object]
     cases: tuple[str, ...]
+    options: dict[str, int]
 
 
 GAE = Kernel(
@@ -142,6 +143,7 @@ GAE = Kernel(
     | dict.fromkeys(("n_steps", "n_envs"), "i32"),
     {"BLOCK_T": 64, "BLOCK_N": 32},
     ("any", "aligned", "one environment"),
+    {},
 )
 
 
@@ -149,7 +151,7 @@ def rollout_kernels():
     """The rollout kernel for networks of 64 x 64 units, and the kernel of its values."""
     if importlib.util.find_spec("triton") is None:
         return []
-    from fastppo.kernels.rollout import _BLOCK, _BLOCK_ROWS, Actions, Network, Simulation
+    from fastppo.kernels.rollout import _BLOCK, _BLOCK_ROWS, _OPTIONS, Actions, Network, Simulation
 
     def network(n_features, n_outputs):
         ends, layers, at = (n_features, 64, 64, n_outputs), [], 0
@@ -170,7 +172,9 @@ def rollout_kernels():
         (Simulation("MountainCarContinuous", 0.0, 2, 999, 1), Actions(0, **number)),
     ]
     module, aligned = "fastppo.kernels.rollout", ("aligned",)  # torch aligns what it allocates
-    found = [Kernel("values", module, "_values", types, {"NETWORK": network(4, 1), "BLOCK": _BLOCK_ROWS}, aligned)]
+    found = [
+        Kernel("values", module, "_values", types, {"NETWORK": network(4, 1), "BLOCK": _BLOCK_ROWS}, aligned, _OPTIONS)
+    ]
     for simulation, actions in tasks:
         constants = {
             "NETWORK": network(simulation.features, actions.choices or 1),
@@ -179,7 +183,7 @@ def rollout_kernels():
             "BLOCK": _BLOCK,
         }
         own = types | {"actions": "*i64" if actions.choices else "*fp32"}
-        found.append(Kernel(simulation.task, module, "_rollout", own, constants, aligned))
+        found.append(Kernel(simulation.task, module, "_rollout", own, constants, aligned, _OPTIONS))
     return found
 
 
@@ -233,7 +237,7 @@ def _triton(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_kernel_compiles_without_spilling_registers(tmp_path, kernel, capability, case):
-    compiled = compile_kernel(kernel, capability, case)
+    compiled = compile_kernel(kernel, capability, case, **kernel.options)
     used = resources(compiled, tmp_path)
     assert 0 < used["REG"] <= 255
     assert used["STACK"] == used["LOCAL"] == 0, "registers are spilled to memory"
