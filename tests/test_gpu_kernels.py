@@ -157,7 +157,7 @@ class Kernel(NamedTuple):
     types: dict[str, str]
     constants: dict[str, object]
     cases: tuple[str, ...]
-    warps: int = 4
+    options: dict[str, int]
 
 
 GAE = Kernel(
@@ -169,6 +169,7 @@ GAE = Kernel(
     | dict.fromkeys(("n_steps", "n_envs"), "i32"),
     {"BLOCK_T": 64, "BLOCK_N": 32},
     ("any", "aligned", "one environment"),
+    {},
 )
 
 
@@ -176,7 +177,7 @@ def rollout_kernels():
     """The rollout kernel for networks of 64 x 64 units, and the kernel of its values."""
     if importlib.util.find_spec("triton") is None:
         return []
-    from fastppo.kernels.rollout import _BLOCK, _BLOCK_ROWS, Actions, Network, Simulation
+    from fastppo.kernels.rollout import _BLOCK, _BLOCK_ROWS, _OPTIONS, Actions, Network, Simulation
 
     def network(n_features, n_outputs):
         ends, layers, at = (n_features, 64, 64, n_outputs), [], 0
@@ -197,7 +198,9 @@ def rollout_kernels():
         (Simulation("MountainCarContinuous", 0.0, 2, 999, 1), Actions(0, **number)),
     ]
     module, aligned = "fastppo.kernels.rollout", ("aligned",)  # torch aligns what it allocates
-    found = [Kernel("values", module, "_values", types, {"NETWORK": network(4, 1), "BLOCK": _BLOCK_ROWS}, aligned)]
+    found = [
+        Kernel("values", module, "_values", types, {"NETWORK": network(4, 1), "BLOCK": _BLOCK_ROWS}, aligned, _OPTIONS)
+    ]
     for simulation, actions in tasks:
         constants = {
             "NETWORK": network(simulation.features, actions.choices or 1),
@@ -206,7 +209,7 @@ def rollout_kernels():
             "BLOCK": _BLOCK,
         }
         own = types | {"actions": "*i64" if actions.choices else "*fp32"}
-        found.append(Kernel(simulation.task, module, "_rollout", own, constants, aligned))
+        found.append(Kernel(simulation.task, module, "_rollout", own, constants, aligned, _OPTIONS))
     return found
 
 
@@ -248,7 +251,9 @@ def update_kernels():
             "LOSS": kernels.Loss(True, True, "max"),
             "BLOCK": kernels.launch(network)[0],
         }
-        return Kernel(name, module, "_differentiate", types, constants, aligned, kernels.launch(network)[1])
+        return Kernel(
+            name, module, "_differentiate", types, constants, aligned, {"num_warps": kernels.launch(network)[1]}
+        )
 
     module, aligned = "fastppo.kernels.update", ("aligned",)
     floats = ("params", "data", "scale", "clip", "value_clip", "value", "entropy", "kl", "sums", "result", "squares")
@@ -262,11 +267,12 @@ def update_kernels():
         case("HalfCheetah", 17, (64, 64), "gaussian", 6),
         case("bits", 32, (64, 64), "bernoulli", 16, activation="gelu"),
         case("choices", 32, (64, 64, 64), "categorical", 16, nvec=(2,) * 8, activation="silu"),
-        case("squashed", 32, (64, 64, 64), "squashed", 16, heads=2, activation="elu"),
+        case("squashed", 32, (64, 64, 64), "squashed", 16, activation="elu"),
+        case("deviations of the network", 32, (64, 64), "squashed", 16, heads=2),
         case("shared", 32, (64, 64), "gaussian", 16, heads=2, shared=True, activation="gelu"),
-        Kernel("reduce", module, "_reduce", types, reduce, aligned),
-        Kernel("decide", module, "_decide", types, decide, aligned),
-        Kernel("adam", module, "_adam", types, {"SIZE": 9936, "BLOCK": kernels._STEP_BLOCK}, aligned),
+        Kernel("reduce", module, "_reduce", types, reduce, aligned, {}),
+        Kernel("decide", module, "_decide", types, decide, aligned, {}),
+        Kernel("adam", module, "_adam", types, {"SIZE": 9936, "BLOCK": kernels._STEP_BLOCK}, aligned, {}),
     ]
 
 
@@ -292,7 +298,7 @@ def compile_kernel(kernel, capability, case="any", **options):
         (i,): divisible
         for i, (name, kind) in enumerate(signature.items())
         if case == "aligned" and kind not in ("constexpr", "fp32")
-        if name not in (function.do_not_specialize or ()) + (function.do_not_specialize_on_alignment or ())
+        if name not in (*(function.do_not_specialize or ()), *(function.do_not_specialize_on_alignment or ()))
     }
     source = ASTSource(function, signature, constants, attributes)
     return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel.warps} | options)
@@ -321,7 +327,7 @@ def _triton(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_kernel_compiles_without_spilling_registers(tmp_path, kernel, capability, case):
-    compiled = compile_kernel(kernel, capability, case)
+    compiled = compile_kernel(kernel, capability, case, **kernel.options)
     used = resources(compiled, tmp_path)
     assert 0 < used["REG"] <= 255
     assert used["STACK"] == used["LOCAL"] == 0, "registers are spilled to memory"

@@ -1,7 +1,7 @@
 """A whole rollout of a tensor environment as one Triton kernel, and V of many rows as another.
 
 A program of the first owns BLOCK environments and takes all T steps: actor, sampling from pre-drawn noise, physics,
-autoreset, stores. The state stays in registers and the weights in the cache; only rows of the rollout leave it.
+autoreset, stores. The state stays in registers and the weights in shared memory; only rows of the rollout leave it.
 `fastppo.envs.tensor.tensor_env`, `Policy.decide` and `fastppo.functional.distributions` define what it computes.
 """
 
@@ -16,7 +16,8 @@ from fastppo.kernels import tasks
 from fastppo.kernels.layers import Precision, activate, dense, load_bias, load_weight, softplus, tanh
 
 _BLOCK, _BLOCK_ROWS = 32, 64
-_WARPS = 4
+# the weights of the next step are copied to shared memory ahead; copies further ahead spill registers
+_OPTIONS = {"num_warps": 4, "num_stages": 2}
 _COLUMNS = tl.constexpr(16)  # of tiles of observations, noise and parameters: the smallest that a product takes
 
 
@@ -100,7 +101,7 @@ def _forward(parameters, x, NETWORK: tl.constexpr):
     """Return the head's outputs [B, 16] for a tile of encoded observations [B, 16]."""
     depth: tl.constexpr = len(NETWORK.layers) - 1
     for i in tl.static_range(depth):
-        # weights are read again in each step, from the cache: those of two layers fill the registers
+        # read again in each step: those of two layers would fill the registers
         weight, bias = load_weight(parameters, NETWORK.layers[i]), load_bias(parameters, NETWORK.layers[i])
         x = activate(dense(x, weight, bias, NETWORK.precision), NETWORK.activation)
     weight, bias = load_weight(parameters, NETWORK.layers[depth]), load_bias(parameters, NETWORK.layers[depth])
@@ -189,8 +190,8 @@ def _rollout(
 
     seed = tl.load(seeds + n, mask=inside, other=0)
     episode = tl.load(episodes + n, mask=inside, other=0)
-    age = tl.load(ages + n, mask=inside, other=0)
-    count = tl.zeros([BLOCK], tl.int64)
+    age = tl.load(ages + n, mask=inside, other=0).to(tl.int32)
+    count = tl.zeros([BLOCK], tl.int32)
     s0 = tl.load(state0 + n, mask=inside, other=0.0)
     s1 = tl.load(state1 + n, mask=inside, other=0.0)
     s2, s3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
@@ -223,18 +224,17 @@ def _rollout(
             out_of_time = age >= SIMULATION.max_steps
             done = ended | out_of_time
             cut = out_of_time & (ended == 0) & inside & (count < SIMULATION.capacity)
-            slot = count * n_envs + n
+            slot = count.to(tl.int64) * n_envs + n
             tl.store(end_steps + slot, t + tl.zeros([BLOCK], tl.int64), mask=cut)
             places = slot[:, None] * SIMULATION.features + columns[None, :]
             tl.store(final_obs + places, after, mask=cut[:, None] & is_obs)
-            count += cut.to(tl.int64)
-        # of the next episode, whether it begins or not: nothing waits for it
-        f0, f1, f2, f3 = tasks.reset(SIMULATION.task, seed, episode + 1)
-        first = tasks.observe(SIMULATION.task, f0, f1, f2, f3, columns)
-        seen = tl.where(done[:, None], first, after)
+            count += cut.to(tl.int32)
+        episode += done.to(tl.int64)
+        # after the step, which most episodes don't end with: computed beside it, it spills registers
+        f0, f1, f2, f3 = tasks.reset(SIMULATION.task, seed, episode)
         s0, s1 = tl.where(done, f0, a0), tl.where(done, f1, a1)
         s2, s3 = tl.where(done, f2, a2), tl.where(done, f3, a3)
-        episode += done.to(tl.int64)
+        seen = tasks.observe(SIMULATION.task, s0, s1, s2, s3, columns)
         age = tl.where(done, 0, age)
         draw = next_draw
 
@@ -313,7 +313,7 @@ def rollout(
         ACTIONS=actions,
         SIMULATION=simulation,
         BLOCK=_BLOCK,
-        num_warps=_WARPS,
+        **_OPTIONS,
     )
 
 
@@ -323,6 +323,6 @@ def values(parameters: Tensor, moments: tuple[Tensor, Tensor], obs: Tensor, *, n
     out = torch.empty(len(obs), device=obs.device)
     if len(obs):
         _values[(triton.cdiv(len(obs), _BLOCK_ROWS),)](
-            parameters, *moments, obs, out, len(obs), NETWORK=network, BLOCK=_BLOCK_ROWS, num_warps=_WARPS
+            parameters, *moments, obs, out, len(obs), NETWORK=network, BLOCK=_BLOCK_ROWS, **_OPTIONS
         )
     return out

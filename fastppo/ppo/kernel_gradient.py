@@ -20,7 +20,8 @@ from fastppo.ppo.packed_rows import PackedRows
 from fastppo.ppo.update_step import Gradient, UpdateState, update_step
 from fastppo.runtime.compile import CompileError, flatten
 
-# more would spill registers
+# more would spill registers, or need more shared memory than two programs have
+_MOST_LAYERS_UNDER_SEVERAL_HEADS = 2
 _MOST_LAYERS, _MOST_UNITS, _MOST_FEATURES, _MOST_OUTPUTS, _MOST_CHOICES = 3, 64, 32, 16, 8
 
 
@@ -32,8 +33,10 @@ def not_fused(policy: Policy, loss: object) -> str | None:
         return reason
     mlp = layout(policy, next(policy.network.parameters()))
     *hidden, _ = mlp.critic
-    if len(hidden) > _MOST_LAYERS - mlp.shared:
-        return f"there are more than {_MOST_LAYERS - mlp.shared} hidden layers"
+    heads = max(len(trunk.heads) for trunk in trunks(mlp))
+    most_layers = _MOST_LAYERS if heads == 1 else _MOST_LAYERS_UNDER_SEVERAL_HEADS
+    if len(hidden) > most_layers:
+        return f"there are more than {most_layers} hidden layers"
     if max(x.n_out for x in hidden) > _MOST_UNITS:
         return f"a hidden layer is wider than {_MOST_UNITS}"
     if mlp.features > _MOST_FEATURES:
