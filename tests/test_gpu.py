@@ -55,7 +55,7 @@ def test_a_run_starts_and_learns(tmp_path, record_property, compile):
     record_property("torch", torch.__version__)
     trainer, rows = train(tmp_path, "run", compile=compile)
     record_property("notes", trainer.notes)
-    assert trainer.config.compile == {"auto": "graph"}.get(compile, compile), trainer.notes
+    assert trainer.config.compile == {"auto": "fused"}.get(compile, compile), trainer.notes
     assert len(rows) == 6
     assert vector(trainer).isfinite().all()
     assert not any("does not work here" in note or "can't be" in note for note in trainer.notes), trainer.notes

@@ -229,11 +229,10 @@ def _training(env_id: str, seconds: float) -> Iterator[CheckResult]:
         yield CheckResult(
             "auto", f"device {c.device}, vectorization {c.vectorization}, threads {c.threads} at this size"
         )
-        compiled = "graph"
-        if trainer.device.type == "cpu":
-            compiled = "fused"
-            try:
-                trainer.update.fuse(trainer.rollout.batch(), 1)  # compares its gradient with torch's
-            except CompileError as error:
-                compiled = f"on if the run is long enough to gain from it; not fused: {error}"
+        on_gpu, compiled = trainer.device.type == "cuda", "fused"
+        try:  # compares gradients with torch's
+            trainer.update.fuse(trainer.rollout.batch(), 1)
+        except CompileError as error:
+            instead = "graph" if on_gpu else "on if the run is long enough to gain from it"
+            compiled = f"{instead}; not fused: {error}"
         yield CheckResult("auto", f"compile {compiled}")
