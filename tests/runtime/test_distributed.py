@@ -173,12 +173,11 @@ CASES = {
         "action_distribution": "squashed",
         "compile": "fused",
     },
-    "beta, recorded": {
+    "beta": {
         "env_id": "Pendulum-v1",
         "vectorization": "tensor",
         "action_distribution": "beta",
         "objective": "clip_and_penalty",
-        "compile": "graph",
     },
     "choices": {"env_id": "Choices-v0", "vectorization": "sync", "objective": "penalty"},
     "bits": {"env_id": "Bits-v0", "vectorization": "sync", "objective": "clip_and_penalty"},
