@@ -145,7 +145,8 @@ def _protocol(source: str) -> list[str]:
             '"Last 100 episodes" is the mean return of the last 100 training episodes, whose actions are sampled; '
             f'"evaluation" is the mean return of {learning.EVALUATIONS} episodes after training with the most probable '
             "actions. Figures are means over seeds with 95 % bootstrap intervals, and IQM is the interquartile mean "
-            "over seeds. Intervals of fewer than five seeds are too narrow."
+            "over seeds. Intervals of fewer than five seeds are too narrow: those of two or "
+            "three seeds are just their range."
         ),
         _wrapped(
             "The machine was shared with other work, so speeds are left out; [performance](performance.md) has "
