@@ -11,6 +11,7 @@ LAYERS = {
     "errors.py": 0,
     "profiles.py": 0,
     "native": 0,
+    "kernels": 0,
     "functional": 1,
     "runtime": 2,
     "spaces": 2,
@@ -69,8 +70,7 @@ def test_functional_imports_torch_alone():
     for path in FILES:
         if path.parts[0] == "functional":
             outside = {m.split(".")[0] for m in imports(path)} - {"torch", "fastppo", "__future__", "math", "typing"}
-            kernel = {"triton"} if path.name == "gae_triton.py" else set()
-            assert outside <= {"collections", "dataclasses", "functools", "importlib"} | kernel, path
+            assert outside <= {"collections", "dataclasses", "functools", "importlib"}, path
 
 
 def test_layers_0_to_4_take_no_config():

@@ -51,7 +51,7 @@ def gpu(monkeypatch):
 
 def triton(monkeypatch, kernel):
     """Make `kernel` the Triton kernel."""
-    monkeypatch.setitem(sys.modules, "fastppo.functional.gae_triton", types.SimpleNamespace(gae_triton=kernel))
+    monkeypatch.setitem(sys.modules, "fastppo.kernels.gae", types.SimpleNamespace(gae_triton=kernel))
     triton_failure.cache_clear()
 
 

@@ -4,7 +4,8 @@ A meta tensor has a shape and no contents, so a read on the host fails as it wou
 """
 
 import contextlib
-import importlib
+import importlib.util
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -21,6 +22,7 @@ from fastppo.builders import parts
 from fastppo.builders.resolve import resolve_config
 from fastppo.envs.make_envs import TASKS, inspect_env
 from fastppo.monitoring import update_samples
+from fastppo.policies.mlp_layout import Linear, Trunk
 from fastppo.policies.policy import Policy
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
@@ -149,21 +151,132 @@ def test_the_meta_device_finds_reads_and_tensors_on_the_cpu(monkeypatch, mistake
 class Kernel(NamedTuple):
     """A Triton kernel as its caller launches it: types of pointers and numbers, and compile-time constants."""
 
+    id: str
     module: str
     name: str
     types: dict[str, str]
-    constants: dict[str, int]
+    constants: dict[str, object]
+    cases: tuple[str, ...]
+    options: dict[str, int]
 
 
 GAE = Kernel(
-    "fastppo.functional.gae_triton",
+    "GAE",
+    "fastppo.kernels.gae",
     "_kernel",
     dict.fromkeys(("rewards", "values", "next_values", "gamma_at", "lambda_at", "advantages", "returns"), "*fp32")
     | dict.fromkeys(("terminated", "done"), "*u8")
     | dict.fromkeys(("n_steps", "n_envs"), "i32"),
     {"BLOCK_T": 64, "BLOCK_N": 32},
+    ("any", "aligned", "one environment"),
+    {},
 )
-KERNELS = [GAE]
+
+
+def rollout_kernels():
+    """The rollout kernel for networks of 64 x 64 units, and the kernel of its values."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastppo.kernels.rollout import _BLOCK, _BLOCK_ROWS, _OPTIONS, Actions, Network, Simulation
+
+    def network(n_features, n_outputs):
+        ends, layers, at = (n_features, 64, 64, n_outputs), [], 0
+        for n_in, n_out in itertools.pairwise(ends):
+            layers.append(Linear(at, at + n_in * n_out, n_in, n_out))
+            at += n_in * n_out + 64
+        return Network(tuple(layers), "tanh", "tf32", None)
+
+    floats = ("parameters", "mean", "scale", "noise", "obs", "params", "rewards", "final_obs", "values")
+    longs = ("step", "end_steps", "counts", "seeds", "episodes", "ages")
+    types = dict.fromkeys((*floats, *(f"state{i}" for i in range(4))), "*fp32") | dict.fromkeys(longs, "*i64")
+    types |= dict.fromkeys(("terminated", "truncated"), "*u8") | dict.fromkeys(("n_steps", "n_envs", "n_rows"), "i32")
+    number = {"log_std": 8192, "n_params": 2, "low": -2.0, "high": 2.0}
+    tasks = [
+        (Simulation("CartPole", 0.0, 4, 500, 1), Actions(2, None, 2)),
+        (Simulation("Pendulum", 10.0, 3, 200, 1), Actions(0, **number)),
+        (Simulation("Acrobot", 0.0, 6, 500, 1), Actions(3, None, 3)),
+        (Simulation("MountainCarContinuous", 0.0, 2, 999, 1), Actions(0, **number)),
+    ]
+    module, aligned = "fastppo.kernels.rollout", ("aligned",)  # torch aligns what it allocates
+    found = [
+        Kernel("values", module, "_values", types, {"NETWORK": network(4, 1), "BLOCK": _BLOCK_ROWS}, aligned, _OPTIONS)
+    ]
+    for simulation, actions in tasks:
+        constants = {
+            "NETWORK": network(simulation.features, actions.choices or 1),
+            "ACTIONS": actions,
+            "SIMULATION": simulation,
+            "BLOCK": _BLOCK,
+        }
+        own = types | {"actions": "*i64" if actions.choices else "*fp32"}
+        found.append(Kernel(simulation.task, module, "_rollout", own, constants, aligned, _OPTIONS))
+    return found
+
+
+def update_kernels():
+    """The kernels of an update, for the largest networks that they cover."""
+    if importlib.util.find_spec("triton") is None:
+        return []
+    from fastppo.kernels import update as kernels
+
+    def case(name, features, widths, distribution, outputs, *, activation="tanh", nvec=(), heads=1, shared=False):
+        at = 0
+
+        def linear(n_in, n_out):
+            nonlocal at
+            weight, bias = at, at + -(-n_in * n_out // 16) * 16
+            at = bias + -(-n_out // 16) * 16
+            return Linear(weight, bias, n_in, n_out)
+
+        def hidden():
+            return tuple(linear(a, b) for a, b in itertools.pairwise((features, *widths)))
+
+        critic, value = hidden(), linear(widths[-1], 1)
+        of_actor = tuple(linear(widths[-1], outputs) for _ in range(heads))
+        if shared:
+            trunks = (Trunk(critic, (*of_actor, value), features, True, True),)
+        else:
+            actor = Trunk(hidden(), of_actor, features, True, False)
+            trunks = (Trunk(critic, (value,), features, False, True), actor)
+        free = distribution in ("gaussian", "squashed") and heads == 1
+        network = kernels.Network(
+            trunks, activation, at if free else None, distribution, nvec, outputs, at + 16 * free, "tf32"
+        )
+        names = ("old", "action", "logprob", "advantage", "target", "old_value")
+        wide = 3 * outputs + features
+        columns = kernels.Columns(wide + 6, **{column: wide + i for i, column in enumerate(names)}, mask=features)
+        constants = {
+            "NETWORK": network,
+            "COLUMNS": columns,
+            "LOSS": kernels.Loss(True, True, "max"),
+            "BLOCK": kernels.launch(network)[0],
+        }
+        return Kernel(
+            name, module, "_differentiate", types, constants, aligned, {"num_warps": kernels.launch(network)[1]}
+        )
+
+    module, aligned = "fastppo.kernels.update", ("aligned",)
+    floats = ("params", "data", "scale", "clip", "value_clip", "value", "entropy", "kl", "sums", "result", "squares")
+    floats += ("gradient", "learning_rate", "max_norm", "kl_limit", "stop_kl", "skipped", "decision", "mean", "square")
+    types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("left1", "left2"), "*fp64")
+    types |= {"order": "*i64", "eps": "fp32"} | dict.fromkeys(("n", "n_programs", "n_squares"), "i32")
+    reduce = {"SIZE": 9936, "BLOCK": kernels._REDUCE_BLOCK, "ROWS": kernels._REDUCE_ROWS}
+    decide = {"SIZE": 9936, "SUMS_EXACT_KL": True, "KL": 4, "EXACT_KL": 5, "BLOCK": kernels._REDUCE_BLOCK}
+    return [
+        case("CartPole", 4, (64, 64), "categorical", 2, nvec=(2,)),
+        case("HalfCheetah", 17, (64, 64), "gaussian", 6),
+        case("bits", 32, (64, 64), "bernoulli", 16, activation="gelu"),
+        case("choices", 32, (64, 64, 64), "categorical", 16, nvec=(2,) * 8, activation="silu"),
+        case("squashed", 32, (64, 64, 64), "squashed", 16, activation="elu"),
+        case("deviations of the network", 32, (64, 64), "squashed", 16, heads=2),
+        case("shared", 32, (64, 64), "gaussian", 16, heads=2, shared=True, activation="gelu"),
+        Kernel("reduce", module, "_reduce", types, reduce, aligned, {}),
+        Kernel("decide", module, "_decide", types, decide, aligned, {}),
+        Kernel("adam", module, "_adam", types, {"SIZE": 9936, "BLOCK": kernels._STEP_BLOCK}, aligned, {}),
+    ]
+
+
+KERNELS = [GAE, *rollout_kernels(), *update_kernels()]
 
 
 def compile_kernel(kernel, capability, case="any", **options):
@@ -182,10 +295,13 @@ def compile_kernel(kernel, capability, case="any", **options):
     signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
     divisible = [["tt.divisibility", 16]]
     attributes = {
-        (i,): divisible for i, kind in enumerate(signature.values()) if case == "aligned" and kind != "constexpr"
+        (i,): divisible
+        for i, (name, kind) in enumerate(signature.items())
+        if case == "aligned" and kind not in ("constexpr", "fp32")
+        if name not in (*(function.do_not_specialize or ()), *(function.do_not_specialize_on_alignment or ()))
     }
     source = ASTSource(function, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel.warps} | options)
 
 
 def resources(compiled, folder):
@@ -206,15 +322,16 @@ def _triton(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_triton")
-@pytest.mark.parametrize("case", ["any", "aligned", "one environment"])
+@pytest.mark.parametrize(
+    ("kernel", "case"), [pytest.param(k, case, id=f"{k.id}, {case}") for k in KERNELS for case in k.cases]
+)
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: k.module.rpartition(".")[2])
 def test_a_kernel_compiles_without_spilling_registers(tmp_path, kernel, capability, case):
-    compiled = compile_kernel(kernel, capability, case)
+    compiled = compile_kernel(kernel, capability, case, **kernel.options)
     used = resources(compiled, tmp_path)
     assert 0 < used["REG"] <= 255
     assert used["STACK"] == used["LOCAL"] == 0, "registers are spilled to memory"
-    assert compiled.metadata.shared <= 48 * 1024, "more shared memory than a launch may use without asking"
+    assert compiled.metadata.shared <= 100 * 1024, "two programs would not fit a multiprocessor"
 
 
 @pytest.mark.usefixtures("_triton")
@@ -224,7 +341,7 @@ def test_spilled_registers_are_found(tmp_path):
 
 @pytest.mark.usefixtures("_triton")
 def test_the_constants_of_a_compiled_kernel_are_those_of_its_launch():
-    from fastppo.functional import gae_triton
+    from fastppo.kernels import gae as gae_triton
 
     assert GAE.constants == {"BLOCK_T": gae_triton._BLOCK_T, "BLOCK_N": gae_triton._BLOCK_N}
 

@@ -40,8 +40,8 @@ def compile_parts(
     """Compile or capture rollout and update, and return the resulting mode.
 
     Args:
-        wanted: the requested mode; "auto" captures on CUDA; on the CPU it updates in C where that is possible, and
-            else compiles if the minibatches ahead repay it.
+        wanted: the requested mode; "auto" updates in C or by kernels where that is possible; else it captures on CUDA,
+            and on the CPU compiles if the minibatches ahead repay it.
         minibatches: minibatches left in this run.
         learner: compiled first, since the update is most of the work.
         collector: its actors are compiled second.
@@ -58,14 +58,13 @@ def compile_parts(
         FastPPOError: it failed on some ranks only, after the others had begun collective operations.
     """
     device = learner.device
-    if device.type == "cpu" and wanted in ("auto", "fused"):
+    if wanted == "auto" or wanted == "fused":
         try:
-            return "fused", _fuse(minibatches, learner, collector, env, notes, say)
+            if device.type == "cpu":
+                return "fused", _fuse(minibatches, learner, collector, env, notes, say)
+            return "fused", _fuse_on_gpu(learner, collector, env, world, notes, say)
         except CompileError as error:
             notes.append(f"not fused: {error}.")
-    if wanted == "fused":
-        if device.type != "cpu":
-            notes.append("not fused: the C code runs on a CPU.")
         wanted = "auto"
     compiled_before = compiling.compilations
     mode, why = _choose_mode(wanted, minibatches, learner)
@@ -126,6 +125,38 @@ def _fuse(
         say(_WAIT)
         _compile_each(left, notes)
     return time.perf_counter() - begin
+
+
+def _fuse_on_gpu(
+    learner: Learner,
+    collector: Collector,
+    env: VecEnv,
+    world: World,
+    notes: list[str],
+    say: Callable[[str], None],
+) -> float:
+    """Let update and, where they can, rollouts run in kernels, and capture both; the rest is left for the compiler."""
+    begin = time.perf_counter()
+    say("compiling kernels: up to a minute the first time, seconds from the cache")
+    processors = torch.cuda.get_device_properties(learner.device).multi_processor_count
+    learner.fuse(processors)
+    left = {} if learner.curiosity is None else {"RND": learner.compile_curiosity}
+    fused = "rollout and update run"
+    try:
+        collector.fuse(processors)
+    except CompileError as error:
+        notes.append(f"rollouts are not fused: {error}.")
+        left |= {"acting": collector.compile, "stepping": lambda: _compile_env(env)}
+        fused = "the update runs"
+    _compile_each(left, notes)
+    try:
+        learner.capture()
+        world.together(lambda: _capture_acting(collector, notes, required=False), CaptureError)
+    except CaptureError as error:
+        notes.append(f"kernels are launched one by one: {error}")
+    seconds = time.perf_counter() - begin
+    notes.append(f"compile fused: {fused} in kernels; took {seconds:.1f} s.")
+    return seconds
 
 
 def _compile_each(parts: dict[str, Callable[[], None]], notes: list[str]) -> None:

@@ -231,7 +231,7 @@ def plan_run(
             shape,
             lambda: build_update(c, models, device, world, n_envs),
             gae_doubling,
-            graphs=device.type == "cuda" and c.compile in ("auto", "graph"),
+            graphs=device.type == "cuda" and c.compile in ("auto", "fused", "graph"),
             gradients=c.log_histograms or (c.record_ratios != 0 and len(models.policy.recurrences()) > 0),
             fused=device.type == "cpu" and c.compile in ("auto", "fused") and not_covered(models.policy) is None,
             curiosity=lambda rollout: build_curiosity(c, models, rollout, world),

@@ -92,7 +92,7 @@ def choose_gae(n_steps: int, n_envs: int, device: torch.device) -> Gae:
     2^18 elements (128 x 4096: 10 ms, doubling 20 ms), doubling is faster below (128 x 8: 0.5 ms, the loop 2.1 ms).
     """
     if device.type == "cuda" and triton_failure(device) is None:
-        from fastppo.functional.gae_triton import gae_triton
+        from fastppo.kernels.gae import gae_triton
 
         return gae_triton
     return gae_loop if n_steps * n_envs >= 2**18 else gae_doubling
@@ -115,7 +115,7 @@ def triton_failure(device: torch.device) -> Exception | None:
     scalars = (torch.full((), value, device=device) for value in (0.99, 0.95))
     inputs = (*numbers, terminated, terminated | truncated, *scalars)
     try:
-        from fastppo.functional.gae_triton import gae_triton
+        from fastppo.kernels.gae import gae_triton
 
         pairs = zip(gae_triton(*inputs), gae_doubling(*inputs), strict=True)
         same = all(torch.allclose(ours, exact, rtol=1e-4, atol=1e-4) for ours, exact in pairs)

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fastppo.envs.tensor.tensor_env import TensorEnv
 from fastppo.envs.vec_env import VecEnv
 from fastppo.policies.actors import fill_values_and_logprobs, make_actor
 from fastppo.policies.decisions import Actor
 from fastppo.policies.native_actor import NativeActor, NativePolicy, can_act_in_c
 from fastppo.policies.policy import Policy, PolicyState
+from fastppo.ppo.kernel_rollout import KernelRollout, check_kernel_rollout, not_covered
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
+from fastppo.runtime.compile import CompileError
 from fastppo.runtime.graphs import capture
 
 
@@ -121,7 +124,7 @@ class Collector:
         self._env, self._policy, self._generator, self._clock = env, policy, generator, clock
         env.attach(r.transitions())
         self._decisions = r.decisions()
-        self._in_c: NativePolicy | None = None
+        self._fused: NativePolicy | KernelRollout | None = None
         self._final_values = FinalValues(r, self._value_of_final)
         self.actors: list[Actor] = [
             make_actor(policy, self._decisions.of_group(group), torch_only=torch_only) for group in env.groups
@@ -161,21 +164,31 @@ class Collector:
     def prepare(self) -> None:
         """Draw the rollout's noise and pass the current parameters and moments to the actors."""
         self._policy.distribution.fill_noise(self.rollout.noise, self._generator)
-        if self._in_c is not None:
-            self._in_c.begin()
+        if self._fused is not None:
+            self._fused.begin()
         for actor in self.actors:
             actor.begin()
 
     def _roll(self) -> None:
         r, env = self.rollout, self._env
-        acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
-        n_steps = len(r.rewards)
-        with acting:
+        with self._clock.phase("act"):
             r.obs[0].copy_(r.obs[-1])
             for states in self._memory:
                 states[0].copy_(states[-1])
             if env.final_obs_buffer is not None:
-                env.final_obs_buffer.clear(n_steps)
+                env.final_obs_buffer.clear(len(r.rewards))
+        if isinstance(self._fused, KernelRollout):
+            self._fused.roll()
+        else:
+            self._take_steps()
+        if self._complete:
+            with self._clock.phase("act"):
+                self.compute_values()
+
+    def _take_steps(self) -> None:
+        r, env = self.rollout, self._env
+        acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
+        n_steps = len(r.rewards)
         for t in range(n_steps + 1):
             if t > 0 and self._abandon is not None and self._abandon(t / n_steps):
                 self._complete = False
@@ -196,8 +209,6 @@ class Collector:
                         actor.act(t)
                     with stepping:
                         env.send(t, group)
-        with acting:
-            self.compute_values()
 
     @property
     def _memory(self) -> list[Tensor]:
@@ -216,11 +227,10 @@ class Collector:
     def compute_values(self) -> None:
         """Fill in values and log-probabilities where acting did not, and the values of the true successors."""
         r = self.rollout
-        if not self.actors[0].complete:
-            if self._in_c is None:
-                fill_values_and_logprobs(self._policy, self._decisions)
-            else:
-                self._in_c.fill(self._decisions)
+        if self._fused is not None:
+            self._fused.fill(self._decisions)
+        elif not self.actors[0].complete:
+            fill_values_and_logprobs(self._policy, self._decisions)
         if (final := self._env.final_obs_buffer) is None:
             self._final_values.flush()
         elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated
@@ -250,7 +260,7 @@ class Collector:
 
     @property
     def _value(self) -> Callable[..., Tensor]:
-        return self._policy.value if self._in_c is None else self._in_c.value
+        return self._policy.value if self._fused is None else self._fused.value
 
     def _value_of_final(self, obs: Tensor, state: PolicyState = ()) -> Tensor:
         """Return V [B] of final observations [B, *obs], seen from `state`: NaN where an observation is not finite.
@@ -261,10 +271,22 @@ class Collector:
         return torch.where(self._policy.encoder.spec.finite(obs), self._value(obs, state), torch.nan)
 
     def fuse(self, threads: int) -> None:
-        """Act in C, and compute values there, in `threads` threads, if C covers the policy."""
-        if self.rollout.rewards.device.type == "cpu" and can_act_in_c(self._policy):
-            self._in_c = NativePolicy(self._policy, threads)
-            self.actors = [NativeActor(self._in_c, self._decisions.of_group(group)) for group in self._env.groups]
+        """Act without torch: in C on a CPU, in `threads` threads, if C covers the policy; on CUDA in kernels.
+
+        Values are computed by the same means.
+
+        Raises:
+            CompileError: on CUDA, no kernel covers policy and environments, or one fails or differs from torch.
+        """
+        if self.rollout.rewards.device.type == "cuda":
+            if reason := not_covered(self._policy, self._env):
+                raise CompileError(reason)
+            assert isinstance(self._env, TensorEnv)
+            check_kernel_rollout(self._policy, self._env)
+            self._fused = KernelRollout(self._policy, self._env, self.rollout)
+        elif self.rollout.rewards.device.type == "cpu" and can_act_in_c(self._policy):
+            self._fused = NativePolicy(self._policy, threads)
+            self.actors = [NativeActor(self._fused, self._decisions.of_group(group)) for group in self._env.groups]
 
     def compile(self) -> None:
         """Compile the actors.

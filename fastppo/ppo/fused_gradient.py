@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.native_mlp import describe, not_covered
 from fastppo.policies.policy import FORBIDDEN, Policy
 from fastppo.ppo.minibatches import Minibatch
+from fastppo.ppo.packed_rows import PackedRows
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState
 from fastppo.runtime.compile import CompileError
 
@@ -39,29 +41,23 @@ class FusedGradient:
         self, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, scale_advantages: bool, threads: int
     ) -> None:
         """Differentiate `loss` of `policy`, for which `not_fused` is None; see `LossGradient`."""
-        self._policy, self._scale_advantages, self._n_diagnostics = policy, scale_advantages, len(loss.diagnostics)
+        self._scale_advantages, self._n_diagnostics = scale_advantages, len(loss.diagnostics)
         self._net = describe(policy, parameters.vector)
         self._loss = native.Loss(
             loss.objective != "penalty", loss.penalizes_kl, native.VALUE_CLIPS.index(loss.value_clip)
         )
         self._threads, self._workspace = threads, native.new_workspace(self._net, threads)
-        self._packed = torch.zeros(0, 0)
-        self._rows = native.Rows()
+        self._packed, self._rows = PackedRows(policy), native.Rows()
         self._unscaled = torch.tensor([0.0, 1.0])
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Write the encoded observations of `batch`, and all else that the loss reads, to one row each."""
-        columns = self._columns(batch)
-        widths = [x[0].numel() for x in columns.values()]
-        if len(self._packed) != len(batch.logprobs):
-            self._packed = torch.zeros(len(batch.logprobs), sum(widths))
-            begins = dict(zip(columns, itertools.accumulate(widths, initial=0), strict=False))
+        if self._packed.pack(batch):
+            begins = {"mask": -1, "valid": -1} | self._packed.begins
             del begins["features"]  # which come first
-            missing = {"mask": -1, "valid": -1}
-            self._rows = native.Rows(at=native.address(self._packed), width=sum(widths), **missing | begins)
-        for place, x in zip(torch.split(self._packed, widths, 1), columns.values(), strict=True):
-            place.copy_(x.reshape(place.shape))
-        return (self._packed,)
+            packed = self._packed.packed
+            self._rows = native.Rows(at=native.address(packed), width=packed.shape[1], **begins)
+        return (self._packed.packed,)
 
     def __call__(
         self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
@@ -103,36 +99,65 @@ class FusedGradient:
             self._workspace,
         )
 
-    def _columns(self, batch: Batch) -> dict[str, Tensor]:
-        """Return what a row holds, [R, ...] each, under the names of `native.Rows`."""
-        spec, x = self._policy.encoder.spec, self._policy.encoder(batch.obs)
-        assert isinstance(x, Tensor), "an MLP reads one array"
-        columns = {"features": x}
-        if spec.has_mask:
-            columns["mask"] = spec.unpack(batch.obs)[-1]
-        columns |= {
-            "old": batch.params,
-            "action": batch.actions,
-            "logprob": batch.logprobs,
-            "advantage": batch.advantages,
-            "target": batch.returns,
-            "value": batch.values,
-        }
-        return columns if batch.valid is None else columns | {"valid": batch.valid}
-
 
 def _addresses(coefs: Coefficients) -> native.Coefficients:
     used = coefs.learning_rate, coefs.clip_coef, coefs.value_clip_coef, coefs.vf_coef, coefs.ent_coef
     return native.Coefficients(*map(native.address, (*used, coefs.max_grad_norm, coefs.kl_coef)))
 
 
-_EXAMPLE_ROWS, _TOLERANCE = 97, 1e-4
+def fuse_gradient(
+    policy: Policy, parameters: FlatParameters, loss: object, *, scale_advantages: bool, fillers: bool, threads: int
+) -> FusedGradient:
+    """Return a `FusedGradient` that has been compared with torch's.
+
+    Args:
+        policy: the policy.
+        parameters: its parameters.
+        loss: the loss.
+        scale_advantages: see `LossGradient`.
+        fillers: whether some rows don't count.
+        threads: of the C code.
+
+    Raises:
+        CompileError: C can't differentiate this loss of this policy, or its gradient differs.
+    """
+    if reason := not_fused(policy, loss):
+        raise CompileError(reason)
+    assert isinstance(loss, PPOLoss), "this is what not_fused checks"
+    example = FusedGradient(policy, parameters, loss, scale_advantages=True, threads=threads)
+    check_gradient(example, policy, parameters, loss, fillers=fillers, tolerance=1e-4)
+    return FusedGradient(policy, parameters, loss, scale_advantages=scale_advantages, threads=threads)
+
+
+_EXAMPLE_ROWS = 97
+
+
+class PackedGradient(Protocol):
+    """What computes a gradient as `LossGradient` does; see there."""
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """See `LossGradient`."""
+
+    def pack(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Pack `batch` for minibatches."""
+
+    def __call__(
+        self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
+    ) -> Gradient:
+        """Return the gradient of the mean loss of `minibatch` at `params` [P]."""
 
 
 @torch.no_grad()
-def check_fused_gradient(
-    fused: FusedGradient, policy: Policy, parameters: FlatParameters, loss: PPOLoss, *, fillers: bool
-) -> None:
+def check_gradient(
+    fused: PackedGradient,
+    policy: Policy,
+    parameters: FlatParameters,
+    loss: PPOLoss,
+    *,
+    fillers: bool,
+    tolerance: float,
+) -> tuple[Minibatch, Coefficients]:
     """Compare `fused` with `LossGradient` on made-up rows; changes no state and draws from no stream.
 
     Args:
@@ -141,10 +166,15 @@ def check_fused_gradient(
         parameters: its parameters.
         loss: the loss.
         fillers: whether some rows don't count.
+        tolerance: largest difference, as a share of the largest number.
+
+    Returns:
+        The minibatch and the coefficients of the comparison.
 
     Raises:
         CompileError: the gradients differ.
     """
+    device = parameters.vector.device
     n, dist, draws = _EXAMPLE_ROWS, policy.distribution, torch.Generator().manual_seed(0)
     obs, mask = _made_up_obs(policy, n, draws)
     params = torch.randn(n, dist.n_params, generator=draws)
@@ -155,19 +185,20 @@ def check_fused_gradient(
     scalars = torch.randn(4, n, generator=draws)
     actions, valid = dist.sample(params, noise), torch.arange(n) % 5 != 0
     values, advantages, returns = scalars[1:]
-    batch = Batch(obs, actions, scalars[0] - 1, params, values, advantages, returns, valid if fillers else None)
+    fields = obs, actions, scalars[0] - 1, params, values, advantages, returns, valid if fillers else None
+    batch = Batch(*(None if x is None else x.to(device) for x in fields))  # type: ignore[arg-type]
     # learning rate, clip ranges, weights of value and entropy, largest norm, gamma, lambda, weight of the KL
-    coefs = Coefficients(*(torch.tensor(x) for x in (1e-3, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95, 0.5)))
-    scale = torch.tensor([0.1, 1.5])
+    numbers = (1e-3, 0.2, 0.2, 0.5, 0.01, 0.5, 0.99, 0.95, 0.5)
+    coefs = Coefficients(*(torch.tensor(x, device=device) for x in numbers))
+    scale, order = torch.tensor([0.1, 1.5], device=device), torch.arange(n, device=device)
     plain = LossGradient(policy, parameters, loss, scale_advantages=True)
-    results = [
-        gradient(parameters.vector, Minibatch(scale, torch.arange(n), data), coefs, gradient.constants)
-        for gradient in (plain, fused)
-        for data in [gradient.pack(batch)]
-    ]
-    for name, expected, found in zip(Gradient._fields, *results, strict=True):
-        if not torch.allclose(found, expected, _TOLERANCE, _TOLERANCE * max(1e-3, float(expected.abs().max()))):
-            raise CompileError(f"its {name} differs from torch's by up to {float((found - expected).abs().max()):.1g}")
+    expected = plain(parameters.vector, Minibatch(scale, order, plain.pack(batch)), coefs, plain.constants)
+    minibatch = Minibatch(scale, order, fused.pack(batch))
+    found = fused(parameters.vector, minibatch, coefs, fused.constants)
+    for name, x, y in zip(Gradient._fields, found, expected, strict=True):
+        if not torch.allclose(x, y, tolerance, tolerance * max(1e-3, float(y.abs().max()))):
+            raise CompileError(f"its {name} differs from torch's by up to {float((x - y).abs().max()):.1g}")
+    return minibatch, coefs
 
 
 def _made_up_obs(policy: Policy, n: int, draws: torch.Generator) -> tuple[Tensor, Tensor | None]:

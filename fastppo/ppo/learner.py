@@ -163,15 +163,19 @@ class Learner:
             self.update.allocate(self._rollout.rewards.numel())
             self.curiosity.compile(self.update.orders[0, 0], self.coefs)
 
-    def fuse(self, threads: int) -> None:
-        """Update in C, in `threads` threads, and compute advantages there; changes no state.
+    def fuse(self, parallel: int) -> None:
+        """Update in C, and compute advantages there, or by kernels on a GPU; changes no state.
+
+        Args:
+            parallel: threads of the C code; on a GPU, programs of each kernel.
 
         Raises:
-            CompileError: C doesn't cover the update, on this rank or another.
+            CompileError: neither covers the update, on this rank or another.
         """
-        self.update.fuse(self._rollout.batch(), threads)
-        self.gae = native_gae
-        self._estimate = self._estimate_eagerly
+        self.update.fuse(self._rollout.batch(), parallel)
+        if self.device.type == "cpu":
+            self.gae = native_gae
+            self._estimate = self._estimate_eagerly
 
     def capture(self) -> None:
         """Capture a call in three graphs: before the epochs, an epoch, after the epochs; later calls replay them.

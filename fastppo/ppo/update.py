@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fastppo.functional.adaptation import Adaptation
-from fastppo.functional.losses import Batch, Coefficients, Loss, PPOLoss, advantage_scale, normalize_advantages
+from fastppo.functional.losses import Batch, Coefficients, Loss, advantage_scale, normalize_advantages
 from fastppo.functional.optimizer import Optimizer
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.policy import Policy
-from fastppo.ppo.fused_gradient import FusedGradient, check_fused_gradient, not_fused
+from fastppo.ppo import fused_gradient, kernel_gradient
+from fastppo.ppo.fused_gradient import FusedGradient
+from fastppo.ppo.kernel_gradient import KernelGradient
 from fastppo.ppo.minibatches import Minibatch, sequence_rows
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
 from fastppo.runtime.compile import CompileError, compile_graph
@@ -129,7 +131,8 @@ class PPOUpdate:
             policy, parameters, loss, scale_advantages=normalize == "minibatch", segment_length=segment_length
         )
         self.trained = loss_gradient.trained
-        self._gradient: LossGradient | FusedGradient = loss_gradient
+        self._gradient: LossGradient | FusedGradient | KernelGradient = loss_gradient
+        self._on_gpu = vector.device.type == "cuda"
         self._optimizer = optimizer
         self._bound = functools.partial(
             update_step,
@@ -141,6 +144,8 @@ class PPOUpdate:
         )
         self._adapts_rate = adaptive_rate is not None
         self._step: Step = self._eager_step()
+        # what `capture` captures, and what runs
+        self._launched_epoch: Epoch = self._run_epoch
         self._epoch: Epoch = self._run_epoch
 
     def compile(self, batch: Batch, coefs: Coefficients) -> None:
@@ -183,28 +188,35 @@ class PPOUpdate:
 
     def not_fused(self) -> str | None:
         """Return why `fuse` can't be used, or None."""
-        return "the optimiser is not Adam" if self._optimizer.adam_eps is None else not_fused(self.policy, self.loss)
+        if self._optimizer.adam_eps is None:
+            return "the optimiser is not Adam"
+        reason = kernel_gradient.not_fused if self._on_gpu else fused_gradient.not_fused
+        return reason(self.policy, self.loss)
 
-    def fuse(self, batch: Batch, threads: int) -> None:
-        """Compute gradients in C, and at a scheduled learning rate on one rank whole epochs; changes no state.
+    def fuse(self, batch: Batch, parallel: int) -> None:
+        """Compute gradients in C or by kernels, and at a scheduled learning rate on one rank whole epochs.
+
+        Changes no state.
 
         Args:
             batch: has the shapes of all batches.
-            threads: of the C code, torch's apart.
+            parallel: threads of the C code, torch's apart; on a GPU, programs of each kernel.
 
         Raises:
-            CompileError: C can't differentiate this policy or loss on this rank or another, or its gradient is not
+            CompileError: neither can differentiate this policy or loss on this rank or another, or the gradient is not
                 torch's on an example.
         """
 
-        def fused() -> FusedGradient:
+        def fused() -> FusedGradient | KernelGradient:
             if reason := self.not_fused():
                 raise CompileError(reason)
-            assert isinstance(self.loss, PPOLoss), "this is what not_fused checks"
+            scaled, fillers = self.normalize == "minibatch", batch.valid is not None
             parts = self.policy, self.parameters, self.loss
-            fillers = batch.valid is not None
-            check_fused_gradient(FusedGradient(*parts, scale_advantages=True, threads=threads), *parts, fillers=fillers)
-            return FusedGradient(*parts, scale_advantages=self.normalize == "minibatch", threads=threads)
+            if self._on_gpu:
+                return kernel_gradient.fuse_gradient(
+                    *parts, scale_advantages=scaled, fillers=fillers, programs=parallel
+                )
+            return fused_gradient.fuse_gradient(*parts, scale_advantages=scaled, fillers=fillers, threads=parallel)
 
         self._gradient = gradient = self.world.together(fused, CompileError)
         self._step = self._eager_step()
@@ -217,7 +229,7 @@ class PPOUpdate:
             gradient.run_epoch(self.state, rows, scales, coefs, adam_eps=adam_eps, exact_kl=exact_kl)
             self._end_epoch()
 
-        self._epoch = epoch
+        self._launched_epoch = self._epoch = epoch
 
     def capture(self, coefs: Coefficients, pool: GraphPool) -> None:
         """Capture an epoch over the batch of the last `begin`; every later epoch replays it, with these `coefs`.
@@ -227,7 +239,7 @@ class PPOUpdate:
         """
         rows, scales = self.orders[0].clone(), self._scales[0].clone()
         replay = capture(
-            lambda: self._run_epoch(rows, scales, coefs, False),
+            lambda: self._launched_epoch(rows, scales, coefs, False),
             keep=self.kept(),
             fresh=[rows, scales],
             device=rows.device,

@@ -121,7 +121,7 @@ def test_small_rollouts_use_doubling_and_large_ones_the_loop():
 TRITON = """
 import json, sys
 import torch
-from fastppo.functional.gae_triton import gae_triton
+from fastppo.kernels.gae import gae_triton
 from tests.functional.cases import PATTERNS, as_tensors, make_case
 from tests.functional.test_gae import plain
 from tests.reference.gae import advantages_by_definition

@@ -20,6 +20,8 @@ class TensorEnv(VecEnv):
     """N copies of a task as a VecEnv; a step reads nothing back to the host.
 
     Attributes:
+        task: the physics.
+        max_steps: time limit of an episode; None: there is none.
         capturable_state: seeds, episodes and steps so far, and the task's state columns, by name.
     """
 
@@ -41,7 +43,7 @@ class TensorEnv(VecEnv):
         """Make N copies of `task` on `device`, truncated after `max_steps` (None: never), with floats of `dtype`."""
         self.n_envs, self.obs_spec, self.action_spec = n_envs, obs_spec, action_spec
         self.groups = [slice(0, n_envs)]
-        self._task, self._max_steps, self._dtype, self._device = task, max_steps, dtype, device
+        self.task, self.max_steps, self._dtype, self._device = task, max_steps, dtype, device
         assert not any(action_spec.start), "tasks count actions from 0"
         self._to_env = ToEnv(action_spec).to(device)
         zeros = torch.zeros(n_envs, dtype=torch.int64, device=device)
@@ -66,7 +68,7 @@ class TensorEnv(VecEnv):
         """Use `transitions` as the storage of all later steps."""
         self._to = transitions
         self.final_obs_buffer = FinalObsBuffer.allocate(
-            len(transitions.rewards), self.n_envs, self.obs_spec, self._max_steps, self._device
+            len(transitions.rewards), self.n_envs, self.obs_spec, self.max_steps, self._device
         )
 
     def compile(self, compiler: Callable[[Callable[..., Any], Sequence[Tensor]], Callable[..., Any]]) -> None:
@@ -97,11 +99,11 @@ class TensorEnv(VecEnv):
 
     def _observe(self, state: State) -> Tensor:
         """Return packed observations [N, *obs] of a state, with its mask of allowed actions if the task has one."""
-        mask = self._task.action_mask(state) if isinstance(self._task, MaskedTask) else None
-        return self.obs_spec.pack_tree(self._task.observe(state), mask)
+        mask = self.task.action_mask(state) if isinstance(self.task, MaskedTask) else None
+        return self.obs_spec.pack_tree(self.task.observe(state), mask)
 
     def _fresh(self, seed: Tensor, episode: Tensor) -> tuple[Tensor, ...]:
-        return self._task.reset(uniforms(seed, episode, self._task.n_uniforms, self._dtype))
+        return self.task.reset(uniforms(seed, episode, self.task.n_uniforms, self._dtype))
 
     def _advance_eagerly(self, *tensors: Tensor) -> None:
         """Take a step, given `_arguments`; writes into all of them except actions and seeds."""
@@ -120,9 +122,9 @@ class TensorEnv(VecEnv):
             steps,
             *state,
         ) = tensors
-        after, reward, ended = self._task.step(tuple(state), self._to_env(actions))
+        after, reward, ended = self.task.step(tuple(state), self._to_env(actions))
         taken = steps + 1
-        out_of_time = torch.zeros_like(ended) if self._max_steps is None else taken >= self._max_steps
+        out_of_time = torch.zeros_like(ended) if self.max_steps is None else taken >= self.max_steps
         done, truncations = ended | out_of_time, out_of_time & ~ended
         following = episode + done
         fresh = self._fresh(seed, following)

@@ -1,0 +1,84 @@
+"""The update's kernels: equal to torch's update, in Triton's interpreter; what they cover; the seam."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from fastppo.functional.bounded_distributions import Beta
+from fastppo.functional.distributions import Categorical, MultiCategorical
+from fastppo.functional.losses import PPOLoss
+from fastppo.ppo.kernel_gradient import not_fused
+from tests.test_fused import make_policy
+
+pytest.importorskip("triton", reason="Triton has no version for this platform")
+
+
+@pytest.fixture(scope="module")
+def found():
+    # Triton reads TRITON_INTERPRET at import, and torch may have imported it in this process
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.interpreted_updates"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_an_update_is_torchs(found):
+    assert len(found["cases"]) >= 15
+    for i, case in enumerate(found["cases"]):
+        assert case["params"] < 1e-5, i
+        assert case["report"] < 1e-4, i
+        assert case["state"] < 1e-5, i
+        assert case["same"], i
+    assert sum(case["stopped"] for case in found["cases"]) >= 3
+
+
+def test_gradients_of_odd_shapes_are_torchs(found):
+    for name, errors in (found["shapes"] | {"masked": found["masked"]}).items():
+        assert errors["flat"] < 1e-5, name
+        assert errors["diagnostics"] < 1e-4, name
+        assert errors["n_rows"] == 0, name
+    assert found["masked"]["forbidden"] > 10
+
+
+def test_equal_updates_give_equal_bits(found):
+    assert found["repeats"]
+
+
+def test_numbers_that_are_not_finite_are_skipped_as_by_torch(found):
+    assert all(torchs == ours for torchs, ours in found["skipped"])
+    assert any(torchs[0] > 0 for torchs, _ in found["skipped"])
+
+
+def test_the_comparison_at_the_start_finds_wrong_kernels(found):
+    gradient, step = found["wrong"]
+    assert "its flat differs from torch's" in gradient
+    assert step == "a step of its kernels differs from torch's"
+
+
+@pytest.mark.parametrize(
+    ("policy", "loss", "why"),
+    [
+        (make_policy(Categorical(3)), PPOLoss("max"), None),
+        (make_policy(Categorical(3), widths=(65,)), PPOLoss("max"), "wider than 64"),
+        (make_policy(Categorical(3), widths=(4,) * 4), PPOLoss("max"), "more than 3 hidden layers"),
+        (make_policy(Categorical(3), obs=33), PPOLoss("max"), "more than 32 features"),
+        (make_policy(MultiCategorical((1,) * 9)), PPOLoss("max"), "more than 8 choices"),
+        (make_policy(Categorical(17)), PPOLoss("max"), "more than 16 outputs"),
+        (make_policy(Categorical(3), widths=(4,) * 3, shared=True), PPOLoss("max"), "more than 2 hidden layers"),
+        (make_policy(Beta(2)), PPOLoss("max"), "the distribution is Beta"),
+        (make_policy(Categorical(3)), nn.Identity(), "the loss is Identity"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, str) else "",
+)
+def test_what_is_not_covered_is_named(policy, loss, why):
+    reason = not_fused(policy, loss)
+    assert (reason is None) == (why is None)
+    assert why is None or why in reason
