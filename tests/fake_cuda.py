@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import types
 import warnings
 import weakref
 from collections import Counter
@@ -386,6 +387,7 @@ class GPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
             "set_device": self._set_device,
             "get_device_name": lambda *_: "Fake GPU",
             "get_device_capability": lambda *_: (9, 0),
+            "get_device_properties": lambda *_: types.SimpleNamespace(multi_processor_count=2),
             "is_bf16_supported": lambda *_, **__: True,
             "mem_get_info": lambda *_: (8 << 30, 16 << 30),
             "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),

@@ -23,15 +23,17 @@ class Parts:
         self.compiles, self.records, self.fuses, self.done, self.curiosity = compiles, records, fuses, [], None
         policy = SimpleNamespace(has_memory=memory_steps > 0, network=torch.nn.Identity())
         self.update = SimpleNamespace(policy=policy, segment_length=max(1, memory_steps))
+        self.update.not_fused = lambda: None if self.fuses else "the network is a CNN"
 
     def compile(self):
         if not self.compiles:
             raise CompileError("there is no C++ compiler")
         self.done.append("compile")
 
-    def fuse(self, threads):
+    def fuse(self, parallel):
         if not self.fuses:
             raise CompileError("the network is a CNN")
+        assert parallel == (7 if self.device.type == "cuda" else torch.get_num_threads())
         self.done.append("fuse")
 
     def capture(self):
@@ -59,20 +61,40 @@ class Parts:
         ("fused", 1, Parts(fuses=True), "cpu", "fused", "compile fused: acting and update run in C; took"),
         ("on", 1, Parts(fuses=True), "cpu", "on", "compile on: requested; took"),
         ("fused", 1, Parts(), "cuda", "graph", "compile graph: on CUDA, launches cost more"),
+        ("fused", 1, Parts(fuses=True), "cuda", "fused", "compile fused: rollout and update run in kernels; took"),
+        ("auto", 1, Parts(fuses=True), "cuda", "fused", "compile fused: rollout and update run in kernels; took"),
+        ("graph", 1, Parts(fuses=True), "cuda", "graph", "compile graph: requested"),
+        ("auto", 1, Parts(fuses=True, records=False), "cuda", "fused", "kernels are launched one by one: forward"),
     ],
 )
-def test_a_note_explains_the_compile_mode(wanted, minibatches, parts, device, mode, note):
+def test_a_note_explains_the_compile_mode(monkeypatch, wanted, minibatches, parts, device, mode, note):
     parts.device, notes, said = torch.device(device), [], []
+    processors = SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
     found, seconds = compile_parts(wanted, minibatches, parts, parts, parts, World(), notes=notes, say=said.append)
     assert found == mode
-    if wanted in ("auto", "fused") and not parts.fuses and (device == "cpu" or wanted == "fused"):
-        why = "the network is a CNN" if device == "cpu" else "the C code runs on a CPU"
-        assert notes.pop(0) == f"not fused: {why}."
+    if wanted in ("auto", "fused") and not parts.fuses:
+        assert notes.pop(0) == "not fused: the network is a CNN."
     assert bool(note) == bool(notes)
     assert note is None or notes[0].startswith(note)
     assert bool(seconds) == (mode != "off")
-    assert not said or said == ["compiling: 10-20 s the first time, 5 s from the cache"]
-    assert ("capture" in parts.done) == (mode == "graph")
+    waits = ["compiling: 10-20 s the first time, 5 s from the cache"]
+    if mode == "fused" and device == "cuda":
+        waits = ["compiling kernels: up to a minute the first time, seconds from the cache", *waits]
+    assert said == waits[: len(said)]
+    assert ("capture" in parts.done) == (mode == "graph" or (device, mode) == ("cuda", "fused")) or not parts.records
+
+
+def test_rollouts_can_be_captured_beside_a_fused_update(monkeypatch):
+    processors = SimpleNamespace(multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
+    learner, collector, notes = Parts(fuses=True), Parts(), []
+    learner.device = torch.device("cuda")
+    mode, _ = compile_parts("auto", 1, learner, collector, Parts(), World(), notes=notes, say=lambda _: None)
+    assert mode == "fused"
+    assert (learner.done, collector.done) == (["fuse", "capture"], ["compile", "capture"])
+    assert notes[0] == "rollouts are not fused: the network is a CNN."
+    assert notes[1].startswith("compile fused: the update runs in kernels; took")
 
 
 def test_the_update_stays_compiled_when_stepping_cannot_be(monkeypatch):

@@ -635,7 +635,12 @@ def test_a_requested_capture_of_acting_that_fails_on_one_rank_fails_on_all(gpu, 
     """A rank that went on alone would wait for the others in the first collective operation."""
     world, sent = second
     trainer = make(tmp_path, compile="off", vectorization="sync", act_device="cuda")
-    learner, notes = types.SimpleNamespace(device=CUDA, update=trainer.update, compile=list, capture=list), []
+
+    def fuse(_):
+        raise CompileError("no kernels")
+
+    parts = {"update": trainer.update, "compile": list, "capture": list, "fuse": fuse}
+    learner, notes = types.SimpleNamespace(device=CUDA, **parts), []
     arguments = (1, learner, trainer.collect, trainer.env, world)
     sent.append("rank 0 could not")
     with pytest.raises(CaptureError, match="process 0: rank 0 could not"):

@@ -301,7 +301,7 @@ def compile_kernel(kernel, capability, case="any", **options):
         if name not in (*(function.do_not_specialize or ()), *(function.do_not_specialize_on_alignment or ()))
     }
     source = ASTSource(function, signature, constants, attributes)
-    return compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernel.warps} | options)
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(compiled, folder):

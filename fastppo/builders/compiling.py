@@ -137,7 +137,8 @@ def _fuse_on_gpu(
 ) -> float:
     """Let update and, where they can, rollouts run in kernels, and capture both; the rest is left for the compiler."""
     begin = time.perf_counter()
-    say("compiling kernels: up to a minute the first time, seconds from the cache")
+    if learner.update.not_fused() is None:
+        say("compiling kernels: up to a minute the first time, seconds from the cache")
     processors = torch.cuda.get_device_properties(learner.device).multi_processor_count
     learner.fuse(processors)
     left = {} if learner.curiosity is None else {"RND": learner.compile_curiosity}

@@ -63,6 +63,27 @@ def test_the_comparison_at_the_start_finds_wrong_kernels(found):
     assert step == "a step of its kernels differs from torch's"
 
 
+def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
+    """On the fake GPU: the comparison at the start, capture, replay; the results are those of torch."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted_gpu", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    for name, case in found.items():
+        assert case["difference"] < 1e-5, name
+        assert case["launched by Python"] == [], "a replay runs no Python"
+        covered = name != "not covered"
+        assert (case["compile"], case["kernels"]) == (("fused", True) if covered else ("graph", False)), name
+    assert found["tensor"]["notes"][0].startswith("compile fused: rollout and update run in kernels; took")
+    assert found["host"]["notes"][0].startswith("rollouts are not fused: there are kernels for the classic control")
+    assert found["host"]["notes"][1].startswith("compile fused: the update runs in kernels; took")
+    assert found["not covered"]["notes"][0] == "not fused: the network is a RecurrentNetwork, not the MLP."
+
+
 @pytest.mark.parametrize(
     ("policy", "loss", "why"),
     [
