@@ -11,7 +11,7 @@ most a minute before. `--hours` ends the runs in progress with a checkpoint each
 Measured of each run: the mean return of the last 100 training episodes, for which actions are sampled; the mean return
 of 20 evaluation episodes with the most probable actions and other seeds; and the curve of the mean return of the last
 100 episodes, thinned to 60 points. `--output` collects all runs that have ended; benchmarks.results_page makes
-docs/results.md of it.
+docs/results.md of it. `--known` begins with the runs of such a file, so that another machine continues.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Options:
     """Stages, columns and environments to train; none: all. With several kinds of names a row must have one of each."""
     seeds: int | None = None
     """Train at most this many seeds of each row."""
+    known: Path | None = None
+    """JSON file of earlier runs, which are not trained again."""
     output: Path | None = None
     """JSON file for all runs of the table that have ended."""
     one: str | None = None
@@ -116,6 +118,8 @@ def main(options: Options) -> None:
     chosen = choose(rows, options.only)
     if options.seeds is not None:
         chosen = [dataclasses.replace(row, seeds=row.seeds[: options.seeds]) for row in chosen]
+    if options.known is not None:
+        copy_runs(options.known, rows, options.folder)
     if options.hours > 0:
         train(chosen, options.folder, options.hours, options.jobs)
     if options.output is not None:
@@ -191,7 +195,7 @@ def _in_turn(rows: Sequence[Row], folder: Path) -> list[tuple[Row, Config]]:
 
 def _train_fastppo(runs: Sequence[tuple[Row, Config]], jobs: int) -> None:
     rows = {config.run_dir: row for row, config in runs}
-    with closing(run_each([config for _, config in runs], jobs)) as results:
+    with closing(run_each([config for _, config in runs if not _file(config).exists()], jobs)) as results:
         for config, trouble in results:
             row = rows[config.run_dir]
             _print(row, config, trouble or figures(row, config) or "no figures")
@@ -284,6 +288,19 @@ def write_runs(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
         lines.append(json.dumps(values | {"machine": machines.index(about)}))
     text = f'{{"machines": {json.dumps(machines)},\n"runs": [\n' + ",\n".join(lines) + "\n]}\n"
     replace_file(path, lambda part: part.write_text(text))
+
+
+def copy_runs(path: Path, rows: Sequence[Row], folder: Path) -> None:
+    """Write the figures of the runs in `path`, a file of `write_runs`, to where `figures` finds them."""
+    known: dict[str, Any] = json.loads(path.read_text())
+    runs = {(run["column"], run["env_id"], run["total_timesteps"], run["seed"]): run for run in known["runs"]}
+    for row in rows:
+        begin_seeds(row.config, folder / row.name)
+        for config in row.configs(folder):
+            run = runs.get((row.column, row.env_id, row.steps, config.seed))
+            if run is not None and not _file(config).exists():
+                values = {name: x for name, x in run.items() if name != "machine"}
+                _write(row, config, {**values, "about": known["machines"][run["machine"]]})
 
 
 def train_stable_baselines3(settings: dict[str, Any]) -> dict[str, Any]:

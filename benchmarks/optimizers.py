@@ -44,9 +44,8 @@ class Options:
 
 def train(job: tuple[str, str, float, int]) -> float:
     """Return the mean return of the last episodes of one run."""
-    from fastppo.presets import TUNED
-
     from fastppo import Config, Trainer
+    from fastppo.profiles import TUNED
 
     env_id, optimizer, factor, seed = job
     with tempfile.TemporaryDirectory() as folder:

@@ -1,5 +1,6 @@
 """Every benchmark imports; the comparison of two versions finds differences."""
 
+import ast
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import compat, gpu, memory_and_masks, recurrent
+from benchmarks import compat, distributions, gpu, memory_and_masks, recurrent
 from benchmarks._roofline import card_of, iteration_work, minibatch_work, roofline
 from benchmarks.identical import compare, run_case
 from benchmarks.identical_case import CASES, SETTINGS
@@ -28,6 +29,24 @@ NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_benchmark_imports_and_has_a_main(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").main)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_benchmark_imports_of_fastppo_exists(name):
+    """Within functions too, where an import only runs with its benchmark."""
+    tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastppo":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.parametrize("distribution", distributions.DISTRIBUTIONS)
+@pytest.mark.parametrize("env_id", distributions.SETTINGS)
+def test_the_settings_of_each_distribution_are_valid(env_id, distribution):
+    config = Config(**distributions.settings_of(env_id, distribution, 2.0))
+    assert config.learning_rate == 2 * distributions.SETTINGS[env_id]["learning_rate"]
 
 
 def test_the_interval_of_a_difference_is_welchs():

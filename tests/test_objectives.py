@@ -240,27 +240,43 @@ def test_the_weight_follows_the_mean_kl_of_the_last_epoch_up_to_the_stop(kl_stop
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("objective", ["penalty", "clip_and_penalty"])
-def test_compiled_and_captured_updates_match_eager_ones(objective):
-    results = {}
-    for how in ("eager", "captured", *(["compiled"] if objective == "penalty" else [])):
-        policy = make_policy("several, masked")
-        batch, _ = make_batch("several, masked", policy)
-        update = make_update(policy, objective)
-        coefs = coefficients()._replace(**update.adapted)
-        if how == "compiled":
-            update.compile(batch, coefs)
-        if how == "captured":
-            update.prepare(B, math.inf)
-            update.begin(batch)
-            update.capture(coefs, GraphPool(torch.device("cpu")))
-            update.generator.manual_seed(5)
-        assert update.adapted["kl_coef"].item() == pytest.approx(START), "neither changes the weight"
-        reports = [learn(update, batch) for _ in range(3)]
-        results[how] = [*reports, update.parameters.vector.clone(), update.adapted["kl_coef"].clone()]
-    assert results["eager"][-1].item() == pytest.approx(8 * START)
-    for how in results:
-        torch.testing.assert_close(results[how], results["eager"], atol=1e-5, rtol=1e-4)
+def three_updates(how, objective, kind):
+    """Return the reports of three updates, then the parameters and the weight of the penalty."""
+    policy = make_policy(kind)
+    batch, _ = make_batch(kind, policy)
+    update = make_update(policy, objective)
+    coefs = coefficients()._replace(**update.adapted)
+    if how == "compiled":
+        update.compile(batch, coefs)
+    if how == "captured":
+        update.prepare(B, math.inf)
+        update.begin(batch)
+        update.capture(coefs, GraphPool(torch.device("cpu")))
+        update.generator.manual_seed(5)
+    weights = [weight.item() for weight in update.adapted.values()]
+    assert weights == ([] if objective == "clip" else [pytest.approx(START)]), "neither changes the weight"
+    reports = [learn(update, batch) for _ in range(3)]
+    return [*reports, update.parameters.vector.clone(), *(weight.clone() for weight in update.adapted.values())]
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", DISTRIBUTIONS)
+def test_captured_updates_match_eager_ones(kind, objective):
+    found, expected = (three_updates(how, objective, kind) for how in ("captured", "eager"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert objective == "clip" or expected[-1].item() == pytest.approx(8 * START)
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        pytest.param(kind, objective, marks=() if kind == "several, masked" else pytest.mark.slow)
+        for kind, objective in zip(DISTRIBUTIONS, itertools.cycle(OBJECTIVES))
+    ],
+)
+def test_compiled_updates_match_eager_ones(kind, objective):
+    found, expected = (three_updates(how, objective, kind) for how in ("compiled", "eager"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 RUN = {"env_id": "CartPole-v1", "n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 8, "learning_rate": 0.01}

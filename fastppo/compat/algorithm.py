@@ -25,8 +25,10 @@ from fastppo.compat.keywords import (
     Schedule,
     check_settings,
     policy_settings,
+    settings_by_keyword,
     translate,
     whole_minibatches,
+    whole_number,
     without_functions,
 )
 from fastppo.config import Config
@@ -95,11 +97,12 @@ class Algorithm:
         normalize = {name: keywords.pop(name) for name in ("normalize_obs", "normalize_rewards")}
         policy, policy_kwargs = keywords["policy"], keywords["policy_kwargs"]
         settings = translate(self.profile, keywords)
-        settings |= policy_settings(policy, policy_kwargs, legacy=self.legacy, recurrent=self.recurrent) | normalize
-        check_settings(own, settings)
+        chosen = policy_settings(policy, policy_kwargs, legacy=self.legacy, recurrent=self.recurrent) | normalize
+        check_settings(own, {*settings_by_keyword(self.profile), *chosen})
+        settings |= chosen
         settings |= {"action_masks": "auto" if self.masks else "off", "resume_envs": "restart"} | own
         seed = keywords["seed"]
-        settings["seed"] = secrets.randbits(31) if seed is None else int(seed)
+        settings["seed"] = secrets.randbits(31) if seed is None else whole_number("seed", seed)
         self._begin(settings, keywords["verbose"], keywords["tensorboard_log"])
         self._functions = tuple(name for name, value in keywords.items() if callable(value) and name != "policy")
         self._use(env_source(env))
@@ -265,22 +268,23 @@ class Algorithm:
                 f"load(path, env=env, {self._lost[0]}=...)."
             )
         batch, hooks = self.config.batch_size, hooks_of(callback)
+        total_timesteps = whole_number("total_timesteps", total_timesteps)
         before, learned = 0 if reset_num_timesteps else self.num_timesteps, self._optimizer_state()
         with self._run_dir(tb_log_name or type(self).__name__) as run_dir:
             config = dataclasses.replace(
                 self.config,
-                total_timesteps=-(-int(total_timesteps) // batch) * batch,
-                log_every=int(log_interval),
+                total_timesteps=-(-total_timesteps // batch) * batch,
+                log_every=whole_number("log_interval", log_interval),
                 run_dir=run_dir,
                 seed=self.config.seed + self._trainings,
             )
             trainer = Trainer(config, self._source.make_env, progress=bool(self.verbose or progress_bar))
             self.trainer = trainer
             self._continue(trainer, learned)
-            self._schedule(trainer, before, int(total_timesteps))
+            self._schedule(trainer, before, total_timesteps)
             self.num_timesteps = before
             for hook in hooks:
-                hook.start(self, before + int(total_timesteps))
+                hook.start(self, before + total_timesteps)
             self._iterate(trainer, hooks)
         for hook in hooks:
             hook.end()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from fastppo.errors import ConfigError
@@ -98,8 +98,10 @@ def hooks_of(callback: Any) -> list[Hooks]:  # noqa: ANN401 - what a script give
     """
     if callback is None:
         return []
-    if isinstance(callback, Sequence):
+    if isinstance(callback, (list, tuple)):
         return [hooks for each in callback for hooks in hooks_of(each)]
+    if isinstance(callback, type):
+        raise ConfigError(f"callback is the class {callback.__name__}; give an object of it: {callback.__name__}(...).")
     if hasattr(callback, "on_step"):
         return [ObjectHooks(callback)]
     if callable(callback):

@@ -15,6 +15,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
+from fastppo.compat.keywords import whole_number
 from fastppo.envs.factory import EnvFactory, build
 from fastppo.envs.make_envs import Maker
 from fastppo.errors import ConfigError
@@ -263,6 +264,9 @@ def make_vec_env(
     ):
         if value is not None:
             raise ConfigError(f"{name}={value!r} can't be used here: {way}.")
+    n_envs = whole_number("n_envs", n_envs)
+    if n_envs < 1:
+        raise ConfigError(f"n_envs={n_envs} must be at least 1; nearest valid value: 1.")
     make = functools.partial(_make, env_id, env_kwargs or {}, wrapper_class, wrapper_kwargs or {})
     venv = VecEnv([make() for _ in range(n_envs)], make)
     if seed is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import numbers
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from fastppo.config import Config
@@ -72,6 +73,22 @@ def translate(profile: Profile, given: Mapping[str, Any]) -> dict[str, Any]:
     return profile.translate({name: value for name, value in given.items() if name in with_setting})
 
 
+def settings_by_keyword(profile: Profile) -> set[str]:
+    """Return the settings that a keyword of the program stands for, unlike the facts of its code."""
+    return {name for keyword in profile.keywords for name in keyword.settings}
+
+
+def whole_number(name: str, value: Any) -> int:  # noqa: ANN401 - what a script gives
+    """Return a whole number as an int, also numpy's, and a float without a fraction such as 1e6.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(value, numbers.Real) and (number := float(value)).is_integer():
+        return int(number)
+    raise ConfigError(f"{name}={value!r} must be a whole number.")
+
+
 def without_functions(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Schedule]]:
     """Return settings with the first value of each function in its place, and the functions by setting.
 
@@ -104,19 +121,18 @@ def whole_minibatches(settings: dict[str, Any], n_envs: int) -> dict[str, Any]:
     if "minibatch_size" not in settings:
         return settings
     rest = {name: value for name, value in settings.items() if name != "minibatch_size"}
-    rows, n_steps = settings["minibatch_size"], rest["n_steps"]
-    for name, value in (("a minibatch's rows", rows), ("n_steps", n_steps)):
-        if not isinstance(value, int) and value is not None:
-            raise ConfigError(f"{name}={value!r} must be a whole number.")
-    batch = n_steps * n_envs
+    rows, n_steps = settings["minibatch_size"], whole_number("n_steps", rest["n_steps"])
+    rows = None if rows is None else whole_number("a minibatch's rows", rows)
+    rest["n_steps"], batch = n_steps, n_steps * n_envs
     if rows is None or rows >= batch:
         return rest | {"n_minibatches": 1}
     if rows < 1 or batch % rows:
         below = max(d for d in range(1, min(max(rows, 1), batch) + 1) if batch % d == 0)
         above = next(d for d in range(max(rows, 1), batch + 1) if batch % d == 0)
+        near = ", ".join(str(d) for d in dict.fromkeys((below, above)))
         raise ConfigError(
             f"minibatches of {rows} rows don't divide the rollout of {batch} (n_steps={n_steps} x {n_envs} "
-            f"environments); nearest that do: {below}, {above}."
+            f"environments); nearest that do: {near}."
         )
     more = {"segment_length": math.gcd(n_steps, rows)} if rest.get("memory", "none") != "none" else {}
     return rest | {"n_minibatches": batch // rows} | more
@@ -143,6 +159,8 @@ def policy_settings(policy: Any, kwargs: Mapping[str, Any] | None, *, legacy: bo
         names = ["MlpPolicy", "CnnPolicy", "MlpLstmPolicy", "CnnLstmPolicy"]
     if name not in names:
         raise ConfigError(f"policy={name!r} must be {' or '.join(names)}; for a network of your own, {_OWN_NETWORK}.")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ConfigError(f"policy_kwargs={kwargs!r} must be a dict, such as dict(net_arch=[64, 64]).")
     settings = dict(_POLICIES[plain])
     if has_memory:
         settings |= {"memory": "lstm", "memory_size": _LSTM_UNITS}
@@ -225,7 +243,7 @@ def _net_arch(name: str, value: Any, *, legacy: bool, network: str) -> dict[str,
     if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], Mapping):
         branches = value[0]
     if isinstance(branches, Mapping):
-        pi, vf = list(branches.get("pi", [])), list(branches.get("vf", []))
+        pi, vf = (_units(branches.get(branch, [])) for branch in ("pi", "vf"))
         if pi != vf:
             raise ConfigError(
                 f"policy_kwargs: {name} has other layers for the policy ({pi}) than for the value ({vf}); make them "
@@ -233,16 +251,22 @@ def _net_arch(name: str, value: Any, *, legacy: bool, network: str) -> dict[str,
             )
         sizes, shared = pi, False
     else:
-        sizes, shared = list(branches), legacy
-    if not sizes or not all(isinstance(size, int) for size in sizes):
+        sizes, shared = _units(branches), legacy
+    if not sizes or not all(isinstance(size, numbers.Integral) and not isinstance(size, bool) for size in sizes):
         raise ConfigError(
             f"policy_kwargs: {name}={value!r} must name the units of at least one hidden layer, such as [64, 64]; or "
             f"{_OWN_NETWORK}."
         )
-    return {"hidden_sizes": tuple(sizes), "shared_trunk": shared}
+    return {"hidden_sizes": tuple(int(size) for size in sizes), "shared_trunk": shared}
 
 
-def _optimizer(value: Mapping[str, Any] | None) -> dict[str, Any]:
+def _units(value: Any) -> list[Any]:  # noqa: ANN401 - what a script gives
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _optimizer(value: Any) -> dict[str, Any]:  # noqa: ANN401 - what a script gives
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"policy_kwargs: optimizer_kwargs={value!r} must be a dict, such as dict(eps=1e-5).")
     for name, number in (value or {}).items():
         if name != "eps":
             raise ConfigError(f"policy_kwargs: optimizer_kwargs {name}={number!r} can't be honoured: only eps can.")
@@ -263,7 +287,7 @@ _BY_KEYWORD = (
 )
 
 
-def check_settings(settings: Mapping[str, Any], translated: Mapping[str, Any]) -> None:
+def check_settings(settings: Mapping[str, Any], by_keyword: Collection[str]) -> None:
     """Check the settings of fastppo that were given beside the keywords.
 
     Raises:
@@ -271,5 +295,5 @@ def check_settings(settings: Mapping[str, Any], translated: Mapping[str, Any]) -
     """
     Config.from_dict(settings, "keywords")
     for name in settings:
-        if name in translated or name in _BY_KEYWORD:
+        if name in by_keyword or name in _BY_KEYWORD:
             raise ConfigError(f"{name}={settings[name]!r}: another keyword stands for this setting; use that one.")

@@ -121,6 +121,8 @@ def plan_memory(
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         peaks += [live.take_peak()] * (1 + gradients)
         if curious is not None:
+            curious.advantages(lambda trajectory, *rates: gae(*trajectory, *rates), coefs.gae_lambda)
+            peaks.append(live.take_peak())
             curious.step(rows, coefs)
             peaks.append(live.take_peak())
         learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations

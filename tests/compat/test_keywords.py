@@ -3,11 +3,12 @@
 import inspect
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
 from fastppo import ConfigError
-from fastppo.compat import PPO, PPO1, PPO2, MaskablePPO, MlpPolicy, RecurrentPPO
+from fastppo.compat import PPO, PPO1, PPO2, MaskablePPO, MlpPolicy, RecurrentPPO, make_vec_env
 from fastppo.config import Config, fill_defaults
 from fastppo.profiles import PROFILES
 
@@ -185,6 +186,9 @@ def test_arguments_of_the_policy(algorithm, kwargs, expected):
     ("algorithm", "kwargs", "message"),
     [
         (PPO, {"net_arch": {"pi": [8], "vf": [4]}}, "other layers for the policy .* make them equal"),
+        (PPO, {"net_arch": {"pi": 8, "vf": 4}}, "other layers for the policy .* make them equal"),
+        (PPO, {"net_arch": [True]}, "must name the units of at least one hidden layer"),
+        (PPO, {"optimizer_kwargs": ["eps"]}, "optimizer_kwargs=.* must be a dict"),
         (PPO, {"net_arch": []}, "must name the units of at least one hidden layer"),
         (PPO, {"net_arch": [8, {"pi": [8], "vf": [8]}]}, "must name the units of at least one hidden layer"),
         (PPO, {"activation_fn": torch.nn.Hardtanh}, "activation_fn=Hardtanh must be one of tanh, relu"),
@@ -224,6 +228,19 @@ def test_arguments_of_the_policy_that_cannot_be_honoured(algorithm, kwargs, mess
         (lambda: MaskablePPO("MlpPolicy", "CartPole-v1"), "needs masks of allowed actions, but CartPole-v1 gives none"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", clip_range_vf=-1), "clip_range_vf=-1 must be positive; None switches"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", gamma=1.5), "gamma=1.5 must be at most 1"),
+        (lambda: PPO("MlpPolicy", "CartPole-v1", seed="a"), "seed='a' must be a whole number"),
+        (lambda: PPO("MlpPolicy", "CartPole-v1", n_steps="64"), "n_steps='64' must be a whole number"),
+        (lambda: PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=0), "nearest that do: 1[.]$"),
+        (lambda: PPO("MlpPolicy", "CartPole-v1", policy_kwargs=[64]), r"policy_kwargs=\[64\] must be a dict"),
+        (lambda: made(PPO).learn("many"), "total_timesteps='many' must be a whole number"),
+        (lambda: made(PPO).learn(64, log_interval=None), "log_interval=None must be a whole number"),
+        (lambda: made(PPO).learn(64, callback="eval"), "callback is a str; give a function"),
+        (
+            lambda: made(PPO).learn(64, callback=Choosing),
+            "is the class Choosing; give an object of it",
+        ),
+        (lambda: make_vec_env("CartPole-v1", 0), "n_envs=0 must be at least 1"),
+        (lambda: make_vec_env("CartPole-v1", "4"), "n_envs='4' must be a whole number"),
     ],
 )
 def test_mistakes_get_one_line_with_a_way_out(make, message):
@@ -246,6 +263,20 @@ def test_settings_of_fastppo_and_normalisation():
     config = PPO("MlpPolicy", "Pendulum-v1", normalize_obs=True, normalize_rewards=True, obs_clip=5.0, **FAST).config
     assert (config.normalize_obs, config.normalize_rewards, config.obs_clip, config.threads) == (True, True, 5.0, 1)
     assert PPO("MlpPolicy", "Pendulum-v1", **FAST).config.normalize_obs is False
+
+
+@pytest.mark.parametrize(
+    "setting", [{"action_distribution": "squashed"}, {"state_dependent_std": True}, {"kl_stop_factor": 2.0}]
+)
+def test_settings_that_no_keyword_stands_for_may_be_given(setting):
+    config = PPO("MlpPolicy", "Pendulum-v1", **setting, **FAST).config
+    assert {name: getattr(config, name) for name in setting} == setting
+
+
+def test_whole_numbers_may_be_numpys_or_floats():
+    config = made(PPO, n_steps=np.int64(64), batch_size=32.0, policy_kwargs={"net_arch": [np.int64(16)]}).config
+    assert (config.n_steps, config.n_minibatches, config.hidden_sizes) == (64, 2, (16,))
+    assert type(config.n_steps) is int
 
 
 def test_without_a_seed_each_model_has_its_own():

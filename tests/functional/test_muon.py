@@ -1,6 +1,8 @@
 """Muon: against torch.optim.Muon and a definition in numpy, in an update, and in runs."""
 
+import copy
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.muon import Place, muon, muon_init, orthogonalize
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP, hidden_matrices
-from tests.test_update import coefficients, learn, make_batch, make_policy, make_update
+from fastppo.runtime.graphs import GraphPool
+from tests.reference.ppo import reference_update
+from tests.test_update import SETTINGS, coefficients, learn, make_batch, make_policy, make_update, minibatches
 from tests.worlds import short
 
 SHAPES = [(8, 8), (5, 12), (12, 5)]
@@ -114,19 +118,44 @@ def optimizer_of(policy):
     return muon(flat.places(hidden_matrices(policy.network)), 1e-5)
 
 
-def test_a_compiled_update_matches_eager():
+def test_an_update_matches_autograd_and_torchs_optimisers(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # torch rounds to 8 bits
+    policy = make_policy()
+    twin, batch = copy.deepcopy(policy.network), make_batch(policy)
+    learn(make_update(policy, optimizer=optimizer_of(policy)), batch, coefficients(), math.inf)
+    matrices = list(hidden_matrices(twin))
+    rest = [p for p in twin.parameters() if all(p is not matrix for matrix in matrices)]
+    optimizers = (
+        torch.optim.Muon(matrices, lr=SETTINGS["lr"], weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(rest, lr=SETTINGS["lr"], eps=1e-5),
+    )
+    split = minibatches(batch, 2, 4)
+    reference_update(twin, split, value_clip="max", normalize=True, optimizers=optimizers, **SETTINGS)
+    found, expected = (torch.nn.utils.parameters_to_vector(net.parameters()) for net in (policy.network, twin))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["compiled", "captured"])
+def test_compiled_and_captured_updates_match_eager_ones(how):
     results = []
-    for compiled in (False, True):
+    for fast in (False, True):
         policy = make_policy()
         batch = make_batch(policy)
         update = make_update(policy, optimizer=optimizer_of(policy), kl_stop="minibatch")
-        if compiled:
-            update.compile(batch, coefficients())
+        coefs = coefficients()
+        if fast and how == "compiled":
+            update.compile(batch, coefs)
+        if fast and how == "captured":
+            update.prepare(len(batch.logprobs), math.inf)
+            update.begin(batch)
+            update.capture(coefs, GraphPool(torch.device("cpu")))
+            update.generator.manual_seed(5)
         for i in range(3):  # the last update stops
-            learn(update, batch, coefficients(learning_rate=1e-3 / (i + 1)), (float("inf"), 1.0, 1e-4)[i])
+            coefs.learning_rate.fill_(1e-3 / (i + 1))  # in place, since a graph reads the tensors that it captured
+            learn(update, batch, coefs, (math.inf, 1.0, 1e-4)[i])
         results.append([update.parameters.vector.clone(), *update.state.optimizer])
-    for fast, eager in zip(*results, strict=True):
-        torch.testing.assert_close(fast, eager, atol=1e-5, rtol=0)
+    for found, eager in zip(*results, strict=True):
+        torch.testing.assert_close(found, eager, atol=1e-5, rtol=0)
 
 
 def test_runs_resume_bit_for_bit(tmp_path):

@@ -6,16 +6,19 @@ It is independent of fastppo's losses, Adam and flat parameters.
 import torch
 
 
-def reference_update(module, batches, *, lr, clip, value_clip, vf_coef, ent_coef, max_grad_norm, normalize, eps=1e-5):
-    """Update `module` in place, with one Adam step per minibatch.
+def reference_update(
+    module, batches, *, lr, clip, value_clip, vf_coef, ent_coef, max_grad_norm, normalize, eps=1e-5, optimizers=()
+):
+    """Update `module` in place, with one step of each optimiser per minibatch.
 
     Args:
         module: maps observations to (logits, values).
         batches: minibatches of (obs, actions, logprobs, values, advantages, returns).
         value_clip: "max", "clipped_only", or any other value for an unclipped value loss.
         normalize: whether to normalise the advantages of each minibatch.
+        optimizers: those of torch that step the parameters together; none: Adam, with `lr` and `eps`.
     """
-    optimizer = torch.optim.Adam(module.parameters(), lr=lr, eps=eps)
+    optimizers = optimizers or [torch.optim.Adam(module.parameters(), lr=lr, eps=eps)]
     for obs, actions, old_logprobs, old_values, advantages, returns in batches:
         if normalize:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
@@ -30,7 +33,8 @@ def reference_update(module, batches, *, lr, clip, value_clip, vf_coef, ent_coef
         elif value_clip == "clipped_only":
             squares = clipped
         loss = -surrogate.mean() + vf_coef * 0.5 * squares.mean() - ent_coef * dist.entropy().mean()
-        optimizer.zero_grad()
+        module.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()

@@ -19,10 +19,15 @@ from fastppo.runtime.distributed import World
 TRAIN = """
 import hashlib, json, os, sys
 from pathlib import Path
-import torch
+import gymnasium, torch
+from gymnasium import spaces
 from fastppo import Config, Trainer
-from fastppo.functional import distributions
+from fastppo.functional import bounded_distributions, distributions
 from fastppo.ppo.minibatches import sequence_rows
+from tests.worlds import Spaces
+
+for name, actions in {"Choices-v0": spaces.MultiDiscrete([2, 3]), "Bits-v0": spaces.MultiBinary(3)}.items():
+    gymnasium.register(name, lambda actions=actions: Spaces(spaces.Box(-1, 1, (3,)), actions))
 
 folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
 rank, size, n = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 4
@@ -33,7 +38,13 @@ if size > 1:
 
 # noise of all environments, of which each process takes its part
 everyone = torch.Generator()
-for kind in (distributions.Categorical, distributions.Gaussian):
+for kind in (
+    distributions.Categorical,
+    distributions.MultiCategorical,
+    distributions.Bernoulli,
+    distributions.Gaussian,  # and squashed
+    bounded_distributions.Beta,
+):
     original = kind.fill_noise
 
     def fill(self, out, generator, original=original):
@@ -89,9 +100,13 @@ if size > 1:
 
 def torchrun(*command, folder, processes=2):
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return subprocess.run([*run, *command], capture_output=True, text=True, timeout=300, env=outside(), cwd=folder)
+
+
+def outside():
+    """Return the variables of a process that is no rank; its script may import from the tests."""
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    env["PYTHONPATH"] = str(Path(__file__).parents[2])  # scripts may import from the tests
-    return subprocess.run([*run, *command], capture_output=True, text=True, timeout=300, env=env, cwd=folder)
+    return env | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 SETTINGS = {"n_steps": 32, "total_timesteps": 8 * 32 * 5, "n_minibatches": 4, "update_epochs": 3, "compile": "off"}
@@ -152,6 +167,21 @@ CASES = {
         "learning_rate": 1e-3,
         "compile": "on",
     },
+    "squashed, fused": {
+        "env_id": "Pendulum-v1",
+        "vectorization": "tensor",
+        "action_distribution": "squashed",
+        "compile": "fused",
+    },
+    "beta": {
+        "env_id": "Pendulum-v1",
+        "vectorization": "tensor",
+        "action_distribution": "beta",
+        "objective": "clip_and_penalty",
+    },
+    "choices": {"env_id": "Choices-v0", "vectorization": "sync", "objective": "penalty"},
+    "bits": {"env_id": "Bits-v0", "vectorization": "sync", "objective": "clip_and_penalty"},
+    "masked": {"env_id": "Taxi-v4", "vectorization": "sync", "learning_rate": 1e-3},
     "compiled, RND": {"env_id": "CartPole-v1", "vectorization": "tensor", "rnd": True, "compile": "on"},
     "memory": {
         "env_id": "CartPole-v1",
@@ -174,7 +204,7 @@ def runs(tmp_path_factory):
     arguments = [str(script), str(folder), json.dumps({name: SETTINGS | case for name, case in CASES.items()})]
     done = torchrun(*arguments, folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=300, env=outside())
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
