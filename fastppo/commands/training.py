@@ -233,7 +233,8 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     table.add_row("time spent", "  ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005))
     compiled = f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "no"
     if config.compile == "fused":
-        compiled = f"fused: code written by hand, ready in {result.compile_seconds:.1f} s"
+        language = "C" if config.device == "cpu" else "Triton"
+        compiled = f"fused: in {language}, ready in {result.compile_seconds:.1f} s"
     table.add_row("threads", str(config.threads))
     table.add_row("compiled", compiled)
     console.print(table)
