@@ -111,6 +111,20 @@ def test_cuda_graphs_train_like_eager_code(tmp_path, settings):
     assert difference < 5e-3, difference
 
 
+FUSED = ("plain", "sync", "native", "stop by minibatch", "penalty", "adaptive rate", "squashed", "shared trunk")
+
+
+@pytest.mark.parametrize("settings", [LIKE_EAGER[name] for name in FUSED], ids=FUSED)
+def test_triton_kernels_train_like_eager_code(tmp_path, settings):
+    _, a = train(tmp_path, "eager", compile="off", **settings)
+    fused, b = train(tmp_path, "fused", compile="fused", **settings)
+    assert fused.config.compile == "fused", fused.notes
+    assert not any("not fused" in note for note in fused.notes), fused.notes
+    # TF32 may flip an action, after which rollouts differ
+    assert a[0] == pytest.approx(b[0], rel=5e-2, abs=5e-3, nan_ok=True)
+    assert vector(fused).isfinite().all()
+
+
 @pytest.mark.parametrize("changes", [{}, {"memory": "lstm"}, {"rnd": True}], ids=["plain", "LSTM", "RND"])
 def test_a_run_resumes(tmp_path, changes):
     trainer, _ = train(tmp_path, "run", compile="graph", **changes)
