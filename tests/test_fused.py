@@ -194,6 +194,27 @@ def pairwise(options):
     return cases
 
 
+def update_of_case(policy, case, *, update_epochs, n_minibatches):
+    """Return an update with the options of `case`, one of `pairwise(OPTIONS)`."""
+    return PPOUpdate(
+        policy,
+        FlatParameters(policy.network),
+        torch.Generator().manual_seed(5),
+        loss=PPOLoss(case["value_clip"], case["objective"]),
+        optimizer=adam(1e-5),
+        update_epochs=update_epochs,
+        n_minibatches=n_minibatches,
+        normalize=case["normalize"],
+        kl_stop=case["kl_stop"],
+        adaptive_rate=Adaptation(1e-3, lambda rate, kl: adapted_learning_rate(rate, kl, 0.01, 1e-5, 1e-2))
+        if case["adaptive_rate"]
+        else None,
+        adaptive_kl_coef=Adaptation(0.5, lambda beta, kl: adapted_kl_coef(beta, kl, 0.01))
+        if case["adaptive_kl_coef"] and case["objective"] != "clip"
+        else None,
+    )
+
+
 @pytest.mark.parametrize("case", pairwise(OPTIONS), ids=lambda case: "-".join(str(x) for x in case.values()))
 def test_an_update_is_the_eager_one(case):
     results = []
@@ -201,23 +222,7 @@ def test_an_update_is_the_eager_one(case):
         policy = make_policy(DISTRIBUTIONS[case["distribution"]])
         valid = torch.arange(256) % 5 != 0 if case["fillers"] else None
         batch = make_batch(policy, 256, valid=valid)
-        update = PPOUpdate(
-            policy,
-            FlatParameters(policy.network),
-            torch.Generator().manual_seed(5),
-            loss=PPOLoss(case["value_clip"], case["objective"]),
-            optimizer=adam(1e-5),
-            update_epochs=3,
-            n_minibatches=4,
-            normalize=case["normalize"],
-            kl_stop=case["kl_stop"],
-            adaptive_rate=Adaptation(1e-3, lambda rate, kl: adapted_learning_rate(rate, kl, 0.01, 1e-5, 1e-2))
-            if case["adaptive_rate"]
-            else None,
-            adaptive_kl_coef=Adaptation(0.5, lambda beta, kl: adapted_kl_coef(beta, kl, 0.01))
-            if case["adaptive_kl_coef"] and case["objective"] != "clip"
-            else None,
-        )
+        update = update_of_case(policy, case, update_epochs=3, n_minibatches=4)
         coefs = coefficients(learning_rate=5e-3, kl_coef=0.5)._replace(**update.adapted)
         if fused:
             before = [x.clone() for x in update.kept()]

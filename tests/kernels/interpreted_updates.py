@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from fastppo.functional.adam import adam
-from fastppo.functional.adaptation import Adaptation, adapted_kl_coef, adapted_learning_rate
 from fastppo.functional.distributions import Categorical, Gaussian, MultiCategorical
 from fastppo.functional.losses import Batch, PPOLoss
 from fastppo.kernels import update as kernels
@@ -21,12 +19,11 @@ from fastppo.policies.policy import Policy
 from fastppo.ppo import fused_gradient
 from fastppo.ppo.kernel_gradient import KernelGradient
 from fastppo.ppo.minibatches import Minibatch
-from fastppo.ppo.update import PPOUpdate
 from fastppo.ppo.update_step import LossGradient
 from fastppo.runtime.compile import CompileError
 from fastppo.spaces.observations import ObsSpec
 from fastppo.spaces.packing import leaves_of, mask_leaf
-from tests.test_fused import DISTRIBUTIONS, OPTIONS, make_batch, make_policy, pairwise
+from tests.test_fused import DISTRIBUTIONS, OPTIONS, make_batch, make_policy, pairwise, update_of_case
 from tests.test_update import coefficients, learn, named
 
 ROWS = 86  # in two minibatches of 43: a block and a part of one
@@ -34,23 +31,7 @@ ROWS = 86  # in two minibatches of 43: a block and a part of one
 
 def make_update(policy, case, kernel):
     """Return an update of `case`, by kernels or by torch."""
-    update = PPOUpdate(
-        policy,
-        FlatParameters(policy.network),
-        torch.Generator().manual_seed(5),
-        loss=PPOLoss(case["value_clip"], case["objective"]),
-        optimizer=adam(1e-5),
-        update_epochs=2,
-        n_minibatches=2,
-        normalize=case["normalize"],
-        kl_stop=case["kl_stop"],
-        adaptive_rate=Adaptation(1e-3, lambda rate, kl: adapted_learning_rate(rate, kl, 0.01, 1e-5, 1e-2))
-        if case["adaptive_rate"]
-        else None,
-        adaptive_kl_coef=Adaptation(0.5, lambda beta, kl: adapted_kl_coef(beta, kl, 0.01))
-        if case["adaptive_kl_coef"] and case["objective"] != "clip"
-        else None,
-    )
+    update = update_of_case(policy, case, update_epochs=2, n_minibatches=2)
     update._on_gpu = kernel
     return update
 

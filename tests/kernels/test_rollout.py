@@ -1,29 +1,17 @@
 """The rollout kernel: equal to torch's rollout, in Triton's interpreter; what it covers."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 from torch import nn
 
 from fastppo.ppo.kernel_rollout import not_covered
+from tests.kernels.interpreted import run_interpreted
 
 pytest.importorskip("triton", reason="Triton has no version for this platform")
 
 
 @pytest.fixture(scope="module")
 def found():
-    # Triton reads TRITON_INTERPRET at import, and torch may have imported it in this process
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_rollouts"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("tests.kernels.interpreted_rollouts")
 
 
 def test_rollouts_equal_those_of_torch_and_continue_alike(found):

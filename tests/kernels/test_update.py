@@ -1,10 +1,5 @@
 """The update's kernels: equal to torch's update, in Triton's interpreter; what they cover; the seam."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 from torch import nn
 
@@ -12,6 +7,7 @@ from fastppo.functional.bounded_distributions import Beta
 from fastppo.functional.distributions import Categorical, MultiCategorical
 from fastppo.functional.losses import PPOLoss
 from fastppo.ppo.kernel_gradient import not_fused
+from tests.kernels.interpreted import run_interpreted
 from tests.test_fused import make_policy
 
 pytest.importorskip("triton", reason="Triton has no version for this platform")
@@ -19,15 +15,7 @@ pytest.importorskip("triton", reason="Triton has no version for this platform")
 
 @pytest.fixture(scope="module")
 def found():
-    # Triton reads TRITON_INTERPRET at import, and torch may have imported it in this process
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.interpreted_updates"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout.splitlines()[-1])
+    return run_interpreted("tests.kernels.interpreted_updates")
 
 
 def test_an_update_is_torchs(found):
@@ -65,14 +53,7 @@ def test_the_comparison_at_the_start_finds_wrong_kernels(found):
 
 def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
     """On the fake GPU: the comparison at the start, capture, replay; the results are those of torch."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.kernels.interpreted_gpu", str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-    )
-    assert run.returncode == 0, run.stderr
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = run_interpreted("tests.kernels.interpreted_gpu", str(tmp_path))
     for name, case in found.items():
         assert case["difference"] < 1e-5, name
         assert case["launched by Python"] == [], "a replay runs no Python"
