@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
 EVALUATIONS = 20  # episodes
 POINTS = 60  # of a curve
-_RUNNING = {"threads": 1, "checkpoint_minutes": 1.0}  # changes no number of a run
+_FIXED = {"threads": 1, "checkpoint_minutes": 1.0}  # in every run
 
 
 @dataclasses.dataclass
@@ -74,7 +74,7 @@ class Row:
     Attributes:
         stage: part of the campaign.
         column: name of the settings.
-        program: who trains, "fastppo" or "stable-baselines3".
+        program: the trainer, "fastppo" or "stable-baselines3".
         settings: of `fastppo.Config`.
         env_id: environment.
         steps: environment steps of a run.
@@ -99,7 +99,7 @@ class Row:
     def config(self) -> Config:
         """Settings of its first seed."""
         own = {"env_id": self.env_id, "total_timesteps": self.steps, "seed": self.seeds.start}
-        return Config.from_dict({**self.settings, **own, **_RUNNING})
+        return Config.from_dict({**self.settings, **own, **_FIXED})
 
     def configs(self, folder: Path) -> list[Config]:
         """Return the settings of each of its runs."""
@@ -107,7 +107,7 @@ class Row:
 
 
 class TimeIsUp(Exception):
-    """The hours of this go are over."""
+    """`--hours` are over."""
 
 
 def main(options: Options) -> None:

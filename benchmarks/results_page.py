@@ -75,16 +75,18 @@ PUBLISHED: dict[str, dict[str, str]] = {
     "Ant-v5": {"zoo": "1,327 ± 452", "Tianshou": "3,258 ± 1,079", "SLM-Lab": "2,138"},
     "Humanoid-v5": {"CleanRL": "716 ± 49", "Tianshou": "787 ± 194", "SLM-Lab": "2,661"},
 }
-# What the figures of an environment need beside them
+# Remarks below the table of results
 NOTES = {
     "CartPole-v1, Acrobot-v1": "200k steps are few for these settings. At the 500k steps of CleanRL's own figures, "
     "below, fastppo is at or above them.",
     "MountainCarContinuous-v0": "nine seeds reach the flag; one never did and learned to stand still.",
-    "HalfCheetah-v5": "seeds differ by a factor of two, so three of them say little; none is below CleanRL's figure.",
-    "Swimmer-v5": "gamma 0.99 is too short for it; the zoo's settings, with its 282, have 0.9999.",
+    "HalfCheetah-v5": "the best of three seeds reaches twice the worst, so the mean is uncertain; none is below "
+    "CleanRL's figure.",
+    "Swimmer-v5": "gamma 0.99 is too low here; the zoo reaches 282 with 0.9999.",
     "InvertedDoublePendulum-v5": "one seed's most probable actions do far worse than its sampled ones.",
     "LunarLander-v3": "far below the figures of others, who tune their settings for it. With the zoo's settings (16 "
-    "environments, 1,024 steps, gamma 0.999), below, fastppo reaches the zoo's return, so the settings are the reason.",
+    "environments, 1,024 steps, gamma 0.999), below, fastppo reaches the zoo's return, which points to the settings "
+    "(two seeds).",
 }
 
 Run = Mapping[str, Any]
@@ -141,7 +143,9 @@ def page(runs: Sequence[Run], source: str) -> str:
 def _protocol(source: str) -> list[str]:
     return [
         _wrapped(
-            "Every run is `fastppo train` with one thread on a 2-core CPU. No setting was chosen by environment. "
+            "Every run has one thread on a 2-core CPU. Runs with CleanRL's defaults have no setting chosen by "
+            "environment; the tuned presets and the zoo's settings are chosen for theirs. stable-baselines3 trains the "
+            "runs named after it, fastppo all others. "
             '"Last 100 episodes" is the mean return of the last 100 training episodes, whose actions are sampled; '
             f'"evaluation" is the mean return of {learning.EVALUATIONS} episodes after training with the most probable '
             "actions. Figures are means over seeds with 95 % bootstrap intervals, and IQM is the interquartile mean "
@@ -228,8 +232,8 @@ def _ablation(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     if not found:
         return []
     text = (
-        "At 500k steps, mean return of the last 100 episodes. A difference is that to the first column, with Welch's "
-        "95 % interval; it needs two seeds of each."
+        "At 500k steps, mean return of the last 100 episodes. Each difference is the column's mean minus the first "
+        "column's, with Welch's 95 % interval, from two seeds of each on."
     )
     if any(len(values(runs, row)) < len(row.seeds) for row in own):
         text += " Seeds are missing, so this decides nothing about a default yet."
@@ -239,8 +243,11 @@ def _ablation(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
 def _peer(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     base, peer = "no-value-clip-vf-1", "stable-baselines3"
     found = compared(runs, [row for row in rows if row.column in (base, peer)], base, [peer])
-    text = "At equal settings and 500k steps, mean return of the last 100 episodes:"
-    return ["## stable-baselines3", text, found] if found else []
+    text = (
+        "At equal settings and 500k steps, mean return of the last 100 episodes. The difference is stable-baselines3 "
+        "minus fastppo."
+    )
+    return ["## stable-baselines3", _wrapped(text), found] if found else []
 
 
 def difference(theirs: Sequence[float], ours: Sequence[float]) -> str:

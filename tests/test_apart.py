@@ -117,7 +117,7 @@ def test_tests_can_be_chosen_and_stopped_as_pytest_does(tmp_path):
     assert "5 deselected" in done.stdout
 
 
-def test_what_no_time_is_left_for_is_named(tmp_path):
+def test_tests_without_time_left_are_listed(tmp_path):
     text = "import time\n" + "".join(f"def test_{k}():\n    time.sleep({s})\n" for k, s in enumerate((0, 60, 0, 0)))
     begin = time.monotonic()
     done, found = run(tmp_path, "--all-seconds", "1", text=text)

@@ -18,6 +18,7 @@ class Parts:
     """A stand-in for learner, collector and environments that compiles and captures, or raises."""
 
     device = torch.device("cpu")
+    acts_in = "torch"
 
     def __init__(self, compiles=True, records=True, memory_steps=0, fuses=False):
         self.compiles, self.records, self.fuses, self.done, self.curiosity = compiles, records, fuses, [], None
@@ -33,7 +34,11 @@ class Parts:
     def fuse(self, parallel):
         if not self.fuses:
             raise CompileError("the network is a CNN")
-        assert parallel == (7 if self.device.type == "cuda" else torch.get_num_threads())
+        if self.device.type == "cuda" and "fuse" not in self.done:  # the learner
+            assert parallel == 7
+        else:
+            assert parallel == torch.get_num_threads()
+        self.acts_in = "Triton" if self.device.type == "cuda" else "C"
         self.done.append("fuse")
 
     def capture(self):
@@ -55,7 +60,7 @@ class Parts:
         ("graph", 1, Parts(), "cpu", "graph", "compile graph: requested"),
         ("auto", 1, Parts(), "cuda", "graph", "compile graph: on CUDA, launches cost more"),
         ("auto", 1, Parts(records=False), "cuda", "off", "compile off: forward looks at values"),
-        ("auto", 1, Parts(compiles=False), "cuda", "graph", "kernels are eager: they can't be compiled"),
+        ("auto", 1, Parts(compiles=False), "cuda", "graph", "the update is not compiled"),
         ("off", 1, Parts(fuses=True), "cpu", "off", None),
         ("auto", 1, Parts(fuses=True), "cpu", "fused", "compile fused: acting and update run in C; took"),
         ("fused", 1, Parts(fuses=True), "cpu", "fused", "compile fused: acting and update run in C; took"),

@@ -163,7 +163,7 @@ def test_a_host_read_in_a_capture_raises_capture_error():
         capture(lambda: x.mul_(x.sum().item()), keep=[x], fresh=[], device=torch.device("cuda:0"))
 
 
-def test_torch_is_clean_after_a_capture_that_failed(monkeypatch):
+def test_torch_works_after_a_failed_capture(monkeypatch):
     """Without the warm-up that finds a host read beforehand: the capture itself fails, at its end."""
     monkeypatch.setattr("fastppo.runtime.graphs._WARM_UP", 0)
     x, device = torch.ones(2, device=CUDA), torch.device("cuda:0")

@@ -145,7 +145,7 @@ def test_runs_that_have_ended_are_kept_and_the_others_repeated(tmp_path, table, 
     assert fake == [("Acrobot-v1", 1)]
 
 
-def test_a_run_that_ended_unmeasured_is_measured_by_the_next_go(tmp_path, table, fake):
+def test_a_run_that_ended_unmeasured_is_measured_by_the_next_call(tmp_path, table, fake):
     go(tmp_path, table)
     row = learning.read_table(table)[0]
     file = row.configs(tmp_path / "runs")[0].run_dir.with_suffix(".json")
@@ -161,7 +161,7 @@ def test_other_settings_under_an_old_name_are_refused(tmp_path, table, fake):
         go(tmp_path, table)
 
 
-def test_the_hours_end_a_go_and_close_what_runs(tmp_path, table, monkeypatch, capsys):
+def test_hours_stop_training_and_close_running_processes(tmp_path, table, monkeypatch, capsys):
     closed = []
 
     def run_each(configs, jobs):
@@ -204,7 +204,7 @@ def test_a_campaign_trains_measures_and_collects(tmp_path, table):
     assert Path(tmp_path / "runs" / "plain_CartPole-v1_256" / "runs" / "seed1" / "model.safetensors").exists()
 
 
-def test_equal_settings_of_a_row_are_those_of_the_column():
+def test_a_row_uses_its_columns_settings():
     row = next(row for row in learning.read_table() if row.program == "stable-baselines3")
     other = next(r for r in learning.read_table() if (r.column, r.env_id) == ("no-value-clip-vf-1", row.env_id))
     assert dataclasses.replace(row.config, seed=1) == dataclasses.replace(other.config, seed=1)

@@ -312,13 +312,18 @@ def _long_run(config: Config, run_dir: Path) -> Config:
 def ceilings(trainer: Trainer, seconds: float) -> dict[str, float]:
     """Return steps per second of each part alone, each measured for `seconds`, on the data of the last rollout."""
     parts: dict[str, Callable[[], object]] = {"act": lambda: _act(trainer), "update": lambda: _update(trainer)}
-    if trainer.config.compile == "graph" and trainer.env.capturable_state is not None:
+    if _is_captured(trainer) and trainer.env.capturable_state is not None:
         parts = {"rollout": trainer.collect, "update": parts["update"]}
     else:
         parts["env"] = lambda: _step(trainer)  # last: it overwrites the rollout, which the other parts read
     valid = trainer.rollout.valid
     steps = trainer.rollout.rewards.numel() if valid is None else int(valid.sum())
     return {part: steps / _median_seconds(call, trainer.clock.wait, seconds) for part, call in parts.items()}
+
+
+def _is_captured(trainer: Trainer) -> bool:
+    compile = trainer.config.compile
+    return compile == "graph" or (compile == "fused" and trainer.device.type == "cuda")
 
 
 def _step(trainer: Trainer) -> None:
@@ -350,7 +355,7 @@ def _act(trainer: Trainer) -> None:
 
 def _update(trainer: Trainer) -> None:
     """Run the epochs of an update on the rollout."""
-    if trainer.config.compile == "graph":  # the advantages belong to the first graph of an update
+    if _is_captured(trainer):  # the advantages belong to the first graph of an update
         trainer.learner.anneal(0.0)
         trainer.learner(watch=False)
     else:

@@ -75,7 +75,7 @@ def _gpu(device: torch.device) -> Iterator[CheckResult]:
     yield CheckResult("driver", _driver())
     yield _graph(device)
     triton = importlib.util.find_spec("triton") is not None
-    advice = "" if triton else "pip install triton: the GAE kernel and compiled updates need it on CUDA"
+    advice = "" if triton else "pip install triton: fused runs, the GAE kernel and compiled updates need it on CUDA"
     yield CheckResult("triton", "installed" if triton else "not installed", "ok" if triton else "note", advice)
 
 
@@ -94,7 +94,12 @@ def _graph(device: torch.device) -> CheckResult:
     try:
         capture(lambda: x.add_(1), keep=[x], fresh=[], device=device)()
     except CaptureError as error:
-        return CheckResult("graphs", "capture fails", "note", f"auto falls back to --compile on: {error}")
+        return CheckResult(
+            "graphs",
+            "capture fails",
+            "note",
+            f"auto then launches kernels one by one, or falls back to --compile on: {error}",
+        )
     good = bool((x == 1).all())
     return CheckResult(
         "graphs", "capture and replay work" if good else "replay gives wrong results", "ok" if good else "bad"

@@ -84,7 +84,7 @@ def compile_parts(
             if mode == "on":
                 mode, why = "off", f"it can't be compiled: {error}"
             else:
-                notes.append(f"kernels are eager: they can't be compiled: {error}.")
+                notes.append(f"the update is not compiled: {error}.")
     if mode == "graph":
         try:
             if world.size > 1 and device.type == "cpu":
@@ -135,20 +135,18 @@ def _fuse_on_gpu(
     notes: list[str],
     say: Callable[[str], None],
 ) -> float:
-    """Let update and, where they can, rollouts run in kernels, and capture both; the rest is left for the compiler."""
+    """Run the update in kernels, and rollouts too where they are covered; compile the rest and capture both."""
     begin = time.perf_counter()
     if learner.update.not_fused() is None:
         say("compiling kernels: up to a minute the first time, seconds from the cache")
-    processors = torch.cuda.get_device_properties(learner.device).multi_processor_count
-    learner.fuse(processors)
+    learner.fuse(torch.cuda.get_device_properties(learner.device).multi_processor_count)
     left = {} if learner.curiosity is None else {"RND": learner.compile_curiosity}
-    fused = "rollout and update run"
     try:
-        collector.fuse(processors)
+        collector.fuse(torch.get_num_threads())
     except CompileError as error:
         notes.append(f"rollouts are not fused: {error}.")
+    if collector.acts_in == "torch":
         left |= {"acting": collector.compile, "stepping": lambda: _compile_env(env)}
-        fused = "the update runs"
     _compile_each(left, notes)
     try:
         learner.capture()
@@ -156,7 +154,9 @@ def _fuse_on_gpu(
     except CaptureError as error:
         notes.append(f"kernels are launched one by one: {error}")
     seconds = time.perf_counter() - begin
-    notes.append(f"compile fused: {fused} in kernels; took {seconds:.1f} s.")
+    kernels = {"Triton": "rollout and update run in kernels", "C": "the update runs in kernels, acting in C"}
+    what = kernels.get(collector.acts_in, "the update runs in kernels")
+    notes.append(f"compile fused: {what}; took {seconds:.1f} s.")
     return seconds
 
 

@@ -1,1 +1,1 @@
-"""Triton kernels for CUDA: tensors in, tensors out. Import them only where they are used: Triton comes with CUDA."""
+"""Triton kernels for CUDA: tensors in, tensors out. Import them where they are used: Triton comes with CUDA builds."""

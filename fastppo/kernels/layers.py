@@ -29,7 +29,7 @@ def precision() -> Precision:
 
 @triton.jit
 def weight_places(LAYER: tl.constexpr):
-    """Return where the weights of a layer lie, as a tile [in, out], and which of them there are."""
+    """Return the offsets of a layer's weights as a tile [in, out], and the mask that excludes padding."""
     i, o = tl.arange(0, padded(LAYER.n_in)), tl.arange(0, padded(LAYER.n_out))
     inside = (i[:, None] < LAYER.n_in) & (o[None, :] < LAYER.n_out)
     return LAYER.weight + o[None, :] * LAYER.n_in + i[:, None], inside
@@ -37,16 +37,16 @@ def weight_places(LAYER: tl.constexpr):
 
 @triton.jit
 def load_weight(params, LAYER: tl.constexpr):
-    """Return the weight of a layer, turned: a tile [in, out]."""
+    """Return the transposed weight of a layer, a tile [in, out]."""
     places, inside = weight_places(LAYER)
     return tl.load(params + places, mask=inside, other=0.0)
 
 
 @triton.jit
-def load_turned_weight(params, LAYER: tl.constexpr):
-    """Return the weight of a layer as it is stored, a tile [out, in], for the way back.
+def load_weight_as_stored(params, LAYER: tl.constexpr):
+    """Return the weight of a layer as it is stored, a tile [out, in], for the backward pass.
 
-    Not tl.trans(load_weight(...)): the compiler would load once, and hold the tile from the way there to the way back.
+    Not tl.trans(load_weight(...)): the compiler would keep that tile in registers from forward to backward.
     """
     i, o = tl.arange(0, padded(LAYER.n_in)), tl.arange(0, padded(LAYER.n_out))
     inside = (o[:, None] < LAYER.n_out) & (i[None, :] < LAYER.n_in)
@@ -79,6 +79,19 @@ def softplus(x):
 
 
 @triton.jit
+def clamp(x, low, high):
+    """Return x within [low, high]; NaN stays NaN."""
+    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def bound_log_std(raw):
+    """Return the bounded log standard deviation and its derivative, as `functional.distributions` defines them."""
+    over, under = 16.0 * (raw - 2.0), 16.0 * (-10.0 - raw)
+    return raw - softplus(over) / 16.0 + softplus(under) / 16.0, 1.0 - sigmoid(over) - sigmoid(under)
+
+
+@triton.jit
 def tanh(x):
     """Return the hyperbolic tangent of x within 2e-7."""
     shrunk = tl.exp(-2.0 * tl.abs(x))
@@ -86,7 +99,7 @@ def tanh(x):
 
 
 @triton.jit
-def _normal_share(x):
+def _normal_cdf(x):
     return 0.5 * (1.0 + tl.erf(x * 0.70710678))
 
 
@@ -103,7 +116,7 @@ def activate(z, KIND: tl.constexpr):
         h = z * sigmoid(z)
     else:
         tl.static_assert(KIND == "gelu")
-        h = z * _normal_share(z)
+        h = z * _normal_cdf(z)
     return h
 
 
@@ -121,5 +134,5 @@ def slope(z, h, KIND: tl.constexpr):
         d = share + h * (1.0 - share)
     else:
         tl.static_assert(KIND == "gelu")
-        d = _normal_share(z) + z * tl.exp(-0.5 * z * z) * 0.39894228
+        d = _normal_cdf(z) + z * tl.exp(-0.5 * z * z) * 0.39894228
     return d

@@ -1,7 +1,8 @@
 """A whole rollout of a tensor environment as one Triton kernel, and V of many rows as another.
 
 A program of the first owns BLOCK environments and takes all T steps: actor, sampling from pre-drawn noise, physics,
-autoreset, stores. The state stays in registers and the weights in shared memory; only rows of the rollout leave it.
+autoreset, stores. The environments' state stays in registers. Weights are copied to shared memory again in each step.
+Only rows of the rollout are written to memory.
 `fastppo.envs.tensor.tensor_env`, `Policy.decide` and `fastppo.functional.distributions` define what it computes.
 """
 
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastppo.kernels import tasks
-from fastppo.kernels.layers import Precision, activate, dense, load_bias, load_weight, softplus, tanh
+from fastppo.kernels.layers import Precision, activate, bound_log_std, clamp, dense, load_bias, load_weight, tanh
 
 _BLOCK, _BLOCK_ROWS = 32, 64
 # the weights of the next step are copied to shared memory ahead; copies further ahead spill registers
@@ -115,11 +116,6 @@ def _column(tile, i: tl.constexpr):
 
 
 @triton.jit
-def _bound_log_std(raw):
-    return raw - softplus(16.0 * (raw - 2.0)) / 16.0 + softplus(16.0 * (-10.0 - raw)) / 16.0
-
-
-@triton.jit
 def _sample(params, noise, ACTIONS: tl.constexpr):
     """Return an action [B] for each row of parameters and noise [B, 16]."""
     choices: tl.constexpr = ACTIONS.choices
@@ -132,7 +128,8 @@ def _sample(params, noise, ACTIONS: tl.constexpr):
             best = tl.where(score > best, score, best)
         return action
     else:
-        return _column(params, 0) + tl.exp(_bound_log_std(_column(params, 1))) * _column(noise, 0)
+        log_std, _ = bound_log_std(_column(params, 1))
+        return _column(params, 0) + tl.exp(log_std) * _column(noise, 0)
 
 
 @triton.jit
@@ -143,7 +140,7 @@ def _to_env(action, ACTIONS: tl.constexpr):
     else:
         if ACTIONS.squash is not None:
             action = tanh(ACTIONS.squash * action)
-        return tl.clamp(ACTIONS.centre + ACTIONS.half_width * action, ACTIONS.low, ACTIONS.high)
+        return clamp(ACTIONS.centre + ACTIONS.half_width * action, ACTIONS.low, ACTIONS.high)
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_envs"])
@@ -230,7 +227,7 @@ def _rollout(
             tl.store(final_obs + places, after, mask=cut[:, None] & is_obs)
             count += cut.to(tl.int32)
         episode += done.to(tl.int64)
-        # after the step, which most episodes don't end with: computed beside it, it spills registers
+        # computed after the step: beside it, the reset spills registers
         f0, f1, f2, f3 = tasks.reset(SIMULATION.task, seed, episode)
         s0, s1 = tl.where(done, f0, a0), tl.where(done, f1, a1)
         s2, s3 = tl.where(done, f2, a2), tl.where(done, f3, a3)

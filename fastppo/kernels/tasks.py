@@ -9,6 +9,8 @@ import math
 import triton
 import triton.language as tl
 
+from fastppo.kernels.layers import clamp
+
 # SplitMix64, as in `fastppo.envs.tensor.task`
 _GAMMA = tl.constexpr(0x9E3779B97F4A7C15)
 _MIX1 = tl.constexpr(0xBF58476D1CE4E5B9)
@@ -119,17 +121,19 @@ def _cartpole(SUTTON_BARTO_REWARD: tl.constexpr, x, x_dot, theta, theta_dot, act
 def _acrobot(theta1, theta2, speed1, speed2, action):
     torque = action.to(tl.float32) - 1.0
     # Runge-Kutta of order 4; the sums grow with the slopes, so that few columns are alive at once
-    a1, a2, b1, b2 = _acrobot_slope(theta1, theta2, speed1, speed2, torque)
+    a1, a2, b1, b2 = _acrobot_derivatives(theta1, theta2, speed1, speed2, torque)
     sum1, sum2, sum3, sum4 = a1, a2, b1, b2
     for k in tl.static_range(3):
         by = 0.2 if k == 2 else 0.1
         weight = 1.0 if k == 2 else 2.0
-        a1, a2, b1, b2 = _acrobot_slope(theta1 + by * a1, theta2 + by * a2, speed1 + by * b1, speed2 + by * b2, torque)
+        a1, a2, b1, b2 = _acrobot_derivatives(
+            theta1 + by * a1, theta2 + by * a2, speed1 + by * b1, speed2 + by * b2, torque
+        )
         sum1, sum2, sum3, sum4 = sum1 + weight * a1, sum2 + weight * a2, sum3 + weight * b1, sum4 + weight * b2
     sixth: tl.constexpr = 0.2 / 6.0
     theta1, theta2 = _wrap(_wrap(theta1 + sixth * sum1)), _wrap(_wrap(theta2 + sixth * sum2))
-    speed1 = tl.clamp(speed1 + sixth * sum3, -4 * _PI, 4 * _PI)
-    speed2 = tl.clamp(speed2 + sixth * sum4, -9 * _PI, 9 * _PI)
+    speed1 = clamp(speed1 + sixth * sum3, -4 * _PI, 4 * _PI)
+    speed2 = clamp(speed2 + sixth * sum4, -9 * _PI, 9 * _PI)
     cos1, _ = cos_sin(theta1)
     cos12, _ = cos_sin(theta2 + theta1)
     swung_up = -cos1 - cos12 > 1.0
@@ -137,7 +141,7 @@ def _acrobot(theta1, theta2, speed1, speed2, action):
 
 
 @triton.jit
-def _acrobot_slope(theta1, theta2, speed1, speed2, torque):
+def _acrobot_derivatives(theta1, theta2, speed1, speed2, torque):
     cos2, sin2 = cos_sin(theta2)
     _, sin1 = cos_sin(theta1)
     _, sin12 = cos_sin(theta1 + theta2)
@@ -161,15 +165,15 @@ def _pendulum(G: tl.constexpr, angle, speed, s2, s3, torque):
     off = turned - tl.floor(turned / (2 * _PI)) * (2 * _PI) - _PI
     cost = off * off + 0.1 * speed * speed + 0.001 * torque * torque
     _, sin = cos_sin(angle)
-    speed = tl.clamp(speed + (1.5 * G * sin + 3.0 * torque) * 0.05, -8.0, 8.0)
+    speed = clamp(speed + (1.5 * G * sin + 3.0 * torque) * 0.05, -8.0, 8.0)
     return angle + speed * 0.05, speed, s2, s3, -cost, tl.zeros(angle.shape, tl.int1)
 
 
 @triton.jit
 def _mountain_car(GOAL_VELOCITY: tl.constexpr, position, speed, s2, s3, push):
     cos, _ = cos_sin(3 * position)
-    speed = tl.clamp(speed + (push * 0.0015 - 0.0025 * cos), -0.07, 0.07)
-    position = tl.clamp(position + speed, -1.2, 0.6)
+    speed = clamp(speed + (push * 0.0015 - 0.0025 * cos), -0.07, 0.07)
+    position = clamp(position + speed, -1.2, 0.6)
     speed = tl.where((position <= -1.2) & (speed < 0), 0.0, speed)
     arrived = (position >= 0.45) & (speed >= GOAL_VELOCITY)
     return position, speed, s2, s3, tl.where(arrived, 100.0, 0.0) - push * push * 0.1, arrived

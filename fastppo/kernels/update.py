@@ -21,10 +21,11 @@ from torch import Tensor
 from fastppo.kernels.layers import (
     Precision,
     activate,
+    bound_log_std,
     dense,
     load_bias,
-    load_turned_weight,
     load_weight,
+    load_weight_as_stored,
     padded,
     sigmoid,
     slope,
@@ -130,14 +131,7 @@ def _is_finite(x):
 
 
 @triton.jit
-def _bound_log_std(raw):
-    """Return the bounded log standard deviation and its derivative."""
-    over, under = 16.0 * (raw - 2.0), 16.0 * (-10.0 - raw)
-    return raw - softplus(over) / 16.0 + softplus(under) / 16.0, 1.0 - sigmoid(over) - sigmoid(under)
-
-
-@triton.jit
-def _exp_beyond_line(x):
+def _expm1_minus_x(x):
     """Return exp(x) - 1 - x, never negative: by its series near 0, where the difference would lose all digits."""
     series = 1.0 / 40320.0
     series = series * x + 1.0 / 5040.0
@@ -169,12 +163,12 @@ def _at_least(x, low):
 
 
 @triton.jit
-def _log_tanh_slope(u):
+def _log_tanh_derivative(u):
     return 2.0 * (0.69314718 - u - softplus(-2.0 * u))
 
 
 @triton.jit
-def _squashed_part(mean, std):
+def _expected_log_tanh_derivative(mean, std):
     """Return the expected log(1 - tanh(u)^2) of u = mean + std z, and its derivatives by mean and std."""
     total, first, second = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean)
     weights = 0.0
@@ -184,7 +178,7 @@ def _squashed_part(mean, std):
         u = mean + std * z
         curve = -2.0 * tanh(u) * weight
         weights += weight
-        total += weight * _log_tanh_slope(u)
+        total += weight * _log_tanh_derivative(u)
         first += curve
         second += curve * z
     return total / weights, first / weights, second / weights
@@ -304,8 +298,8 @@ def _act_loss(
             raw = outs[1]
         else:
             raw = tl.load(params + NETWORK.log_std + k, mask=k < N, other=0.0)[None, :]
-        log_std, by_raw = _bound_log_std(raw)
-        old_log_std, _ = _bound_log_std(_load_columns(at, COLUMNS.old + N, N, rows))
+        log_std, by_raw = bound_log_std(raw)
+        old_log_std, _ = bound_log_std(_load_columns(at, COLUMNS.old + N, N, rows))
         inverse = tl.exp(-log_std)
         action = _load_columns(at, COLUMNS.action, N, rows)
         z, shift = (action - x) * inverse, (old - x) * inverse
@@ -314,9 +308,9 @@ def _act_loss(
         entropies = tl.zeros_like(x) + log_std + 1.41893853
         entropy_by_mean, entropy_by_log_std = tl.zeros_like(x), tl.zeros_like(x) + 1.0
         if NETWORK.distribution == "squashed":
-            logprobs -= _log_tanh_slope(action)
+            logprobs -= _log_tanh_derivative(action)
             std = tl.exp(log_std)
-            part, entropy_by_mean, by_std = _squashed_part(x, std + tl.zeros_like(x))
+            part, entropy_by_mean, by_std = _expected_log_tanh_derivative(x, std + tl.zeros_like(x))
             entropies += part
             entropy_by_log_std += by_std * std
         logprob = tl.sum(tl.where(real, logprobs, 0.0), 1)
@@ -329,7 +323,7 @@ def _act_loss(
             d_mean -= kl_coef * shift * inverse
             d_log_std += kl_coef * (1.0 - spread - shift * shift)
         gradients = (tl.where(real, d_mean, 0.0), tl.where(real, d_log_std * by_raw, 0.0))
-    beyond = _exp_beyond_line(logratio)
+    beyond = _expm1_minus_x(logratio)
     is_clipped = tl.where(tl.abs(beyond + logratio) > clip, 1.0, 0.0)
     return gradients, (-surrogate, entropy, -logratio, beyond, kl, is_clipped, tl.zeros_like(kl) + 1.0)
 
@@ -421,15 +415,15 @@ def _run_trunk(
                 tl.dot(tl.trans(x), gradients[i], weights[depth + i], input_precision=precision),
             )
             new_biases = new_biases + (biases[depth + i] + tl.sum(gradients[i], 0),)
-            back = tl.dot(gradients[i], load_turned_weight(params, TRUNK.heads[i]), back, input_precision=precision)
+            back = tl.dot(gradients[i], load_weight_as_stored(params, TRUNK.heads[i]), back, input_precision=precision)
         for i in tl.static_range(depth):
             d = back * slope(before[depth - 1 - i], inputs[depth - i], kind)
             turned = tl.trans(inputs[depth - 1 - i])
             new_weights = (tl.dot(turned, d, weights[depth - 1 - i], input_precision=precision),) + new_weights
             new_biases = (biases[depth - 1 - i] + tl.sum(d, 0),) + new_biases
             if i < depth - 1:
-                turned_weight = load_turned_weight(params, TRUNK.layers[depth - 1 - i])
-                back = tl.dot(d, turned_weight, input_precision=precision)
+                stored_weight = load_weight_as_stored(params, TRUNK.layers[depth - 1 - i])
+                back = tl.dot(d, stored_weight, input_precision=precision)
         weights, biases = new_weights, new_biases
 
     to = sums + tl.program_id(0) * (NETWORK.size + _FIGURES)
@@ -597,7 +591,7 @@ def differentiate(
     columns: Columns,
     loss: Loss,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of a minibatch's mean loss with its figures, and what its squared norm is the sum of.
+    """Return the gradient of a minibatch's mean loss with diagnostics, and partial sums of its squared norm.
 
     Args:
         params: [P].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -287,6 +288,13 @@ class Collector:
         elif self.rollout.rewards.device.type == "cpu" and can_act_in_c(self._policy):
             self._fused = NativePolicy(self._policy, threads)
             self.actors = [NativeActor(self._fused, self._decisions.of_group(group)) for group in self._env.groups]
+
+    @property
+    def acts_in(self) -> Literal["torch", "C", "Triton"]:
+        """What acts."""
+        if self._fused is None:
+            return "torch"
+        return "Triton" if isinstance(self._fused, KernelRollout) else "C"
 
     def compile(self) -> None:
         """Compile the actors.

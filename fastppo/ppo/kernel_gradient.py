@@ -22,7 +22,7 @@ from fastppo.runtime.compile import CompileError, flatten
 
 # more would spill registers, or need more shared memory than two programs have
 _MOST_LAYERS_UNDER_SEVERAL_HEADS = 2
-_MOST_LAYERS, _MOST_UNITS, _MOST_FEATURES, _MOST_OUTPUTS, _MOST_CHOICES = 3, 64, 32, 16, 8
+_MOST_LAYERS, _MOST_UNITS, _MOST_FEATURES, _MOST_OUTPUTS, _MOST_COMPONENTS = 3, 64, 32, 16, 8
 
 
 def not_fused(policy: Policy, loss: object) -> str | None:
@@ -43,13 +43,13 @@ def not_fused(policy: Policy, loss: object) -> str | None:
         return f"an observation has more than {_MOST_FEATURES} features"
     if max(head.n_out for trunk in trunks(mlp) for head in trunk.heads) > _MOST_OUTPUTS:
         return f"the actor has more than {_MOST_OUTPUTS} outputs"
-    if len(mlp.nvec) > _MOST_CHOICES:
-        return f"an action is more than {_MOST_CHOICES} choices"
+    if len(mlp.nvec) > _MOST_COMPONENTS:
+        return f"an action has more than {_MOST_COMPONENTS} components"
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
 class KernelGradient:
-    """What `LossGradient` computes, in two launches, and what `update_step` does, in two more.
+    """Computes the gradient of `LossGradient` in two kernel launches, and takes the step of `update_step` in two more.
 
     Numbers equal those of `LossGradient` up to rounding, in TF32 where torch's matrix products use it. Their bits
     depend on `programs` and the GPU's architecture alone.
@@ -71,7 +71,7 @@ class KernelGradient:
             parameters: its parameters.
             loss: the loss.
             scale_advantages: apply each minibatch's `scale` to its advantages.
-            programs: of each trunk; as many as the GPU has multiprocessors keep it busy.
+            programs: programs per trunk; the number of multiprocessors keeps the GPU busy.
         """
         from fastppo.kernels import update as kernels
         from fastppo.kernels.layers import precision
@@ -97,7 +97,10 @@ class KernelGradient:
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Write the encoded observations of `batch`, and all else that the loss reads, to one row each."""
-        self._rows.pack(batch)
+        if self._rows.pack(batch):
+            begins = {name: at for name, at in self._rows.begins.items() if name not in ("features", "value")}
+            width, old_value = self._rows.packed.shape[1], self._rows.begins["value"]
+            self._columns = self._kernels.Columns(width=width, old_value=old_value, **begins)
         return (self._rows.packed,)
 
     def __call__(
@@ -133,10 +136,6 @@ class KernelGradient:
     def _differentiate(
         self, params: Tensor, order: Tensor, scale: Tensor, coefs: Coefficients
     ) -> tuple[Tensor, Tensor]:
-        begins = {name: at for name, at in self._rows.begins.items() if name not in ("features", "value")}
-        columns = self._kernels.Columns(
-            width=self._rows.packed.shape[1], old_value=self._rows.begins["value"], **begins
-        )
         weights = coefs.clip_coef, coefs.value_clip_coef, coefs.vf_coef, coefs.ent_coef, coefs.kl_coef
         return self._kernels.differentiate(
             params,
@@ -146,13 +145,13 @@ class KernelGradient:
             self._kernels.Coefficients(*weights),
             self._sums,
             network=self._network,
-            columns=columns,
+            columns=self._columns,
             loss=self._loss,
         )
 
 
 # of the comparison with torch; TF32 keeps 10 bits, and two libraries round differently
-_TOLERANCE = {"ieee": 1e-4, "tf32": 1e-2}
+TOLERANCE = {"ieee": 1e-4, "tf32": 1e-2}
 
 
 def fuse_gradient(
@@ -176,7 +175,7 @@ def fuse_gradient(
     assert isinstance(loss, PPOLoss), "this is what not_fused checks"
     try:
         example = KernelGradient(policy, parameters, loss, scale_advantages=True, programs=programs)
-        tolerance = _TOLERANCE[example.precision]
+        tolerance = TOLERANCE[example.precision]
         minibatch, coefs = check_gradient(example, policy, parameters, loss, fillers=fillers, tolerance=tolerance)
         _check_step(example, parameters, loss, minibatch, coefs)
     except CompileError:

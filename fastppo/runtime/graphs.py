@@ -134,7 +134,7 @@ def _on_cuda(
         try:
             with torch.cuda.graph(graph, pool=handle):
                 out = work()
-        except Exception:
+        except BaseException:
             _clean_up(stream, device, handle)
             raise
         torch.cuda.set_stream(stream)

@@ -30,7 +30,7 @@ def test_the_comparison_at_the_start_finds_a_wrong_kernel(found):
     assert "truncated differ from torch's" in differs or "obs differ" in differs
 
 
-def test_what_is_not_covered_is_named():
+def test_not_covered_gives_the_reason():
     from tests.kernels.interpreted_rollouts import Case, collector
 
     _, env, policy = collector(Case("CartPole-v1", 500))

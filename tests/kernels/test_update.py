@@ -18,7 +18,7 @@ def found():
     return run_interpreted("tests.kernels.interpreted_updates")
 
 
-def test_an_update_is_torchs(found):
+def test_kernel_update_matches_torch(found):
     assert len(found["cases"]) >= 15
     for i, case in enumerate(found["cases"]):
         assert case["params"] < 1e-5, i
@@ -28,7 +28,7 @@ def test_an_update_is_torchs(found):
     assert sum(case["stopped"] for case in found["cases"]) >= 3
 
 
-def test_gradients_of_odd_shapes_are_torchs(found):
+def test_gradients_of_odd_shapes_match_torch(found):
     for name, errors in (found["shapes"] | {"masked": found["masked"]}).items():
         assert errors["flat"] < 1e-5, name
         assert errors["diagnostics"] < 1e-4, name
@@ -47,7 +47,7 @@ def test_numbers_that_are_not_finite_are_skipped_as_by_torch(found):
 
 def test_the_comparison_at_the_start_finds_wrong_kernels(found):
     gradient, step = found["wrong"]
-    assert "its flat differs from torch's" in gradient
+    assert "its gradient differs from torch's" in gradient
     assert step == "a step of its kernels differs from torch's"
 
 
@@ -72,7 +72,7 @@ def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
         (make_policy(Categorical(3), widths=(65,)), PPOLoss("max"), "wider than 64"),
         (make_policy(Categorical(3), widths=(4,) * 4), PPOLoss("max"), "more than 3 hidden layers"),
         (make_policy(Categorical(3), obs=33), PPOLoss("max"), "more than 32 features"),
-        (make_policy(MultiCategorical((1,) * 9)), PPOLoss("max"), "more than 8 choices"),
+        (make_policy(MultiCategorical((1,) * 9)), PPOLoss("max"), "more than 8 components"),
         (make_policy(Categorical(17)), PPOLoss("max"), "more than 16 outputs"),
         (make_policy(Categorical(3), widths=(4,) * 3, shared=True), PPOLoss("max"), "more than 2 hidden layers"),
         (make_policy(Beta(2)), PPOLoss("max"), "the distribution is Beta"),
@@ -80,7 +80,7 @@ def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
     ],
     ids=lambda x: str(x) if isinstance(x, str) else "",
 )
-def test_what_is_not_covered_is_named(policy, loss, why):
+def test_not_fused_gives_the_reason(policy, loss, why):
     reason = not_fused(policy, loss)
     assert (reason is None) == (why is None)
     assert why is None or why in reason
