@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import statistics
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -67,6 +68,10 @@ def train(job: tuple[dict[str, Any], int, int]) -> float:
 
 def main(options: Options) -> None:
     """Train every combination and print a table."""
+    if unknown := [name for name in options.env_id if name not in SETTINGS]:
+        sys.exit(f"--env-id {unknown[0]}: there are settings for {', '.join(SETTINGS)}.")
+    if min(options.seeds, options.jobs, len(options.env_id), len(options.factors)) < 1:
+        sys.exit("--seeds, --jobs, --env-id and --factors: at least one of each.")
     rows: list[dict[str, Any]] = []
     seeds = range(1, options.seeds + 1)
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("forkserver")) as pool:

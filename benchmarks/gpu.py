@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -96,15 +97,22 @@ def parts(options: Options) -> list[Part]:
 
 
 def main(options: Options) -> None:
-    """Run the parts."""
+    """Run the parts; nothing is written if none can run."""
+    if options.seconds < _LEAST:
+        sys.exit(f"--seconds {options.seconds:g}: a part needs at least {_LEAST:g}.")
+    if not parts(options):
+        names = ", ".join(part.name for part in parts(dataclasses.replace(options, only=())))
+        sys.exit(f"--only {' '.join(options.only)}: no part is called so; there are {names}.")
     rows, end, about = list[Row](), time.monotonic() + options.seconds, dict[str, Any]()
     more = {"device": options.device, "quick": options.quick}
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # of killed processes too
-        for part in [Part("machine", 60, lambda _: iter([machine()])), *parts(options)]:
+        for part in [Part("machine", 60, _machine), *parts(options)]:
             for row in run(part, options, end - time.monotonic()):
                 if part.name == "machine":
                     about = row
+                    if "failed" in about:
+                        sys.exit(f"--device {options.device} can't be used: {about['failed']}.")
                     continue
                 rows.append(row)
                 print(row, flush=True)
@@ -112,6 +120,18 @@ def main(options: Options) -> None:
         tempfile.tempdir = None
     empty = {name: "" for row in rows for name in row}
     report([empty | row for row in rows], options.output, about, **more)
+    if all("failed" in row for row in rows):
+        sys.exit("every part failed.")
+
+
+def _machine(options: Options) -> Iterator[Row]:
+    """Return the machine's row, once the device has held a tensor."""
+    try:
+        torch.zeros(1, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        yield {"failed": first_line(error).removesuffix(".")}
+        return
+    yield machine()
 
 
 def run(part: Part, options: Options, left: float) -> Iterator[Row]:

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
 EVALUATIONS = 20  # episodes
 POINTS = 60  # of a curve
+_WRITTEN = {"stage", "column", "env_id", "total_timesteps", "seed", "mean_return", "evaluation", "curve", "machine"}
 _FIXED = {"threads": 1, "checkpoint_minutes": 1.0}  # in every run
 
 
@@ -114,6 +115,10 @@ def main(options: Options) -> None:
     if options.one is not None:
         print(json.dumps(train_stable_baselines3(json.loads(options.one))))
         return
+    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1) or not 0 <= options.hours < 10_000:
+        sys.exit("--jobs and --seeds must be at least 1, --hours from 0 to 10,000.")
+    if options.output is not None and not options.output.parent.is_dir():
+        sys.exit(f"--output {options.output}: there is no folder {options.output.parent}.")
     rows = read_table(options.table)
     chosen = choose(rows, options.only)
     if options.seeds is not None:
@@ -123,14 +128,22 @@ def main(options: Options) -> None:
     if options.hours > 0:
         train(chosen, options.folder, options.hours, options.jobs)
     if options.output is not None:
-        write_runs(options.output, collect(rows, options.folder))
+        runs = collect(rows, options.folder)
+        if not runs:
+            sys.exit(f"--folder {options.folder} holds no run that has ended; {options.output} is as before.")
+        write_runs(options.output, runs)
+        print(f"{len(runs)} runs in {options.output}")
 
 
 def read_table(path: Path = TABLE) -> list[Row]:
     """Return the rows of the table in their order."""
-    table = tomllib.loads(path.read_text())
+    try:
+        table = tomllib.loads(path.read_text())
+        stages = table["stages"]
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"--table {path} can't be read ({type(error).__name__}: {error}).")
     rows = []
-    for stage in table["stages"]:
+    for stage in stages:
         for row in stage["rows"]:
             column, first = table["columns"][row["column"]], row.get("first_seed", 1)
             seeds = range(first, first + row["seeds"])
@@ -292,15 +305,34 @@ def write_runs(path: Path, runs: Sequence[Mapping[str, Any]]) -> None:
 
 def copy_runs(path: Path, rows: Sequence[Row], folder: Path) -> None:
     """Write the figures of the runs in `path`, a file of `write_runs`, to where `figures` finds them."""
-    known: dict[str, Any] = json.loads(path.read_text())
-    runs = {(run["column"], run["env_id"], run["total_timesteps"], run["seed"]): run for run in known["runs"]}
+    machines, listed = read_runs(path)
+    runs = {(run["column"], run["env_id"], run["total_timesteps"], run["seed"]): run for run in listed}
+    found = 0
     for row in rows:
         begin_seeds(row.config, folder / row.name)
         for config in row.configs(folder):
             run = runs.get((row.column, row.env_id, row.steps, config.seed))
             if run is not None and not _file(config).exists():
                 values = {name: x for name, x in run.items() if name != "machine"}
-                _write(row, config, {**values, "about": known["machines"][run["machine"]]})
+                _write(row, config, {**values, "about": machines[run["machine"]]})
+            found += run is not None
+    print(f"{found} of the {len(listed)} runs in {path} are rows of the table", flush=True)
+
+
+def read_runs(path: Path) -> tuple[list[Any], list[dict[str, Any]]]:
+    """Return machines and runs of a file of `write_runs`."""
+    try:
+        content = json.loads(path.read_text())
+        machines, runs = content["machines"], content["runs"]
+        for run in runs:
+            if missing := _WRITTEN - run.keys():
+                raise KeyError(min(missing))
+            machines[run["machine"]]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        sys.exit(f"{path} is not a file that benchmarks.learning wrote ({type(error).__name__}: {error}).")
+    if not runs:
+        sys.exit(f"{path} holds no runs.")
+    return machines, runs
 
 
 def train_stable_baselines3(settings: dict[str, Any]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def newest() -> Path:
 
 def main(options: Options) -> None:
     source = options.runs or newest()
-    runs = json.loads(source.read_text())["runs"]
+    _, runs = learning.read_runs(source)
     (DOCS / "results.md").write_text(page(runs, source.name))
     draw(panels(runs, "defaults"), DOCS / CURVES)
     draw(panels(runs, "ablation"), DOCS / ABLATION)

@@ -324,3 +324,19 @@ def test_a_ratio_of_recurrent_speeds_is_taken_within_its_round():
     assert row["vs MLP"] == "0.42 (0.33-0.50)"
     assert row["vs RecurrentPPO"] == "2.50 (2.00-3.00)"
     assert row["vs MLP, shared trunk"] == "", "not measured"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"only": ("nonsense",)}, "--only nonsense: no part is called so; there are tensor CartPole"),
+        ({"seconds": -1.0}, "--seconds -1: a part needs at least 5"),
+        ({"device": "tpu", "only": ("advantages",)}, "--device tpu can't be used: Expected one of cpu, cuda"),
+    ],
+)
+def test_a_gpu_benchmark_that_cannot_run_leaves_earlier_results(tmp_path, options, message):
+    path = tmp_path / "bench-gpu.json"
+    path.write_text("before")
+    with pytest.raises(SystemExit, match=message):
+        gpu.main(gpu.Options(**{"device": "cpu", "quick": True, "output": path} | options))
+    assert path.read_text() == "before"

@@ -37,7 +37,7 @@ steps = 256
 first_seed = 7
 seeds = 1
 """
-FIGURES = {"mean_return": 1.0, "evaluation": 2.0, "seconds": 3.0, "about": {"git_commit": "a"}}
+FIGURES = {"mean_return": 1.0, "evaluation": 2.0, "seconds": 3.0, "curve": {}, "about": {"git_commit": "a"}}
 
 
 @pytest.fixture
@@ -118,6 +118,40 @@ def test_another_machine_continues_from_a_file_of_runs(tmp_path, table, fake):
     runs = [json.loads((tmp_path / name).read_text())["runs"] for name in ("first.json", "all.json")]
     assert len(runs[1]) == 5
     assert all(run in runs[1] for run in runs[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"jobs": 0}, "--jobs and --seeds must be at least 1"),
+        ({"hours": math.nan}, "--hours from 0"),
+        ({"seeds": -1}, "--jobs and --seeds must be at least 1"),
+        ({"known": Path("missing.json")}, "missing.json is not a file that benchmarks.learning wrote"),
+        ({"output": Path("missing") / "x.json"}, "there is no folder missing"),
+    ],
+)
+def test_odd_options_are_one_line(tmp_path, table, fake, options, message):
+    with pytest.raises(SystemExit, match=message):
+        go(tmp_path, table, **options)
+    assert fake == []
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", '{"machines": [], "runs": []}', '{"machines": [], "runs": [{"seed": 1}]}']
+)
+def test_a_file_of_other_content_is_refused(tmp_path, content):
+    path = tmp_path / "runs.json"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"runs\.json"):
+        learning.read_runs(path)
+
+
+def test_a_file_of_runs_is_not_replaced_by_none(tmp_path, table, fake):
+    path = tmp_path / "all.json"
+    path.write_text("before")
+    with pytest.raises(SystemExit, match="holds no run that has ended"):
+        go(tmp_path, table, hours=0.0, output=path)
+    assert path.read_text() == "before"
 
 
 def test_an_unknown_choice_is_one_line(tmp_path, table):

@@ -68,6 +68,7 @@ class Algorithm:
     recurrent: ClassVar[bool] = False  # whether its policies must have memory
     legacy: ClassVar[bool] = False  # whether it is stable-baselines', on TensorFlow
     masks: ClassVar[bool] = False  # whether it uses masks of allowed actions
+    _KEPT: ClassVar = frozenset({"verbose", "tensorboard_log"})  # keywords that are attributes too
     __signature__: ClassVar[inspect.Signature]
     _functions: tuple[str, ...]  # keywords whose value is a function
 
@@ -107,6 +108,32 @@ class Algorithm:
         self._functions = tuple(name for name, value in keywords.items() if callable(value) and name != "policy")
         self._use(env_source(env))
         self._build()
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any value
+        """Set an attribute.
+
+        Raises:
+            ConfigError: it is a keyword, whose value training would not follow.
+        """
+        if name in self.__signature__.parameters and name not in self._KEPT:
+            raise ConfigError(
+                f"{type(self).__name__}.{name} can't be set: give {name}=... to the constructor, or save, then "
+                f"load(path, env=env, {name}=...)."
+            )
+        super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - never returns
+        """Explain where to find what stable-baselines3's algorithms have.
+
+        Raises:
+            AttributeError: always.
+        """
+        advice = ""
+        if name in self.__signature__.parameters:
+            advice = "; its config attribute holds the settings"
+        elif name == "set_random_seed":
+            advice = "; give seed=... to the constructor"
+        raise AttributeError(f"{type(self).__name__} has no attribute {name} here{advice}.")
 
     def _begin(self, settings: dict[str, Any], verbose: int, log: Any) -> None:  # noqa: ANN401 - a path, or None
         self._settings, self._schedules = without_functions(settings)
@@ -269,6 +296,8 @@ class Algorithm:
             )
         batch, hooks = self.config.batch_size, hooks_of(callback)
         total_timesteps = whole_number("total_timesteps", total_timesteps)
+        if total_timesteps < 1:
+            raise ConfigError(f"total_timesteps={total_timesteps} must be at least 1.")
         before, learned = 0 if reset_num_timesteps else self.num_timesteps, self._optimizer_state()
         with self._run_dir(tb_log_name or type(self).__name__) as run_dir:
             config = dataclasses.replace(

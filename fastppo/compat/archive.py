@@ -9,16 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from fastppo.errors import CheckpointError
+from fastppo.errors import CheckpointError, ConfigError
 
 _MODEL = "model.json"
 _FILES = (_MODEL, "model.safetensors", "state-0.json", "state-0.safetensors")
 
 
 def named(path: Any) -> Any:  # noqa: ANN401 - a path or an open file
-    """Return the path of the file: `.zip` is added to a name without an ending; an open file as it is."""
+    """Return the path of the file: `.zip` is added to a name without an ending; an open file as it is.
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if hasattr(path, "read") or hasattr(path, "write"):
         return path
+    if not isinstance(path, (str, Path)) or not Path(path).name:
+        raise ConfigError(f"{path!r} names no file; give a path, or a file opened in binary mode.")
     path = Path(path)
     return path if path.suffix else path.with_name(f"{path.name}.zip")
 

@@ -8,6 +8,35 @@ from typing import Any, Protocol
 from fastppo.errors import ConfigError
 
 
+class IterationLocals(dict[str, Any]):
+    """The `locals` of a callback; a name that only a step of stable-baselines3 has is an error, also for `in`."""
+
+    _OF_A_STEP = frozenset(
+        {"dones", "infos", "rewards", "actions", "new_obs", "values", "log_probs", "clipped_actions"}
+    )
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is such a name.
+
+        Raises:
+            ConfigError: it belongs to a step.
+        """
+        if name in self._OF_A_STEP:
+            self.__missing__(str(name))
+        return super().__contains__(name)
+
+    def __missing__(self, name: str) -> Any:  # noqa: ANN401 - never returns
+        """Refuse a name that is missing.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"a callback reads locals[{name!r}]: callbacks are called after an iteration, when its steps are over, and "
+            "locals hold self and total_timesteps; use the loop of fastppo.Trainer (docs/recipes.md)."
+        )
+
+
 class Hooks(Protocol):
     """What `learn` calls."""
 
@@ -36,7 +65,7 @@ class FunctionHooks:
 
     def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
         """Keep what the function finds in its locals."""
-        self._locals = {"self": model, "total_timesteps": total_timesteps}
+        self._locals = IterationLocals({"self": model, "total_timesteps": total_timesteps})
 
     def rollout_start(self) -> None:
         """Do nothing."""
@@ -66,7 +95,7 @@ class ObjectHooks:
     def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
         """Call `init_callback` and `on_training_start`."""
         self._call("init_callback", model)
-        self._call("on_training_start", {"self": model, "total_timesteps": total_timesteps}, {})
+        self._call("on_training_start", IterationLocals({"self": model, "total_timesteps": total_timesteps}), {})
 
     def rollout_start(self) -> None:
         """Call `on_rollout_start`."""

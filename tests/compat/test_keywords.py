@@ -281,3 +281,31 @@ def test_whole_numbers_may_be_numpys_or_floats():
 
 def test_without_a_seed_each_model_has_its_own():
     assert made(PPO).config.seed != made(PPO).config.seed
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda model: model.learn(-5), "total_timesteps=-5 must be at least 1"),
+        (lambda model: model.save(None), "None names no file"),
+        (lambda model: model.save(""), "'' names no file"),
+        (lambda model: setattr(model, "gamma", 0.5), "PPO.gamma can't be set: give gamma=... to the constructor"),
+        (lambda model: model.learn(64, lambda found, _: found["dones"]), r"a callback reads locals\['dones'\]"),
+        (lambda model: model.learn(64, lambda found, _: "infos" in found), r"a callback reads locals\['infos'\]"),
+    ],
+)
+def test_what_a_model_cannot_do_is_one_line(use, message):
+    model = PPO("MlpPolicy", "CartPole-v1", n_steps=64, batch_size=32)
+    before = model.config
+    with pytest.raises(ConfigError, match=message):
+        use(model)
+    assert model.config == before
+
+
+def test_attributes_of_the_other_program_are_explained():
+    model = PPO("MlpPolicy", "CartPole-v1")
+    with pytest.raises(AttributeError, match="no attribute gamma here; its config attribute holds the settings"):
+        model.gamma  # noqa: B018
+    with pytest.raises(AttributeError, match="give seed=... to the constructor"):
+        model.set_random_seed(1)
+    assert not hasattr(model, "rollout_buffer")
