@@ -107,17 +107,19 @@ def main(options: Options) -> None:
     more = {"device": options.device, "quick": options.quick}
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # of killed processes too
-        for part in [Part("machine", 60, _machine), *parts(options)]:
-            for row in run(part, options, end - time.monotonic()):
-                if part.name == "machine":
-                    about = row
-                    if "failed" in about:
-                        sys.exit(f"--device {options.device} can't be used: {about['failed']}.")
-                    continue
-                rows.append(row)
-                print(row, flush=True)
-                write(rows, options.output, about, **more)
-        tempfile.tempdir = None
+        try:
+            for part in [Part("machine", 60, _machine), *parts(options)]:
+                for row in run(part, options, end - time.monotonic()):
+                    if part.name == "machine":
+                        about = row
+                        if "failed" in about:
+                            sys.exit(f"--device {options.device} can't be used: {about['failed']}.")
+                        continue
+                    rows.append(row)
+                    print(row, flush=True)
+                    write(rows, options.output, about, **more)
+        finally:
+            tempfile.tempdir = None
     empty = {name: "" for row in rows for name in row}
     report([empty | row for row in rows], options.output, about, **more)
     if all("failed" in row for row in rows):

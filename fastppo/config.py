@@ -425,9 +425,9 @@ class Config:
         Literal["auto", "fused", "on", "off", "graph"],
         Setting(section="device and speed", changes="noise", chosen_at_start=True),
     ] = "auto"
-    """How rollout and update are made faster. `fused`: C for MLPs on a CPU, compiled in 2 s, or kernels on CUDA; `on`:
-    torch.compile, which takes 10-20 s; `graph`: also capture; `auto`: `fused` where it applies, else `graph` on CUDA,
-    and on a CPU `on` if the run is long enough to gain time."""
+    """How rollout and update are made faster. `fused`: C for MLPs on a CPU, compiled in 2 s, or kernels on CUDA, and
+    as `auto` where neither applies; `on`: torch.compile, which takes 10-20 s; `graph`: also capture; `auto`: `fused`
+    where it applies, else `graph` on CUDA, and on a CPU `on` if the run is long enough to gain time."""
     precision: Annotated[Literal["fp32", "bf16"], Setting(section="device and speed")] = "fp32"
     """`bf16`: networks under bfloat16 autocast, losses in float32; worthwhile for wide networks on hardware with
     bf16. `fp32` uses TF32 matrix products on CUDA."""

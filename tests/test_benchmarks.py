@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -340,3 +341,4 @@ def test_a_gpu_benchmark_that_cannot_run_leaves_earlier_results(tmp_path, option
     with pytest.raises(SystemExit, match=message):
         gpu.main(gpu.Options(**{"device": "cpu", "quick": True, "output": path} | options))
     assert path.read_text() == "before"
+    assert tempfile.tempdir is None

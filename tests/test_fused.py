@@ -357,7 +357,7 @@ def test_auto_takes_the_c_code_where_it_applies(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"memory": "lstm"}, "the network is a RecurrentNetwork"),
+        ({"memory": "lstm"}, "the policy has memory"),
         ({"precision": "bf16"}, "precision is bf16"),
         ({"hidden_sizes": (4,) * 9}, "more than 8 hidden layers"),
         ({"optimizer": "muon"}, "the optimiser is not Adam"),

@@ -118,6 +118,8 @@ def trunks(mlp: MLPLayout) -> tuple[Trunk, ...]:
 def not_laid_out(policy: Policy) -> str | None:
     """Return why `layout` can't describe this policy, or None."""
     mlp, distribution = policy.network, policy.distribution
+    if policy.has_memory:
+        return "the policy has memory"
     if type(mlp) is not MLP:
         return f"the network is a {type(mlp).__name__}, not the MLP"
     if policy.bf16:

@@ -62,7 +62,7 @@ def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
     assert found["tensor"]["notes"][0].startswith("compile fused: rollout and update run in kernels; took")
     assert found["host"]["notes"][0].startswith("rollouts are not fused: there are kernels for the classic control")
     assert found["host"]["notes"][1].startswith("compile fused: the update runs in kernels; took")
-    assert found["not covered"]["notes"][0] == "not fused: the network is a RecurrentNetwork, not the MLP."
+    assert found["not covered"]["notes"][0] == "not fused: the policy has memory."
 
 
 @pytest.mark.parametrize(
