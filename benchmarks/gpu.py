@@ -103,18 +103,16 @@ def main(options: Options) -> None:
     if not parts(options):
         names = ", ".join(part.name for part in parts(dataclasses.replace(options, only=())))
         sys.exit(f"--only {' '.join(options.only)}: no part is called so; there are {names}.")
-    rows, end, about = list[Row](), time.monotonic() + options.seconds, dict[str, Any]()
+    rows, end = list[Row](), time.monotonic() + options.seconds
     more = {"device": options.device, "quick": options.quick}
     with tempfile.TemporaryDirectory() as folder:
         tempfile.tempdir = folder  # of killed processes too
         try:
-            for part in [Part("machine", 60, _machine), *parts(options)]:
+            (about,) = run(Part("machine", 60, _machine), options, options.seconds)
+            if "failed" in about:
+                sys.exit(f"--device {options.device} can't be used: {about['failed']}.")
+            for part in parts(options):
                 for row in run(part, options, end - time.monotonic()):
-                    if part.name == "machine":
-                        about = row
-                        if "failed" in about:
-                            sys.exit(f"--device {options.device} can't be used: {about['failed']}.")
-                        continue
                     rows.append(row)
                     print(row, flush=True)
                     write(rows, options.output, about, **more)
