@@ -1,6 +1,6 @@
 """Learning curves over environments and seeds: a campaign that can be stopped at any time and continued.
 
-    nice python -m benchmarks.learning --hours 2 --jobs 2
+    nice python -m benchmarks.learning --hours 2
     python -m benchmarks.learning --hours 0 --output benchmarks/results/learning_2core-cpu_2026-11-27.json
 
 benchmarks/learning.toml is the table of rows: settings, environments, steps and seeds. Each seed of a row is a run of
@@ -34,13 +34,15 @@ from benchmarks import machine, run_task
 from fastppo.analysis.seeds import begin_seeds, plan_seeds
 from fastppo.analysis.training_processes import ended, run_each
 from fastppo.config import Config, fill_defaults
+from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.files import replace_file, write_json
 
 ROOT = Path(__file__).parents[1]
 TABLE = Path(__file__).with_suffix(".toml")
 EVALUATIONS = 20  # episodes
 POINTS = 60  # of a curve
-_WRITTEN = {"stage", "column", "env_id", "total_timesteps", "seed", "mean_return", "evaluation", "curve", "machine"}
+_WRITTEN = {"stage", "column", "env_id", "total_timesteps", "seed", "mean_return", "evaluation", "seconds", "sps"}
+_WRITTEN |= {"curve", "machine"}
 _FIXED = {"threads": 1, "checkpoint_minutes": 1.0}  # in every run
 
 
@@ -54,8 +56,8 @@ class Options:
     """Folder of the runs."""
     hours: float = 1.0
     """Time for training; 0: none, only collect."""
-    jobs: int = 1
-    """Concurrent runs; stable-baselines3 runs one at a time."""
+    jobs: int | None = None
+    """Concurrent runs; none: one per core. stable-baselines3 runs one at a time."""
     only: tuple[str, ...] = ()
     """Stages, columns and environments to train; none: all. With several kinds of names a row must have one of each."""
     seeds: int | None = None
@@ -115,7 +117,8 @@ def main(options: Options) -> None:
     if options.one is not None:
         print(json.dumps(train_stable_baselines3(json.loads(options.one))))
         return
-    if options.jobs < 1 or (options.seeds is not None and options.seeds < 1) or not 0 <= options.hours < 10_000:
+    counts = [count for count in (options.jobs, options.seeds) if count is not None]
+    if min(counts, default=1) < 1 or not 0 <= options.hours < 10_000:
         sys.exit("--jobs and --seeds must be at least 1, --hours from 0 to 10,000.")
     if options.output is not None and not options.output.parent.is_dir():
         sys.exit(f"--output {options.output}: there is no folder {options.output.parent}.")
@@ -126,7 +129,7 @@ def main(options: Options) -> None:
     if options.known is not None:
         copy_runs(options.known, rows, options.folder)
     if options.hours > 0:
-        train(chosen, options.folder, options.hours, options.jobs)
+        train(chosen, options.folder, options.hours, options.jobs or usable_cores())
     if options.output is not None:
         runs = collect(rows, options.folder)
         if not runs:

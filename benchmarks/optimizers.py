@@ -81,13 +81,13 @@ def main(options: Options) -> None:
                     returns = list(pool.map(train, jobs))
                     found[optimizer].append(returns)
                     row = {"env_id": env_id, "steps": _STEPS[env_id], "optimizer": optimizer, "rate": factor}
-                    rows.append(row | _summary(bootstrap(returns, mean)) | {"seeds": _text(returns)})
+                    rows.append(row | _summary(bootstrap(mean, returns)) | {"seeds": _text(returns)})
                     print(rows[-1], flush=True)
                     write(rows, options.output)
             best = {name: max(found[name], key=np.mean) for name in _OPTIMIZERS}
             gain = [muon - adam for adam, muon in zip(*(best[name] for name in _OPTIMIZERS), strict=True)]
             row = {"env_id": env_id, "steps": _STEPS[env_id], "optimizer": "muon - adam", "rate": "best of each"}
-            rows.append(row | _summary(bootstrap(gain, mean)) | {"seeds": _text(gain)})
+            rows.append(row | _summary(bootstrap(mean, gain)) | {"seeds": _text(gain)})
             write(rows, options.output)
     report(rows, options.output)
 

@@ -4,8 +4,8 @@
 
 Everything on the page that is a figure of fastppo comes from the newest benchmarks/results/learning_*.json; what was
 planned comes from benchmarks/learning.toml, and what others publish from `PUBLISHED`. Mean and interquartile mean over
-seeds have 95 % bootstrap intervals as `fastppo train --seeds` prints them (each environment is one stratum); the
-difference of two columns has Welch's interval.
+seeds have 95 % bootstrap intervals as `fastppo train --seeds` prints them; the difference of two columns has Welch's
+interval. Figures over several environments have the stratified bootstrap's, in which each environment keeps its seeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import math
 import re
 import statistics
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from fastppo.analysis.seeds import Interval, bootstrap, interquartile_mean, mean
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-CURVES, ABLATION = "learning-curves.svg", "learning-ablation.svg"
+CURVES, ABLATION, TOGETHER = "learning-curves.svg", "learning-ablation.svg", "learning-together.svg"
 COLUMNS = {
     "cleanrl": "CleanRL's defaults",
     "no-value-clip": "no value clip",
@@ -39,6 +39,9 @@ COLUMNS = {
     "tuned": "`--profile tuned`",
     "zoo": "settings of rl-baselines3-zoo",
     "memory": "LSTM",
+    "gamma-999": "gamma 0.999",
+    "gamma-9999": "gamma 0.9999",
+    "long-rollouts": "16 environments, 1,024 steps, minibatches of 64 rows",
 }
 _COLORS = {
     "cleanrl": "#4c78a8",
@@ -47,6 +50,7 @@ _COLORS = {
     "stable-baselines3": "#79706e",
 }
 
+# By name: the protocol of its figures
 SOURCES = {
     "CleanRL": "3 seeds with the defaults that are used here; mean and standard deviation at the end of training; "
     "MuJoCo v4, 1M steps, CartPole and Acrobot 500k",
@@ -58,6 +62,7 @@ SOURCES = {
     "SLM-Lab": "4 sessions with settings by environment; moving average at the end; MuJoCo v5, 10M steps (Hopper, "
     "Swimmer and Reacher 4M), CartPole 200k, Acrobot, Pendulum and LunarLander-v3 300k",
 }
+EVALUATED = {"zoo", "Tianshou"}  # whose figures are of evaluations, not of training
 # As their authors give them
 PUBLISHED: dict[str, dict[str, str]] = {
     "CartPole-v1": {"CleanRL": "490 ± 6", "zoo": "500 ± 0", "SLM-Lab": "498.9"},
@@ -77,19 +82,24 @@ PUBLISHED: dict[str, dict[str, str]] = {
 }
 # Remarks below the table of results
 NOTES = {
-    "CartPole-v1, Acrobot-v1": "200k steps are few for these settings. At the 500k steps of CleanRL's own figures, "
-    "below, fastppo is at or above them.",
-    "MountainCarContinuous-v0": "nine seeds reach the flag; one never did and learned to stand still.",
-    "HalfCheetah-v5": "the best of three seeds reaches twice the worst, so the mean is uncertain; none is below "
-    "CleanRL's figure.",
-    "Swimmer-v5": "gamma 0.99 is too low here; the zoo reaches 282 with 0.9999.",
+    "CartPole-v1": "200k steps are few for these settings; at CleanRL's 500k steps, below, every seed solves it.",
+    "Acrobot-v1": "200k steps are few for these settings; at CleanRL's 500k steps, below, fastppo is above CleanRL's "
+    "figure. The zoo trains 1M steps with 16 environments and normalised observations.",
+    "MountainCarContinuous-v0": "a seed that never reaches the flag learns to stand still, which returns 0.",
+    "HalfCheetah-v5": "CleanRL with the same settings is lower, so settings and protocols make the difference: the "
+    "zoo's are tuned (learning rate 2e-5, 20 epochs, gamma 0.98, 256x256 ReLU), Tianshou gives the best evaluation "
+    "over training with 64 environments, SLM-Lab trains 10M steps. Seeds differ by a factor of two.",
+    "Walker2d-v5": "SLM-Lab trains 10M steps.",
+    "Swimmer-v5": "gamma 0.99 is too low here; 0.9999 is the only change that the zoo makes for it.",
     "InvertedDoublePendulum-v5": "one seed's most probable actions do far worse than its sampled ones.",
-    "LunarLander-v3": "far below the figures of others, who tune their settings for it. With the zoo's settings (16 "
-    "environments, 1,024 steps, gamma 0.999), below, fastppo reaches the zoo's return, which points to the settings "
-    "(two seeds).",
+    "LunarLander-v3": "the others tune their settings for it. With the zoo's (16 environments, 1,024 steps, gamma "
+    "0.999), below, fastppo reaches the zoo's return.",
+    "BipedalWalker-v3": "the zoo trains 5M steps, with 32 environments and gamma 0.999.",
 }
 
 Run = Mapping[str, Any]
+Array = np.ndarray[Any, np.dtype[np.float64]]
+FIGURES = ("mean_return", "evaluation")  # of training and of evaluations
 _LINE = 128  # characters of a line of the page
 
 
@@ -110,8 +120,10 @@ def main(options: Options) -> None:
     source = options.runs or newest()
     _, runs = learning.read_runs(source)
     (DOCS / "results.md").write_text(page(runs, source.name))
-    draw(panels(runs, "defaults"), DOCS / CURVES)
-    draw(panels(runs, "ablation"), DOCS / ABLATION)
+    last = "mean return of the last 100 episodes"
+    draw(panels(runs, "defaults"), DOCS / CURVES, last)
+    draw(panels(runs, "ablation"), DOCS / ABLATION, last)
+    draw(together(runs), DOCS / TOGETHER, "return / CleanRL's", level=1.0)
 
 
 def page(runs: Sequence[Run], source: str) -> str:
@@ -126,10 +138,13 @@ def page(runs: Sequence[Run], source: str) -> str:
         "Mean over seeds of the mean return of the last 100 episodes, with the 95 % bootstrap interval of that mean.",
         "## CleanRL's defaults",
         _results(runs, [row for row in rows if row.stage == "defaults"]),
-        _wrapped("\n".join(f"- **{env}**: {note}" for env, note in NOTES.items())),
+        _notes(runs),
+        *_together(runs),
         *_ablation(runs, rows),
         *_peer(runs, rows),
+        *_hopper(runs, rows),
         *_others(runs, rows),
+        *_presets(runs, rows),
         "## What others publish",
         _published(runs),
         "## Commands",
@@ -150,11 +165,12 @@ def _protocol(source: str) -> list[str]:
             f'"evaluation" is the mean return of {learning.EVALUATIONS} episodes after training with the most probable '
             "actions. Figures are means over seeds with 95 % bootstrap intervals, and IQM is the interquartile mean "
             "over seeds. Intervals of fewer than five seeds are too narrow: those of two or "
-            "three seeds are just their range."
+            "three seeds are just their range. Bands and figures over several environments are of the stratified "
+            "bootstrap, which draws each environment's seeds separately."
         ),
         _wrapped(
-            "The machine was shared with other work, so speeds are left out; [performance](performance.md) has "
-            "measured ones. "
+            "Minutes and steps/s are medians over seeds; the machine was shared with other work, so "
+            "[performance](performance.md) has the speeds to compare with others. "
             f"`benchmarks/results/{source}` holds the figures, with versions, commit and curve of every run. "
             "`python -m benchmarks.learning` trained them, and `python -m benchmarks.results_page` made this page."
         ),
@@ -191,15 +207,48 @@ def _steps(steps: int) -> str:
 
 
 def _results(runs: Sequence[Run], rows: Sequence[learning.Row]) -> str:
+    several = len({row.column for row in rows}) > 1
     lines = []
     for row in rows:
         if last := values(runs, row):
-            evaluations = values(runs, row, "evaluation")
-            cells = [shown(bootstrap(last, mean)), shown(bootstrap(last, interquartile_mean))]
-            cells += [shown(bootstrap(evaluations, mean))]
-            lines.append([row.env_id, _steps(row.steps), f"{len(last)} of {len(row.seeds)}", *cells])
-    head = ["environment", "steps", "seeds", "last 100 episodes: mean", "IQM", "evaluation: mean"]
+            minutes = statistics.median(values(runs, row, "seconds")) / 60
+            sps = statistics.median(values(runs, row, "sps"))
+            cells = [row.env_id, *([COLUMNS[row.column]] if several else [])]
+            cells += [_steps(row.steps), f"{len(last)} of {len(row.seeds)}"]
+            cells += [shown(bootstrap(statistic, last)) for statistic in (mean, interquartile_mean)]
+            cells += [shown(bootstrap(mean, values(runs, row, "evaluation")))]
+            lines.append([*cells, number(minutes), f"{sps:,.0f}"])
+    head = ["environment", *(["settings"] if several else []), "steps", "seeds"]
+    head += ["last 100 episodes: mean", "IQM", "evaluation: mean", "minutes", "steps/s"]
     return table(head, lines) if lines else "Not run yet."
+
+
+def longest(runs: Sequence[Run]) -> dict[str, learning.Row]:
+    """Return the longest row with CleanRL's defaults that has runs, by environment; without runs the first."""
+    own = [row for row in learning.read_table() if row.stage in ("defaults", "500k")]
+    return {row.env_id: row for row in own if values(runs, row) or row.stage == "defaults"}
+
+
+def above(runs: Sequence[Run], row: learning.Row) -> list[str]:
+    """Return whose published figures are above the 95 % interval of the same kind of figure of a row."""
+    found = []
+    for source, text in PUBLISHED.get(row.env_id, {}).items():
+        here = bootstrap(mean, values(runs, row, "evaluation" if source in EVALUATED else "mean_return"))
+        if float(text.partition(" ±")[0].replace(",", "")) > here.high:
+            found.append(source)
+    return found
+
+
+def _notes(runs: Sequence[Run]) -> str:
+    """Return a remark for each environment that has one, or whose returns are below published ones."""
+    lines = []
+    for env_id, row in longest(runs).items():
+        others, note = above(runs, row), NOTES.get(env_id)
+        if values(runs, row) and (others or note):
+            below = f" (below {', '.join(others)})" if others else ""
+            lines.append(f"- **{env_id}**{below}: {note or 'the reason is not known yet.'}")
+    text = "Where a published figure, below, is above our interval of the same kind of figure, the note says so."
+    return _wrapped("\n".join([text, "", *lines]))
 
 
 def compared(runs: Sequence[Run], rows: Sequence[learning.Row], base: str, others: Sequence[str]) -> str:
@@ -213,41 +262,130 @@ def compared(runs: Sequence[Run], rows: Sequence[learning.Row], base: str, other
             cells += [_with_seeds(theirs), difference(theirs, ours)]
         if ours and any(cells):
             lines.append([env_id, _with_seeds(ours), *cells])
+    chances = [improved(runs, rows, base, column) for column in others]
+    if any(len(envs) > 1 for envs, _ in chances):
+        cells = [cell for envs, chance in chances for cell in ("", _share(chance) if len(envs) > 1 else "")]
+        lines.append(["probability of a higher return", "", *cells])
     head = ["environment", COLUMNS[base]]
     for column in others:
         head += [COLUMNS[column], "difference"]
     return table(head, lines) if lines else ""
 
 
+def improved(runs: Sequence[Run], rows: Sequence[learning.Row], base: str, column: str) -> tuple[list[str], Interval]:
+    """Return the environments in which both columns have two seeds and more, and the probability of improvement there.
+
+    It is the probability that a run of `column` returns more than one of `base`, mean over environments, with its
+    stratified bootstrap interval (Agarwal et al. 2021, section 4.3). It needs no scale that environments share.
+    """
+    found = {(row.column, row.env_id): values(runs, row) for row in rows}
+    envs = [
+        env_id
+        for env_id in dict.fromkeys(row.env_id for row in rows)
+        if all(len(found.get((name, env_id), [])) > 1 for name in (base, column))
+    ]
+    samples = [found[name, env_id] for name in (base, column) for env_id in envs]
+    return envs, bootstrap(probability_of_improvement, *samples) if envs else Interval(math.nan, math.nan, math.nan)
+
+
+def probability_of_improvement(*samples: Array) -> Array:
+    """Return the mean share of pairs in which y is above x, of samples x1, x2, ..., y1, y2, ...; half for equal ones.
+
+    Args:
+        samples: [..., n] each.
+
+    Returns:
+        [...] in [0, 1].
+    """
+    half = len(samples) // 2
+    shares = []
+    for x, y in zip(samples[:half], samples[half:], strict=True):
+        left, right = x[..., :, None], y[..., None, :]
+        shares.append(((right > left) + 0.5 * (right == left)).mean((-2, -1)))
+    mean_share: Array = np.mean(shares, 0)
+    return mean_share
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.value:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+
+
 def _with_seeds(returns: Sequence[float]) -> str:
     if not returns:
         return ""
-    return f"{shown(bootstrap(returns, mean))}, {len(returns)} seed{'s' if len(returns) > 1 else ''}"
+    return f"{shown(bootstrap(mean, returns))}, {len(returns)} seed{'s' if len(returns) > 1 else ''}"
+
+
+def _together(runs: Sequence[Run]) -> list[str]:
+    found = together(runs)
+    if not found:
+        return []
+    ((envs, (line,)),) = found.items()
+    text = (
+        f"Interquartile mean of the runs of {envs}, each return divided by the one that CleanRL publishes for these "
+        f"settings: {line.mean[-1]:.2f} ({line.low[-1]:.2f} to {line.high[-1]:.2f}) at the end of training. CleanRL's "
+        "figures are of MuJoCo v4; v5 changed the friction of a foot of Walker2d, and no longer rewards Hopper and "
+        "Walker2d for the step in which they fall."
+    )
+    return ["## MuJoCo together", _wrapped(text), f"![interquartile mean over environment steps]({TOGETHER})"]
 
 
 def _ablation(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     own = [row for row in rows if row.stage == "ablation"]
-    clip, without, weighted = dict.fromkeys(row.column for row in own)
-    found = compared(runs, own, clip, [without, weighted])
+    base, *others = dict.fromkeys(row.column for row in own)
+    found = compared(runs, own, base, others)
     if not found:
         return []
     text = (
         "At 500k steps, mean return of the last 100 episodes. Each difference is the column's mean minus the first "
-        "column's, with Welch's 95 % interval, from two seeds of each on."
+        "column's, with Welch's 95 % interval, from two seeds of each on. The last row is the probability that a run "
+        "with the column's settings returns more than one with the first column's, mean over environments. "
     )
     if any(len(values(runs, row)) < len(row.seeds) for row in own):
-        text += " Seeds are missing, so this decides nothing about a default yet."
+        text += "Seeds are missing, so this decides nothing about a default yet."
+    else:
+        text += " ".join(_verdict(column, improved(runs, own, base, column)[1]) for column in others)
     return ["## Value clipping", _wrapped(text), found, f"![the curves of these runs]({ABLATION})"]
+
+
+def _verdict(column: str, chance: Interval) -> str:
+    """Return what a probability of improvement over CleanRL's defaults says about a default."""
+    if chance.low <= 0.5 <= chance.high:
+        return f"With {COLUMNS[column]} no difference to CleanRL's defaults is found."
+    return f"With {COLUMNS[column]}, runs return {'more' if chance.low > 0.5 else 'less'} than with CleanRL's defaults."
 
 
 def _peer(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     base, peer = "no-value-clip-vf-1", "stable-baselines3"
-    found = compared(runs, [row for row in rows if row.column in (base, peer)], base, [peer])
+    own = [row for row in rows if row.stage in ("ablation", peer) and row.column in (base, peer)]
+    found = compared(runs, own, base, [peer])
     text = (
         "At equal settings and 500k steps, mean return of the last 100 episodes. The difference is stable-baselines3 "
         "minus fastppo."
     )
     return ["## stable-baselines3", _wrapped(text), found] if found else []
+
+
+def _hopper(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
+    own = [row for row in rows if row.stage == "hopper"]
+    found = compared(runs, own, "no-value-clip-vf-1", ["stable-baselines3", "cleanrl"])
+    text = (
+        "Before the campaign, six seeds of fastppo with CleanRL's defaults had returned 1,310 (standard error 100) and "
+        "with the settings of the first column 1,574 (180), and five seeds of stable-baselines3 with equal settings "
+        "1,771 (122). Trained again; each difference is the column minus the first."
+    )
+    return ["## Hopper-v5 at 300k steps", _wrapped(text), found] if found else []
+
+
+def _presets(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
+    own = [row for row in rows if row.stage == "presets"]
+    if not any(values(runs, row) for row in own):
+        return []
+    trained = {(row.env_id, row.steps) for row in own}
+    both = [row for row in rows if row.stage in ("defaults", "presets") and (row.env_id, row.steps) in trained]
+    text = "The searches for these settings never saw the seeds. At equal steps:"
+    against = compared(runs, both, "cleanrl", ["tuned"])
+    return ["## Tuned presets", _results(runs, own), *([text, against] if against else [])]
 
 
 def difference(theirs: Sequence[float], ours: Sequence[float]) -> str:
@@ -263,7 +401,7 @@ def _others(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     titles = {
         "500k": "CartPole and Acrobot at CleanRL's 500k steps",
         "zoo": "LunarLander with the settings of rl-baselines3-zoo",
-        "presets": "Tuned presets",
+        "reasons": "CleanRL's defaults with one change",
         "minigrid": "MiniGrid with memory",
         "atari": "Atari",
     }
@@ -276,16 +414,13 @@ def _others(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
 
 
 def _published(runs: Sequence[Run]) -> str:
-    # the longest runs with CleanRL's defaults
-    own = [row for row in learning.read_table() if row.stage in ("defaults", "500k")]
-    rows = {row.env_id: row for row in own if values(runs, row) or row.stage == "defaults"}
-    lines = []
+    rows, lines = longest(runs), []
     for env_id, figures in PUBLISHED.items():
-        here = values(runs, rows[env_id])
-        ours = f"{shown(bootstrap(here, mean))}, {_steps(rows[env_id].steps)}" if here else "-"
-        lines.append([env_id, ours, *(figures.get(source, "-") for source in SOURCES)])
+        row = rows[env_id]
+        ours = [shown(bootstrap(mean, found)) for key in FIGURES if (found := values(runs, row, key))] or ["-", "-"]
+        lines.append([env_id, _steps(row.steps), *ours, *(figures.get(source, "-") for source in SOURCES)])
     protocols = "\n".join(f"- {name}: {text}." for name, text in SOURCES.items())
-    head = ["environment", "here, last 100 episodes", *SOURCES]
+    head = ["environment", "our steps", "last 100 episodes", "evaluation", *SOURCES]
     text = "As their authors give them. Environments' versions, steps and protocols differ, so a row is no ranking:"
     return f"{text}\n\n{_wrapped(protocols)}\n\n{table(head, lines)}"
 
@@ -337,7 +472,7 @@ class Line:
 
     Attributes:
         label: of the legend.
-        seeds: their number.
+        seeds: their number, in words: "5", or "3/5" where it differs between environments.
         color: of line and band.
         steps: [P] environment steps.
         mean: [P] mean over seeds.
@@ -346,7 +481,7 @@ class Line:
     """
 
     label: str
-    seeds: int
+    seeds: str
     color: str
     steps: list[float]
     mean: list[float]
@@ -367,17 +502,51 @@ def panels(runs: Sequence[Run], stage: str) -> dict[str, list[Line]]:
 
 def _line(column: str, curves: Sequence[Mapping[str, Any]]) -> Line:
     steps = curves[0]["steps"]
-    returns = np.array([np.interp(steps, c["steps"], np.array(c["returns"], float)) for c in curves])  # [seeds, P]
-    kept = np.isfinite(returns).all(0)
-    bands = [bootstrap(point, mean) for point in returns[:, kept].T.tolist()]
+    found = _band(steps, [_interpolated(curves, steps)], mean)
+    return Line(COLUMNS[column], str(len(curves)), _COLORS.get(column, "#b279a2"), *found)
+
+
+def _interpolated(curves: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> Array:
+    """Return the returns of several curves at some steps, [seeds, P]; NaN where a curve has none."""
+    return np.array([np.interp(steps, c["steps"], np.array(c["returns"], float)) for c in curves])
+
+
+def _band(
+    steps: Sequence[int], samples: Sequence[Array], statistic: Callable[..., Array]
+) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Return steps, a statistic of samples [seeds, P], and the ends of its interval, where no sample has a NaN."""
+    kept = np.all([np.isfinite(returns).all(0) for returns in samples], 0)
+    bands = [bootstrap(statistic, *(r[:, k].tolist() for r in samples)) for k in np.flatnonzero(kept)]
     # one seed has no interval, and no band
     ends = [(band.value, band.value) if math.isnan(band.low) else (band.low, band.high) for band in bands]
     middle, low, high = (
         [float(f"{value:.4g}") for value in points]
         for points in ([band.value for band in bands], [low for low, _ in ends], [high for _, high in ends])
     )
-    color = _COLORS.get(column, "#b279a2")
-    return Line(COLUMNS[column], len(curves), color, np.array(steps)[kept].tolist(), middle, low, high)
+    return np.array(steps)[kept].tolist(), middle, low, high
+
+
+def together(runs: Sequence[Run]) -> dict[str, list[Line]]:
+    """Return the curve of the interquartile mean over MuJoCo, of returns divided by those that CleanRL publishes.
+
+    Of the environments with CleanRL's defaults at CleanRL's steps that have two seeds and more; empty without them.
+    """
+    envs, samples, steps = list[str](), list[Array](), list[int]()
+    for row in learning.read_table():
+        figure = PUBLISHED.get(row.env_id, {}).get("CleanRL")
+        own = [run["curve"] for run in runs if (run["stage"], run["env_id"]) == (row.stage, row.env_id)]
+        if row.stage == "defaults" and row.env_id.endswith("-v5") and figure is not None and len(own) > 1:
+            envs, steps = [*envs, row.env_id], steps or own[0]["steps"]
+            samples.append(_interpolated(own, steps) / float(figure.partition(" ±")[0].replace(",", "")))
+    if not envs:
+        return {}
+
+    def iqm(*scores: Array) -> Array:
+        return interquartile_mean(np.concatenate(scores, -1))
+
+    seeds = "/".join(str(n) for n in dict.fromkeys(len(returns) for returns in samples))
+    line = Line(COLUMNS["cleanrl"], seeds, _COLORS["cleanrl"], *_band(steps, samples, iqm))
+    return {", ".join(envs): [line]}
 
 
 def digest(content: Mapping[str, Sequence[Line]]) -> str:
@@ -386,8 +555,8 @@ def digest(content: Mapping[str, Sequence[Line]]) -> str:
     return hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:16]
 
 
-def draw(content: Mapping[str, Sequence[Line]], path: Path) -> None:
-    """Draw a panel per environment as SVG; matplotlib comes with stable-baselines3."""
+def draw(content: Mapping[str, Sequence[Line]], path: Path, y_title: str, level: float | None = None) -> None:
+    """Draw a panel per environment as SVG, with a dashed line at `level`; matplotlib comes with stable-baselines3."""
     if not content:
         return
     import matplotlib as mpl
@@ -398,7 +567,7 @@ def draw(content: Mapping[str, Sequence[Line]], path: Path) -> None:
     across = min(4 if len(content) > 6 else 3, len(content))
     down = math.ceil(len(content) / across)
     with plt.rc_context({"svg.hashsalt": "fastppo", "svg.fonttype": "none", "font.size": 8}):
-        size = (2.7 * across, 2.0 * down + 0.3)
+        size = (2.7 * across, 2.0 * down + 0.3) if len(content) > 1 else (5.0, 2.4)
         figure, axes = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
         for axis in axes.flat[len(content) :]:
             axis.set_axis_off()
@@ -408,7 +577,9 @@ def draw(content: Mapping[str, Sequence[Line]], path: Path) -> None:
                 thousands = [step / 1e3 for step in line.steps]
                 axis.plot(thousands, line.mean, color=line.color, linewidth=1.2, label=line.label)
                 axis.fill_between(thousands, line.low, line.high, color=line.color, alpha=0.2, linewidth=0)
-            seeds = "/".join(str(n) for n in dict.fromkeys(line.seeds for line in lines))
+            if level is not None:
+                axis.axhline(level, color="#79706e", linewidth=1, linestyle="--")
+            seeds = "/".join(dict.fromkeys(line.seeds for line in lines))
             axis.set_title(f"{env_id}, {seeds} seed{'' if seeds == '1' else 's'}", fontsize=8)
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=7)
@@ -418,7 +589,7 @@ def draw(content: Mapping[str, Sequence[Line]], path: Path) -> None:
             drawn = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
             figure.legend(drawn.values(), drawn.keys(), loc="outside upper center", ncols=3, frameon=False)
         figure.supxlabel("thousand environment steps", fontsize=8)
-        figure.supylabel("mean return of the last 100 episodes", fontsize=8)
+        figure.supylabel(y_title, fontsize=8)
         figure.savefig(path, metadata={"Date": None, "Source": digest(content)})
         plt.close(figure)
 

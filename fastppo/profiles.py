@@ -50,7 +50,8 @@ CLEANRL: dict[Kind, dict[str, Any]] = {
     },
 }
 
-# Measured by benchmarks/presets.py; results in benchmarks/README.md.
+# Returns on seeds that chose none of them: docs/results.md. A comment names the trials of a search by `fastppo tune`, from
+# which benchmarks/tuned.py makes an entry; CartPole's and Pendulum's were chosen by hand (benchmarks/README.md).
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "total_timesteps": 100_000,

@@ -8,11 +8,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import learning, results_page
 from fastppo.cli import parse
 from fastppo.errors import ConfigError
+from fastppo.profiles import TUNED
 
 TABLE = """
 [columns.plain]
@@ -37,7 +39,7 @@ steps = 256
 first_seed = 7
 seeds = 1
 """
-FIGURES = {"mean_return": 1.0, "evaluation": 2.0, "seconds": 3.0, "curve": {}, "about": {"git_commit": "a"}}
+FIGURES = {"mean_return": 1.0, "evaluation": 2.0, "seconds": 3.0, "sps": 4, "curve": {}, "about": {"git_commit": "a"}}
 
 
 @pytest.fixture
@@ -83,6 +85,9 @@ def test_the_committed_table_is_valid():
     assert names.most_common(1)[0][1] == 1, "two rows would share a folder"
     cleanrl = [row for row in rows if row.column == "cleanrl"]
     assert all(row.settings == {"profile": "cleanrl"} for row in cleanrl), "CleanRL's defaults, untouched"
+    tuned = [row for row in rows if row.column == "tuned"]
+    assert {row.env_id for row in tuned} == TUNED.keys(), "each preset is trained on seeds that no search saw"
+    assert all(row.seeds.start > 100 for row in tuned)
 
 
 def test_the_first_seed_of_every_row_of_a_stage_comes_first(tmp_path, table, fake):
@@ -246,7 +251,7 @@ def test_a_row_uses_its_columns_settings():
 
 def run(stage, column, env_id, steps, seed, mean_return, evaluation=0.0, curve=None):
     curve = curve or {"steps": [100, 200, 300], "returns": [None, mean_return / 2, mean_return]}
-    figures = {"mean_return": mean_return, "evaluation": evaluation, "curve": curve}
+    figures = {"mean_return": mean_return, "evaluation": evaluation, "seconds": 60.0, "sps": 1000, "curve": curve}
     return {"stage": stage, "column": column, "env_id": env_id, "total_timesteps": steps, "seed": seed, **figures}
 
 
@@ -260,18 +265,78 @@ RUNS = [
 
 def test_the_page_shows_means_with_intervals_differences_and_what_is_missing():
     text = results_page.page(RUNS, "learning.json")
-    assert (
-        "| Hopper-v5 | 1M | 3 of 5 | 2,200 (2,100 to 2,300) | 2,200 (2,100 to 2,300) | 2,500 (2,500 to 2,500) |" in text
-    )
+    figures = "2,200 (2,100 to 2,300) | 2,200 (2,100 to 2,300) | 2,500 (2,500 to 2,500)"
+    assert f"| Hopper-v5 | 1M | 3 of 5 | {figures} | 1.00 | 1,000 |" in text
     # Welch: standard error (0.5 / 2 + 0.5 / 2) ** 0.5 = 0.707 with two degrees of freedom, so 4.303 x 0.707
     assert "| 1,502 (1,501 to 1,502), 2 seeds | 500 (497 to 503) |  |  |" in text
     assert "## stable-baselines3" not in text, "no run of it"
-    assert "| CartPole-v1 | 200k | 1 of 5 | 500 | 500 | 500 |" in text, "one seed has no interval"
+    assert "| CartPole-v1 | 200k | 1 of 5 | 500 | 500 | 500 | 1.00 | 1,000 |" in text, "one seed has no interval"
     missing = text.partition("## Missing")[2].replace("\n  ", " ")
-    assert "- defaults, CleanRL's defaults: CartPole-v1 10 of 10, " in missing
-    assert "Hopper-v5 2 of 5" in missing
+    assert "- defaults, CleanRL's defaults: HalfCheetah-v5 5 of 5, Hopper-v5 2 of 5, " in missing
     assert "- ablation, no value clip: HalfCheetah-v5 5 of 5, Hopper-v5 3 of 5, " in missing
     assert not [line for line in text.splitlines() if len(line) > (230 if line.startswith("|") else 130)]
+
+
+def complete(returns):
+    """Runs of the whole ablation; `returns` gives those of a column in an environment by seed."""
+    rows = [row for row in learning.read_table() if row.stage == "ablation"]
+    return [
+        run(row.stage, row.column, row.env_id, row.steps, seed, returns(row.column, seed))
+        for row in rows
+        for seed in row.seeds
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shift", "chance", "verdict"),
+    [
+        (10.0, "1.00 (1.00 to 1.00)", "With no value clip, runs return more than with CleanRL's defaults."),
+        (-10.0, "0.00 (0.00 to 0.00)", "With no value clip, runs return less than with CleanRL's defaults."),
+        (0.0, "0.50 (0.", "With no value clip no difference to CleanRL's defaults is found."),
+    ],
+)
+def test_a_complete_ablation_says_what_a_default_costs(shift, chance, verdict):
+    runs = complete(lambda column, seed: seed + shift * (column == "no-value-clip"))
+    text = results_page.page(runs, "learning.json").partition("## Value clipping")[2].partition("## ")[0]
+    assert f"| probability of a higher return |  |  | {chance}" in text
+    assert verdict in text.replace("\n", " ")
+    assert "decides nothing" not in text
+    assert "decides nothing" in results_page.page(runs[1:], "learning.json")
+
+
+def test_the_probability_of_improvement_is_the_share_of_better_pairs():
+    samples = [[1.0, 2.0], [10.0], [3.0, 2.0, 0.0], [11.0]]  # two environments: x1, x2, y1, y2
+    found = results_page.probability_of_improvement(*map(np.array, samples))
+    assert found == pytest.approx(((2 + 1.5 + 0) / 6 + 1) / 2)
+    several = [np.stack([np.array(x), np.array(x)]) for x in samples]
+    assert results_page.probability_of_improvement(*several) == pytest.approx([found, found])
+
+
+def test_a_note_says_whose_figure_is_higher_and_when_nobody_knows_why(monkeypatch):
+    monkeypatch.setattr(results_page, "NOTES", {"HalfCheetah-v5": "tuned settings."})
+    runs = [
+        run("defaults", "cleanrl", env_id, 1_000_000, seed, training + seed, evaluation + seed)
+        for env_id, training, evaluation in (("HalfCheetah-v5", 1400.0, 5815.0), ("Hopper-v5", 2000.0, 2500.0))
+        for seed in range(1, 6)
+    ]
+    text = results_page.page(runs, "learning.json")
+    assert "- **HalfCheetah-v5** (below CleanRL, SLM-Lab): tuned settings." in text, "the zoo's is of evaluations"
+    assert "- **Hopper-v5** (below CleanRL, Tianshou): the reason is not known yet." in text
+    assert "- **Walker2d-v5**" not in text, "no runs"
+
+
+def test_environments_together_are_relative_to_cleanrls_figures():
+    curves = {"HalfCheetah-v5": 1443.0, "Hopper-v5": 2383.0}
+    runs = [
+        run("defaults", "cleanrl", env_id, 1_000_000, seed, factor * figure)
+        for env_id, figure in curves.items()
+        for seed, factor in enumerate((1.0, 2.0, 3.0))
+    ]
+    ((envs, (line,)),) = results_page.together(runs).items()
+    assert (envs, line.seeds, line.steps) == ("HalfCheetah-v5, Hopper-v5", "3", [200, 300])
+    assert line.mean == pytest.approx([1.0, 2.0], abs=1e-3), "the middle half of 1, 1, 2, 2, 3, 3"
+    assert 1.0 < line.low[-1] < 2.0 < line.high[-1] < 3.0
+    assert results_page.together(runs[:1]) == {}
 
 
 COMMANDS = {text: row for row in learning.read_table() if (text := results_page.command(row)).startswith("fastppo")}
@@ -298,7 +363,7 @@ def test_curves_are_averaged_where_every_seed_has_one():
 def test_a_figure_has_a_panel_per_environment_and_says_what_it_was_drawn_from(tmp_path):
     pytest.importorskip("matplotlib")
     content = results_page.panels(RUNS, "ablation")
-    results_page.draw(content, tmp_path / "figure.svg")
+    results_page.draw(content, tmp_path / "figure.svg", "return", level=1000.0)
     text = (tmp_path / "figure.svg").read_text()
     for part in ("Hopper-v5, 2 seeds", "no value clip", results_page.digest(content)):
         assert part in text
@@ -309,13 +374,17 @@ def test_page_and_figures_are_made_of_the_committed_runs():
     runs = json.loads(results_page.newest().read_text())["runs"]
     docs = results_page.DOCS
     assert (docs / "results.md").read_text() == results_page.page(runs, results_page.newest().name)
-    for stage, name in (("defaults", results_page.CURVES), ("ablation", results_page.ABLATION)):
-        content = results_page.panels(runs, stage)
+    contents = {
+        results_page.CURVES: results_page.panels(runs, "defaults"),
+        results_page.ABLATION: results_page.panels(runs, "ablation"),
+        results_page.TOGETHER: results_page.together(runs),
+    }
+    for name, content in contents.items():
         assert not content or results_page.digest(content) in (docs / name).read_text()
 
 
 def test_notes_and_published_figures_are_of_environments_of_the_table():
     envs = {row.env_id for row in learning.read_table()}
-    assert {env for name in results_page.NOTES for env in name.split(", ")} <= envs
+    assert results_page.NOTES.keys() <= envs
     assert results_page.PUBLISHED.keys() <= envs
     assert {source for figures in results_page.PUBLISHED.values() for source in figures} == results_page.SOURCES.keys()

@@ -33,23 +33,34 @@ def test_the_interquartile_mean_leaves_out_a_quarter_at_each_end(n):
 
 def test_the_bootstrap_of_a_share_is_a_binomial():
     """The mean of n draws from k ones and n - k zeros is binomial(n, k / n) / n; its quantiles are known."""
-    assert bootstrap([0.0] * 5 + [1.0] * 5, mean) == Interval(0.5, 0.2, 0.8)
-    assert bootstrap([0.0] * 16 + [1.0] * 4, mean) == Interval(0.2, 0.05, 0.4)
-    assert bootstrap([7.0] * 6, interquartile_mean) == Interval(7.0, 7.0, 7.0)
+    assert bootstrap(mean, [0.0] * 5 + [1.0] * 5) == Interval(0.5, 0.2, 0.8)
+    assert bootstrap(mean, [0.0] * 16 + [1.0] * 4) == Interval(0.2, 0.05, 0.4)
+    assert bootstrap(interquartile_mean, [7.0] * 6) == Interval(7.0, 7.0, 7.0)
+
+
+def test_the_stratified_bootstrap_draws_each_sample_from_itself():
+    def difference(x, y):
+        return mean(y) - mean(x)
+
+    assert bootstrap(difference, [0.0] * 3, [5.0] * 4) == Interval(5.0, 5.0, 5.0), "no value changes its sample"
+    found = bootstrap(difference, [0.0] * 5 + [1.0] * 5, [2.0])
+    assert (found.value, str(found)) == (1.5, "1.5"), "one of the samples has a single value"
+    halves = [0.0] * 5 + [1.0] * 5  # 97.5 % of the differences of two binomials (10, 0.5) are at most 4
+    assert bootstrap(difference, halves, halves) == Interval(0.0, -0.4, 0.4)
 
 
 def test_intervals_of_many_seeds_cover_the_mean():
     rng = np.random.default_rng(0)
-    found = [bootstrap(row.tolist(), mean) for row in rng.normal(-300, 20, (200, 20))]
+    found = [bootstrap(mean, row.tolist()) for row in rng.normal(-300, 20, (200, 20))]
     assert 0.88 <= np.mean([e.low <= -300 <= e.high for e in found]) <= 0.98
-    outliers = [bootstrap([*row, 1e6], interquartile_mean) for row in rng.normal(0, 1, (20, 19)).tolist()]
+    outliers = [bootstrap(interquartile_mean, [*row, 1e6]) for row in rng.normal(0, 1, (20, 19)).tolist()]
     assert all(abs(e.value) < 1 for e in outliers), "one outlier moves it little"
 
 
 def test_few_values_have_no_interval():
-    assert str(bootstrap([], mean)) == "-"
-    assert str(bootstrap([1234.56], mean)) == "1,234.6"
-    assert str(bootstrap([-2.0, -1.0], mean)) == "-1.5 (-2.0 to -1.0)"
+    assert str(bootstrap(mean, [])) == "-"
+    assert str(bootstrap(mean, [1234.56])) == "1,234.6"
+    assert str(bootstrap(mean, [-2.0, -1.0])) == "-1.5 (-2.0 to -1.0)"
 
 
 def test_seeds_follow_each_other_and_share_the_cores(tmp_path, monkeypatch):

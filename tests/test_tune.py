@@ -1,5 +1,6 @@
 """`fastppo tune`: the search, its journal, and its files."""
 
+import ast
 import dataclasses
 import fcntl
 import json
@@ -17,10 +18,12 @@ import tomllib
 import pytest
 from optuna.trial import TrialState, create_trial
 
+from benchmarks import tuned
 from fastppo.analysis import training_processes, tune, tune_report
 from fastppo.cli import main, parse
-from fastppo.config import SETTINGS, Config, SearchValues
+from fastppo.config import SETTINGS, Config, SearchValues, fill_defaults
 from fastppo.errors import ConfigError
+from fastppo.profiles import TUNED
 from fastppo.runs.run_dir import RunLock
 
 BASE = Config(total_timesteps=4096, n_envs=4, compile="off")
@@ -117,6 +120,32 @@ def test_a_search_finds_the_best_learning_rate(tmp_path, fake_runs):
     assert pruned
     assert tune.describe(pruned[0]) == "pruned: below the median after 1 of 2 seeds"
     assert [config.seed for config in fake_runs[0]].count(2) == 25 - len(pruned)
+
+
+def test_the_best_trial_becomes_a_preset(tmp_path, fake_runs, monkeypatch, capsys):
+    base = dataclasses.replace(BASE, threads=1, gamma=0.9, env_id="Acrobot-v1")
+    study, _ = run(tmp_path / "search", 4, base=base)
+    tuned.main(tuned.Options(tmp_path / "search", tmp_path / "trials.json"))
+    found = json.loads((tmp_path / "trials.json").read_text())
+    best = tune.ranked(study)[0]
+    rate = float(f"{best.params['learning_rate']:.3g}")
+    preset = {"total_timesteps": 4096, "n_envs": 4, "gamma": 0.9, "learning_rate": rate}
+    assert found["preset"] == preset
+    assert [trial["value"] for trial in found["trials"]] == [t.values[0] for t in study.get_trials()]
+    comment, _, entry = capsys.readouterr().out.partition("\n")
+    assert comment == f"    # trial {best.number} of 4, seeds 1 to 2: trials.json"
+    assert ast.literal_eval(f"{{{entry}}}") == {"Acrobot-v1": preset}
+    monkeypatch.setitem(TUNED, "Acrobot-v1", preset)
+    filled = fill_defaults(Config(env_id="Acrobot-v1", profile="tuned"), "discrete")
+    assert {name: getattr(filled, name) for name in preset} == preset
+
+
+def test_settings_that_no_profile_fills_are_no_preset(tmp_path, fake_runs):
+    run(tmp_path / "search", 1, base=dataclasses.replace(BASE, activation="relu"))
+    with pytest.raises(SystemExit, match="was given activation, which a profile doesn't fill"):
+        tuned.main(tuned.Options(tmp_path / "search"))
+    with pytest.raises(SystemExit, match="is not a folder of fastppo tune"):
+        tuned.main(tuned.Options(tmp_path))
 
 
 def test_a_search_continues_where_it_was_killed(tmp_path, fake_runs):

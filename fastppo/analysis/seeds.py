@@ -111,25 +111,27 @@ def interquartile_mean(values: _Array) -> _Array:
     return result
 
 
-def bootstrap(values: Sequence[float], statistic: Callable[[_Array], _Array]) -> Interval:
-    """Return a statistic with its 95 % percentile bootstrap interval.
+def bootstrap(statistic: Callable[..., _Array], *samples: Sequence[float]) -> Interval:
+    """Return a statistic of one or several samples with its 95 % percentile bootstrap interval.
 
-    The n values are drawn with replacement, n at a time, 10,000 times from a fixed seed; the interval reaches from the
-    2.5 % to the 97.5 % quantile of the statistic over these draws. It has no bounds for fewer than two values, and is
-    too narrow for fewer than about five.
+    Each sample of n values is drawn again from itself, n values with replacement, 10,000 times from a fixed seed: with
+    one sample per environment, this is the stratified bootstrap of Agarwal et al. 2021. The interval reaches from the
+    2.5 % to the 97.5 % quantile of the statistic over these draws. It has no bounds if a sample has fewer than two
+    values, and is too narrow for fewer than about five.
 
     Args:
-        values: one per seed.
-        statistic: [..., n] -> [...].
+        statistic: of the samples, [..., n] each -> [...].
+        samples: one value per seed in each.
     """
-    if not values:
+    given = [np.array(values, dtype=np.float64) for values in samples]
+    if not all(len(values) for values in given):
         return Interval(math.nan, math.nan, math.nan)
-    given = np.array(values, dtype=np.float64)
-    value = float(statistic(given))
-    if len(given) < 2:
+    value = float(statistic(*given))
+    if any(len(values) < 2 for values in given):
         return Interval(value, math.nan, math.nan)
-    drawn = np.random.default_rng(0).integers(0, len(given), (_RESAMPLES, len(given)))
-    low, high = np.quantile(statistic(given[drawn]), (0.025, 0.975)).tolist()
+    rng = np.random.default_rng(0)
+    drawn = [values[rng.integers(0, len(values), (_RESAMPLES, len(values)))] for values in given]
+    low, high = np.quantile(statistic(*drawn), (0.025, 0.975)).tolist()
     return Interval(value, low, high)
 
 
@@ -144,8 +146,8 @@ def summarize(configs: Sequence[Config], failures: Mapping[int, str]) -> Summary
         runs=runs,
         failures=dict(failures),
         returns=returns,
-        mean=bootstrap(values, mean),
-        iqm=bootstrap(values, interquartile_mean),
+        mean=bootstrap(mean, values),
+        iqm=bootstrap(interquartile_mean, values),
     )
 
 
