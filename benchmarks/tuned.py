@@ -90,8 +90,8 @@ def entry(plan: dict[str, Any], searched: dict[str, Any]) -> dict[str, Any]:
 
 def as_python(env_id: str, settings: dict[str, Any]) -> str:
     """Return the lines of an entry of `TUNED`."""
-    lines = (f'        "{name}": {x:_},' if type(x) is int else f'        "{name}": {x!r},' for name, x in settings.items())
-    return "\n".join([f'    "{env_id}": {{', *lines, "    },"])
+    values = {name: f"{x:_}" if type(x) is int else repr(x) for name, x in settings.items()}
+    return "\n".join([f'    "{env_id}": {{', *(f'        "{name}": {x},' for name, x in values.items()), "    },"])
 
 
 if __name__ == "__main__":
