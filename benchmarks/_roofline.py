@@ -84,13 +84,13 @@ def minibatch_work(trainer: Trainer) -> Figures:
     update, batch = trainer.update, trainer.rollout.batch()
     update.prepare(len(batch.logprobs), float("inf"))
     fields = [x for x in batch if isinstance(x, Tensor)]
-    rows = sum(x.nbytes for x in (*fields, *batch.states)) / update.n_minibatches
+    rows = sum(x.nbytes for x in (*fields, *batch.states)) / update.shuffle.n_minibatches
     # in torch, whatever the update runs in
-    scale, length = update.normalize == "minibatch", update.segment_length
+    scale, length = update.normalize == "minibatch", update.shuffle.segment_length
     gradient = LossGradient(
         update.policy, update.parameters, update.loss, scale_advantages=scale, segment_length=length
     )
-    minibatch = Minibatch(update.scales(batch)[0, 0], update.orders[0, 0], gradient.pack(batch))
+    minibatch = Minibatch(update.scales(batch)[0, 0], update.shuffle.orders[0, 0], gradient.pack(batch))
     params = update.parameters.vector
     flops = counted(lambda: gradient(params, minibatch, trainer.learner.coefs, gradient.constants)).flops
     return {"flops": flops, "bytes": rows + 6 * params.nbytes}
@@ -107,7 +107,7 @@ def iteration_work(trainer: Trainer) -> Figures:
     n_steps, n_envs = r.rewards.shape
     state, starts = tuple(x[0] for x in r.states), None if r.starts is None else r.starts[0]
     act = counted(lambda: policy.act(r.obs[0], r.noise[0], state, starts)).flops
-    minibatch, n_minibatches = minibatch_work(trainer), update.update_epochs * update.n_minibatches
+    minibatch, n_minibatches = minibatch_work(trainer), update.shuffle.update_epochs * update.shuffle.n_minibatches
     written = sum(x.nbytes for x in (*r.tensors().values(), r.obs, r.noise))
     env_state = sum(x.nbytes for x in (trainer.env.capturable_state or {}).values())
     rollout = written + n_steps * (update.parameters.vector.nbytes + 2 * env_state)
@@ -136,7 +136,7 @@ def launches(trainer: Trainer) -> Figures:
     trainer.collect.prepare()
     rollout = counted(trainer.collect.roll).launches
     learned = counted(lambda: update.run(trainer.rollout.batch(), learner.coefs, watch=False)).launches
-    steps, minibatches = len(trainer.rollout.rewards), update.update_epochs * update.n_minibatches
+    steps, minibatches = len(trainer.rollout.rewards), update.shuffle.update_epochs * update.shuffle.n_minibatches
     return {"launches per step": rollout / steps, "launches per minibatch": learned / minibatches}
 
 

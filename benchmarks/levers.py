@@ -28,7 +28,7 @@ from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Policy
-from fastppo.ppo.minibatches import Minibatch
+from fastppo.ppo.minibatches import Minibatch, Shuffle
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime.threads import keep_freed_memory, set_threads
 from fastppo.spaces.observations import ObsSpec
@@ -97,11 +97,9 @@ def prepare(network: nn.Module, rows: int, options: dict[str, Any]) -> Callable[
     update = PPOUpdate(
         policy,
         FlatParameters(network),
-        generator,
-        loss=PPOLoss("off"),
-        optimizer=adam(1e-5),
-        update_epochs=1,
-        n_minibatches=total // rows,
+        PPOLoss("off"),
+        adam(1e-5),
+        Shuffle(generator, obs.device, update_epochs=1, n_minibatches=total // rows),
         normalize="minibatch",
         kl_stop="epoch",
     )

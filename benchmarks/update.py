@@ -61,7 +61,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     from fastppo.policies.flat_parameters import FlatParameters
     from fastppo.policies.mlp import MLP
     from fastppo.policies.policy import Policy
-    from fastppo.ppo.minibatches import Minibatch
+    from fastppo.ppo.minibatches import Minibatch, Shuffle
     from fastppo.ppo.update import PPOUpdate
     from fastppo.runtime.threads import keep_freed_memory, set_threads
     from fastppo.spaces.observations import ObsSpec
@@ -87,13 +87,11 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
 
     keep_freed_memory()
     update = PPOUpdate(
-        policy=policy,
-        parameters=FlatParameters(net),
-        generator=generator,
-        update_epochs=1,
-        n_minibatches=total // size,
-        loss=PPOLoss("off"),
-        optimizer=adam(1e-5),
+        policy,
+        FlatParameters(net),
+        PPOLoss("off"),
+        adam(1e-5),
+        Shuffle(generator, obs.device, update_epochs=1, n_minibatches=total // size),
         normalize="minibatch",
         kl_stop="epoch",
     )
@@ -108,7 +106,7 @@ def measure(size: int, threads: int, hidden: int) -> dict[str, Any]:
     row["seconds to fuse"] = time.perf_counter() - begin
     update.prepare(total, math.inf)
     update.begin(batch)
-    row["ours, fused ms"] = median_ms(lambda: update.run_epochs(coefs, watch=False)) / update.n_minibatches
+    row["ours, fused ms"] = median_ms(lambda: update.run_epochs(coefs, watch=False)) / (total // size)
     return row
 
 

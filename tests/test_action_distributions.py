@@ -36,7 +36,7 @@ from fastppo.spaces.actions import ActionSpec, ToEnv
 from fastppo.spaces.observations import ObsSpec
 from tests.faults.test_resume import interrupted, rows_of
 from tests.test_custom_envs import FAR, WAYS, far_env
-from tests.test_update import coefficients
+from tests.test_update import coefficients, make_shuffle
 from tests.worlds import Spaces, short
 
 B, D, EPOCHS, PARTS = 128, 3, 2, 4
@@ -81,11 +81,9 @@ def make_update(policy, objective="clip"):
     return PPOUpdate(
         policy,
         FlatParameters(policy.network),
-        torch.Generator().manual_seed(5),
-        loss=PPOLoss("off", objective),
-        optimizer=adam(1e-5),
-        update_epochs=EPOCHS,
-        n_minibatches=PARTS,
+        PPOLoss("off", objective),
+        adam(1e-5),
+        make_shuffle(EPOCHS, PARTS),
         normalize="off",
         kl_stop="epoch",
     )
@@ -154,9 +152,9 @@ def test_an_update_matches_plain_autograd(objective, kind):
     coefs = {"ent_coef": 0.05, "kl_coef": 0.3}
     update.prepare(B, math.inf)
     first = update.gradient(batch, coefficients(**coefs))
-    update.generator.manual_seed(5)
+    update.shuffle.generator.manual_seed(5)
     report = dict(zip(update.report_names, learn(update, batch, **coefs).tolist(), strict=True))
-    kls, gradients = reference(twin, policy.distribution, batch, update.orders, objective, 0.3)
+    kls, gradients = reference(twin, policy.distribution, batch, update.shuffle.orders, objective, 0.3)
     torch.testing.assert_close(update.parameters.views(first), gradients[0], atol=1e-5, rtol=0)
     found, expected = (nn.utils.parameters_to_vector(net.parameters()) for net in (policy.network, twin))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
@@ -175,7 +173,7 @@ def three_updates(how, kind):
         update.prepare(B, math.inf)
         update.begin(batch)
         update.capture(coefs, GraphPool(torch.device("cpu")))
-        update.generator.manual_seed(5)
+        update.shuffle.generator.manual_seed(5)
     return [*(learn(update, batch, kl_coef=0.3) for _ in range(3)), update.parameters.vector.clone()]
 
 

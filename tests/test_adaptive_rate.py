@@ -122,7 +122,7 @@ def test_a_skipped_first_minibatch_does_not_raise_the_rate():
     batch = batch._replace(params=batch.params + 1e-4 * torch.randn(batch.params.shape))  # stands for rounding
     update = adaptive_update(policy, n_minibatches=2, update_epochs=1)
     update.prepare(B, math.inf)
-    batch.returns[update.orders[0, 0, 0]] = torch.inf
+    batch.returns[update.shuffle.orders[0, 0, 0]] = torch.inf
     update.run(batch, coefficients()._replace(**update.adapted), watch=False)
     assert update.adapted["learning_rate"].item() == pytest.approx(START), "no step was taken: the KL is rounding"
 
@@ -140,7 +140,7 @@ def test_compiled_and_captured_updates_match_eager_ones():
             update.prepare(B, math.inf)
             update.begin(batch)
             update.capture(coefs, GraphPool(torch.device("cpu")))
-            update.generator.manual_seed(5)
+            update.shuffle.generator.manual_seed(5)
         assert coefs.learning_rate.item() == pytest.approx(0.02), "neither changes the rate"
         results[how] = [learn(update, batch)[update.report_names.index("learning_rate")].item() for _ in range(3)]
         results[how].append(update.parameters.vector.norm().item())

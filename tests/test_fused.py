@@ -41,7 +41,7 @@ from fastppo.ppo.update import PPOUpdate
 from fastppo.ppo.update_step import LossGradient
 from fastppo.runtime.compile import CompileError
 from fastppo.spaces.observations import ObsSpec
-from tests.test_update import REPORT, coefficients, learn, named
+from tests.test_update import REPORT, coefficients, learn, make_shuffle, named
 from tests.worlds import short
 
 SOURCES = Path(native.__file__).parent
@@ -199,11 +199,9 @@ def update_of_case(policy, case, *, update_epochs, n_minibatches):
     return PPOUpdate(
         policy,
         FlatParameters(policy.network),
-        torch.Generator().manual_seed(5),
-        loss=PPOLoss(case["value_clip"], case["objective"]),
-        optimizer=adam(1e-5),
-        update_epochs=update_epochs,
-        n_minibatches=n_minibatches,
+        PPOLoss(case["value_clip"], case["objective"]),
+        adam(1e-5),
+        make_shuffle(update_epochs, n_minibatches),
         normalize=case["normalize"],
         kl_stop=case["kl_stop"],
         adaptive_rate=Adaptation(1e-3, lambda rate, kl: adapted_learning_rate(rate, kl, 0.01, 1e-5, 1e-2))
@@ -254,10 +252,9 @@ def test_a_gradient_that_is_not_finite_is_skipped():
 
 
 def make_update(policy, **changes):
-    options = {"update_epochs": 2, "n_minibatches": 4, "normalize": "minibatch", "kl_stop": "epoch"} | changes
-    optimizer = adam(1e-5)
-    flat, shuffles = FlatParameters(policy.network), torch.Generator().manual_seed(5)
-    return PPOUpdate(policy, flat, shuffles, loss=PPOLoss("max"), optimizer=optimizer, **options)
+    shuffle = make_shuffle(changes.pop("update_epochs", 2), changes.pop("n_minibatches", 4))
+    options = {"normalize": "minibatch", "kl_stop": "epoch"} | changes
+    return PPOUpdate(policy, FlatParameters(policy.network), PPOLoss("max"), adam(1e-5), shuffle, **options)
 
 
 def test_the_bits_depend_on_the_number_of_threads_alone():

@@ -59,7 +59,7 @@ def ratios(trainer):
     """Return the ratios [T, N] of the rollout under the current weights, in the sequences that the update uses."""
     update, rollout = trainer.update, trainer.rollout
     n_steps, n = rollout.rewards.shape
-    length = update.segment_length
+    length = update.shuffle.segment_length
     rows = sequence_rows(torch.arange(n_steps // length * n), n, length)
     batch = rollout.batch().take(rows, length)
     with torch.no_grad():
@@ -368,7 +368,7 @@ def test_the_gradient_is_that_of_a_plain_loop(tmp_path, kind, length):
     update.prepare(rollout.rewards.numel(), float("inf"))
     gradient = update.gradient(rollout.batch(), trainer.learner.coefs)
     # the rows of the first minibatch, as pairs of sequence and environment
-    first = update.orders[0, 0][: update.orders.shape[2] // length]
+    first = update.shuffle.orders[0, 0][: update.shuffle.orders.shape[2] // length]
     sequences = [(int(row) // 6 // length, int(row) % 6) for row in first]
     inside = [rollout.starts[k * length + 1 : (k + 1) * length, n].any() for k, n in sequences]
     assert any(inside), "an episode starts within a sequence"
@@ -738,11 +738,11 @@ def test_sequence_rows_are_those_of_a_loop():
 def test_whole_sequences_stay_together_and_every_row_is_used_once_per_epoch(tmp_path):
     trainer = trainer_of(tmp_path, memory="lstm", segment_length=4, n_minibatches=3)
     trainer.update.prepare(6 * T, float("inf"))
-    for epoch in trainer.update.orders:
+    for epoch in trainer.update.shuffle.orders:
         assert epoch.flatten().sort().values.tolist() == list(range(6 * T))
         for rows in epoch.view(3, 4, -1):
             assert torch.equal(rows[1:], rows[:-1] + 6)
-    assert not torch.equal(trainer.update.orders[0], trainer.update.orders[1])
+    assert not torch.equal(trainer.update.shuffle.orders[0], trainer.update.shuffle.orders[1])
     trainer.env.close()
 
 

@@ -133,7 +133,8 @@ class FirstRatios:
         ended = r.terminated | r.truncated if r.valid is None else ~r.valid
         starts = torch.cat((self._before.unsqueeze(0), ended))
         self._before = ended[-1].clone()
-        inside = torch.arange(len(ended)) % self.trainer.update.segment_length != self.trainer.update.segment_length - 1
+        length = self.trainer.update.shuffle.segment_length
+        inside = torch.arange(len(ended)) % length != length - 1
         for kind in ("terminated", "truncated"):
             if getattr(r, kind)[inside].any():
                 self.endings.add(kind)
@@ -142,10 +143,10 @@ class FirstRatios:
     def __call__(self, r):
         policy, update = self.trainer.policy, self.trainer.update
         batch = r.batch()._replace(starts=self._starts(r).flatten())
-        layout = BatchLayout(batch, update.segment_length)
+        layout = BatchLayout(batch, update.shuffle.segment_length)
         data = layout.pack(batch)
         seen = []
-        for rows in update.orders[0]:
+        for rows in update.shuffle.orders[0]:
             part = layout.gather(Minibatch(torch.zeros(2), rows, data))
             with torch.no_grad():
                 output = policy(part.obs, part.states, part.starts)
@@ -164,7 +165,7 @@ class FirstRatios:
 def assert_first_ratios(trainer, **options):
     check = FirstRatios(trainer, **options)
     after_each_rollout(trainer, check)
-    if trainer.update.segment_length > 1:
+    if trainer.update.shuffle.segment_length > 1:
         assert check.endings == {"terminated", "truncated"}
 
 
@@ -334,8 +335,9 @@ def test_gradients_equal_those_of_a_loop_over_environments_and_steps(tmp_path, c
             assert inside.any(), "an episode starts within a segment"
             coefs = trainer.learner.coefs
             found = dict(zip(update.trained, update.parameters.views(update.gradient(batch, coefs)), strict=True))
+            rows = update.shuffle.orders[0, 0]
             expected = ppo_gradient(
-                trainer.policy, r, update.orders[0, 0], starts, coefs, length=length, value_clip="max", normalize=True
+                trainer.policy, r, rows, starts, coefs, length=length, value_clip="max", normalize=True
             )
             assert {f"network.{name}" for name in expected} == set(found)
             for name, x in expected.items():

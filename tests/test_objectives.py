@@ -28,7 +28,7 @@ from fastppo.spaces.observations import ObsSpec
 from fastppo.spaces.packing import leaves_of, mask_leaf
 from tests.faults.test_resume import interrupted, rows_of
 from tests.functional.test_distributions import theirs
-from tests.test_update import coefficients, logprobs_now
+from tests.test_update import coefficients, logprobs_now, make_shuffle
 from tests.worlds import short
 
 B, D, EPOCHS, PARTS = 128, 3, 2, 4
@@ -75,15 +75,16 @@ def make_batch(kind, policy, valid=None):
 
 
 def make_update(policy, objective, **changes):
-    settings = {"update_epochs": EPOCHS, "n_minibatches": PARTS, "normalize": "off", "kl_stop": "epoch"} | changes
+    shuffle = make_shuffle(changes.pop("update_epochs", EPOCHS), changes.pop("n_minibatches", PARTS))
+    settings = {"normalize": "off", "kl_stop": "epoch"} | changes
     rule = functools.partial(adapted_kl_coef, target=TARGET)
     adaptive = Adaptation(START, rule) if objective != "clip" else None
     return PPOUpdate(
         policy,
         FlatParameters(policy.network),
-        torch.Generator().manual_seed(5),
-        loss=PPOLoss("off", objective),
-        optimizer=adam(1e-5),
+        PPOLoss("off", objective),
+        adam(1e-5),
+        shuffle,
         adaptive_kl_coef=adaptive,
         **settings,
     )
@@ -141,12 +142,12 @@ def test_an_update_matches_plain_autograd(objective, kind):
     batch, arrays = make_batch(kind, policy)
     update = make_update(policy, objective)
     report = dict(zip(update.report_names, learn(update, batch).tolist(), strict=True))
-    kls = reference(twin, policy.distribution, batch, arrays, update.orders, objective, START)
+    kls = reference(twin, policy.distribution, batch, arrays, update.shuffle.orders, objective, START)
     torch.testing.assert_close(vector(policy.network), vector(twin), atol=1e-5, rtol=0)
     assert report["exact_kl"] == pytest.approx(np.mean(kls), rel=1e-4)
     assert min(kls) > TARGET, "the KL must matter"
     if objective != "clip":
-        reference(other, policy.distribution, batch, arrays, update.orders, objective, 1.1 * START)
+        reference(other, policy.distribution, batch, arrays, update.shuffle.orders, objective, 1.1 * START)
         assert (vector(other) - vector(twin)).abs().max() > 1e-4, "another weight must give another update"
         assert report["kl_coef"] == pytest.approx(START), "the report has the weight of this update"
         assert update.adapted["kl_coef"].item() == pytest.approx(2 * START)
@@ -161,7 +162,7 @@ def test_filler_rows_do_not_count():
     batch, arrays = make_batch("gaussian", policy, valid)
     update = make_update(policy, "penalty")
     learn(update, batch)
-    reference(twin, policy.distribution, batch, arrays, update.orders, "penalty", START)
+    reference(twin, policy.distribution, batch, arrays, update.shuffle.orders, "penalty", START)
     torch.testing.assert_close(vector(policy.network), vector(twin), atol=1e-5, rtol=0)
 
 
@@ -252,7 +253,7 @@ def three_updates(how, objective, kind):
         update.prepare(B, math.inf)
         update.begin(batch)
         update.capture(coefs, GraphPool(torch.device("cpu")))
-        update.generator.manual_seed(5)
+        update.shuffle.generator.manual_seed(5)
     weights = [weight.item() for weight in update.adapted.values()]
     assert weights == ([] if objective == "clip" else [pytest.approx(START)]), "neither changes the weight"
     reports = [learn(update, batch) for _ in range(3)]

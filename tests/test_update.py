@@ -14,7 +14,7 @@ from fastppo.policies.encoder import Encoder
 from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.policies.mlp import MLP
 from fastppo.policies.policy import Policy
-from fastppo.ppo.minibatches import BatchLayout, Minibatch, sequence_rows
+from fastppo.ppo.minibatches import BatchLayout, Minibatch, Shuffle, sequence_rows
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runtime import compile as compiling
 from fastppo.spaces.observations import ObsSpec
@@ -57,10 +57,16 @@ def make_batch(policy, seed=1, rows=B, valid=None):
     return Batch(obs, action.actions, logprobs, action.params, action.values, advantages, returns, valid)
 
 
+def make_shuffle(update_epochs, n_minibatches):
+    generator = torch.Generator().manual_seed(5)
+    return Shuffle(generator, torch.device("cpu"), update_epochs=update_epochs, n_minibatches=n_minibatches)
+
+
 def make_update(policy, **changes):
-    settings = {"update_epochs": 2, "n_minibatches": 4, "normalize": "minibatch", "kl_stop": "epoch"}
-    settings |= {"loss": PPOLoss(changes.pop("value_clip", "max")), "optimizer": adam(1e-5)} | changes
-    return PPOUpdate(policy, FlatParameters(policy.network), torch.Generator().manual_seed(5), **settings)
+    loss, optimizer = PPOLoss(changes.pop("value_clip", "max")), changes.pop("optimizer", adam(1e-5))
+    shuffle = make_shuffle(changes.pop("update_epochs", 2), changes.pop("n_minibatches", 4))
+    settings = {"normalize": "minibatch", "kl_stop": "epoch"} | changes
+    return PPOUpdate(policy, FlatParameters(policy.network), loss, optimizer, shuffle, **settings)
 
 
 def learn(update, batch, coefs, kl_limit, watch=True):

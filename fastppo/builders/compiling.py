@@ -198,7 +198,7 @@ def _unrolled_steps(learner: Learner) -> int:
     """Return the steps of a loop in the user's own module that the compiler would unroll; 0: there is none."""
     policy = learner.update.policy
     own = policy.has_memory and not isinstance(policy.network, RecurrentNetwork)
-    return learner.update.segment_length if own else 0
+    return learner.update.shuffle.segment_length if own else 0
 
 
 def _compile_env(env: VecEnv) -> None:

@@ -41,6 +41,7 @@ from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.learner import Learner
 from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.ppo.metrics import Metrics
+from fastppo.ppo.minibatches import Shuffle
 from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runs.model_files import load_model, read_spec
@@ -155,19 +156,23 @@ def build_update(c: Config, models: Models, device: torch.device, world: World, 
         adaptive_rate = Adaptation(start, rule)
     if loss.penalizes_kl:
         adaptive_kl_coef = Adaptation(c.kl_coef, functools.partial(adapted_kl_coef, target=c.penalty_kl))
-    return PPOUpdate(
-        policy=models.policy,
-        parameters=models.parameters,
-        generator=generator(c.seed, "shuffle", device, world.rank),
-        loss=loss,
-        optimizer=build_optimizer(c, models),
+    shuffle = Shuffle(
+        generator(c.seed, "shuffle", device, world.rank),
+        device,
         update_epochs=known(c.update_epochs),
         n_minibatches=known(c.n_minibatches),
+        segment_length=(c.segment_length or known(c.n_steps)) if models.policy.has_memory else 1,
+        n_envs=n_envs or known(c.n_envs),
+    )
+    return PPOUpdate(
+        models.policy,
+        models.parameters,
+        loss,
+        build_optimizer(c, models),
+        shuffle,
         normalize=c.normalize_advantages,
         kl_stop=c.kl_stop,
         world=world,
-        segment_length=(c.segment_length or known(c.n_steps)) if models.policy.has_memory else 1,
-        n_envs=n_envs or known(c.n_envs),
         adaptive_rate=adaptive_rate,
         adaptive_kl_coef=adaptive_kl_coef,
     )

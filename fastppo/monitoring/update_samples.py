@@ -129,7 +129,7 @@ class UpdateSampler:
             histograms: also collect histograms of weights, gradients, actions and ratios.
         """
         self._rollout, self._update, self._every, self._histograms = rollout, update, every, histograms
-        n, length, device = rollout.rewards.numel(), update.segment_length, rollout.rewards.device
+        n, length, device = rollout.rewards.numel(), update.shuffle.segment_length, rollout.rewards.device
         sequences = spread_rows(n // length, max(1, ROWS // length), device)
         self._rows = sequences if length == 1 else sequence_rows(sequences, rollout.rewards.shape[1], length)
         self._ratios: list[Tensor] = []
@@ -147,7 +147,7 @@ class UpdateSampler:
     @torch.no_grad()
     def measure(self) -> None:
         """Compute the ratios of the sampled rows under the current policy."""
-        policy, batch = self._update.policy, self._rollout.batch().take(self._rows, self._update.segment_length)
+        policy, batch = self._update.policy, self._rollout.batch().take(self._rows, self._update.shuffle.segment_length)
         with _unchanged(policy):
             params = policy(batch.obs, batch.states, batch.starts).params
         logprobs = policy.distribution.log_prob(params, batch.actions)

@@ -106,7 +106,7 @@ class Learner:
             watch = watch and self.coef_values["target_kl"] != math.inf
             self.update.run_epochs(self.coefs, watch=watch, on_epoch=on_epoch)
             if self.curiosity is not None:
-                self.curiosity.learn(self.update.orders, self.coefs)
+                self.curiosity.learn(self.update.shuffle.orders, self.coefs)
             return self._finish()
 
     def compute_advantages(self) -> Tensor:
@@ -160,8 +160,8 @@ class Learner:
             CompileError: they can't be compiled on this rank or another.
         """
         if self.curiosity is not None:
-            self.update.allocate(self._rollout.rewards.numel())
-            self.curiosity.compile(self.update.orders[0, 0], self.coefs)
+            self.update.shuffle.allocate(self._rollout.rewards.numel())
+            self.curiosity.compile(self.update.shuffle.orders[0, 0], self.coefs)
 
     def fuse(self, parallel: int) -> None:
         """Update in C, and compute advantages there, or by kernels on a GPU; changes no state.
@@ -188,9 +188,9 @@ class Learner:
         """
         if reason := self._policy.uncompilable():
             raise CaptureError(reason)
-        shuffles = self.update.generator.get_state()
+        shuffles = self.update.shuffle.generator.get_state()
         self.anneal(0.0)
-        self.update.generator.set_state(shuffles)  # permutations must not depend on capture
+        self.update.shuffle.generator.set_state(shuffles)  # permutations must not depend on capture
         moments = [] if self._reward_normalizer is None else list(self._reward_normalizer.buffers())
         moments += [] if self.curiosity is None else self.curiosity.moments()
         self.update.begin(self._rollout.batch())  # allocates what the graphs share
@@ -204,7 +204,7 @@ class Learner:
         )
         self.update.capture(self.coefs, pool)
         if self.curiosity is not None:
-            self.curiosity.capture(self.update.orders[0], self.coefs, pool)
+            self.curiosity.capture(self.update.shuffle.orders[0], self.coefs, pool)
 
         def replay_begin() -> Tensor:
             with self._clock.phase("update"):

@@ -107,7 +107,7 @@ def plan_memory(
         gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
         batch = rollout.batch()
         data = learner.pack(batch)
-        learner.allocate(len(batch.logprobs))
+        learner.shuffle.allocate(len(batch.logprobs))
         learner.scales(batch)
         packed = list[Tensor]()
         if fused:
@@ -116,8 +116,8 @@ def plan_memory(
             del encoded
         peaks = [live.take_peak()]
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
-        length = learner.segment_length
-        rows = order[: max(1, len(order) // length // learner.n_minibatches) * length]
+        length = learner.shuffle.segment_length
+        rows = order[: max(1, len(order) // length // learner.shuffle.n_minibatches) * length]
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         peaks += [live.take_peak()] * (1 + gradients)
         if curious is not None:

@@ -1,4 +1,4 @@
-"""Memory layout of minibatches: gathering B rows of a rollout is one operation."""
+"""Minibatches: which rows of a rollout each holds, and a memory layout in which gathering them is one operation."""
 
 from __future__ import annotations
 
@@ -41,6 +41,52 @@ def sequence_rows(order: Tensor, n_envs: int, length: int) -> Tensor:
     first = torch.div(order, n_envs, rounding_mode="floor") * (length * n_envs) + order % n_envs
     steps = torch.arange(length, device=order.device).unsqueeze(1) * n_envs
     return (first.unsqueeze(-2) + steps).flatten(-2)
+
+
+class Shuffle:
+    """Cuts a rollout into minibatches, in a new random order for each epoch.
+
+    Attributes:
+        generator: draws the orders.
+        update_epochs: E, passes over the rollout.
+        n_minibatches: M, minibatches per epoch; divides the number of sequences.
+        segment_length: L, steps of a sequence; the T x N rows of a rollout are cut into sequences of one environment
+            each, and a minibatch is whole sequences. 1: single rows.
+    """
+
+    def __init__(
+        self,
+        generator: torch.Generator,
+        device: torch.device,
+        *,
+        update_epochs: int,
+        n_minibatches: int,
+        segment_length: int = 1,
+        n_envs: int = 1,
+    ) -> None:
+        """Cut rollouts of `n_envs` environments (used only if L > 1); the orders lie on `device`."""
+        self.generator, self.update_epochs, self.n_minibatches = generator, update_epochs, n_minibatches
+        self.segment_length, self._n_envs = segment_length, n_envs
+        self._rows = torch.zeros(0, 0, dtype=torch.int64, device=device)
+
+    @property
+    def orders(self) -> Tensor:
+        """Rows of each minibatch of each epoch, [E, M, B], as drawn last."""
+        return self._rows.view(self.update_epochs, self.n_minibatches, -1)
+
+    def allocate(self, n: int) -> None:
+        """Allocate the orders of `n` rows, unless they are allocated."""
+        if self._rows.shape != (self.update_epochs, n):
+            self._rows = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self._rows.device)
+
+    def draw(self, n: int) -> None:
+        """Draw an order of `n` rows for each epoch."""
+        self.allocate(n)
+        length = self.segment_length
+        for order in self.orders:
+            drawn = torch.randperm(n // length, generator=self.generator, device=self.generator.device)
+            drawn = drawn.view(self.n_minibatches, -1)
+            order.copy_(drawn if length == 1 else sequence_rows(drawn, self._n_envs, length))
 
 
 class BatchLayout:

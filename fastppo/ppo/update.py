@@ -23,7 +23,7 @@ from fastppo.policies.policy import Policy
 from fastppo.ppo import fused_gradient, kernel_gradient
 from fastppo.ppo.fused_gradient import FusedGradient
 from fastppo.ppo.kernel_gradient import KernelGradient
-from fastppo.ppo.minibatches import Minibatch, sequence_rows
+from fastppo.ppo.minibatches import Minibatch, Shuffle
 from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
@@ -40,12 +40,8 @@ class PPOUpdate:
     Attributes:
         policy: the policy that learns.
         parameters: its network's parameters, as one vector.
-        generator: draws the permutations.
-        update_epochs: E, number of passes over the rollout.
-        n_minibatches: M, minibatches per epoch; divides the number of sequences.
-        segment_length: L, steps of a sequence; the T x N rows of a rollout are cut into sequences of one environment
-            each, and a minibatch is whole sequences. 1: single rows.
-        n_envs: N; only used if L > 1.
+        loss: loss of a minibatch.
+        shuffle: cuts each rollout into minibatches.
         normalize: normalise advantages per "minibatch", per "batch", or not ("off").
         kl_stop: "epoch" stops after an epoch whose mean KL exceeds the limit, "minibatch" before the step of a
             minibatch whose KL does.
@@ -65,17 +61,13 @@ class PPOUpdate:
         self,
         policy: Policy,
         parameters: FlatParameters,
-        generator: torch.Generator,
-        *,
         loss: Loss,
         optimizer: Optimizer,
-        update_epochs: int,
-        n_minibatches: int,
+        shuffle: Shuffle,
+        *,
         normalize: Literal["minibatch", "batch", "off"],
         kl_stop: Literal["epoch", "minibatch"],
         world: World | None = None,
-        segment_length: int = 1,
-        n_envs: int = 1,
         adaptive_rate: Adaptation | None = None,
         adaptive_kl_coef: Adaptation | None = None,
     ) -> None:
@@ -84,25 +76,18 @@ class PPOUpdate:
         Args:
             policy: the policy that learns.
             parameters: its network's parameters.
-            generator: draws the permutations, on the device of the parameters.
             loss: loss of a minibatch.
             optimizer: optimiser of the flat parameters.
-            update_epochs: E.
-            n_minibatches: M.
+            shuffle: cuts rollouts into minibatches, on the device of the parameters.
             normalize: see the attribute.
             kl_stop: see the attribute.
             world: None: a single rank.
-            segment_length: L.
-            n_envs: N.
             adaptive_rate: adapts the learning rate before each step to the exact KL of its minibatch; None: a schedule
                 sets it.
             adaptive_kl_coef: adapts the KL coefficient after each update, for a loss that penalises the KL.
         """
-        self.segment_length, self.n_envs = segment_length, n_envs
-        self.policy, self.parameters, self.generator = policy, parameters, generator
-        self.update_epochs, self.n_minibatches = update_epochs, n_minibatches
+        self.policy, self.parameters, self.loss, self.shuffle = policy, parameters, loss, shuffle
         self.normalize, self.kl_stop, self.world = normalize, kl_stop, world or World()
-        self.loss = loss
         self._n_figures = len(loss.diagnostics) + 1
         self.report_names = (*loss.diagnostics, "grad_norm", "skipped_minibatches", "minibatches_run", "epochs_run")
         self.report_names += ("stopped", "stop_kl", "skipped_in_a_row")
@@ -123,12 +108,11 @@ class PPOUpdate:
         )
         # largest mean KL of an epoch
         self._epoch_limit = vector.new_zeros(())
-        self._orders = torch.zeros(0, 0, dtype=torch.int64, device=vector.device)
         # mean and divisor of the advantages of each minibatch, and the packed batch; `begin` writes both
-        self._scales = vector.new_zeros(update_epochs, n_minibatches, 2)
+        self._scales = vector.new_zeros(shuffle.update_epochs, shuffle.n_minibatches, 2)
         self._data: tuple[Tensor, ...] = ()
         loss_gradient = LossGradient(
-            policy, parameters, loss, scale_advantages=normalize == "minibatch", segment_length=segment_length
+            policy, parameters, loss, scale_advantages=normalize == "minibatch", segment_length=shuffle.segment_length
         )
         self.trained = loss_gradient.trained
         self._gradient: LossGradient | FusedGradient | KernelGradient = loss_gradient
@@ -157,7 +141,7 @@ class PPOUpdate:
         if reason := self.policy.uncompilable():
             raise CompileError(reason)
         data = self.pack(batch)
-        rows = torch.arange(len(batch.logprobs) // self.n_minibatches, device=self.state.sums.device)
+        rows = torch.arange(len(batch.logprobs) // self.shuffle.n_minibatches, device=self.state.sums.device)
         minibatch, constants = Minibatch(self.state.sums.new_zeros(2), rows, data), self._gradient.constants
         if self.world.size == 1:
             self._step = compile_graph(self._step, (self.state, minibatch, coefs, constants))
@@ -237,7 +221,7 @@ class PPOUpdate:
         Raises:
             CaptureError: the capture failed.
         """
-        rows, scales = self.orders[0].clone(), self._scales[0].clone()
+        rows, scales = self.shuffle.orders[0].clone(), self._scales[0].clone()
         replay = capture(
             lambda: self._launched_epoch(rows, scales, coefs, False),
             keep=self.kept(),
@@ -255,22 +239,12 @@ class PPOUpdate:
         self._epoch = epoch
 
     def prepare(self, n: int, kl_limit: float) -> None:
-        """Set the KL limit (inf: none) and draw a permutation of the `n` rows for each of the E epochs."""
+        """Draw minibatches of the `n` rows for all epochs, and set the KL limit (inf: none)."""
         self.parameters.check()
-        self.allocate(n)
-        length = self.segment_length
-        for order in self._orders.view(self.update_epochs, self.n_minibatches, -1):
-            drawn = torch.randperm(n // length, generator=self.generator, device=self.generator.device)
-            drawn = drawn.view(self.n_minibatches, -1)
-            order.copy_(drawn if length == 1 else sequence_rows(drawn, self.n_envs, length))
+        self.shuffle.draw(n)
         by_epoch = self.kl_stop == "epoch"
         self._epoch_limit.fill_(kl_limit if by_epoch else math.inf)
         self.state.kl_limit.fill_(math.inf if by_epoch else kl_limit)
-
-    def allocate(self, n: int) -> None:
-        """Allocate the permutations of `n` rows, unless they are allocated."""
-        if self._orders.shape != (self.update_epochs, n):
-            self._orders = torch.zeros(self.update_epochs, n, dtype=torch.int64, device=self.state.sums.device)
 
     def run(
         self, batch: Batch, coefs: Coefficients, *, watch: bool, on_epoch: Callable[[], None] | None = None
@@ -313,7 +287,7 @@ class PPOUpdate:
         """
         if on_epoch is not None:
             on_epoch()
-        for order, scale in zip(self.orders, self._scales, strict=True):
+        for order, scale in zip(self.shuffle.orders, self._scales, strict=True):
             self._epoch(order, scale, coefs, watch)
             if on_epoch is not None:
                 on_epoch()
@@ -340,14 +314,14 @@ class PPOUpdate:
         stopped = (state.kl_limit == -math.inf).float()
         begun = within + stopped if self.kl_stop == "minibatch" else within
         # minus a half: CUDA divides by multiplying with a rounded inverse, which may land just above a whole number
-        epochs = torch.ceil((begun - 0.5) / self.n_minibatches).clamp(min=0)
+        epochs = torch.ceil((begun - 0.5) / self.shuffle.n_minibatches).clamp(min=0)
         rest = (within - taken, within, epochs, stopped, state.stop_kl, state.skipped[1], *self.adapted.values())
         return torch.cat((figures / taken, torch.stack(rest)))
 
     def gradient(self, batch: Batch, coefs: Coefficients) -> Tensor:
         """Return the gradient [P] of the first minibatch drawn by `prepare`, at the current parameters."""
         data, scales = self._lay_out(batch)
-        minibatch = Minibatch(scales[0, 0], self.orders[0, 0], data)
+        minibatch = Minibatch(scales[0, 0], self.shuffle.orders[0, 0], data)
         return self._gradient(self.state.params, minibatch, coefs, self._gradient.constants).flat
 
     def step(self, minibatch: Minibatch, coefs: Coefficients) -> None:
@@ -357,14 +331,14 @@ class PPOUpdate:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that the next update needs, without the parameters.
 
-        Optimiser, adapted coefficients, and the random stream of the permutations.
+        Optimiser, adapted coefficients, and the random stream of the shuffle.
         """
         state = self.state
         return {
             **state.optimizer._asdict(),
             **self.adapted,
             "streak": state.skipped,
-            "shuffles": self.generator.get_state(),
+            "shuffles": self.shuffle.generator.get_state(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
@@ -375,12 +349,7 @@ class PPOUpdate:
             if name in saved:  # a run that did not adapt it may be resumed as one that does
                 tensor.copy_(saved[name])
         self.state.skipped.copy_(saved["streak"])
-        self.generator.set_state(saved["shuffles"].cpu())
-
-    @property
-    def orders(self) -> Tensor:
-        """Rows of each minibatch of each epoch, [E, M, B], as drawn by `prepare`."""
-        return self._orders.view(self.update_epochs, self.n_minibatches, -1)
+        self.shuffle.generator.set_state(saved["shuffles"].cpu())
 
     def kept(self) -> list[Tensor]:
         """List the tensors that an update changes and the next one reads."""
@@ -392,7 +361,7 @@ class PPOUpdate:
 
     def scales(self, batch: Batch) -> Tensor:
         """Return mean and divisor of the advantages of each minibatch drawn by `prepare`, [E, M, 2]."""
-        orders = self.orders
+        orders = self.shuffle.orders
         if self.normalize != "minibatch":
             return self.state.sums.new_zeros(*orders.shape[:2], 2)  # not used
         valid = None if batch.valid is None else batch.valid[orders]
@@ -417,7 +386,7 @@ class PPOUpdate:
     def _run_epoch(self, rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
         """Take a step on each minibatch: `rows` [M, B], `scales` [M, 2]; `watch` as for `run_epochs`."""
         watch_minibatches = watch and self.kl_stop == "minibatch" and rows.device.type == "cpu"
-        for i in range(self.n_minibatches):
+        for i in range(self.shuffle.n_minibatches):
             self.step(Minibatch(scales[i], rows[i], self._data), coefs)
             if watch_minibatches and self._stopped():
                 break
@@ -437,7 +406,7 @@ class PPOUpdate:
             of_epoch[1:].zero_()
         if self.kl_stop == "minibatch":
             return
-        kl = of_epoch[0] / self.n_minibatches
+        kl = of_epoch[0] / self.shuffle.n_minibatches
         # "not <=", so that NaN stops too
         ends = ~(kl <= self._epoch_limit) & (self._epoch_limit != math.inf) & (state.kl_limit != -math.inf)
         state.stop_kl.copy_(torch.where(ends, kl, state.stop_kl))

@@ -56,9 +56,9 @@ def save_nan_dump(
     fields = {name: x for name, x in batch._asdict().items() if isinstance(x, Tensor)}
     fields |= {f"states.{i}": x for i, x in enumerate(batch.states)}
     tensors = {name: x.detach().cpu().contiguous() for name, x in fields.items()}
-    tensors["orders"] = update.orders.cpu().contiguous()
+    tensors["orders"] = update.shuffle.orders.cpu().contiguous()
     tensors |= {f"coefs.{name}": x.cpu().clone() for name, x in coefs._asdict().items()}
-    settings = {**vars(update.loss), "normalize": update.normalize, "segment_length": update.segment_length}
+    settings = {**vars(update.loss), "normalize": update.normalize, "segment_length": update.shuffle.segment_length}
     text = json.dumps({"format": FORMAT, **settings, **metadata}, indent=2)
     files = model_files(snapshot(models), spec, {})
     files |= {"batch.safetensors": safetensors.torch.save(tensors), "capsule.json": text.encode()}

@@ -149,7 +149,7 @@ def test_compiled_and_captured_updates_match_eager_ones(how):
             update.prepare(len(batch.logprobs), math.inf)
             update.begin(batch)
             update.capture(coefs, GraphPool(torch.device("cpu")))
-            update.generator.manual_seed(5)
+            update.shuffle.generator.manual_seed(5)
         for i in range(3):  # the last update stops
             coefs.learning_rate.fill_(1e-3 / (i + 1))  # in place, since a graph reads the tensors that it captured
             learn(update, batch, coefs, (math.inf, 1.0, 1e-4)[i])

@@ -62,7 +62,7 @@ def train(name, settings):
     run_dir = folder / name / f"run{size}"
     trainer = Trainer(Config(n_envs=n if size > 1 else N, run_dir=run_dir, threads=1, **settings))
     T, E, M = trainer.config.n_steps, trainer.config.update_epochs, trainer.config.n_minibatches
-    L, shuffles = trainer.update.segment_length, torch.Generator().manual_seed(12)
+    L, shuffles = trainer.update.shuffle.segment_length, torch.Generator().manual_seed(12)
     prepare = trainer.update.prepare
 
     def same_minibatches(rows, limit):
@@ -70,10 +70,10 @@ def train(name, settings):
         for e in range(E):
             parts = [torch.randperm(T // L * n, generator=shuffles).view(M, -1) for _ in range(2)]
             if size > 1:
-                trainer.update._orders[e] = sequence_rows(parts[rank], n, L).flatten()
+                trainer.update.shuffle.orders[e] = sequence_rows(parts[rank], n, L)
             else:
                 whole = [(p // n) * N + r * n + p % n for r, p in enumerate(parts)]
-                trainer.update._orders[e] = sequence_rows(torch.cat(whole, 1), N, L).flatten()
+                trainer.update.shuffle.orders[e] = sequence_rows(torch.cat(whole, 1), N, L)
 
     trainer.update.prepare = same_minibatches
     logged, hashes = [], []
