@@ -538,7 +538,7 @@ def test_rank_0_measures_the_vectorisation_for_all(second, monkeypatch, tmp_path
     monkeypatch.setattr("fastppo.builders.resolve.choose_vectorization", lambda *_: fail())
     sent.append([({"vectorization": "pool"}, "vectorization pool: measured"), None])
     config = short(tmp_path, vectorization="auto")
-    c, notes = resolve_config(config, inspect_env("CartPole-v1", {}), CPU, custom_policy=False, world=world)
+    c, notes = resolve_config(config, inspect_env("CartPole-v1", {}), CPU, world=world)
     assert c.vectorization == "pool"
     assert notes[-1] == "vectorization pool: measured"
 

@@ -50,7 +50,7 @@ def build(monkeypatch, **settings):
     monkeypatch.setattr(Policy, "_precision", lambda *_: contextlib.nullcontext())
     wanted = Config(vectorization="tensor", n_envs=6, n_steps=8, n_minibatches=2, update_epochs=3, **settings)
     info = inspect_env(wanted.env_id, wanted.env_kwargs)
-    c, _ = resolve_config(wanted, info, torch.device("cpu"), custom_policy=False)
+    c, _ = resolve_config(wanted, info, torch.device("cpu"))
     clock, models = Clock(), parts.build_models(c, info, None, META, WORLD)
     env = parts.build_envs(c, info, META, WORLD, [], stream_offset=0)
     rollout = parts.build_rollout(c, env, models, META, WORLD)

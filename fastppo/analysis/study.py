@@ -154,7 +154,7 @@ def plan_study(base: Config, n_envs: Sequence[int], seeds: int, hold: Hold, fold
 def _resolve(config: Config, env_info: EnvInfo, device: torch.device) -> Config:
     """Resolve defaults as a run does, without the choices that measure speed or start processes."""
     plain = dataclasses.replace(config, vectorization="sync", workers=None, half_batches=False)
-    return resolve_config(plain, env_info, device, custom_policy=False)[0]
+    return resolve_config(plain, env_info, device)[0]
 
 
 def run_cores(config: Config, env_info: EnvInfo, device: torch.device) -> int:

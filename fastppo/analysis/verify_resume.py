@@ -47,7 +47,7 @@ def verify_resume(config: Config, iterations: int = 6) -> Iterator[CheckResult]:
         ConfigError, EnvError: the run can't be made with these settings.
     """
     env_info = inspect_configured(config)
-    c, notes = resolve_config(config, env_info, choose_device(config.device), custom_policy=False)
+    c, notes = resolve_config(config, env_info, choose_device(config.device))
     c = dataclasses.replace(c, total_timesteps=iterations * c.batch_size, **_FIXED)
     for note in notes:
         yield CheckResult("note", note)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from fastppo.config import Config, check_sequences, fill_defaults, parse_schedule
 from fastppo.envs.auto_vectorization import env_key, recall
@@ -24,8 +25,7 @@ def resolve_config(
     env_info: EnvInfo,
     device: torch.device,
     *,
-    custom_policy: bool,
-    custom_memory: bool = False,
+    policy: nn.Module | None = None,
     world: World | None = None,
 ) -> tuple[Config, list[str]]:
     """Return the config with every choice that precedes building made, and notes about the choices.
@@ -34,20 +34,18 @@ def resolve_config(
         config: settings as the user gave them.
         env_info: of the environment.
         device: to train on.
-        custom_policy: whether the network is the user's own module.
-        custom_memory: whether that module has memory.
-        world: the ranks that train together.
-
-    What is measured, the main rank of `world` (None: a single rank) measures for all.
+        policy: the user's own network; None: the config's.
+        world: the ranks that train together; the main one measures for all. None: a single rank.
 
     Raises:
         ConfigError: settings contradict each other.
     """
+    custom_memory = hasattr(policy, "initial_state")
     if env_info.vector is not None and config.n_envs is None:
         config = dataclasses.replace(config, n_envs=env_info.vector.num_envs)
     if not env_info.from_id:  # so that neither the default id nor its profile is taken for make_env's environment
         config = dataclasses.replace(config, env_id=env_info.name)
-    filled = fill_defaults(
+    c = fill_defaults(
         config,
         env_info.kind,
         atari=env_info.atari,
@@ -55,39 +53,58 @@ def resolve_config(
         custom_memory=custom_memory,
     )
     if custom_memory:
-        check_sequences(filled)
+        check_sequences(c)
     elif config.segment_length is not None and config.memory == "none":
         raise ConfigError("segment_length needs a memory: --memory lstm, gru or mingru; or leave it out.")
+    if policy is not None:
+        _check_own_network(config)
+    _check_env(config, env_info)
     changes: dict[str, Any] = {}
     if config.device == "auto":  # a resumed run keeps the device type; each rank chooses its own index
         changes["device"] = device.type
-    if config.network == "auto" and not custom_policy:
+    if config.network == "auto" and policy is None:
         changes["network"] = default_network(env_info.obs_spec)
-    if custom_policy and config.network != "auto":
-        raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
-    leaves = env_info.obs_spec.seen
-    if config.normalize_obs is None and all(leaf.kind != "vector" for leaf in leaves):
+    if config.normalize_obs is None and all(leaf.kind != "vector" for leaf in env_info.obs_spec.seen):
         changes["normalize_obs"] = False
-    if custom_policy and config.memory != "none":
+    c = dataclasses.replace(c, **changes)
+    notes = _notes(config, c, env_info, has_memory=custom_memory or c.memory != "none")
+    if c.vectorization != "auto":
+        return c, notes
+    chosen, why = (world or World()).shared(lambda: _fastest_vectorization(c, env_info))
+    return dataclasses.replace(c, **chosen), [*notes, why]
+
+
+def _check_own_network(config: Config) -> None:
+    """Refuse settings of a network that the user's own module replaces."""
+    if config.network != "auto":
+        raise ConfigError(f"network={config.network} and a policy module are both given; leave network at auto.")
+    if config.memory != "none":
         raise ConfigError(
             f"memory={config.memory} and a policy module are both given; give the module an initial_state of its own "
             "(docs/memory.md), and leave memory out."
         )
-    if config.state_dependent_std and env_info.action_spec.kind != "box":
-        raise ConfigError(
-            f"state_dependent_std needs Box actions, but the action space is {env_info.action_spec.kind}; leave it out."
-        )
-    if config.state_dependent_std and custom_policy:
+    if config.state_dependent_std:
         raise ConfigError(
             "state_dependent_std and a policy module are both given; the module itself returns the log standard "
             "deviations, of the state or not: leave it out."
+        )
+
+
+def _check_env(config: Config, env_info: EnvInfo) -> None:
+    """Refuse settings that don't fit the environment."""
+    if config.state_dependent_std and env_info.action_spec.kind != "box":
+        raise ConfigError(
+            f"state_dependent_std needs Box actions, but the action space is {env_info.action_spec.kind}; leave it out."
         )
     if config.eval_every is not None and env_info.vector is not None:
         raise ConfigError(
             "eval_every needs environments of its own, but make_env returned a vector environment; "
             "return a single environment from make_env, or leave eval_every out."
         )
-    c = dataclasses.replace(filled, **changes)
+
+
+def _notes(config: Config, c: Config, env_info: EnvInfo, *, has_memory: bool) -> list[str]:
+    """Return notes on what the environment gives, and on settings of `config` that became others in `c`."""
     notes = [*env_info.obs_spec.notes, *([env_info.action_spec.note] if env_info.action_spec.note else [])]
     if env_info.obs_spec.has_mask:
         source = {"key": "the observation key action_mask", "method": "action_masks()", "info": 'info["action_mask"]'}
@@ -96,15 +113,12 @@ def resolve_config(
         notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
     if config.profile in MEASURED and config.env_id not in TUNED:
         notes.append(f"profile {config.profile}: no measured setting for {env_info.name}; CleanRL's defaults are used.")
-    if (custom_memory or c.memory != "none") and config.n_minibatches is None and c.n_minibatches == 1:
+    if has_memory and config.n_minibatches is None and c.n_minibatches == 1:
         notes.append(
             "n_minibatches 1: a minibatch holds whole sequences, and a rollout is only one; give --segment-length or "
             "more environments for more steps per update."
         )
-    if c.vectorization != "auto":
-        return c, notes
-    chosen, why = (world or World()).shared(lambda: _fastest_vectorization(c, env_info))
-    return dataclasses.replace(c, **chosen), [*notes, why]
+    return notes
 
 
 def _fastest_vectorization(c: Config, env_info: EnvInfo) -> tuple[dict[str, Any], str]:

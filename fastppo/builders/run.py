@@ -22,6 +22,7 @@ from fastppo.builders.parts import (
     build_rollout,
     plan_run,
 )
+from fastppo.builders.recording import build_env_monitor, build_evaluation, build_logger, build_saver
 from fastppo.builders.resolve import known, resolve_config, target_of
 from fastppo.config import Config, count_iterations
 from fastppo.envs.make_envs import EnvInfo, Maker
@@ -31,7 +32,6 @@ from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.evaluation.video import choose_renderers
 from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
-from fastppo.monitoring.health import RunTraits, rounding_of
 from fastppo.monitoring.info_monitor import InfoMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.native import recurrence
@@ -40,12 +40,12 @@ from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import clean_up
-from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.model_files import read_spec
-from fastppo.runs.restore import Part, Progress, restore, run_metadata
+from fastppo.runs.restore import restore
 from fastppo.runs.run_dir import RunLock, claim_run_dir, create_run_dir
 from fastppo.runs.run_saver import RunSaver
+from fastppo.runs.run_state import Part, Progress, RunState, run_metadata
 from fastppo.runs.system_info import system_info, versions
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.device import choose_device, machine_name
@@ -66,7 +66,7 @@ class Run:
     """The parts of a run; see `Trainer` for the public ones.
 
     Attributes:
-        parts: stateful parts of a checkpoint by name, apart from models and environments.
+        state: what checkpoints hold.
         lock: lock of the run folder, on the main rank; released with the object.
         resumed: whether the run continues a checkpoint.
     """
@@ -89,7 +89,7 @@ class Run:
     monitor: EnvMonitor
     info: InfoMonitor
     evaluation: PeriodicEvaluation
-    parts: dict[str, Part]
+    state: RunState
     run_dir: Path
     lock: RunLock | None
     saver: RunSaver
@@ -102,121 +102,48 @@ def build_run(
 ) -> Run:
     """Build every part and open the run folder; arguments and errors as for `Trainer`."""
     exit_if_reimported()
-    clock, notes = Clock(), list[str]()
-    if config.video_every is not None:
-        choose_renderers()
-    keep_freed_memory()
-    device = choose_device(config.device)
-    if device.type == "cuda":  # kernels and graphs go to the current device
-        torch.cuda.set_device(device)
-    world = join_world(device)
+    clock, notes, progress = Clock(), list[str](), Progress()
+    device, world = _prepare_process(config)
     with contextlib.ExitStack() as undo:
         undo.callback(world.close)
-        made = time.perf_counter()
-        env_info = inspect_configured(config, make_env)
-        made = time.perf_counter() - made
-        if resume_from is not None:  # an earlier version may have read this space in another way
-            env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
+        env_info, seconds = _inspect_env(config, make_env, resume_from)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
-        c, choices = resolve_config(
-            config,
-            env_info,
-            device,
-            custom_policy=policy is not None,
-            custom_memory=hasattr(policy, "initial_state"),
-            world=world,
-        )
+        c, choices = resolve_config(config, env_info, device, policy=policy, world=world)
         notes += choices
         n_iterations = count_iterations(c, world.size)
-        traits = RunTraits(
-            env_info.action_spec.dimensions, rounding_of(c.precision, device.type), c.init_from is not None
-        )
-        logger = RunLogger(console if world.is_main else None, traits, c.log_every)
-        if made > _SLOW_SECONDS:
-            more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
-            logger.say(f"making one {env_info.name} and two steps took {made:.1f} s{more}")
+        logger = build_logger(c, env_info, device, console if world.is_main else None)
+        _explain_wait(c, env_info, seconds, logger)
         models = build_models(c, env_info, policy, device, world)
-        if c.threads is None:
-            work = c.minibatch_size * models.parameters.size
-            # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
-            in_c = c.compile in ("auto", "fused") and c.optimizer == "adam" and not_covered(models.policy) is None
-            threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
-            c = dataclasses.replace(c, threads=threads)
-            notes += choices
-        notes += check_threads(known(c.threads), resumed=resume_from is not None)
-        set_threads(known(c.threads))
+        c = _set_threads(c, models, world, notes, resumed=resume_from is not None)
         memory = plan_run(c, env_info, models, device, world, notes)
-        saved_step = 0 if resume_from is None else int(resume_from.name.removeprefix("step-"))
-        stream_offset = saved_step + 1 if saved_step else 0  # before the first iteration, a run begins as a new one
-        env = build_envs(c, env_info, device, world, notes, stream_offset=stream_offset)
+        env = build_envs(c, env_info, device, world, notes, stream_offset=_stream_offset(resume_from))
         undo.callback(env.close)
         rollout = build_rollout(c, env, models, device, world)
         collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
         c = dataclasses.replace(c, act_device=act_device)
         learning = build_learning(c, env, models, rollout, clock, world, n_iterations=n_iterations)
-        if device.type == "cuda" and (failure := triton_failure(device)):
-            notes.append(
-                f"advantages use {learning.learner.gae.__name__}: the Triton kernel does not work here "
-                f"({type(failure).__name__}: {first_line(failure)})."
-            )
-        progress = Progress()
-        evaluation = PeriodicEvaluation(
-            env_info,
-            models.policy,
-            device,
-            seed=c.seed,
-            eval_every=c.eval_every,
-            eval_episodes=c.eval_episodes,
-            eval_max_steps=c.eval_max_steps,
-            video_every=c.video_every,
-            world=world,
-            say=logger.say,
-        )
+        notes += _notes_on_gae(learning)
+        evaluation = build_evaluation(c, env_info, models.policy, device, world, logger.say)
         undo.callback(evaluation.close)
-        parts: dict[str, Part] = {
-            "update": learning.update,
-            "progress": progress,
-            "metrics": learning.metrics,
-            "collector": collect,
-            "learner": learning.learner,
-            "log": logger.interval,
-            "randomness": GlobalRandomState(),
-        }
-        if learning.learner.curiosity is not None:
-            parts["curiosity"] = learning.learner.curiosity
         run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
         if lock is not None:
             undo.callback(lock.release)
+        parts = _stateful_parts(learning, collect, logger, progress)
         metadata = run_metadata(c, env, world, versions() | _native_code(c, device, notes), machine_name())
+        state = RunState(models.spec, models.saved(), parts, env, metadata)
         if resume_from is not None:
-            exact, restored = restore(
-                resume_from,
-                metadata,
-                spec=models.spec,
-                models=models.saved(),
-                parts=parts,
-                env=env,
-                obs=collect.rollout.obs[-1],
-                world=world,
-            )
-            notes += restored
+            notes += _resume(resume_from, state, c, collect, world)
             evaluation.last_step = learning.metrics.global_step
-            if c.exact_resume and not exact:
-                raise CheckpointError(f"exact_resume: {restored[0]}")
             _refuse_finished(run_dir, c, learning, progress, n_iterations)
-        kept = [
-            *learning.update.kept(),
-            *([] if learning.learner.curiosity is None else learning.learner.curiosity.kept()),
-        ]
-        n_kept, size = c.keep_checkpoints + 2, sum(x.nbytes for x in kept)
-        world.shared(lambda: check_disk(run_dir, n_kept * size, f"{n_kept} checkpoints"))
+        _check_disk(run_dir, c, learning, world)
         minibatches = n_iterations * known(c.update_epochs) * known(c.n_minibatches)
         mode, compile_seconds = compile_parts(
             c.compile, minibatches, learning.learner, collect, env, world, notes=notes, say=logger.say
         )
         c = dataclasses.replace(c, compile=mode)
         notes += env.notes
+        state = state._replace(metadata=metadata | {"config": c.to_dict()})
         run = Run(
             config=c,
             notes=notes,
@@ -233,39 +160,14 @@ def build_run(
             learning=learning,
             n_iterations=n_iterations,
             progress=progress,
-            monitor=EnvMonitor(
-                env,
-                learning.metrics,
-                world,
-                device,
-                strict_obs=c.strict_obs,
-                max_restarts=c.env_restarts if c.on_env_error == "restart" else None,
-                say=logger.say,
-            ),
+            monitor=build_env_monitor(c, env, learning.metrics, world, device, logger.say),
             info=InfoMonitor(env, c.log_info, world, logger.say),
             evaluation=evaluation,
-            parts=parts,
+            state=state,
             run_dir=run_dir,
             lock=lock,
-            saver=RunSaver(
-                run_dir,
-                CheckpointWriter(
-                    run_dir,
-                    keep=c.keep_checkpoints,
-                    every_steps=c.checkpoint_every,
-                    every_minutes=c.checkpoint_minutes,
-                    world=world,
-                    device=device,
-                    say=logger.say,
-                ),
-                spec=models.spec,
-                models=models.saved(),
-                parts=parts,
-                env=env,
-                run_metadata=metadata | {"config": c.to_dict()},
-                model_metadata={"env": env_info.name, "make_env": make_env is not None},
-                world=world,
-                device=device,
+            saver=build_saver(
+                c, run_dir, state, world, device, logger.say, env_name=env_info.name, custom_env=make_env is not None
             ),
             resumed=resume_from is not None,
             compile_seconds=compile_seconds,
@@ -274,6 +176,101 @@ def build_run(
             _prepare_folder(run)
         undo.pop_all()
     return run
+
+
+def _prepare_process(config: Config) -> tuple[torch.device, World]:
+    """Return the device to train on and the ranks that train together, and set up this process for both."""
+    if config.video_every is not None:
+        choose_renderers()
+    keep_freed_memory()
+    device = choose_device(config.device)
+    if device.type == "cuda":  # kernels and graphs go to the current device
+        torch.cuda.set_device(device)
+    return device, join_world(device)
+
+
+def _inspect_env(config: Config, make_env: Maker | None, resume_from: Path | None) -> tuple[EnvInfo, float]:
+    """Return what one environment is, and the seconds that it took to make and try it."""
+    began = time.perf_counter()
+    env_info = inspect_configured(config, make_env)
+    seconds = time.perf_counter() - began
+    if resume_from is not None:  # an earlier version may have read this space in another way
+        env_info.obs_spec = env_info.obs_spec.read_as(read_spec(resume_from)[0].obs)
+    return env_info, seconds
+
+
+def _explain_wait(c: Config, env_info: EnvInfo, seconds: float, logger: RunLogger) -> None:
+    """Print why the start takes long, if one environment took many `seconds`."""
+    if seconds > _SLOW_SECONDS:
+        more = "" if c.resume_envs == "restart" else f"; {_PROBE_TEXT}"
+        logger.say(f"making one {env_info.name} and two steps took {seconds:.1f} s{more}")
+
+
+def _set_threads(c: Config, models: Models, world: World, notes: list[str], *, resumed: bool) -> Config:
+    """Set torch's threads, and return the config with their number."""
+    if c.threads is None:
+        work = c.minibatch_size * models.parameters.size
+        # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
+        in_c = c.compile in ("auto", "fused") and c.optimizer == "adam" and not_covered(models.policy) is None
+        threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
+        c = dataclasses.replace(c, threads=threads)
+        notes += choices
+    notes += check_threads(known(c.threads), resumed=resumed)
+    set_threads(known(c.threads))
+    return c
+
+
+def _stream_offset(resume_from: Path | None) -> int:
+    """Return the offset of the random streams that a resume begins anew; before the first iteration, a run is new."""
+    saved_step = 0 if resume_from is None else int(resume_from.name.removeprefix("step-"))
+    return saved_step + 1 if saved_step else 0
+
+
+def _notes_on_gae(learning: Learning) -> list[str]:
+    """Return a note if the Triton kernel of advantages does not work on this GPU."""
+    device = learning.learner.device
+    if device.type != "cuda" or (failure := triton_failure(device)) is None:
+        return []
+    return [
+        f"advantages use {learning.learner.gae.__name__}: the Triton kernel does not work here "
+        f"({type(failure).__name__}: {first_line(failure)})."
+    ]
+
+
+def _stateful_parts(learning: Learning, collect: Collector, logger: RunLogger, progress: Progress) -> dict[str, Part]:
+    """Return the parts whose state checkpoints hold, by their names there."""
+    parts: dict[str, Part] = {
+        "update": learning.update,
+        "progress": progress,
+        "metrics": learning.metrics,
+        "collector": collect,
+        "learner": learning.learner,
+        "log": logger.interval,
+        "randomness": GlobalRandomState(),
+    }
+    if learning.learner.curiosity is not None:
+        parts["curiosity"] = learning.learner.curiosity
+    return parts
+
+
+def _resume(checkpoint: Path, state: RunState, c: Config, collect: Collector, world: World) -> list[str]:
+    """Restore `state` from `checkpoint`; return notes on what is exact.
+
+    Raises:
+        CheckpointError: it doesn't fit the run, or the environments begin anew, which exact_resume rules out.
+    """
+    exact, notes = restore(checkpoint, state, collect.rollout.obs[-1], world)
+    if c.exact_resume and not exact:
+        raise CheckpointError(f"exact_resume: {notes[0]}")
+    return notes
+
+
+def _check_disk(run_dir: Path, c: Config, learning: Learning, world: World) -> None:
+    """Check that the disk has room for the checkpoints of the run."""
+    curiosity = learning.learner.curiosity
+    kept = [*learning.update.kept(), *([] if curiosity is None else curiosity.kept())]
+    n_kept, size = c.keep_checkpoints + 2, sum(x.nbytes for x in kept)
+    world.shared(lambda: check_disk(run_dir, n_kept * size, f"{n_kept} checkpoints"))
 
 
 def _native_code(c: Config, device: torch.device, notes: list[str]) -> dict[str, str]:

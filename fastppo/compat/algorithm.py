@@ -217,7 +217,7 @@ class Algorithm:
         """Build an untrained policy, with the weights that the first training begins with."""
         assert self._source is not None
         device = choose_device(self.config.device)
-        resolved, _ = resolve_config(self.config, self._env_info, device, custom_policy=False)
+        resolved, _ = resolve_config(self.config, self._env_info, device)
         models = build_models(resolved, self._env_info, None, device, World())
         self._hold(models.spec, models.saved(), device)
 

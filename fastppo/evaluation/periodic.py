@@ -16,7 +16,7 @@ from fastppo.evaluation.episodes import EpisodePlayer, Evaluation, begin_episode
 from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
-from fastppo.runs.restore import Progress
+from fastppo.runs.run_state import Progress
 from fastppo.runtime.distributed import World
 from fastppo.runtime.seeding import preserve_global_random_state, seed_stream
 

@@ -64,7 +64,7 @@ def weights_file(folder: Path) -> Path:
     return path
 
 
-def load_model(folder: Path, parts: dict[str, nn.Module], optional: Sequence[str] = ()) -> None:
+def load_model(folder: Path, parts: Mapping[str, nn.Module], optional: Sequence[str] = ()) -> None:
     """Copy the saved state of each part into it; saved parts that `parts` doesn't name are ignored.
 
     A part named in `optional` keeps its state if none was saved.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
 from fastppo.config import FIXED, NOTED, Config, shown
 from fastppo.envs.vec_env import VecEnv, env_seeds
@@ -16,80 +14,21 @@ from fastppo.errors import CheckpointError, EnvError
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runs.open_run import saved_config
+from fastppo.runs.run_state import Part, RunState
 from fastppo.runs.state_files import StateSnapshot, read_state
 from fastppo.runtime.distributed import World
 from fastppo.runtime.seeding import generator, seed_stream
 
 
-class Part(Protocol):
-    """A part of a trainer whose state is saved and restored."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the state by name."""
-
-    def load_state_dict(self, saved: Any) -> Any:  # noqa: ANN401 - a mapping; modules return something
-        """Restore in place from `state_dict()`."""
-
-
-@dataclasses.dataclass
-class Progress:
-    """The progress of a run.
-
-    Attributes:
-        iteration: completed iterations.
-        seconds: seconds of training.
-        best: best mean return of an evaluation; None before the first.
-    """
-
-    iteration: int = 0
-    seconds: float = 0.0
-    best: float | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields by name."""
-        return dataclasses.asdict(self)
-
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore in place from `state_dict()`."""
-        self.iteration, self.seconds = int(saved["iteration"]), float(saved["seconds"])
-        self.best = None if saved["best"] is None else float(saved["best"])
-
-
-def run_metadata(c: Config, env: VecEnv, world: World, versions: Mapping[str, str], machine: str) -> dict[str, Any]:
-    """Return the description of a run that checkpoints store and `restore` compares."""
-    return {
-        "config": c.to_dict(),
-        "world_size": world.size,
-        "way": env.resume_support.way,
-        "versions": dict(versions),
-        "machine": machine,
-    }
-
-
-def restore(
-    path: Path,
-    metadata: Mapping[str, Any],
-    *,
-    spec: PolicySpec,
-    models: dict[str, nn.Module],
-    parts: Mapping[str, Part],
-    env: VecEnv,
-    obs: torch.Tensor,
-    world: World,
-) -> tuple[bool, list[str]]:
-    """Restore a trainer's parts in place from the checkpoint `path`.
+def restore(path: Path, state: RunState, obs: torch.Tensor, world: World) -> tuple[bool, list[str]]:
+    """Restore `state` in place from the checkpoint `path`.
 
     Policy, optimiser, normalisers and schedules are always exact. If the environments can't continue their episodes, or
     the number of processes has changed, they are reset with new seeds.
 
     Args:
         path: a verified checkpoint.
-        metadata: of this run, as `run_metadata` returns it.
-        spec: of this run's policy.
-        models: policy, and reward normaliser if there is one.
-        parts: all other parts; "update", "progress", "metrics", "log" and "curiosity" are shared by all processes, the
-            rest belongs to one.
-        env: the environments, already reset.
+        state: of this run, whose environments are reset.
         obs: [N, *obs] first observations of the next rollout; overwritten if the environments are reset.
         world: the ranks that train together.
 
@@ -99,12 +38,12 @@ def restore(
     Raises:
         CheckpointError: the checkpoint can't be read, or belongs to another run.
     """
-    config = Config.from_dict(metadata["config"])
+    parts, env, config = state.parts, state.env, Config.from_dict(state.metadata["config"])
     first = read_state(path, 0)
     assert first is not None, "verified"
     shared, saved = first
-    notes = _compare(path, saved, metadata, spec)
-    load_model(path, models, optional=("rewards",))
+    notes = _compare(path, saved, state.metadata, state.spec)
+    load_model(path, state.models, optional=("rewards",))
     try:
         before = {name: int(saved["config"][name]) for name in ("n_envs", "n_steps")}
         same_envs = before["n_envs"] == config.n_envs

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import EnvError
-from fastppo.policies.policy_spec import PolicySpec
 from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.model_files import model_files, save_model
-from fastppo.runs.restore import Part
 from fastppo.runs.result import Result
+from fastppo.runs.run_state import RunState
 from fastppo.runs.state_files import snapshot, state_files
 from fastppo.runtime.distributed import World
 from fastppo.runtime.files import write_json
@@ -28,12 +25,8 @@ class RunSaver:
         self,
         run_dir: Path,
         writer: CheckpointWriter,
+        state: RunState,
         *,
-        spec: PolicySpec,
-        models: Mapping[str, nn.Module],
-        parts: Mapping[str, Part],
-        env: VecEnv,
-        run_metadata: Mapping[str, Any],
         model_metadata: Mapping[str, Any],
         world: World,
         device: torch.device,
@@ -43,18 +36,13 @@ class RunSaver:
         Args:
             run_dir: the run folder.
             writer: writes the checkpoints.
-            spec: rebuilds the policy.
-            models: parts of the model file.
-            parts: all other parts of the run's state, except the environments.
-            env: the environments.
-            run_metadata: description of the run in each checkpoint; see `restore.run_metadata`.
+            state: what checkpoints hold.
             model_metadata: metadata of the model file, in addition to the global step.
             world: the ranks that train together.
             device: for messages between the ranks.
         """
         self._run_dir, self._writer, self._world, self._device = run_dir, writer, world, device
-        self._spec, self._models, self._parts, self._env = spec, models, parts, env
-        self._run_metadata, self._model_metadata = run_metadata, model_metadata
+        self._state, self._model_metadata = state, model_metadata
 
     @property
     def failure(self) -> str | None:
@@ -70,7 +58,7 @@ class RunSaver:
 
         Waits for one that is being written.
         """
-        return not self._env.changed and self._writer.has(step)
+        return not self._state.env.changed and self._writer.has(step)
 
     def due(self, step: int, iteration_seconds: float) -> bool:
         """Whether a checkpoint is due at `step`, after an iteration of that duration; the same answer on every rank."""
@@ -87,13 +75,13 @@ class RunSaver:
         Raises:
             EnvError: the environments' state can't be saved.
         """
-        metadata = dict(self._run_metadata) | ({"way": "restart"} if env_lost else {})
-        model, model_metadata = snapshot(self._models), {"global_step": step, **self._model_metadata}
-        mine = snapshot(self._parts if env_lost else {**self._parts, "env": self._env})
-        self._env.changed = False
+        metadata = dict(self._state.metadata) | ({"way": "restart"} if env_lost else {})
+        model, model_metadata = snapshot(self._state.models), {"global_step": step, **self._model_metadata}
+        mine = snapshot(self._state.parts if env_lost else {**self._state.parts, "env": self._state.env})
+        self._state.env.changed = False
         self._writer.save(
             step,
-            lambda: model_files(model, self._spec, model_metadata),
+            lambda: model_files(model, self._state.spec, model_metadata),
             lambda: state_files(self._world.rank, mine, metadata),
             best,
         )
@@ -105,7 +93,7 @@ class RunSaver:
         one rank, environments whose state can't be saved are left out.
         """
         saved = self._writer.has(step)
-        if saved and (env_lost or not self._world.any(self._env.changed, self._device)):
+        if saved and (env_lost or not self._world.any(self._state.env.changed, self._device)):
             return
         try:
             self.checkpoint(step, env_lost=env_lost)
@@ -123,14 +111,14 @@ class RunSaver:
         Raises:
             OSError: the folder can't be written.
         """
-        save_model(folder, self._spec, self._models, {"global_step": step, **self._model_metadata})
+        save_model(folder, self._state.spec, self._state.models, {"global_step": step, **self._model_metadata})
         write_json(folder / "config.json", dict(config))
 
     def save_result(self, result: Result) -> str | None:
         """Save the model and `result` into the run folder; return the reason if that fails, else None."""
         try:
             metadata = {"global_step": result.global_step, **self._model_metadata}
-            save_model(self._run_dir, self._spec, self._models, metadata)
+            save_model(self._run_dir, self._state.spec, self._state.models, metadata)
             write_json(self._run_dir / "result.json", result.to_dict())
         except OSError as error:
             return f"the model could not be saved ({error.strerror or error})"

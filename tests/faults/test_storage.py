@@ -24,11 +24,9 @@ from fastppo.analysis.verify_resume import run_hashes
 from fastppo.errors import CheckpointError, ConfigError, FastPPOError
 from fastppo.resume_run import resumable_run
 from fastppo.runs.checkpoint import best_checkpoint, clean_up, list_checkpoints, newest_checkpoint, verify_checkpoint
-from fastppo.runs.restore import restore, run_metadata
+from fastppo.runs.restore import restore
 from fastppo.runs.run_dir import RunLock
-from fastppo.runs.system_info import versions
 from fastppo.runtime import faults
-from fastppo.runtime.device import machine_name
 from tests.faults.test_resume import LONG, RUN, fastppo, fastppo_process, interrupted, rows_of
 from tests.worlds import short
 
@@ -539,7 +537,6 @@ def test_x2_500_malformed_checkpoints_are_refused_with_a_message(trained, tmp_pa
     shutil.copytree(trained, run)
     source = list_checkpoints(run)[-1]
     trainer = Trainer(short(tmp_path, env_id="CartPole-v1", **LONG | {"run_dir": tmp_path / "other"}))
-    metadata = run_metadata(trainer.config, trainer.env, trainer.world, versions(), machine_name())
     rng, refused, slowest = random.Random(11), 0, 0.0
     originals = {file.name: file.read_bytes() for file in source.iterdir()}
     for case in range(500):
@@ -553,16 +550,7 @@ def test_x2_500_malformed_checkpoints_are_refused_with_a_message(trained, tmp_pa
         begin = time.monotonic()
         try:
             verify_checkpoint(source)
-            restore(
-                source,
-                metadata,
-                spec=trainer.spec,
-                models=trainer._run.models.saved(),
-                parts=trainer._run.parts,
-                env=trainer.env,
-                obs=trainer.rollout.obs[-1],
-                world=trainer.world,
-            )
+            restore(source, trainer._run.state, trainer.rollout.obs[-1], trainer.world)
         except FastPPOError as error:
             assert str(error), case
             refused += 1

@@ -93,7 +93,7 @@ def test_a_missing_or_shared_device_is_refused(gpus, name, count, local_rank, si
 def test_the_config_keeps_the_typed_device_and_the_type_of_auto(gpus, typed, kept):
     gpus(2)
     config = Config(device=typed, vectorization="sync")
-    resolved, _ = resolve_config(config, inspect_env("CartPole-v1", {}), choose_device(typed), custom_policy=False)
+    resolved, _ = resolve_config(config, inspect_env("CartPole-v1", {}), choose_device(typed))
     assert resolved.device == kept
 
 
