@@ -485,3 +485,11 @@ PROFILES: dict[ProfileName, Profile] = {
         ),
     ),
 }
+
+
+def profile_settings(name: object) -> dict[str, Any]:
+    """Return the settings of a profile that don't depend on the environment; none for a name that is no profile."""
+    if not isinstance(name, str):  # refused later, with the setting's name
+        return {}
+    others: dict[str, dict[str, Any]] = {key: profile.settings for key, profile in PROFILES.items()}
+    return (others | MEASURED).get(name, {})

@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from fastppo.builders.resolve import known, schedule_of
-from fastppo.config import SCHEDULED, Config, parse_adaptive_rate
+from fastppo.builders.resolve import schedule_of
+from fastppo.config import SCHEDULED, Config, known, parse_adaptive_rate
 from fastppo.envs.backends import backend_of
 from fastppo.envs.factory import seed_global_streams
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastppo.config import Config, check_sequences, fill_defaults, parse_schedule
+from fastppo.config import Config, check_sequences, fill_defaults, known, parse_schedule
 from fastppo.envs.auto_vectorization import env_key, recall
 from fastppo.envs.make_envs import EnvInfo, choose_vectorization
 from fastppo.errors import ConfigError
@@ -16,8 +16,6 @@ from fastppo.policies.policy_spec import default_network
 from fastppo.profiles import MEASURED, TUNED
 from fastppo.runtime.device import machine_name
 from fastppo.runtime.distributed import World
-
-T = TypeVar("T")
 
 
 def resolve_config(
@@ -144,9 +142,3 @@ def schedule_of(c: Config, name: str) -> tuple[str, float, float]:
 def target_of(c: Config) -> float | None:
     """Return the mean return that ends the run; None if there is none."""
     return c.target_return if isinstance(c.target_return, (int, float)) else None
-
-
-def known(value: T | None) -> T:
-    """Return `value`, a setting that `resolve_config` has filled in."""
-    assert value is not None, "the config is resolved"
-    return value

@@ -23,8 +23,8 @@ from fastppo.builders.parts import (
     plan_run,
 )
 from fastppo.builders.recording import build_env_monitor, build_evaluation, build_logger, build_saver
-from fastppo.builders.resolve import known, resolve_config, target_of
-from fastppo.config import Config, count_iterations
+from fastppo.builders.resolve import resolve_config, target_of
+from fastppo.config import Config, count_iterations, known
 from fastppo.envs.make_envs import EnvInfo, Maker
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import CheckpointError, FinishedError, first_line

@@ -1,0 +1,86 @@
+"""Settings as TOML, JSON and Python hold them: reading, conversion, and what an annotation accepts."""
+
+from __future__ import annotations
+
+import numbers
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from fastppo.errors import ConfigError
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the settings in a TOML file.
+
+    Raises:
+        ConfigError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))  # some editors begin a file with a byte order mark
+    except OSError as error:
+        raise ConfigError(f"--config {path}: can't be read ({error.strerror}).") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML ({error}).") from None
+
+
+def from_plain(value: object, hint: object) -> object:
+    """Return a value of TOML, JSON or Python as the type that Config uses."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, list) and origin is tuple:
+        value = tuple(value)
+    if isinstance(value, tuple) and origin is tuple:
+        return tuple(from_plain(item, args[0]) for item in value)
+    if isinstance(value, str) and Path in args:
+        return Path(value)
+    if int in (hint, *args) and isinstance(value, float) and value.is_integer():  # 1e6 is a float in TOML and Python
+        return int(value)
+    if isinstance(value, (bool, int, float)):
+        return value
+    if int in (hint, *args) and isinstance(value, numbers.Integral):  # numpy's, as a sweep draws them
+        return int(value)
+    if float in (hint, *args) and isinstance(value, numbers.Real):
+        return float(value)
+    return value
+
+
+def accepts(value: object, hint: object) -> bool:
+    """Return whether a plain value fits one of the annotations that Config uses."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(accepts(value, arg) for arg in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(accepts(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.cast("type", hint))
+
+
+def choices(hint: object) -> list[str]:
+    """Return every text that an annotation's Literals allow."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return list(args)
+    return [choice for arg in args for choice in choices(arg)]
+
+
+def describe(hint: object) -> str:
+    """Return an annotation in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(arg) for arg in args if arg is not type(None))
+    if origin is Literal:
+        return " or ".join(map(str, args))
+    if origin is tuple:
+        return f"a list of {describe(args[0])}"
+    if origin is dict:
+        return 'a table of keyword arguments, as JSON: {"gravity": 9.81}'
+    return "a path" if hint is Path else "text" if hint is str else str(getattr(hint, "__name__", hint))
