@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from benchmarks import median_ms, report
-from fastppo.functional.gae import gae_doubling, gae_loop
+from fastppo.functional.gae import Trajectory, gae_doubling, gae_loop
 from fastppo.runtime.compile import compile_graph
 
 
@@ -45,7 +45,9 @@ def main(options: Options) -> None:
 
         done = torch.rand(t, n, generator=g, device=device) < 0.02
         terminated = done & (torch.rand(t, n, generator=g, device=device) < 0.5)
-        inputs = [draw(), draw(), draw(), terminated, done, *(torch.tensor(x, device=device) for x in (0.99, 0.95))]
+        trajectory = Trajectory(draw(), draw(), draw(), terminated, done)
+        rates = [torch.tensor(x, device=device) for x in (0.99, 0.95)]
+        inputs = trajectory, *rates
         begin = time.perf_counter()
         compiled = compile_graph(gae_doubling, inputs)
         seconds = time.perf_counter() - begin
@@ -56,7 +58,7 @@ def main(options: Options) -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
 
-        exact = gae_loop(*(x.double() if x.is_floating_point() else x for x in inputs))[0]
+        exact = gae_loop(Trajectory(*(x.double() if x.is_floating_point() else x for x in trajectory)), *rates)[0]
         row = {"T": t, "N": n}
         calls = {"loop": lambda: gae_loop(*inputs), "doubling": lambda: gae_doubling(*inputs)}  # noqa: B023
         calls |= {"compiled": lambda: compiled(*inputs), "copy": lambda: target.copy_(source)}  # noqa: B023

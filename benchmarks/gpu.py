@@ -36,7 +36,7 @@ from benchmarks._apart import Apart
 from benchmarks._roofline import Card, card_of, iteration_work, launches, minibatch_work, on_the_gpu, roofline
 from fastppo import Config, Trainer
 from fastppo.errors import first_line
-from fastppo.functional.gae import choose_gae, gae_doubling
+from fastppo.functional.gae import Trajectory, choose_gae, gae_doubling
 from fastppo.runtime.compile import compile_graph
 
 Row = dict[str, Any]
@@ -231,7 +231,7 @@ def advantages(options: Options) -> Iterator[Row]:
         g = torch.Generator(device).manual_seed(0)
         numbers = [torch.randn(t, n, generator=g, device=device) for _ in range(3)]
         done = torch.rand(t, n, generator=g, device=device) < 0.02
-        inputs = [*numbers, done, done, *(torch.tensor(x, device=device) for x in (0.99, 0.95))]
+        inputs = Trajectory(*numbers, done, done), *(torch.tensor(x, device=device) for x in (0.99, 0.95))
         chosen, source = choose_gae(t, n, device), torch.zeros(t * n * 11, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
         calls: dict[str, Callable[[], Any]] = {

@@ -1,4 +1,4 @@
-"""Write docs/settings.md from the metadata of fastppo/config/config.py: .venv/bin/python scripts/settings.py"""
+"""Write docs/settings.md from the metadata in fastppo/config/config.py: .venv/bin/python scripts/settings.py"""
 
 import dataclasses
 import textwrap
@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRO = """\
 # Settings
 
-Written by `scripts/settings.py` from the metadata of `fastppo/config/config.py`; `fastppo train --help` shows the same texts.
+Written by `scripts/settings.py` from the metadata in `fastppo/config/`; `fastppo train --help` shows the same texts.
 
 Each setting is a flag, a key of a TOML file (`--config`) and an argument of `Config`: `--n-envs`, `n_envs`. Each
 description is followed by

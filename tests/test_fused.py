@@ -21,7 +21,7 @@ from fastppo.functional.adam import adam
 from fastppo.functional.adaptation import Adaptation, adapted_kl_coef, adapted_learning_rate
 from fastppo.functional.bounded_distributions import Beta, SquashedGaussian
 from fastppo.functional.distributions import Bernoulli, Categorical, Gaussian, MultiCategorical
-from fastppo.functional.gae import gae_loop
+from fastppo.functional.gae import Trajectory, gae_loop
 from fastppo.functional.losses import Batch, PPOLoss
 from fastppo.native import library
 from fastppo.native import mlp as native
@@ -331,8 +331,9 @@ def test_advantages_are_those_of_the_loop(shape):
     terminated = torch.rand(shape, generator=g) < 0.2
     done = terminated | (torch.rand(shape, generator=g) < 0.2)
     next_values[terminated] = math.nan
-    trajectory = rewards, values, next_values, terminated, done, torch.tensor(0.99), torch.tensor(0.95)
-    for ours, theirs in zip(gae(*trajectory), gae_loop(*trajectory), strict=True):
+    trajectory = Trajectory(rewards, values, next_values, terminated, done)
+    arguments = trajectory, torch.tensor(0.99), torch.tensor(0.95)
+    for ours, theirs in zip(gae(*arguments), gae_loop(*arguments), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 

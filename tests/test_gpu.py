@@ -66,11 +66,11 @@ def test_the_triton_kernel_matches_the_gae_recursion(t, n):
     kernel = choose_gae(t, n, CUDA)
     assert kernel.__name__ == "gae_triton"
     for pattern in PATTERNS:
-        inputs = as_tensors(make_case(t, n, pattern))
-        exact, _ = gae_loop(*(x.double() if x.is_floating_point() else x for x in inputs))
-        advantages, returns = kernel(*(x.cuda() for x in inputs))
+        trajectory, *rates = as_tensors(make_case(t, n, pattern))
+        exact, _ = gae_loop(*as_tensors(make_case(t, n, pattern), torch.float64))
+        advantages, returns = kernel([x.cuda() for x in trajectory], *(x.cuda() for x in rates))
         torch.testing.assert_close(advantages.cpu().double(), exact, atol=5e-5, rtol=1e-5)
-        assert torch.equal(returns.cpu(), advantages.cpu() + inputs[1])
+        assert torch.equal(returns.cpu(), advantages.cpu() + trajectory.values)
 
 
 LIKE_EAGER = {

@@ -451,9 +451,10 @@ def test_a_triton_kernel_that_works_is_chosen(gpu, monkeypatch):
     calls = []
 
     def kernel(*inputs):
-        calls.append(inputs[0].shape)
-        assert all(x.is_contiguous() for x in inputs[:5])
-        assert inputs[2].isnan().any()
+        (trajectory, *_) = inputs
+        calls.append(trajectory.rewards.shape)
+        assert all(x.is_contiguous() for x in trajectory)
+        assert trajectory.next_values.isnan().any()
         return gae_doubling(*inputs)
 
     triton(monkeypatch, kernel)

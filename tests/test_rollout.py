@@ -12,7 +12,7 @@ from torch import nn
 from fastppo import Trainer
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.vec_env import Transitions, env_seeds
-from fastppo.functional.gae import gae_loop
+from fastppo.functional.gae import Trajectory, gae_loop
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.collector import ActingCopy, Collector
@@ -86,9 +86,8 @@ def test_next_step_autoreset_without_filler_rows_equals_same_step(ends):
     (next_,), _ = roll(AutoresetMode.NEXT_STEP, ends, 2 * steps, n=2)
     gamma, gae_lambda = torch.tensor(0.9), torch.tensor(0.8)
     for r in (same, next_):
-        r["advantages"], r["returns"] = gae_loop(
-            r["rewards"], r["values"], r["next_values"], r["terminated"], r["done"], gamma, gae_lambda
-        )
+        trajectory = Trajectory(*(r[name] for name in Trajectory._fields))
+        r["advantages"], r["returns"] = gae_loop(trajectory, gamma, gae_lambda)
     for n in range(2):
         keep = next_["valid"][:, n]
         # skip the last episodes: the two rollouts end at different steps of them

@@ -20,7 +20,7 @@ import torch
 from fastppo.analysis.checks import CheckResult
 from fastppo.config import Config
 from fastppo.errors import CaptureError, FastPPOError, first_line
-from fastppo.functional.gae import choose_gae, gae_loop, triton_failure
+from fastppo.functional.gae import Trajectory, choose_gae, gae_loop, triton_failure
 from fastppo.functional.recurrence import lstm_scan
 from fastppo.native.library import cache_folder, kept_libraries
 from fastppo.native.recurrence import lstm_forward, unavailable
@@ -151,12 +151,15 @@ def _machine(device: torch.device) -> Iterator[CheckResult]:
 def _gae(device: torch.device) -> CheckResult:
     """Compare the chosen GAE kernel with the float64 recursion."""
     generator = torch.Generator(device).manual_seed(0)
-    numbers = [torch.randn(64, 33, generator=generator, device=device) for _ in range(3)]
+    x, y, z = (torch.randn(64, 33, generator=generator, device=device) for _ in range(3))
     done = torch.rand(64, 33, generator=generator, device=device) < 0.1
-    inputs = [*numbers, done & (numbers[0] > 0), done, *(torch.tensor(x, device=device) for x in (0.99, 0.95))]
+    trajectory = Trajectory(x, y, z, terminated=done & (x > 0), done=done)
+    rates = [torch.tensor(x, device=device) for x in (0.99, 0.95)]
     kernel = choose_gae(64, 33, device)
-    exact = gae_loop(*(x.double() if x.is_floating_point() else x for x in inputs))[0]
-    error = (kernel(*inputs)[0] - exact).abs().max().item()
+    exact = gae_loop(Trajectory(*(part.double() if part.is_floating_point() else part for part in trajectory)), *rates)[
+        0
+    ]
+    error = (kernel(trajectory, *rates)[0] - exact).abs().max().item()
     good = error < 1e-4
     if device.type == "cuda" and (failure := triton_failure(device)):
         advice = f"the Triton kernel does not work here: {type(failure).__name__}: {first_line(failure)}"

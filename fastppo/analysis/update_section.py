@@ -14,7 +14,7 @@ import torch
 from fastppo.analysis.figures import plain
 from fastppo.analysis.html import COLORS, LAYOUT, Figures, heading, paragraphs
 from fastppo.analysis.run_data import RunData
-from fastppo.functional.gae import gae_doubling
+from fastppo.functional.gae import Trajectory, gae_doubling
 from fastppo.monitoring.update_samples import ROWS, TRAJECTORY, UpdateSample
 
 _Array = np.ndarray[Any, Any]
@@ -84,11 +84,10 @@ def advantages_by_lambda(sample: UpdateSample) -> dict[str, _Array]:
     lambdas = sorted({*_LAMBDAS, own})
     rows = [torch.as_tensor(sample.trajectory[name]).unsqueeze(1).expand(-1, len(lambdas)) for name in TRAJECTORY[:5]]
     rewards, values, next_values, terminated, done = rows
+    trajectory = Trajectory(rewards, values, next_values, terminated.bool(), done.bool())
     gamma = torch.tensor(sample.coefs["gamma"])
     # one column per lambda, as gae_doubling broadcasts lambda over environments
-    columns, _ = gae_doubling(
-        rewards, values, next_values, terminated.bool(), done.bool(), gamma, torch.tensor(lambdas)
-    )
+    columns, _ = gae_doubling(trajectory, gamma, torch.tensor(lambdas))
     names = [f"lambda {x:g}" + (" (this run)" if x == own else "") for x in lambdas]
     return dict(zip(names, columns[:_MAX_STEPS].T.numpy(), strict=True))
 

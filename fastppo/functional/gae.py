@@ -1,6 +1,6 @@
 """Generalised advantage estimation (GAE): one contract, several kernels.
 
-Every kernel computes, for tensors [T, N]:
+A kernel maps (trajectory, gamma [], lambda []) to advantages A and returns R, [T, N] each, in reward units:
 
     delta_t = r_t + gamma (1 - terminated_t) V(s'_t) - V(s_t)
     A_t     = delta_t + gamma lambda (1 - done_t) A_{t+1},   A_T = 0
@@ -22,11 +22,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Gae = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 class Trajectory(NamedTuple):
-    """The tensors [T, N] that GAE reads, in the order of a kernel's first arguments; see `gae_loop`."""
+    """The tensors [T, N] that GAE reads.
+
+    Attributes:
+        rewards: float, in reward units (after reward normalisation, if any).
+        values: V(s_t), in reward units.
+        next_values: V of the true successor of each row; any value, also NaN, where terminated.
+        terminated: bool, the task ended.
+        done: bool, the episode ended: terminated or truncated.
+    """
 
     rewards: Tensor
     values: Tensor
@@ -35,53 +41,28 @@ class Trajectory(NamedTuple):
     done: Tensor
 
 
-def gae_loop(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    done: Tensor,
-    gamma: Tensor,
-    gae_lambda: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Compute GAE by the backward recursion, one time step at a time: the eager kernel for large rollouts.
+# (trajectory, gamma [], lambda []) -> advantages, returns
+Gae = Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]]
 
-    Args:
-        rewards: [T, N] float, in reward units (after reward normalisation, if any).
-        values: [T, N] V(s_t), in reward units.
-        next_values: [T, N] V of the true successor of each row; any value, also NaN, where terminated.
-        terminated: [T, N] bool, the task ended.
-        done: [T, N] bool, the episode ended: terminated or truncated.
-        gamma: [] in [0, 1].
-        gae_lambda: [] in [0, 1].
 
-    Returns:
-        advantages A and returns R, [T, N] each, in reward units.
-    """
-    delta, decay = _deltas_and_decays(rewards, values, next_values, terminated, done, gamma, gae_lambda)
+def gae_loop(trajectory: Trajectory, gamma: Tensor, gae_lambda: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute GAE by the backward recursion, one time step at a time: the eager kernel for large rollouts."""
+    delta, decay = _deltas_and_decays(trajectory, gamma, gae_lambda)
     advantages = torch.empty_like(delta)
     running = torch.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
         running = torch.addcmul(delta[t], decay[t], running, out=advantages[t])
-    return advantages, advantages + values
+    return advantages, advantages + trajectory.values
 
 
-def gae_doubling(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    done: Tensor,
-    gamma: Tensor,
-    gae_lambda: Tensor,
-) -> tuple[Tensor, Tensor]:
+def gae_doubling(trajectory: Trajectory, gamma: Tensor, gae_lambda: Tensor) -> tuple[Tensor, Tensor]:
     """Compute GAE in ceil(log2 T) whole-array rounds: the kernel to compile, and the eager one for small rollouts.
 
-    Arguments and result as in `gae_loop`; equal to it up to rounding.
+    Equal to `gae_loop` up to rounding.
     """
-    delta, decay = _deltas_and_decays(rewards, values, next_values, terminated, done, gamma, gae_lambda)
+    delta, decay = _deltas_and_decays(trajectory, gamma, gae_lambda)
     advantages = linear_scan(delta, decay)
-    return advantages, advantages + values
+    return advantages, advantages + trajectory.values
 
 
 def choose_gae(n_steps: int, n_envs: int, device: torch.device) -> Gae:
@@ -111,14 +92,14 @@ def triton_failure(device: torch.device) -> Exception | None:
     terminated, truncated = cell % 11 == 5, cell % 7 == 3
     x = cell.float()
     next_values = torch.where(terminated, torch.nan, x.cos())
-    numbers = x.sin(), (x / 3).cos(), next_values
-    scalars = (torch.full((), value, device=device) for value in (0.99, 0.95))
-    inputs = (*numbers, terminated, terminated | truncated, *scalars)
+    trajectory = Trajectory(x.sin(), (x / 3).cos(), next_values, terminated, terminated | truncated)
+    gamma, gae_lambda = (torch.full((), value, device=device) for value in (0.99, 0.95))
     try:
         from fastppo.kernels.gae import gae_triton
 
-        pairs = zip(gae_triton(*inputs), gae_doubling(*inputs), strict=True)
-        same = all(torch.allclose(ours, exact, rtol=1e-4, atol=1e-4) for ours, exact in pairs)
+        exact = gae_doubling(trajectory, gamma, gae_lambda)
+        pairs = zip(gae_triton(trajectory, gamma, gae_lambda), exact, strict=True)
+        same = all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs)
     except Exception as error:
         return error.with_traceback(None)  # its frames hold tensors
     return None if same else ArithmeticError("its results differ from those of doubling")
@@ -148,16 +129,8 @@ def linear_scan(inputs: Tensor, decay: Tensor) -> Tensor:
     return inputs
 
 
-def _deltas_and_decays(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    done: Tensor,
-    gamma: Tensor,
-    gae_lambda: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _deltas_and_decays(trajectory: Trajectory, gamma: Tensor, gae_lambda: Tensor) -> tuple[Tensor, Tensor]:
     # where, not a product with the mask: the next value of a terminal row may be NaN
-    future = torch.where(terminated, 0.0, next_values)
-    delta = rewards + gamma * future - values
-    return delta, torch.where(done, 0.0, gamma * gae_lambda)
+    future = torch.where(trajectory.terminated, 0.0, trajectory.next_values)
+    delta = trajectory.rewards + gamma * future - trajectory.values
+    return delta, torch.where(trajectory.done, 0.0, gamma * gae_lambda)

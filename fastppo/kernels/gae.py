@@ -8,6 +8,8 @@ this module only on CUDA: Triton comes with torch's CUDA builds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -61,18 +63,11 @@ def _kernel(
         carry = tl.sum(tl.where(rows[:, None] == 0, advantage, 0.0), 0)
 
 
-def gae_triton(
-    rewards: Tensor,
-    values: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    done: Tensor,
-    gamma: Tensor,
-    gae_lambda: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Compute GAE in one kernel. Arguments and result as in `gae_loop`: contiguous, on CUDA, numbers in float32."""
+def gae_triton(trajectory: Sequence[Tensor], gamma: Tensor, gae_lambda: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute GAE of the tensors of a `functional.gae.Trajectory`, contiguous, on CUDA, numbers in float32."""
+    rewards, values, next_values, terminated, done = trajectory
     n_steps, n_envs = rewards.shape
-    assert all(x.is_contiguous() for x in (rewards, values, next_values, terminated, done))
+    assert all(x.is_contiguous() for x in trajectory)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     grid = (triton.cdiv(n_envs, _BLOCK_N),)
     flags = terminated.view(torch.uint8), done.view(torch.uint8)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from fastppo.functional.diagnostics import explained_variance
 from fastppo.functional.distillation import distillation_loss, novelty
-from fastppo.functional.gae import Trajectory
+from fastppo.functional.gae import Gae, Trajectory
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.optimizer import Optimizer, clip_by_norm
 from fastppo.policies.flat_parameters import FlatParameters
@@ -25,7 +25,6 @@ from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
 from fastppo.runtime.graphs import GraphPool, capture
 
-Estimate = Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]]
 _CHUNK = 2**22  # numbers of flattened observations per pass over a rollout: 32 MiB in float64
 
 
@@ -122,11 +121,11 @@ class Curiosity:
         self._epoch: Callable[[Tensor, Coefficients], None] = self._run_epoch
 
     @torch.no_grad()
-    def advantages(self, estimate: Estimate, gae_lambda: Tensor) -> Tensor:
+    def advantages(self, gae: Gae, gae_lambda: Tensor) -> Tensor:
         """Update the moments from the rollout, and return `coef` times its intrinsic advantages, [T, N].
 
         Args:
-            estimate: computes advantages and returns.
+            gae: the kernel that computes advantages and returns.
             gae_lambda: [] of the policy's advantages.
         """
         r, rnd, n = self._rollout, self.rnd, self._rollout.rewards.shape[1]
@@ -141,7 +140,7 @@ class Curiosity:
         self._values.copy_(values[:-1])
         self._next_values.copy_(values[1:])
         stream = Trajectory(self.rewards, self._values, self._next_values, self._never, self._never)
-        advantages, returns = estimate(stream, self.gamma, gae_lambda)
+        advantages, returns = gae(stream, self.gamma, gae_lambda)
         self.returns.copy_(returns)
         return self._coef * advantages.view_as(r.advantages)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastppo.errors import CaptureError
-from fastppo.functional.gae import Trajectory, choose_gae, gae_doubling
+from fastppo.functional.gae import Gae, choose_gae, gae_doubling
 from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
 from fastppo.native.gae import gae as native_gae
@@ -77,8 +77,7 @@ class Learner:
         self.update, self.curiosity = update, curiosity
         self.device = device = rollout.rewards.device
         n_steps, n_envs = rollout.rewards.shape
-        self.gae = choose_gae(n_steps, n_envs, device)
-        self._estimate: Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]] = self._estimate_eagerly
+        self.gae: Gae = choose_gae(n_steps, n_envs, device)
         names = Coefficients._fields
         self.coefs = Coefficients(*(update.adapted.get(name, torch.zeros((), device=device)) for name in names))
         self.coef_values: dict[str, float] = {}
@@ -119,9 +118,9 @@ class Learner:
             rewards = rewards.sign()
         if r.valid is not None:  # a filler row's reward must not reach the row before: 0 times NaN is NaN
             rewards = torch.where(r.valid, rewards, 0.0)
-        advantages, returns = self._estimate(self._trajectory(rewards), self.coefs.gamma, self.coefs.gae_lambda)
+        advantages, returns = self.gae(r.trajectory(rewards), self.coefs.gamma, self.coefs.gae_lambda)
         if self.curiosity is not None:
-            advantages = advantages + self.curiosity.advantages(self._estimate, self.coefs.gae_lambda)
+            advantages = advantages + self.curiosity.advantages(self.gae, self.coefs.gae_lambda)
         r.advantages.copy_(advantages)
         r.returns.copy_(returns)
         return rewards
@@ -148,10 +147,10 @@ class Learner:
             CompileError: a kernel can't be compiled on this rank or another.
         """
         # every rank votes, because ranks may differ in the kernel
-        estimate = self.update.world.together(self._compiled_estimate, CompileError)
+        gae = self.update.world.together(self._compile_gae, CompileError)
         self.update.compile(self._rollout.batch(), self.coefs)
         self.compile_curiosity()
-        self._estimate = estimate
+        self.gae = gae
 
     def compile_curiosity(self) -> None:
         """Compile the steps of RND's networks, if there are any; changes no state.
@@ -175,7 +174,6 @@ class Learner:
         self.update.fuse(self._rollout.batch(), parallel)
         if self.device.type == "cpu":
             self.gae = native_gae
-            self._estimate = self._estimate_eagerly
 
     def capture(self) -> None:
         """Capture a call in three graphs: before the epochs, an epoch, after the epochs; later calls replay them.
@@ -212,11 +210,11 @@ class Learner:
 
         self._begin, self._finish = replay_begin, finish
 
-    def _compiled_estimate(self) -> Callable[[Trajectory, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def _compile_gae(self) -> Gae:
         if self.gae is not gae_doubling:  # where the loop was chosen, it is faster than compiled doubling
-            return self._estimate
-        example = self._trajectory(self._rollout.rewards), self.coefs.gamma, self.coefs.gae_lambda
-        return compile_graph(self._estimate_eagerly, example)
+            return self.gae
+        trajectory = self._rollout.trajectory(self._rollout.rewards)
+        return compile_graph(self.gae, (trajectory, self.coefs.gamma, self.coefs.gae_lambda))
 
     def _begin_eagerly(self) -> Tensor:
         """Compute the advantages and begin the update; return the rewards [T, N] that it uses."""
@@ -229,10 +227,3 @@ class Learner:
     def _finish_eagerly(self) -> Tensor:
         report = self.update.finish()
         return self._metrics.measure(report if self.curiosity is None else torch.cat((report, self.curiosity.report())))
-
-    def _trajectory(self, rewards: Tensor) -> Trajectory:
-        r = self._rollout
-        return Trajectory(rewards, r.values, r.next_values, r.terminated, r.done)
-
-    def _estimate_eagerly(self, trajectory: Trajectory, gamma: Tensor, gae_lambda: Tensor) -> tuple[Tensor, Tensor]:
-        return self.gae(*trajectory, gamma, gae_lambda)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastppo.envs.vec_env import FinalObsBuffer
 from fastppo.errors import ConfigError
+from fastppo.functional.gae import Gae
 from fastppo.functional.losses import Coefficients
 from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.minibatches import Minibatch
@@ -73,7 +74,7 @@ def plan_memory(
     n_steps: int,
     env: Shape,
     update: Callable[[], PPOUpdate],
-    gae: Callable[..., Any],
+    gae: Gae,
     *,
     graphs: bool = False,
     gradients: bool = False,
@@ -104,7 +105,7 @@ def plan_memory(
         curious = curiosity(rollout)
         coefs = Coefficients(*(torch.zeros((), device=device) for _ in Coefficients._fields))
         r = rollout
-        gae(r.rewards, r.values, r.next_values, r.terminated, r.done, coefs.gamma, coefs.gae_lambda)
+        gae(r.trajectory(r.rewards), coefs.gamma, coefs.gae_lambda)
         batch = rollout.batch()
         data = learner.pack(batch)
         learner.shuffle.allocate(len(batch.logprobs))
@@ -121,7 +122,7 @@ def plan_memory(
         learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         peaks += [live.take_peak()] * (1 + gradients)
         if curious is not None:
-            curious.advantages(lambda trajectory, *rates: gae(*trajectory, *rates), coefs.gae_lambda)
+            curious.advantages(gae, coefs.gae_lambda)
             peaks.append(live.take_peak())
             curious.step(rows, coefs)
             peaks.append(live.take_peak())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastppo.envs.vec_env import Transitions, VecEnv
+from fastppo.functional.gae import Trajectory
 from fastppo.functional.losses import Batch
 from fastppo.policies.decisions import Decisions
 from fastppo.policies.policy import Policy, PolicyState
@@ -97,6 +98,10 @@ class Rollout:
             states=self.states,
             starts=self.starts,
         )
+
+    def trajectory(self, rewards: Tensor) -> Trajectory:
+        """Return the tensors that GAE reads; `rewards` [T, N] are those to learn from."""
+        return Trajectory(rewards, self.values, self.next_values, self.terminated, self.done)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors [T, N, ...] by name."""

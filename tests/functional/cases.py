@@ -3,6 +3,8 @@
 import numpy as np
 import torch
 
+from fastppo.functional.gae import Trajectory
+
 # (fraction terminated, fraction truncated)
 PATTERNS = {"none": (0, 0), "terminated": (0.1, 0), "truncated": (0, 0.1), "both": (0.2, 0.2), "every row": (0.5, 1)}
 
@@ -23,7 +25,11 @@ def make_case(t, n, pattern, gamma=0.99, gae_lambda=0.95, seed=0):
 
 
 def as_tensors(case, dtype=torch.float32):
-    arrays = ("rewards", "values", "next_values", "terminated", "done")
-    tensors = [torch.as_tensor(case[k]) for k in arrays]
+    """Return the arguments of a kernel."""
+    tensors = [torch.as_tensor(case[name]) for name in Trajectory._fields]
     tensors = [x if x.dtype == torch.bool else x.to(dtype) for x in tensors]
-    return [*tensors, torch.tensor(case["gamma"], dtype=dtype), torch.tensor(case["gae_lambda"], dtype=dtype)]
+    return [
+        Trajectory(*tensors),
+        torch.tensor(case["gamma"], dtype=dtype),
+        torch.tensor(case["gae_lambda"], dtype=dtype),
+    ]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, linear_scan
+from fastppo.functional.gae import Trajectory, choose_gae, gae_doubling, gae_loop, linear_scan
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import compile_graph
 from tests.functional.cases import PATTERNS, as_tensors, make_case
@@ -70,18 +70,19 @@ def test_compiled_equals_the_definition_and_a_new_gamma_does_not_recompile(shape
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_lambda_0_is_the_td_error(kernel):
-    rewards, values, next_values, terminated, done, gamma, _ = as_tensors(make_case(37, 5, "both"))
-    advantages, _ = kernel(rewards, values, next_values, terminated, done, gamma, torch.tensor(0.0))
-    torch.testing.assert_close(advantages, rewards + gamma * next_values * ~terminated - values)
+    r, gamma, _ = as_tensors(make_case(37, 5, "both"))
+    advantages, _ = kernel(r, gamma, torch.tensor(0.0))
+    torch.testing.assert_close(advantages, r.rewards + gamma * r.next_values * ~r.terminated - r.values)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_lambda_1_is_the_discounted_return_minus_the_value(kernel):
     # next_values agree with values inside the episode, so the sum of TD errors telescopes
-    rewards, values, _, _, _, gamma, _ = as_tensors(make_case(37, 5, "none"))
+    (rewards, values, *_), gamma, _ = as_tensors(make_case(37, 5, "none"))
     last = torch.randn(1, 5, generator=torch.Generator().manual_seed(1))
     never = torch.zeros(37, 5, dtype=torch.bool)
-    advantages, _ = kernel(rewards, values, torch.cat((values[1:], last)), never, never, gamma, torch.tensor(1.0))
+    trajectory = Trajectory(rewards, values, torch.cat((values[1:], last)), never, never)
+    advantages, _ = kernel(trajectory, gamma, torch.tensor(1.0))
     returns = torch.stack(
         [sum(0.99**k * rewards[t + k] for k in range(37 - t)) + 0.99 ** (37 - t) * last[0] for t in range(37)]
     )
@@ -93,8 +94,8 @@ def test_truncation_bootstraps_and_termination_does_not(kernel):
     one = torch.ones(1, 1)
     yes, no = one.bool(), ~one.bool()
     scalars = torch.tensor(0.5), torch.tensor(0.9)
-    assert kernel(one, one, 10 * one, no, yes, *scalars)[0].item() == 1 + 0.5 * 10 - 1
-    assert kernel(one, one, 10 * one, yes, yes, *scalars)[0].item() == 0
+    assert kernel(Trajectory(one, one, 10 * one, no, yes), *scalars)[0].item() == 1 + 0.5 * 10 - 1
+    assert kernel(Trajectory(one, one, 10 * one, yes, yes), *scalars)[0].item() == 0
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -102,7 +103,8 @@ def test_the_next_value_of_a_terminal_row_is_ignored_even_if_nan(kernel):
     x = torch.ones(2, 1)
     terminated = torch.tensor([[True], [False]])
     next_values = torch.tensor([[torch.nan], [1.0]])
-    advantages, returns = kernel(x, x, next_values, terminated, terminated, torch.tensor(0.9), torch.tensor(0.9))
+    trajectory = Trajectory(x, x, next_values, terminated, terminated)
+    advantages, returns = kernel(trajectory, torch.tensor(0.9), torch.tensor(0.9))
     assert advantages.isfinite().all()
     assert returns.isfinite().all()
 
