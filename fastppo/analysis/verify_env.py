@@ -16,11 +16,11 @@ from fastppo.analysis.checks import CheckResult
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.backends import backend_of
 from fastppo.envs.env_info import EVERYTHING
-from fastppo.envs.env_state import probe_seeding
 from fastppo.envs.factory import EnvFactory
 from fastppo.envs.make_envs import EnvInfo, Maker, Reading, inspect_env, make_vectorized
 from fastppo.envs.native import has_native
 from fastppo.envs.pack_observation import sample_action, sample_actions
+from fastppo.envs.resume_probe import probe_seeding
 from fastppo.errors import ENV_ERRORS, ConfigError, first_line
 from fastppo.spaces.leaves import ObsLeaf
 

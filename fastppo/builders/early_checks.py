@@ -7,8 +7,7 @@ from typing import Any
 from gymnasium import Env, spaces
 
 from fastppo.config import Config, count_iterations, fill_defaults
-from fastppo.envs.env_state import close_env
-from fastppo.envs.factory import EnvFactory, build, find_spec, first_reset, is_atari
+from fastppo.envs.factory import EnvFactory, build, close_env, find_spec, first_reset, is_atari
 from fastppo.envs.pack_observation import packed_space
 from fastppo.errors import ConfigError
 from fastppo.profiles import CLEANRL, Kind

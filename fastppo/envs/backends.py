@@ -17,20 +17,14 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.env_info import EnvInfo
-from fastppo.envs.env_state import (
-    ResumeSupport,
-    close_env,
-    probe_resume_support,
-    probe_seeding,
-    probe_vector_resume_support,
-    same_instance,
-)
+from fastppo.envs.env_state import ResumeSupport
 from fastppo.envs.envpool_vector import make_envpool
-from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, reuses_observations
+from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, close_env, reuses_observations, same_instance
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.native import has_native, make_native
 from fastppo.envs.pack_observation import PackVectorObservation
 from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
+from fastppo.envs.resume_probe import probe_resume_support, probe_seeding, probe_vector_resume_support
 from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.tasks import make_tensor_env

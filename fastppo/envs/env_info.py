@@ -12,8 +12,8 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs import factory as single
-from fastppo.envs.env_state import close_env, normalizers_of
-from fastppo.envs.factory import EnvFactory
+from fastppo.envs.env_state import normalizers_of
+from fastppo.envs.factory import EnvFactory, close_env
 from fastppo.envs.pack_observation import PackObservation, PackVectorObservation, n_choices, packed_space
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.errors import ENV_ERRORS, ConfigError

@@ -1,6 +1,6 @@
 """An environment's state as plain data, to resume a run in the middle of its episodes.
 
-A probe chooses the first of three ways that works:
+A probe (resume_probe.py) chooses the first of three ways that works:
 
 exact    save the attributes and random streams of every wrapper, and set them in a new environment
 replay   save those from before the episode's reset and the episode's actions, and take the actions again
@@ -8,7 +8,6 @@ restart  save nothing: the environment starts a new episode with a new seed
 
 Pickling is not enough: many environments pickle only the arguments of their constructor. So an attribute that isn't
 plain data rules out `exact`, unless the constructor makes it and a step can't change it (spaces, functions, specs).
-The probe takes the same steps in two environments and compares every output. It spends about a second.
 
 Two kinds of attributes are treated apart. Large ones that the constructor rebuilds unchanged (a table of prices) are
 saved as a digest; setting the state checks the digest. Running moments, as Gymnasium's NormalizeObservation and
@@ -17,16 +16,8 @@ NormalizeReward keep, are saved in every way, because the policy depends on them
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
-import json
-import random
-import time
 import types
-import warnings
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
@@ -34,26 +25,20 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import VectorEnv
 
-from fastppo.envs.pack_observation import sample_action, sample_actions
-from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, cause_line, first_line
+from fastppo.envs.plain_data import NotPlainError, decode, digest_of, encode, size_of
+from fastppo.errors import EnvError
 
 _Array = np.ndarray[Any, Any]
 Way = Literal["exact", "replay", "restart"]
 
-_BUILT: tuple[Any, ...] = (gym.Space, EnvSpec, gym.Env, VectorEnv, type, types.FunctionType, types.BuiltinFunctionType)
-_BUILT += (types.MethodType, types.ModuleType, np.dtype)
+# Attributes of these types come from the constructor, and no step changes them
+BUILT: tuple[Any, ...] = (gym.Space, EnvSpec, gym.Env, VectorEnv, type, types.FunctionType, types.BuiltinFunctionType)
+BUILT += (types.MethodType, types.ModuleType, np.dtype)
 # attributes of Gymnasium's wrappers that only describe their construction: arguments and a lazily made spec
 _ARGUMENTS = ("_saved_kwargs", "_cached_spec")
-_KINDS = "biufcSU"  # of arrays: no objects
 _LONGEST = 100_000  # steps of the longest episode that is replayed
-_BIT_GENERATORS = ("PCG64", "PCG64DXSM", "MT19937", "Philox", "SFC64")
 _MOMENTS = {"mean", "var", "count"}  # attributes of Gymnasium's RunningMeanStd, and of CleanRL's and SB3's
 _LARGE = 2**16  # bytes from which an attribute may be saved as a digest
-_STEPS = 48  # of the probe before it saves a state, if there is time
-_PROBE_SECONDS = 1.0
-_MAX_CHECKPOINT_BYTES = 2**28  # of all environments
-_MAX_CHECKPOINT_SECONDS = 10.0  # to save all environments
-_MAX_RESET_SECONDS = 0.02  # to save one environment at a reset, for a replay
 _COMPARISONS = 3  # of digests at the first resets of an environment; later, only checkpoints compare
 
 
@@ -71,100 +56,7 @@ class ResumeSupport(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-class NotPlainError(Exception):
-    """An attribute that isn't plain data; the text names it."""
-
-
-def encode(x: Any) -> Any:  # noqa: ANN401 - any plain data
-    """Return plain data as JSON-able values: numbers, texts, arrays, containers and random streams.
-
-    Raises:
-        NotPlainError: something else.
-    """
-    if x is None or type(x) in (bool, int, float, str):
-        return x
-    if isinstance(x, np.generic) and x.dtype.kind in _KINDS:
-        return {"scalar": [x.dtype.str, _text(x.tobytes())]}
-    if type(x) is np.ndarray and x.dtype.kind in _KINDS:
-        return {"array": [x.dtype.str, list(x.shape), _text(x.tobytes())]}
-    if isinstance(x, np.random.Generator):
-        return {"generator": [type(x.bit_generator).__name__, encode(x.bit_generator.state)]}
-    if isinstance(x, np.random.RandomState):
-        return {"randomstate": encode(x.get_state(legacy=False))}
-    if type(x) is random.Random:
-        return {"random": encode(x.getstate())}
-    if type(x) is bytes:
-        return {"bytes": _text(x)}
-    if type(x) is list:
-        return [encode(item) for item in x]
-    if type(x) in (tuple, set, frozenset):
-        return {type(x).__name__: [encode(item) for item in x]}
-    if type(x) is dict:
-        return {"dict": [[encode(key), encode(value)] for key, value in x.items()]}
-    if type(x) is deque:
-        return {"deque": [[encode(item) for item in x], x.maxlen]}
-    raise NotPlainError(type(x).__name__)
-
-
-def decode(x: Any) -> Any:  # noqa: ANN401 - any plain data
-    """Return the inverse of `encode`; safe on untrusted input, as it runs no code from it.
-
-    Raises:
-        ValueError, TypeError, KeyError: not an encoding.
-    """
-    if isinstance(x, list):
-        return [decode(item) for item in x]
-    if not isinstance(x, dict):
-        return x
-    ((kind, value),) = x.items()
-    if kind in ("scalar", "array"):
-        name, *shape, text = value
-        dtype = np.dtype(str(name))
-        if dtype.kind not in _KINDS:
-            raise ValueError(f"arrays of {dtype} are not plain data")
-        flat: _Array = np.frombuffer(base64.b64decode(text, validate=True), dtype)
-        return flat.reshape(shape[0]).copy() if kind == "array" else flat[0]
-    if kind == "generator":
-        name, state = value
-        if name not in _BIT_GENERATORS:
-            raise ValueError(f"{name!r} is not a known bit generator")
-        bits = getattr(np.random, name)(0)
-        bits.state = _within(decode(state))
-        return np.random.Generator(bits)
-    if kind == "randomstate":
-        legacy = np.random.RandomState(0)
-        legacy.set_state(_within(decode(value)))
-        return legacy
-    if kind == "random":
-        stream = random.Random(0)
-        stream.setstate(decode(value))
-        return stream
-    if kind == "bytes":
-        return base64.b64decode(value, validate=True)
-    if kind == "deque":
-        items, most = value
-        return deque((decode(item) for item in items), most)
-    if kind == "dict":
-        return {decode(key): decode(item) for key, item in value}
-    container = {"tuple": tuple, "set": set, "frozenset": frozenset}[kind]
-    return container(decode(item) for item in value)
-
-
-def _within(state: Any) -> Any:  # noqa: ANN401 - a mapping as numpy gives it
-    """Return a bit generator's state after checking its position: numpy would read outside the buffer."""
-    inner = state["state"]
-    if "pos" in inner and not 0 <= int(inner["pos"]) <= len(inner["key"]) == 624:
-        raise ValueError("a position outside the state")
-    if "buffer_pos" in state and not 0 <= int(state["buffer_pos"]) <= len(state["buffer"]) == 4:
-        raise ValueError("a position outside the buffer")
-    return state
-
-
-def _text(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def _layers(env: Any) -> Iterator[Any]:  # noqa: ANN401 - an Env or a VectorEnv
+def layers_of(env: Any) -> Iterator[Any]:  # noqa: ANN401 - an Env or a VectorEnv
     """Yield the environment's wrappers, outermost first, then the environment."""
     while True:
         yield env
@@ -181,9 +73,9 @@ class ConstructedData:
         self._comparisons = 0
         self._digests = {
             (k, name): digest
-            for k, layer in enumerate(_layers(env))
+            for k, layer in enumerate(layers_of(env))
             for name, value in vars(layer).items()
-            if _size(value) >= _LARGE and (digest := _digest(value)) is not None
+            if size_of(value) >= _LARGE and (digest := digest_of(value)) is not None
         }
 
     def unchanged(self, layer: int, name: str, value: Any, *, check: bool = True) -> str | None:  # noqa: ANN401
@@ -196,7 +88,7 @@ class ConstructedData:
             check: whether to compare digests; if not, an attribute that was equal the last time counts as unchanged.
         """
         digest = self._digests.get((layer, name))
-        if check and digest is not None and _digest(value) != digest:
+        if check and digest is not None and digest_of(value) != digest:
             return None
         return digest
 
@@ -205,55 +97,15 @@ class ConstructedData:
         self._comparisons += 1
         if self._comparisons > _COMPARISONS:
             return
-        for k, layer in enumerate(_layers(env)):
+        for k, layer in enumerate(layers_of(env)):
             for name, value in vars(layer).items():
                 if (k, name) in self._digests and self.unchanged(k, name, value) is None:
                     del self._digests[k, name]
 
     def all_unchanged(self, env: Any) -> bool:  # noqa: ANN401 - an Env or a VectorEnv
         """Return whether every attribute that was not dropped still equals the constructor's."""
-        layers = list(_layers(env))
+        layers = list(layers_of(env))
         return all(self.unchanged(k, name, vars(layers[k]).get(name)) is not None for k, name in self._digests)
-
-
-def _size(value: Any) -> int:  # noqa: ANN401 - any attribute
-    """Return the approximate bytes of plain data."""
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if isinstance(value, (bytes, str)):
-        return len(value)
-    if type(value) is dict:
-        return sum(map(_size, value)) + sum(map(_size, value.values()))
-    if type(value) in (list, tuple, set, frozenset, deque):
-        return sum(map(_size, value))
-    return 8
-
-
-def _digest(value: Any) -> str | None:  # noqa: ANN401 - any attribute
-    """Return a digest of plain data; None if it isn't plain."""
-    hashed = hashlib.blake2b(digest_size=16)
-
-    def add(x: Any) -> None:  # noqa: ANN401
-        if type(x) is np.ndarray and x.dtype.kind in _KINDS:
-            hashed.update(f"{x.dtype.str}{x.shape}".encode())
-            hashed.update(np.ascontiguousarray(x).data)
-        elif type(x) in (list, tuple, deque):
-            hashed.update(f"{type(x).__name__}{len(x)}".encode())
-            for item in x:
-                add(item)
-        elif type(x) is dict:
-            hashed.update(f"dict{len(x)}".encode())
-            for key, item in x.items():
-                add(key)
-                add(item)
-        else:
-            hashed.update(json.dumps(encode(x)).encode())
-
-    try:
-        add(value)
-    except (NotPlainError, RecursionError):
-        return None
-    return hashed.hexdigest()
 
 
 def _is_moments(value: Any) -> bool:  # noqa: ANN401 - any attribute
@@ -266,13 +118,13 @@ def _is_moments(value: Any) -> bool:  # noqa: ANN401 - any attribute
 
 def normalizers_of(env: Any) -> list[str]:  # noqa: ANN401 - an Env or a VectorEnv
     """Return the class names of the wrappers that keep running moments, outermost first."""
-    return [type(layer).__name__ for layer in _layers(env) if any(map(_is_moments, vars(layer).values()))]
+    return [type(layer).__name__ for layer in layers_of(env) if any(map(_is_moments, vars(layer).values()))]
 
 
 def moments_of(env: Any) -> list[Any]:  # noqa: ANN401 - an Env or a VectorEnv
     """Return the running moments alone, in the form of `state_of`; empty if there are none."""
     found = []
-    for layer in _layers(env):
+    for layer in layers_of(env):
         moments = {name: _encode_moments(value) for name, value in vars(layer).items() if _is_moments(value)}
         found.append({"type": type(layer).__name__, "attributes": moments})
     return found if any(layer["attributes"] for layer in found) else []
@@ -314,10 +166,10 @@ def state_of(
         NotPlainError: such an attribute, named.
     """
     found = []
-    for k, layer in enumerate(_layers(env)):
+    for k, layer in enumerate(layers_of(env)):
         attributes = {}
         for name, value in vars(layer).items():
-            if isinstance(value, _BUILT) or name in _ARGUMENTS:
+            if isinstance(value, BUILT) or name in _ARGUMENTS:
                 continue
             if built is not None and (digest := built.unchanged(k, name, value, check=check)) is not None:
                 attributes[name] = {"built": digest}
@@ -338,7 +190,7 @@ def set_state(env: Any, state: Sequence[Mapping[str, Any]]) -> None:  # noqa: AN
     Raises:
         EnvError: another kind of environment, or not such a state.
     """
-    layers = list(_layers(env))
+    layers = list(layers_of(env))
     try:
         if [type(layer).__name__ for layer in layers] != [saved["type"] for saved in state]:
             raise EnvError(
@@ -347,7 +199,7 @@ def set_state(env: Any, state: Sequence[Mapping[str, Any]]) -> None:  # noqa: AN
             )
         for layer, saved in zip(layers, state, strict=True):
             for name, value in saved["attributes"].items():
-                if callable(getattr(type(layer), name, None)) or isinstance(vars(layer).get(name), _BUILT):
+                if callable(getattr(type(layer), name, None)) or isinstance(vars(layer).get(name), BUILT):
                     raise EnvError(f"the saved state of {type(layer).__name__} would replace its {name}.")
                 _set_attribute(layer, name, value)
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -358,7 +210,7 @@ def _set_attribute(layer: Any, name: str, value: Any) -> None:  # noqa: ANN401 -
     own = vars(layer)
     kind, inner = next(iter(value.items())) if isinstance(value, dict) else ("", {})
     if kind == "built":
-        if _digest(own.get(name)) != inner:
+        if digest_of(own.get(name)) != inner:
             raise EnvError(f"the constructor of {type(layer).__name__} now gives another {name} than in the saved run.")
     elif kind == "moments":
         if not _is_moments(own.get(name)) or inner.keys() != _MOMENTS:
@@ -454,270 +306,3 @@ def replay_episode(env: gym.Env[Any, Any], episode: Mapping[str, Any]) -> Any:  
         if terminated or truncated:
             raise EnvError("the replay of an open episode ended early.")
     return obs
-
-
-def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], n_envs: int = 1) -> ResumeSupport:
-    """Find how `n_envs` environments from `make` continue after a resume, by trying each way for about a second.
-
-    Raises:
-        EnvStartError: `make` returns the same environment twice.
-    """
-    try:
-        return _try_out(make, n_envs)
-    except EnvStartError:
-        raise
-    except ENV_ERRORS as error:  # from any environment's own code
-        return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
-
-
-def close_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:
-    """Close an environment; its own failure to close costs no result, so it is a warning."""
-    try:
-        env.close()
-    except ENV_ERRORS as error:
-        warnings.warn(
-            f"{type(env.unwrapped).__name__}.close failed: {cause_line(error)}.", stacklevel=1
-        )  # once per class
-
-
-def probe_seeding(make: Callable[[], gym.Env[Any, Any]]) -> tuple[str, ...]:
-    """Return notes on random streams that ignore the seed, from two environments and a few steps.
-
-    Raises:
-        EnvStartError: `make` returns the same environment twice.
-    """
-    with contextlib.ExitStack() as undo:
-        try:
-            env = make()
-            undo.callback(close_env, env)
-            twin = make()
-            undo.callback(close_env, twin)
-            _check_distinct(env, twin)
-            before = _streams(env)
-            obs, _ = env.reset(seed=7)
-            twin.reset(seed=11)
-            after, other = _streams(env), _streams(twin)
-            env.action_space.seed(0)
-            for _ in range(2):
-                obs, _, terminated, truncated, _ = env.step(sample_action(env, obs))
-                if terminated or truncated:
-                    break
-            return _notes_on_streams(env, before, after, other)
-        except EnvStartError:
-            raise
-        except ENV_ERRORS:  # from any environment's own code, which may allow one instance only; the run will report it
-            return ()
-
-
-def _try_out(make: Callable[[], gym.Env[Any, Any]], n_envs: int) -> ResumeSupport:
-    env = make()
-    env.action_space.seed(0)
-    # a seeded episode, then unseeded ones; the state is taken in the middle of one
-    log, built = EpisodeLog(1), ConstructedData(env)
-    fresh = _streams(env)
-    log.begin(0, env, 7, built)
-    started = time.perf_counter()
-    obs, _ = env.reset(seed=7)
-    seeded, steps = _streams(env), 0
-    while steps < 2 or (steps < _STEPS and time.perf_counter() - started < _PROBE_SECONDS / 10):
-        action = sample_action(env, obs)
-        obs, _, terminated, truncated, _ = env.step(action)
-        log.add(np.array([action]))
-        steps += 1
-        if terminated or truncated or steps == 1:  # the replay must cover an episode that began without a seed
-            log.begin(0, env, None, built)
-            obs, _ = env.reset()
-    episode = json.loads(json.dumps(log.episode(0)))
-    state, why, excess = None, "a copy of its attributes behaves differently", ""
-    started = time.thread_time()  # not the clock: a busy machine must not decide about a resume
-    try:
-        text = json.dumps(state_of(env, built))
-        excess = _excess(len(text), time.thread_time() - started, n_envs)
-        state = json.loads(text)
-    except NotPlainError as error:
-        why = str(error)
-        started = time.thread_time()
-        size = len(json.dumps(state_of(env, built, all_of_it=False, check=False)))
-        excess = _excess(size, 0.0, n_envs, time.thread_time() - started)
-    drawn = _streams(env)
-    actions, after = _sampled_outputs(env, obs, 2 * steps)
-    close_env(env)
-    twin = make()
-    try:
-        _check_distinct(env, twin)
-        twin.reset(seed=11)  # creates attributes that only a reset makes
-        notes = _notes_on_streams(env, fresh, seeded, _streams(twin), drawn)
-        if excess:
-            return ResumeSupport("restart", excess, notes)
-        if state is not None and _prepared_outputs(twin, lambda: set_state(twin, state), actions) == after:
-            return ResumeSupport("exact", "environment state can be saved", notes)
-    finally:
-        close_env(twin)
-    twin = make()
-    try:
-        twin.reset(seed=11)
-        replayed = _prepared_outputs(twin, lambda: replay_episode(twin, episode), actions)
-    finally:
-        close_env(twin)
-    if replayed == after:
-        return ResumeSupport("replay", f"{why}, but replaying an episode's actions restores it", notes)
-    return ResumeSupport("restart", f"{why}, and replaying its episode leads to other observations", notes)
-
-
-def _excess(size: int, seconds: float, n_envs: int, reset_seconds: float = 0.0) -> str:
-    """Return why the state of one environment is too much to save; "" if it isn't.
-
-    Args:
-        size: in bytes.
-        seconds: to save it in a checkpoint.
-        n_envs: environments in a checkpoint.
-        reset_seconds: to save it at each reset.
-    """
-    if reset_seconds > _MAX_RESET_SECONDS:
-        return f"saving its state takes {reset_seconds * 1e3:,.0f} ms at each reset"
-    if size * n_envs > _MAX_CHECKPOINT_BYTES:
-        total, most = (x / 2**20 for x in (size * n_envs, _MAX_CHECKPOINT_BYTES))
-        return f"its state takes {total:,.0f} MiB per checkpoint, more than {most:,.0f}"
-    if seconds * n_envs > _MAX_CHECKPOINT_SECONDS:
-        return f"saving its state takes {seconds * n_envs:,.0f} s per checkpoint"
-    return ""
-
-
-def _check_distinct(env: gym.Env[Any, Any], twin: gym.Env[Any, Any]) -> None:
-    """Refuse environments that share one instance under their wrappers.
-
-    Raises:
-        EnvStartError: they do.
-    """
-    if env.unwrapped is twin.unwrapped:
-        raise EnvStartError(same_instance(env))
-
-
-def same_instance(env: gym.Env[Any, Any]) -> str:
-    """Return the message about a maker that returns `env` at every call."""
-    name = type(env.unwrapped).__name__
-    return (
-        f"make_env returns the same {name} at every call, so that one environment would be stepped several times; "
-        f"it must make a new one: make_env=lambda: {name}(...), not lambda: env."
-    )
-
-
-def _streams(env: Any) -> dict[str, str]:  # noqa: ANN401 - an Env
-    """Return the state of every random stream that the environment or an object of it holds, by name."""
-    found: dict[str, str] = {}
-
-    def search(owner: Any, prefix: str, depth: int) -> None:  # noqa: ANN401 - any object
-        for name, value in getattr(owner, "__dict__", {}).items():
-            if isinstance(value, (np.random.Generator, np.random.RandomState, random.Random)):
-                with contextlib.suppress(NotPlainError):
-                    found[f"{prefix}.{name}"] = json.dumps(encode(value))
-            elif depth and not isinstance(value, _BUILT):
-                search(value, f"{prefix}.{name}", depth - 1)
-
-    for layer in _layers(env):
-        search(layer, type(layer).__name__, 2)
-    return found
-
-
-def _notes_on_streams(
-    env: gym.Env[Any, Any],
-    fresh: Mapping[str, str],
-    seeded: Mapping[str, str],
-    other: Mapping[str, str],
-    drawn: Mapping[str, str] | None = None,
-) -> tuple[str, ...]:
-    """Return a note on the random streams that draw the same numbers under every seed.
-
-    Args:
-        env: the environment.
-        fresh: its random streams after construction.
-        seeded: after its first reset.
-        other: those of another environment after a reset with another seed.
-        drawn: of `env` after some steps; None: now.
-    """
-    now = _streams(env) if drawn is None else drawn
-    fixed = [
-        name
-        for name, state in seeded.items()
-        # a stream that nobody draws from, or only the constructor, matters to nobody
-        if other.get(name) == state and (fresh.get(name) != state or now.get(name) != state)
-    ]
-    if not fixed:
-        return ()
-    return (
-        f"the seed changes nothing in {', '.join(fixed)}: every environment draws the same random numbers from it. "
-        "Draw from self.np_random, after super().reset(seed=seed), or the N environments may be copies.",
-    )
-
-
-def _prepared_outputs(twin: gym.Env[Any, Any], prepare: Callable[[], Any], actions: Sequence[Any]) -> list[Any] | None:
-    """Return the outputs of `actions` after `prepare`; None if that fails."""
-    try:
-        prepare()
-        return _outputs(twin, actions)
-    except EnvError:
-        return None
-
-
-def _outputs(env: gym.Env[Any, Any], actions: Sequence[Any]) -> list[Any]:
-    """Return all outputs of `actions`, with a reset after half of them and after each episode end."""
-    return _play(env, lambda k, obs: actions[k], len(actions), None)
-
-
-def _sampled_outputs(env: gym.Env[Any, Any], obs: Any, n: int) -> tuple[list[Any], list[Any]]:  # noqa: ANN401
-    """Return `n` random actions, the first taken after observation `obs`, and their outputs as `_outputs` does."""
-    actions: list[Any] = []
-
-    def sample(k: int, obs: Any) -> Any:  # noqa: ANN401 - an observation, an action
-        actions.append(sample_action(env, obs))
-        return actions[k]
-
-    return actions, _play(env, sample, n, obs)
-
-
-def _play(env: gym.Env[Any, Any], choose: Callable[[int, Any], Any], n: int, obs: Any) -> list[Any]:  # noqa: ANN401
-    found: list[Any] = []
-    for k in range(n):
-        obs, reward, terminated, truncated, _ = env.step(choose(k, obs))
-        over = bool(terminated or truncated)
-        found.append((np.asarray(obs).tobytes(), float(reward), over))
-        if over or k == n // 2:
-            obs, _ = env.reset()
-            found.append(np.asarray(obs).tobytes())
-    return found
-
-
-def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = _STEPS) -> ResumeSupport:
-    """Find how a native vector environment continues after a resume: exact or restart."""
-    try:
-        venv = make()
-        venv.action_space.seed(0)
-        venv.single_action_space.seed(0)
-        outs, actions = [], []
-        try:
-            obs, _ = venv.reset(seed=7)
-            for _ in range(steps):
-                obs = venv.step(sample_actions(venv, obs))[0]
-            state, out = json.loads(json.dumps(state_of(venv))), list[bytes]()
-            for _ in range(steps):
-                actions.append(sample_actions(venv, obs))
-                obs, *rest = venv.step(actions[-1])[:4]
-                out += [np.asarray(part).tobytes() for part in (obs, *rest)]
-            outs.append(out)
-        finally:
-            close_env(venv)
-        twin = make()
-        try:
-            twin.reset(seed=11)
-            set_state(twin, state)
-            results = [twin.step(action)[:4] for action in actions]
-            outs.append([np.asarray(part).tobytes() for result in results for part in result])
-        finally:
-            close_env(twin)
-    except NotPlainError as error:
-        return ResumeSupport("restart", str(error))
-    except ENV_ERRORS as error:
-        return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
-    if outs[0] == outs[1]:
-        return ResumeSupport("exact", "environment state can be saved")
-    return ResumeSupport("restart", "a copy of its attributes behaves differently")

@@ -19,6 +19,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import VectorEnv
 
 from fastppo.envs.pack_observation import PackObservation, sample_action
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvStartError, FastPPOError, cause_line, first_line
@@ -276,6 +277,25 @@ def _first_call(env: gym.Env[Any, Any], name: str, call: Callable[[], Any]) -> t
         given = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
         raise EnvStartError(f"{owner}.{name} returned {given}; it must return ({', '.join(names)}): {_OLD_GYM}.")
     return result
+
+
+def close_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:
+    """Close an environment; its own failure to close costs no result, so it is a warning."""
+    try:
+        env.close()
+    except ENV_ERRORS as error:
+        warnings.warn(
+            f"{type(env.unwrapped).__name__}.close failed: {cause_line(error)}.", stacklevel=1
+        )  # once per class
+
+
+def same_instance(env: gym.Env[Any, Any]) -> str:
+    """Return the message about a maker that returns `env` at every call."""
+    name = type(env.unwrapped).__name__
+    return (
+        f"make_env returns the same {name} at every call, so that one environment would be stepped several times; "
+        f"it must make a new one: make_env=lambda: {name}(...), not lambda: env."
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,8 +31,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.env_state import close_env
-from fastppo.envs.factory import WorkerSetup
+from fastppo.envs.factory import WorkerSetup, close_env
 from fastppo.envs.info_sums import InfoTotals, join_totals
 from fastppo.envs.pool_worker import (
     CALL,

@@ -17,19 +17,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from fastppo.envs.env_state import (
-    ConstructedData,
-    EpisodeLog,
-    NotPlainError,
-    Way,
-    close_env,
-    moments_of,
-    replay_episode,
-    same_instance,
-    set_state,
-    state_of,
-)
+from fastppo.envs.env_state import ConstructedData, EpisodeLog, Way, moments_of, replay_episode, set_state, state_of
+from fastppo.envs.factory import close_env, same_instance
 from fastppo.envs.info_sums import NO_INFO, InfoSums, InfoTotals
+from fastppo.envs.plain_data import NotPlainError
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, EnvStartError, FastPPOError, cause_line
 
 _Array = np.ndarray[Any, Any]

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 
 from fastppo.envs import factory
-from fastppo.envs.env_state import close_env
+from fastppo.envs.factory import close_env
 from fastppo.envs.make_envs import EnvInfo
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, first_line
 

@@ -17,11 +17,13 @@ from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 from fastppo import Config, Trainer, evaluate, resume
 from fastppo.analysis.verify_env import verify_env
 from fastppo.cli import main
-from fastppo.envs import env_state
-from fastppo.envs.env_state import ConstructedData, decode, probe_resume_support, probe_seeding, set_state, state_of
+from fastppo.envs import resume_probe
+from fastppo.envs.env_state import ConstructedData, set_state, state_of
 from fastppo.envs.factory import EnvFactory, WorkerSetup, reuses_observations
 from fastppo.envs.make_envs import inspect_env, make_vec_env
+from fastppo.envs.plain_data import decode
 from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.resume_probe import probe_resume_support, probe_seeding
 from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError, EnvStartError
@@ -139,12 +141,12 @@ def test_a_table_that_changes_late_is_never_restored_wrongly():
 
 
 def test_a_state_too_large_for_checkpoints_is_not_saved(monkeypatch):
-    monkeypatch.setattr(env_state, "_MAX_CHECKPOINT_BYTES", 2**20)
+    monkeypatch.setattr(resume_probe, "_MAX_CHECKPOINT_BYTES", 2**20)
     assert probe_resume_support(lambda: Table(20_000, scribbles=True), n_envs=2).way == "exact"
     support = probe_resume_support(lambda: Table(20_000, scribbles=True), n_envs=20)
     assert support.way == "restart"
     assert support.why == "its state takes 4 MiB per checkpoint, more than 1"
-    monkeypatch.setattr(env_state, "_MAX_RESET_SECONDS", 0.0)
+    monkeypatch.setattr(resume_probe, "_MAX_RESET_SECONDS", 0.0)
     support = probe_resume_support(lambda: Table(200, plain=False))
     assert (support.way, support.why[:21]) == ("restart", "saving its state take")
 
@@ -159,7 +161,7 @@ def test_the_probe_of_a_slow_environment_takes_few_steps(monkeypatch):
             clock[0] += 0.1
             return super().step(action)
 
-    monkeypatch.setattr(env_state.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(resume_probe.time, "perf_counter", lambda: clock[0])
     assert probe_resume_support(Slow).way == "exact"
     assert len(steps) <= 10
 
