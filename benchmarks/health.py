@@ -30,7 +30,8 @@ import numpy as np
 import tyro
 
 from benchmarks import report, table
-from fastppo.monitoring.health import HealthMonitor, RunTraits
+from fastppo.monitoring.health import HealthMonitor
+from fastppo.monitoring.health_rules import RunTraits
 from fastppo.profiles import TUNED
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "fixtures" / "health"

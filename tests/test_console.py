@@ -11,7 +11,7 @@ from rich.console import Console
 from fastppo.analysis.checks import CheckResult
 from fastppo.cli import main
 from fastppo.commands.console import print_checks
-from fastppo.monitoring.health import HealthFinding, RunTraits
+from fastppo.monitoring.health_rules import HealthFinding, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink, compact
 from fastppo.monitoring.stats import Stats

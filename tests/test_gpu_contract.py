@@ -19,7 +19,9 @@ from fastppo.builders.resolve import resolve_config
 from fastppo.envs.make_envs import TASKS, inspect_env
 from fastppo.errors import CaptureError, EnvError, FastPPOError, innermost
 from fastppo.functional.gae import choose_gae, gae_doubling, gae_loop, triton_failure
-from fastppo.monitoring.health import History, RunTraits, check_health, rounding_of
+from fastppo.monitoring.health import check_health
+from fastppo.monitoring.health_rules import RunTraits, rounding_of
+from fastppo.monitoring.history import History
 from fastppo.resume_run import resume
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.compile import CompileError, compile_graph

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from benchmarks.health import CALIBRATION, SETTINGS, TEST, evaluate, fixture
-from fastppo.monitoring.health import POINTS, RULES, HealthMonitor, History, RunTraits, check_health, rounding_of
+from fastppo.monitoring.health import HealthMonitor, check_health
+from fastppo.monitoring.health_rules import RULES, RunTraits, rounding_of
+from fastppo.monitoring.history import POINTS, History
 
 N = 200
 HEALTHY = {

@@ -10,7 +10,7 @@ import pytest
 from fastppo import Config, Trainer, resume
 from fastppo.analysis.run_data import read_run
 from fastppo.analysis.verify_resume import TIMED, run_hashes
-from fastppo.monitoring.health import History
+from fastppo.monitoring.history import History
 from fastppo.monitoring.log_interval import LogInterval
 from fastppo.monitoring.stats import Stats
 from fastppo.runs.checkpoint import list_checkpoints

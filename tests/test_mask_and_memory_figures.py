@@ -17,7 +17,7 @@ from fastppo.analysis.report import report
 from fastppo.analysis.run_data import read_run, read_runs
 from fastppo.analysis.study import plan_study
 from fastppo.builders import parts
-from fastppo.monitoring.health import RULES
+from fastppo.monitoring.health_rules import RULES
 from fastppo.ppo.metrics import MASKED, MEASURED, merge_ranks
 from fastppo.runs.system_info import system_info
 

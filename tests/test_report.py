@@ -19,7 +19,7 @@ from fastppo.analysis.run_data import downsample, read_run, read_runs
 from fastppo.analysis.update_section import advantages_by_lambda
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.functional.diagnostics import clip_fraction
-from fastppo.monitoring.health import HealthFinding, Rule, RunTraits
+from fastppo.monitoring.health_rules import HealthFinding, Rule, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.stats import Stats
 from fastppo.monitoring.update_samples import ROWS, read_samples, spread_rows

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fastppo import Config, Trainer
-from fastppo.monitoring.health import HealthFinding, RunTraits
+from fastppo.monitoring.health_rules import HealthFinding, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
 from fastppo.monitoring.sinks.trackers import ThrottledSink

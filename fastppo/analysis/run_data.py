@@ -15,7 +15,8 @@ import numpy as np
 
 from fastppo.config import CHANGES_RESULTS, Config
 from fastppo.errors import CheckpointError
-from fastppo.monitoring.health import HealthMonitor, HealthRecord, RunTraits, rounding_of
+from fastppo.monitoring.health import HealthMonitor, HealthRecord
+from fastppo.monitoring.health_rules import RunTraits, rounding_of
 from fastppo.monitoring.sinks.jsonl import read_rows
 from fastppo.monitoring.update_samples import UpdateSample, read_samples
 from fastppo.runs.run_dir import check_run_folder

@@ -13,7 +13,7 @@ from fastppo.envs.make_envs import EnvInfo
 from fastppo.envs.vec_env import VecEnv
 from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.monitoring.env_monitor import EnvMonitor
-from fastppo.monitoring.health import RunTraits, rounding_of
+from fastppo.monitoring.health_rules import RunTraits, rounding_of
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.policies.policy import Policy
 from fastppo.ppo.metrics import Metrics

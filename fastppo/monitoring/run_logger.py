@@ -10,7 +10,8 @@ from functools import partial
 from rich.console import Console
 
 from fastppo.errors import first_line
-from fastppo.monitoring.health import HealthMonitor, RunTraits
+from fastppo.monitoring.health import HealthMonitor
+from fastppo.monitoring.health_rules import RunTraits
 from fastppo.monitoring.log_interval import LogInterval
 from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats

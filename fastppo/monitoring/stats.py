@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from fastppo.monitoring.health import HealthFinding
+from fastppo.monitoring.health_rules import HealthFinding
 from fastppo.monitoring.update_samples import UpdateSample
 from fastppo.ppo.metrics import MASKED, Metrics
 from fastppo.runtime.clock import Clock
