@@ -32,7 +32,7 @@ import torch
 import tyro
 
 from benchmarks import machine, median_ms, report, write
-from benchmarks._apart import Apart
+from benchmarks._forked import ForkedProcess
 from benchmarks._roofline import Card, card_of, iteration_work, launches, minibatch_work, on_the_gpu, roofline
 from fastppo import Config, Trainer
 from fastppo.errors import first_line
@@ -144,7 +144,7 @@ def run(part: Part, options: Options, left: float) -> Iterator[Row]:
         for row in part.rows(options):
             send(row)
 
-    with contextlib.closing(Apart(work, min(part.seconds, left))) as process:
+    with contextlib.closing(ForkedProcess(work, min(part.seconds, left))) as process:
         ended = False
         while not ended:
             ended = process.poll()
@@ -280,7 +280,7 @@ def _speed(options: Options, **changes: Any) -> Row:
                 if name.startswith("time/"):
                     phases.setdefault(name.removeprefix("time/"), []).append(value)
             if len(ticks) > 3 and ticks[-1][0] - ticks[0][0] > seconds:
-                row = _beside(trainer, (ticks[-1][0] - ticks[0][0]) / (len(ticks) - 1), _card(options))
+                row = _roofline_and_launches(trainer, (ticks[-1][0] - ticks[0][0]) / (len(ticks) - 1), _card(options))
                 break  # within the loop, because its end closes the environments
     return {
         "steps/s": (ticks[-1][1] - ticks[0][1]) / (ticks[-1][0] - ticks[0][0]),
@@ -291,7 +291,7 @@ def _speed(options: Options, **changes: Any) -> Row:
     } | row
 
 
-def _beside(trainer: Trainer, seconds: float, card: Card | None) -> Row:
+def _roofline_and_launches(trainer: Trainer, seconds: float, card: Card | None) -> Row:
     """Return the roofline of an iteration of `seconds`, and what was launched, or why that can't be counted."""
     row = roofline(iteration_work(trainer), seconds, card, trainer.config.precision)
     counts: Sequence[Callable[[Trainer], Row]] = [

@@ -1,6 +1,6 @@
 """A pytest plugin that runs each test in a forked process of its own, and writes the results after each.
 
-    python -m pytest -s -p tests.apart --results FILE ...
+    python -m pytest -s -p tests.forked --results FILE ...
 
 A test that crashes, hangs or spoils the GPU fails alone. Other arguments are pytest's. It imports no torch itself, and
 no collected module may initialise CUDA: a fixture may, as it runs in the process of its test.
@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from _pytest.runner import runtestprotocol
 
-from benchmarks._apart import Apart
+from benchmarks._forked import ForkedProcess
 
 _WHY = 2000  # characters of a reason
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("apart")
+    group = parser.getgroup("forked")
     group.addoption("--results", type=Path, required=True, help="JSON file for the results, written after each test")
     group.addoption("--test-seconds", type=float, default=120.0, help="time limit of a test")
     group.addoption("--all-seconds", type=float, default=3600.0, help="time limit of all tests")
@@ -76,13 +76,13 @@ def pytest_runtestloop(session):
     if option.collectonly:
         return True
     end = time.monotonic() + option.all_seconds
-    waiting, running = deque(session.items), list[tuple[pytest.Item, Apart]]()
+    waiting, running = deque(session.items), list[tuple[pytest.Item, ForkedProcess]]()
     try:
         while waiting or running:
             while waiting and len(running) < option.at_once and time.monotonic() < end:
                 item = waiting.popleft()
                 limit = min(option.test_seconds, end - time.monotonic())
-                running.append((item, Apart(lambda send, item=item: _run(item, send), limit)))
+                running.append((item, ForkedProcess(lambda send, item=item: _run(item, send), limit)))
             for item, process in [pair for pair in running if pair[1].poll()]:
                 running.remove((item, process))
                 with contextlib.closing(process):

@@ -1,4 +1,4 @@
-"""Each test in a process of its own (`tests/apart.py`), which `scripts/test-gpu` uses."""
+"""Each test in a process of its own (`tests/forked.py`), which `scripts/test-gpu` uses."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks._apart import Apart
+from benchmarks._forked import ForkedProcess
 
 ROOT = Path(__file__).parents[1]
 TESTS = """
@@ -75,7 +75,7 @@ def test_sees_the_results_so_far():
 def run(tmp_path, *arguments, text=TESTS):
     (tmp_path / "test_odd.py").write_text(text)
     results = tmp_path / "results.json"
-    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.apart", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.forked", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(tmp_path), "--results", str(results), *arguments, str(tmp_path / "test_odd.py")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     return done, json.loads(results.read_text())
@@ -163,7 +163,7 @@ def test_a_process_sends_what_it_has_before_it_fails():
         print("about to fail")
         raise ValueError("no memory")
 
-    with contextlib.closing(Apart(work, 30)) as process:
+    with contextlib.closing(ForkedProcess(work, 30)) as process:
         while not process.poll():
             time.sleep(0.01)
         assert process.messages() == [{"row": 1}]

@@ -21,7 +21,7 @@ from typing import Any
 _SHOWN = 4000  # characters of what a process printed
 
 
-class Apart:
+class ForkedProcess:
     """A function that runs in a forked process, with a time limit.
 
     Attributes:
