@@ -22,7 +22,8 @@ from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import CheckpointError
 from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.policies.decisions import Decisions
-from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.acting_copy import ActingCopy
+from fastppo.ppo.collector import Collector
 from fastppo.ppo.minibatches import BatchLayout, Minibatch
 from fastppo.ppo.rollout import Rollout
 from fastppo.runs.checkpoint import newest_checkpoint

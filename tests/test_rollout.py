@@ -15,7 +15,8 @@ from fastppo.envs.vec_env import Transitions, env_seeds
 from fastppo.functional.gae import Trajectory, gae_loop
 from fastppo.policies.encoder import Encoder
 from fastppo.policies.policy_spec import PolicySpec
-from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.acting_copy import ActingCopy
+from fastppo.ppo.collector import Collector
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces.observations import ObsSpec

@@ -36,7 +36,8 @@ from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.policies.rnd import RandomNetworkDistillation
-from fastppo.ppo.collector import ActingCopy, Collector
+from fastppo.ppo.acting_copy import ActingCopy
+from fastppo.ppo.collector import Collector
 from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.learner import Learner
 from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -14,79 +14,13 @@ from fastppo.policies.actors import fill_values_and_logprobs, make_actor
 from fastppo.policies.decisions import Actor
 from fastppo.policies.native_actor import NativeActor, NativePolicy, can_act_in_c
 from fastppo.policies.policy import Policy, PolicyState
+from fastppo.ppo.acting_copy import ActingCopy
+from fastppo.ppo.final_values import FinalValues
 from fastppo.ppo.kernel_rollout import KernelRollout, check_kernel_rollout, not_covered
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import CompileError
 from fastppo.runtime.graphs import capture
-
-
-class FinalValues:
-    """Evaluates V of the final observations of truncated episodes, in batches of one fixed shape.
-
-    Observations gather in a preallocated block; the critic is called when the block is full, and at the end. With
-    memory, the state after the last step of the episode goes with each observation.
-    """
-
-    def __init__(self, rollout: Rollout, value: Callable[[Tensor, PolicyState], Tensor]) -> None:
-        """Gather in `rollout.final_obs`, evaluate by `value` and write into `rollout.next_values`."""
-        self._rollout = rollout
-        self._value = value
-        rows = len(rollout.final_obs)
-        self._states = tuple(x.new_zeros((rows, *x.shape[2:])) for x in rollout.states)
-        self._rows: list[tuple[int, int]] = []
-
-    def add(self, t: int, truncated: Sequence[int], final_obs: Tensor) -> None:
-        """Add the final observations `final_obs[truncated]` of the environments that step t truncated."""
-        for i in truncated:
-            self._rollout.final_obs[len(self._rows)].copy_(final_obs[i])
-            for block, states in zip(self._states, self._rollout.states, strict=True):
-                block[len(self._rows)].copy_(states[t + 1, i])
-            self._rows.append((t, i))
-            if len(self._rows) == len(self._rollout.final_obs):
-                self.flush()
-
-    def flush(self) -> None:
-        """Evaluate the block and empty it."""
-        if self._rows:
-            values = self._value(self._rollout.final_obs, self._states)
-            t, i = torch.tensor(self._rows, device=values.device).unbind(1)
-            self._rollout.next_values[t, i] = values[: len(self._rows)]
-            self._rows.clear()
-
-
-class ActingCopy:
-    """Act on one device and learn on another: copies the policy before a rollout and the rollout after it.
-
-    A step of a small network on the CPU costs less than a round trip to the GPU.
-    """
-
-    # each side has its own
-    _NOT_COPIED = ("advantages", "returns", "noise", "final_obs")
-
-    def __init__(self, acting: Policy, here: Rollout, learning: Policy, there: Rollout) -> None:
-        """Copy `learning` to `acting` before a rollout, and `here` to `there` after it."""
-        self._acting, self._learning = acting, learning
-        self._there = {name: x for name, x in there.tensors().items() if name not in self._NOT_COPIED}
-        self._here = here.tensors()
-        if there.rewards.device.type == "cuda":
-            self._here = {name: x.pin_memory() if name in self._there else x for name, x in self._here.items()}
-            for name, x in self._here.items():
-                if hasattr(here, name):
-                    setattr(here, name, x)
-            here.states = tuple(self._here[f"states{i}"] for i in range(len(here.states)))
-
-    def fetch_policy(self) -> None:
-        """Copy parameters and observation moments to the acting policy."""
-        with torch.no_grad():
-            pairs = zip(self._acting.state_dict().values(), self._learning.state_dict().values(), strict=True)
-            for mine, theirs in pairs:
-                mine.copy_(theirs)
-
-    def send_rollout(self) -> None:
-        """Copy the rollout to the learning device."""
-        for name, there in self._there.items():
-            there.copy_(self._here[name], non_blocking=True)
 
 
 class Collector:
@@ -126,7 +60,7 @@ class Collector:
         env.attach(r.transitions())
         self._decisions = r.decisions()
         self._fused: NativePolicy | KernelRollout | None = None
-        self._final_values = FinalValues(r, self._value_of_final)
+        self._final_values = FinalValues(r, env, self._value_of_final)
         self.actors: list[Actor] = [
             make_actor(policy, self._decisions.of_group(group), torch_only=torch_only) for group in env.groups
         ]
@@ -232,25 +166,7 @@ class Collector:
             self._fused.fill(self._decisions)
         elif not self.actors[0].complete:
             fill_values_and_logprobs(self._policy, self._decisions)
-        if (final := self._env.final_obs_buffer) is None:
-            self._final_values.flush()
-        elif self._env.capturable_state is None:  # not captured, so the host may read which episodes were truncated
-            k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
-            if len(k):
-                t = final.end_steps[k, n]
-                if self._env.approximates_finals:
-                    r.next_values[t, n] = r.values[t, n]
-                else:
-                    state = tuple(x[t + 1, n] for x in r.states)
-                    r.next_values[t, n] = self._value_of_final(final.obs[k, n], state)
-        elif len(final.end_steps):
-            after = (final.end_steps + 1).clamp(max=len(r.rewards))  # of unused slots, any
-            everyone = torch.arange(final.end_steps.shape[1], device=after.device)
-            state = tuple(x[after, everyone].flatten(0, 1) for x in r.states)
-            values = self._value_of_final(final.obs.flatten(0, 1), state).view(final.end_steps.shape)
-            # the extra row takes the writes of unused slots
-            padded = torch.cat((r.next_values, r.next_values[:1]))
-            r.next_values.copy_(padded.scatter(0, final.end_steps, values)[:-1])
+        self._final_values.write()
         last_starts = None if r.starts is None else r.starts[-1]
         last_values = self._value(r.obs[-1], tuple(x[-1] for x in r.states), last_starts)
         torch.logical_or(r.terminated, r.truncated, out=r.done)
