@@ -64,7 +64,7 @@ class Models(NamedTuple):
         policy: encoder, network, distribution.
         reward_normalizer: None: rewards are not normalised.
         parameters: the network's parameters, as one vector.
-        rnd: what rewards the policy for new observations, and its parameters as one vector; None: nothing does.
+        rnd: random network distillation, and its trained parameters as one vector; None without it.
     """
 
     spec: PolicySpec
@@ -202,7 +202,7 @@ def build_optimizer(c: Config, models: Models) -> Optimizer:
 
 
 def build_curiosity(c: Config, models: Models, rollout: Rollout, world: World) -> Curiosity | None:
-    """Build what adds intrinsic advantages to `rollout`; None without RND."""
+    """Build the part that adds intrinsic advantages to `rollout`; None without RND."""
     if models.rnd is None:
         return None
     return Curiosity(

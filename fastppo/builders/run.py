@@ -221,7 +221,7 @@ def _set_threads(c: Config, models: Models, world: World, notes: list[str], *, r
 
 
 def _stream_offset(resume_from: Path | None) -> int:
-    """Return the offset of the random streams that a resume begins anew; before the first iteration, a run is new."""
+    """Return the offset of a resumed run's new random streams; 0 for the original ones, also before iteration 1."""
     saved_step = 0 if resume_from is None else int(resume_from.name.removeprefix("step-"))
     return saved_step + 1 if saved_step else 0
 
@@ -257,7 +257,7 @@ def _resume(checkpoint: Path, state: RunState, c: Config, collect: Collector, wo
     """Restore `state` from `checkpoint`; return notes on what is exact.
 
     Raises:
-        CheckpointError: it doesn't fit the run, or the environments begin anew, which exact_resume rules out.
+        CheckpointError: it doesn't fit the run, or exact_resume is set and the environments start new episodes.
     """
     exact, notes = restore(checkpoint, state, collect.rollout.obs[-1], world)
     if c.exact_resume and not exact:

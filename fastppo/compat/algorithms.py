@@ -82,7 +82,7 @@ class MaskablePPO(Algorithm):
 
 
 class _StableBaselines(Algorithm):
-    """What PPO1 and PPO2 have in common."""
+    """Base of PPO1 and PPO2, the algorithms of stable-baselines."""
 
     legacy = True
 

@@ -38,7 +38,7 @@ class IterationLocals(dict[str, Any]):
 
 
 class Hooks(Protocol):
-    """What `learn` calls."""
+    """A callback as `learn` calls it."""
 
     def start(self, model: Any, total_timesteps: int) -> None:  # noqa: ANN401 - an algorithm
         """Training begins, until the model has taken `total_timesteps`."""

@@ -28,7 +28,7 @@ Maker = Callable[[], Any]  # -> a gymnasium Env; or a VectorEnv or SimulatorEnv,
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What to read of an environment's observations.
+    """The parts of an environment's observations that a run reads.
 
     Attributes:
         obs_keys: keys of a Dict or Tuple observation to read; empty: all but `critic_obs_keys`.

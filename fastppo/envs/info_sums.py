@@ -22,7 +22,7 @@ _NUMBERS = frozenset((float, int, bool, np.float64, np.float32, np.int64, np.int
 
 
 class InfoTotals(NamedTuple):
-    """What the infos of N environments held since the last reading.
+    """Sums over the infos of N environments since the last reading.
 
     Attributes:
         n_envs: N.

@@ -21,6 +21,8 @@ from fastppo.envs.tensor.tasks import TASKS as TASKS
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import ConfigError
 
+_MEASURE_SECONDS = 1.0  # for all backends that `choose_vectorization` measures
+
 
 def make_vec_env(
     env_info: EnvInfo,
@@ -92,9 +94,7 @@ def probe_resume(
     return backend_of(env_info, vectorization).probe_resume(env_info, n_envs)
 
 
-def make_vectorized(
-    env_info: EnvInfo, n_envs: int, vectorization: Vectorization, seed: int = 0
-) -> VectorEnv[Any, Any, Any]:
+def make_vectorized(env_info: EnvInfo, n_envs: int, vectorization: Vectorization) -> VectorEnv[Any, Any, Any]:
     """Make N of the inspected environments as a Gymnasium vector environment; arguments as in `make_vec_env`.
 
     Raises:
@@ -103,11 +103,11 @@ def make_vectorized(
     vectorize = BACKENDS[vectorization].vectorize
     if vectorize is None:
         raise ConfigError(f"vectorization={vectorization} makes no Gymnasium vector environment; use sync or pool.")
-    return vectorize(env_info, VecEnvOptions(n_envs=n_envs, seed=seed))
+    return vectorize(env_info, VecEnvOptions(n_envs=n_envs))
 
 
-def choose_vectorization(env_info: EnvInfo, n_envs: int, seconds: float = 1.0) -> tuple[Vectorization, str]:
-    """Return the fastest backend for N of the environments and the reason, in about `seconds` plus start-up."""
+def choose_vectorization(env_info: EnvInfo, n_envs: int) -> tuple[Vectorization, str]:
+    """Return the fastest backend for N of the environments and the reason, in about a second plus start-up."""
     if env_info.vector is not None:
         return "sync", "vectorization: make_env's own vector environment"
     if n_envs == 1:
@@ -119,6 +119,6 @@ def choose_vectorization(env_info: EnvInfo, n_envs: int, seconds: float = 1.0) -
     }
     makers = {name: functools.partial(make_vectorized, env_info, n_envs, name) for name in candidates}
     in_processes = {name for name, backend in candidates.items() if backend.workers is not None}
-    speeds, failures = measure(makers, n_envs, seconds, in_processes)
+    speeds, failures = measure(makers, n_envs, _MEASURE_SECONDS, in_processes)
     margins = {name: backend.auto_margin or 1.0 for name, backend in candidates.items()}
     return choose(n_envs, speeds, failures, margins)

@@ -52,7 +52,7 @@ def probe_resume_support(make: Callable[[], gym.Env[Any, Any]], n_envs: int = 1)
         return ResumeSupport("restart", f"the probe failed: {type(error).__name__}: {first_line(error)}")
 
 
-def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], steps: int = _STEPS) -> ResumeSupport:
+def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]]) -> ResumeSupport:
     """Find how a native vector environment continues after a resume: exact or restart."""
     try:
         venv = make()
@@ -61,10 +61,10 @@ def probe_vector_resume_support(make: Callable[[], VectorEnv[Any, Any, Any]], st
         outs, actions = [], []
         try:
             obs, _ = venv.reset(seed=7)
-            for _ in range(steps):
+            for _ in range(_STEPS):
                 obs = venv.step(sample_actions(venv, obs))[0]
             state, out = json.loads(json.dumps(state_of(venv))), list[bytes]()
-            for _ in range(steps):
+            for _ in range(_STEPS):
                 actions.append(sample_actions(venv, obs))
                 obs, *rest = venv.step(actions[-1])[:4]
                 out += [np.asarray(part).tobytes() for part in (obs, *rest)]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Optimizer(NamedTuple):
-    """What `PPOUpdate` needs of an optimiser; `adam` makes one.
+    """An optimiser as `PPOUpdate` uses it; `adam` and `muon` make one.
 
     Attributes:
         init: params [P] -> state, a NamedTuple of tensors. Field names are the names in checkpoints.

@@ -167,7 +167,7 @@ class RecurrentNetwork(nn.Module):
 
     @property
     def n_critic_states(self) -> int:
-        """How many tensors of the state, the first ones, belong to the critic alone."""
+        """Number of leading tensors of the state that belong to the critic alone."""
         return sum(memory.n_states for memory in self._each()[:-1])
 
     def _each(self) -> list[Memory]:

@@ -77,7 +77,7 @@ class NativeActor:
         self._places = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in (d.obs, d.noise, d.params, d.actions)]
 
     def begin(self) -> None:
-        """Do nothing: the policy is told by the collector."""
+        """Do nothing: the collector calls `NativePolicy.begin`."""
 
     def compile(self) -> None:
         """Do nothing: C isn't compiled by torch."""

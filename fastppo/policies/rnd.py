@@ -25,7 +25,7 @@ OBS_CLIP = 5.0  # of normalised observations
 
 
 class RNDOutput(NamedTuple):
-    """What the networks say.
+    """The outputs of predictor, random network and intrinsic critic.
 
     Attributes:
         values: [B] discounted sum of the intrinsic rewards to come, estimated at observations.

@@ -207,7 +207,7 @@ class Collector:
 
     @property
     def acts_in(self) -> Literal["torch", "C", "Triton"]:
-        """What acts."""
+        """The language of the code that acts."""
         if self._fused is None:
             return "torch"
         return "Triton" if isinstance(self._fused, KernelRollout) else "C"

@@ -48,14 +48,13 @@ def _left_in_group(version: int, folder: Path) -> int | None:
     return max(0, int(limit) - int(used) + int(stat.get(cache_entry, 0)))
 
 
-def check_descriptors(each: int, n: int, setting: str, root: Path = Path("/")) -> None:
+def check_descriptors(each: int, n: int, setting: str) -> None:
     """Check that this process may open `each * n` more file descriptors.
 
     Args:
         each: descriptors per unit of the setting.
         n: value of the setting.
         setting: its name for the message, such as "n_envs".
-        root: the folder that holds /proc.
 
     Raises:
         ConfigError: with the descriptors needed, the limit and the largest value that fits.
@@ -64,7 +63,7 @@ def check_descriptors(each: int, n: int, setting: str, root: Path = Path("/")) -
     if limit == resource.RLIM_INFINITY:
         return
     try:
-        open_now = len(list((root / "proc/self/fd").iterdir()))
+        open_now = len(list(Path("/proc/self/fd").iterdir()))
     except OSError:
         open_now = 0
     left = max(0, limit - open_now - _RESERVED_DESCRIPTORS)

@@ -28,16 +28,9 @@ class ObsSpec:
     leaves: tuple[ObsLeaf, ...]
 
     @classmethod
-    def single(
-        cls,
-        kind: ObsKind,
-        shape: tuple[int, ...],
-        source_dtype: str,
-        nvec: tuple[int, ...] = (),
-        start: tuple[int, ...] = (),
-    ) -> ObsSpec:
+    def single(cls, kind: ObsKind, shape: tuple[int, ...], source_dtype: str) -> ObsSpec:
         """Describe an observation that is one array; arguments as `ObsLeaf`'s attributes."""
-        return cls((ObsLeaf(kind, shape, source_dtype, nvec, start),))
+        return cls((ObsLeaf(kind, shape, source_dtype),))
 
     @classmethod
     def from_space(cls, space: spaces.Space[Any]) -> ObsSpec:
