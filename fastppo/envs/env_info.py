@@ -122,13 +122,10 @@ def inspect_env(
 def _inspect(
     env_id: str, env_kwargs: dict[str, Any], make_env: Maker | None, wrappers: tuple[str, ...], reading: Reading
 ) -> EnvInfo:
-    atari = False
-    if make_env is None:
-        spec = single.find_spec(env_id)
-        atari = single.is_atari(spec)
-        for name in ("frameskip", "obs_type") if atari else ():
-            if name in env_kwargs:
-                raise ConfigError(f"env_kwargs: {name} is set by the Atari preprocessing; leave it out.")
+    atari = make_env is None and single.is_atari(single.find_spec(env_id))
+    for name in ("frameskip", "obs_type") if atari else ():
+        if name in env_kwargs:
+            raise ConfigError(f"env_kwargs: {name} is set by the Atari preprocessing; leave it out.")
     if make_env is not None and not callable(make_env):
         raise ConfigError(
             f"make_env is a {type(make_env).__name__}; it must be a function that makes an environment, "
@@ -142,21 +139,7 @@ def _inspect(
             f"wrappers need single environments, but make_env returned {type(env).__name__}; apply them in make_env."
         )
     if isinstance(env, VectorEnv):
-        _check_vector(env)
-        if reading.masks:
-            _refuse_mask_methods(env)
-        packed = packed_space(
-            env, reading.obs_keys, reading.critic_obs_keys, (lambda: _vector_info(env)) if reading.masks else None
-        )
-        if packed is not None:
-            env = PackVectorObservation(env, packed)
-        return EnvInfo(
-            obs_spec=ObsSpec.from_space(env.single_observation_space),
-            action_spec=ActionSpec.from_space(env.single_action_space),
-            name=_vector_name(env),
-            vector=env,
-            normalizers=tuple(normalizers_of(env)),
-        )
+        return _inspect_vector(env, reading)
     if isinstance(env, SimulatorEnv):
         env.read(reading.obs_keys, reading.critic_obs_keys, masks=reading.masks)
         return EnvInfo(obs_spec=env.obs_spec, action_spec=env.action_spec, name=env.name, vector=env)
@@ -164,19 +147,36 @@ def _inspect(
         raise ConfigError(
             f"make_env returned {type(env).__name__}; it must return a gymnasium Env or VectorEnv, or a SimulatorEnv."
         )
+    return dataclasses.replace(_inspect_single(env, factory, reading), atari=atari)
+
+
+def _inspect_vector(venv: VectorEnv[Any, Any, Any], reading: Reading) -> EnvInfo:
+    """Read the properties of the user's vector environment, which the run then steps."""
+    _check_vector(venv)
+    if reading.masks:
+        _refuse_mask_methods(venv)
+    masks = (lambda: _vector_info(venv)) if reading.masks else None
+    packed = packed_space(venv, reading.obs_keys, reading.critic_obs_keys, masks)
+    env = venv if packed is None else PackVectorObservation(venv, packed)
+    return EnvInfo(
+        obs_spec=ObsSpec.from_space(env.single_observation_space),
+        action_spec=ActionSpec.from_space(env.single_action_space),
+        name=_vector_name(env),
+        vector=env,
+        normalizers=tuple(normalizers_of(env)),
+    )
+
+
+def _inspect_single(plain: gym.Env[Any, Any], factory: EnvFactory, reading: Reading) -> EnvInfo:
+    """Read the properties of an environment from `factory`, and close it."""
+    env = plain
     try:
         action_spec = ActionSpec.from_space(env.action_space)
-        threshold = env.spec.reward_threshold if env.spec else None
         before = global_states()
-        plain = env
-        packed = packed_space(
-            env,
-            reading.obs_keys,
-            reading.critic_obs_keys,
-            (lambda: single.first_reset(plain)[1]) if reading.masks else None,
-        )
+        masks = (lambda: single.first_reset(plain)[1]) if reading.masks else None
+        packed = packed_space(plain, reading.obs_keys, reading.critic_obs_keys, masks)
         if packed is not None:
-            env = PackObservation(env, packed)
+            env = PackObservation(plain, packed)
         obs_spec = ObsSpec.from_space(env.observation_space)
         factory = dataclasses.replace(factory, copy_obs=single.reuses_observations(env), packed=packed, quiet=True)
         drawn = tuple(name for name, state in global_states().items() if before.get(name, state) != state)
@@ -187,8 +187,7 @@ def _inspect(
         obs_spec=obs_spec,
         action_spec=action_spec,
         name=env.spec.id if env.spec else type(env.unwrapped).__name__,
-        atari=atari,
-        reward_threshold=threshold,
+        reward_threshold=env.spec.reward_threshold if env.spec else None,
         factory=factory,
         max_steps=env.spec.max_episode_steps if env.spec else None,
         normalizers=normalizers,
