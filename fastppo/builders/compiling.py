@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -57,42 +57,30 @@ def compile_parts(
         CaptureError: "graph" was requested and the capture failed, on this rank or another.
         FastPPOError: it failed on some ranks only, after the others had begun collective operations.
     """
-    device = learner.device
+    parts = _Parts(learner, collector, env, world, notes, say)
     if wanted == "auto" or wanted == "fused":
         try:
-            if device.type == "cpu":
-                return "fused", _fuse(minibatches, learner, collector, env, notes, say)
-            return "fused", _fuse_on_gpu(learner, collector, env, world, notes, say)
+            fuse = _fuse if learner.device.type == "cpu" else _fuse_on_gpu
+            return "fused", fuse(parts, minibatches)
         except CompileError as error:
             notes.append(f"not fused: {error}.")
         wanted = "auto"
-    compiled_before = compiling.compilations
+    required = wanted != "auto"
     mode, why = _choose_mode(wanted, minibatches, learner)
     if mode == "off":
-        if wanted != "off":
+        if not required:
             notes.append(f"compile off: {why}.")
         return mode, 0.0
     say(_WAIT)
-    begin = time.perf_counter()
-    unrolls = _unrolled_steps(learner) > UNROLLED_STEPS and wanted == "auto"
-    if (mode == "on" or device.type == "cuda") and not unrolls:
-        try:
-            learner.compile()
-            # if these fail, the update stays compiled
-            _compile_each({"acting": collector.compile, "stepping": lambda: _compile_env(env)}, notes)
-        except CompileError as error:
-            if mode == "on":
-                mode, why = "off", f"it can't be compiled: {error}"
-            else:
-                notes.append(f"the update is not compiled: {error}.")
+    begin, compiled_before = time.perf_counter(), compiling.compilations
+    unrolls = _unrolled_steps(learner) > UNROLLED_STEPS and not required
+    if (mode == "on" or learner.device.type == "cuda") and not unrolls:
+        mode, why = _compile(parts, mode, why)
     if mode == "graph":
         try:
-            if world.size > 1 and device.type == "cpu":
-                raise CaptureError("several processes on the CPU can't be captured; use compile on or off.")
-            learner.capture()
-            world.together(lambda: _capture_acting(collector, notes, required=wanted == "graph"), CaptureError)
+            _capture(parts, required=required)
         except CaptureError as error:
-            if wanted == "graph":
+            if required:
                 raise
             mode, why = "on" if compiling.compilations > compiled_before else "off", str(error)
     seconds = 0.0
@@ -103,42 +91,71 @@ def compile_parts(
     return mode, seconds
 
 
-def _fuse(
-    minibatches: int,
-    learner: Learner,
-    collector: Collector,
-    env: VecEnv,
-    notes: list[str],
-    say: Callable[[str], None],
-) -> float:
+class _Parts(NamedTuple):
+    """The parts to compile, and where to report; see `compile_parts`."""
+
+    learner: Learner
+    collector: Collector
+    env: VecEnv
+    world: World
+    notes: list[str]
+    say: Callable[[str], None]
+
+
+def _compile(parts: _Parts, mode: Mode, why: str) -> tuple[Mode, str]:
+    """Compile update, acting and stepping; return the mode and its reason, which change where the update can't be."""
+    try:
+        parts.learner.compile()
+    except CompileError as error:
+        if mode == "on":
+            return "off", f"it can't be compiled: {error}"
+        parts.notes.append(f"the update is not compiled: {error}.")
+        return mode, why
+    # if these fail, the update stays compiled
+    _compile_each({"acting": parts.collector.compile, "stepping": lambda: _compile_env(parts.env)}, parts.notes)
+    return mode, why
+
+
+def _capture(parts: _Parts, *, required: bool) -> None:
+    """Capture the update and, unless it fails and is not `required`, acting.
+
+    Raises:
+        CaptureError: a required capture failed, on this rank or another, or that of the update.
+    """
+    learner, world = parts.learner, parts.world
+    if world.size > 1 and learner.device.type == "cpu":
+        raise CaptureError("several processes on the CPU can't be captured; use compile on or off.")
+    learner.capture()
+    world.together(lambda: _capture_acting(parts, required=required), CaptureError)
+
+
+def _fuse(parts: _Parts, minibatches: int) -> float:
     """Let acting and update run in C; the steps of a `TensorEnv` and of RND's networks are left for the compiler."""
+    learner, env = parts.learner, parts.env
     begin = time.perf_counter()
     threads = torch.get_num_threads()
     learner.fuse(threads)
-    collector.fuse(threads)
+    parts.collector.fuse(threads)
     set_threads(1)  # torch's waiting threads would hold the cores that those of the C code need
-    notes.append(f"compile fused: acting and update run in C; took {time.perf_counter() - begin:.1f} s.")
+    parts.notes.append(f"compile fused: acting and update run in C; took {time.perf_counter() - begin:.1f} s.")
     left = {"stepping": lambda: _compile_env(env)} if isinstance(env, TensorEnv) else {}
     if learner.curiosity is not None:
         left["RND"] = learner.compile_curiosity
     if left and worth_compiling(minibatches)[0]:
-        say(_WAIT)
-        _compile_each(left, notes)
+        parts.say(_WAIT)
+        _compile_each(left, parts.notes)
     return time.perf_counter() - begin
 
 
-def _fuse_on_gpu(
-    learner: Learner,
-    collector: Collector,
-    env: VecEnv,
-    world: World,
-    notes: list[str],
-    say: Callable[[str], None],
-) -> float:
-    """Run the update in kernels, and rollouts too where they are covered; compile the rest and capture both."""
+def _fuse_on_gpu(parts: _Parts, minibatches: int) -> float:
+    """Run the update in kernels, and rollouts too where they are covered; compile the rest and capture both.
+
+    A GPU compiles for any number of `minibatches`.
+    """
+    learner, collector, notes = parts.learner, parts.collector, parts.notes
     begin = time.perf_counter()
     if learner.update.not_fused() is None:
-        say("compiling kernels: up to a minute the first time, seconds from the cache")
+        parts.say("compiling kernels: up to a minute the first time, seconds from the cache")
     learner.fuse(torch.cuda.get_device_properties(learner.device).multi_processor_count)
     left = {} if learner.curiosity is None else {"RND": learner.compile_curiosity}
     try:
@@ -146,11 +163,10 @@ def _fuse_on_gpu(
     except CompileError as error:
         notes.append(f"rollouts are not fused: {error}.")
     if collector.acts_in == "torch":
-        left |= {"acting": collector.compile, "stepping": lambda: _compile_env(env)}
+        left |= {"acting": collector.compile, "stepping": lambda: _compile_env(parts.env)}
     _compile_each(left, notes)
     try:
-        learner.capture()
-        world.together(lambda: _capture_acting(collector, notes, required=False), CaptureError)
+        _capture(parts, required=False)
     except CaptureError as error:
         notes.append(f"kernels are launched one by one: {error}")
     seconds = time.perf_counter() - begin
@@ -169,18 +185,18 @@ def _compile_each(parts: dict[str, Callable[[], None]], notes: list[str]) -> Non
             notes.append(f"{name} is eager: it can't be compiled: {error}.")
 
 
-def _capture_acting(collector: Collector, notes: list[str], *, required: bool) -> None:
+def _capture_acting(parts: _Parts, *, required: bool) -> None:
     """Capture acting, or add a note that it stays eager: no rank waits for another in a rollout, so ranks may differ.
 
     Raises:
         CaptureError: the capture failed and is required.
     """
     try:
-        collector.capture()
+        parts.collector.capture()
     except CaptureError as error:
         if required:
             raise
-        notes.append(f"acting is eager: {error}")
+        parts.notes.append(f"acting is eager: {error}")
 
 
 def _choose_mode(wanted: Literal["auto", "off", "on", "graph"], minibatches: int, learner: Learner) -> tuple[Mode, str]:

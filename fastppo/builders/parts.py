@@ -369,7 +369,6 @@ def build_learning(
     )
     learner = Learner(
         rollout,
-        models.policy,
         update,
         metrics,
         clock,

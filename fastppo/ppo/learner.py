@@ -15,7 +15,6 @@ from fastppo.functional.losses import Coefficients
 from fastppo.functional.schedules import scheduled
 from fastppo.native.gae import gae as native_gae
 from fastppo.policies.normalizers import RewardNormalizer
-from fastppo.policies.policy import Policy
 from fastppo.ppo.curiosity import Curiosity
 from fastppo.ppo.metrics import Metrics
 from fastppo.ppo.rollout import Rollout
@@ -43,7 +42,6 @@ class Learner:
     def __init__(
         self,
         rollout: Rollout,
-        policy: Policy,
         update: PPOUpdate,
         metrics: Metrics,
         clock: Clock,
@@ -58,8 +56,7 @@ class Learner:
 
         Args:
             rollout: the storage.
-            policy: the policy; its observation moments change after each update.
-            update: runs the epochs.
+            update: runs the epochs; its policy's observation moments change after them.
             metrics: measures the iteration.
             clock: times the phases.
             reward_normalizer: scales rewards by running moments; None: rewards are not scaled.
@@ -68,7 +65,7 @@ class Learner:
             kl_stop_factor: an update stops at a KL of kl_stop_factor * target_kl.
             curiosity: adds intrinsic advantages, and learns after the policy; None: rewards are the environment's.
         """
-        self._rollout, self._policy, self._metrics, self._clock = rollout, policy, metrics, clock
+        self._rollout, self._metrics, self._clock = rollout, metrics, clock
         self._reward_normalizer, self._sign_rewards, self.rewards = reward_normalizer, sign_rewards, rollout.rewards
         self.schedules: dict[str, Callable[[float], float]] = {
             name: functools.partial(scheduled, *schedule) for name, schedule in schedules.items()
@@ -128,7 +125,7 @@ class Learner:
     def update_obs_moments(self) -> None:
         """Add the rollout to the observation moments, for use in the next rollout."""
         batch = self._rollout.batch()
-        self._policy.encoder.update_moments(batch.obs, batch.valid)
+        self.update.policy.encoder.update_moments(batch.obs, batch.valid)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the discounted returns of open episodes, if rewards are normalised, and of curiosity's streams."""
@@ -184,7 +181,7 @@ class Learner:
         Raises:
             CaptureError: the capture failed.
         """
-        if reason := self._policy.uncompilable():
+        if reason := self.update.policy.uncompilable():
             raise CaptureError(reason)
         shuffles = self.update.shuffle.generator.get_state()
         self.anneal(0.0)
