@@ -77,19 +77,31 @@ class SavedPolicy:
             raise ValueError("obs holds a NaN or an infinity, for which there is no action; replace such values.")
         self._check_choice(rows)
         n = len(rows)
-        starts = torch.full((n,), state is None, device=self.device)
-        if episode_start is not None:
-            given = _as_array(episode_start, "episode_start")
-            if given.shape not in ((), (n,)):
-                raise ValueError(f"episode_start has shape {given.shape}, but obs holds {n}; give a bool or ({n},).")
-            if not (valid := np.isin(given, (0, 1))).all():
-                raise ValueError(
-                    f"episode_start holds {given[~valid][0]}; give True where an episode starts, else False."
-                )
-            given = given.astype(bool)
-            starts |= torch.as_tensor(given).to(self.device)
+        starts = self._starts(episode_start, n, new=state is None)
+        state = self._checked_state(state, n)
+        noise = None if deterministic else self.policy.draw_noise(n, self._generator)
+        step = self.policy.act(rows, noise, state, starts)
+        out = self.spec.action.to_env(step.actions.numpy(force=True))
+        return (out[0] if single else out), step.state
+
+    def _starts(self, episode_start: Any, n: int, *, new: bool) -> Tensor:  # noqa: ANN401 - array-like
+        """Return where an episode starts, [B]: where `episode_start` says so, or everywhere if the state is `new`."""
+        starts = torch.full((n,), new, device=self.device)
+        if episode_start is None:
+            return starts
+        given = _as_array(episode_start, "episode_start")
+        if given.shape not in ((), (n,)):
+            raise ValueError(f"episode_start has shape {given.shape}, but obs holds {n}; give a bool or ({n},).")
+        if not (valid := np.isin(given, (0, 1))).all():
+            raise ValueError(f"episode_start holds {given[~valid][0]}; give True where an episode starts, else False.")
+        return starts | torch.as_tensor(given.astype(bool)).to(self.device)
+
+    def _checked_state(self, state: PolicyState | None, n: int) -> PolicyState:
+        """Return `state` as tensors like those of this policy for `n` episodes; None: that of new episodes."""
         initial = self.policy.initial_state(n)
-        state = initial if state is None else _as_state(state, initial)
+        if state is None:
+            return initial
+        state = _as_state(state, initial)
         if any(part.dim() and len(part) != n for part in state):
             raise ValueError(f"state is of {len(state[0])} episodes, but obs holds {n}; leave it out for new episodes.")
         if [part.shape for part in state] != [part.shape for part in initial]:
@@ -100,10 +112,7 @@ class SavedPolicy:
         # a network of the user's own may keep an infinity on purpose
         if self.spec.memory != "none" and not all(part.isfinite().all() for part in state):
             raise ValueError("state holds an infinity, which no step returns; leave it out for new episodes.")
-        noise = None if deterministic else self.policy.draw_noise(n, self._generator)
-        step = self.policy.act(rows, noise, state, starts)
-        out = self.spec.action.to_env(step.actions.numpy(force=True))
-        return (out[0] if single else out), step.state
+        return state
 
     def _check_choice(self, rows: Tensor) -> None:
         """Check that the masks in stored rows [B, *obs] allow an action.
