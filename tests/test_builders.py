@@ -23,7 +23,7 @@ class Parts:
     def __init__(self, compiles=True, records=True, memory_steps=0, fuses=False):
         self.compiles, self.records, self.fuses, self.done, self.curiosity = compiles, records, fuses, [], None
         policy = SimpleNamespace(has_memory=memory_steps > 0, network=torch.nn.Identity())
-        self.update = SimpleNamespace(policy=policy, segment_length=max(1, memory_steps))
+        self.update = SimpleNamespace(policy=policy, shuffle=SimpleNamespace(segment_length=max(1, memory_steps)))
         self.update.not_fused = lambda: None if self.fuses else "the network is a CNN"
 
     def compile(self):
