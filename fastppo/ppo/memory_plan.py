@@ -73,7 +73,7 @@ class Shape:
 def plan_memory(
     n_steps: int,
     env: Shape,
-    update: Callable[[], PPOUpdate],
+    make_update: Callable[[], PPOUpdate],
     gae: Gae,
     *,
     graphs: bool = False,
@@ -86,7 +86,7 @@ def plan_memory(
     Args:
         n_steps: T.
         env: the planned environments.
-        update: makes the update, on an existing policy and parameters.
+        make_update: makes the update, on an existing policy and parameters.
         gae: the kernel that computes advantages.
         graphs: the update is captured as CUDA graphs, which share a memory pool.
         gradients: a sampled update also computes the gradient of one minibatch, eagerly.
@@ -95,9 +95,9 @@ def plan_memory(
     """
     staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
     with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
-        learner = update()
-        device, before = learner.parameters.vector.device, live.bytes
-        rollout = Rollout.allocate(n_steps, env, learner.policy, device)  # type: ignore[arg-type]
+        update = make_update()
+        device, before = update.parameters.vector.device, live.bytes
+        rollout = Rollout.allocate(n_steps, env, update.policy, device)  # type: ignore[arg-type]
         cuts = None
         if env.max_steps is not None:
             cuts = FinalObsBuffer.allocate(n_steps, env.n_envs, env.obs_spec, env.max_steps, device)
@@ -107,30 +107,30 @@ def plan_memory(
         r = rollout
         gae(r.trajectory(r.rewards), coefs.gamma, coefs.gae_lambda)
         batch = rollout.batch()
-        data = learner.pack(batch)
-        learner.shuffle.allocate(len(batch.logprobs))
-        learner.scales(batch)
+        data = update.pack(batch)
+        update.shuffle.allocate(len(batch.logprobs))
+        update.scales(batch)
         packed = list[Tensor]()
         if fused:
-            encoded = learner.policy.encoder(batch.obs)
+            encoded = update.policy.encoder(batch.obs)
             packed.append(torch.empty_like(encoded))
             del encoded
         peaks = [live.take_peak()]
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
-        length = learner.shuffle.segment_length
-        rows = order[: max(1, len(order) // length // learner.shuffle.n_minibatches) * length]
-        learner.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
+        length = update.shuffle.segment_length
+        rows = order[: max(1, len(order) // length // update.shuffle.n_minibatches) * length]
+        update.step(Minibatch(rollout.advantages.new_zeros(2), rows, data), coefs)
         peaks += [live.take_peak()] * (1 + gradients)
         if curious is not None:
             curious.advantages(gae, coefs.gae_lambda)
             peaks.append(live.take_peak())
             curious.step(rows, coefs)
             peaks.append(live.take_peak())
-        learner.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
+        update.policy.encoder.update_moments(batch.obs, None)  # works on a float64 copy of the observations
         peaks.append(live.take_peak())
         if cuts is not None:
             obs = cuts.obs.flatten(0, 1)  # cuts count as storage, so they live until here
-            learner.policy.value(obs, learner.policy.initial_state(len(obs)))
+            update.policy.value(obs, update.policy.initial_state(len(obs)))
         rollout_peak, resting = live.take_peak(), live.bytes  # with the packed batch and the optimiser's state
     statistics = n_steps * env.n_envs * _STATISTICS
     if not graphs:
