@@ -38,53 +38,32 @@ def restore(path: Path, state: RunState, obs: torch.Tensor, world: World) -> tup
     Raises:
         CheckpointError: the checkpoint can't be read, or belongs to another run.
     """
-    parts, env, config = state.parts, state.env, Config.from_dict(state.metadata["config"])
+    config = Config.from_dict(state.metadata["config"])
     first = read_state(path, 0)
     assert first is not None, "verified"
     shared, saved = first
     notes = _compare(path, saved, state.metadata, state.spec)
     load_model(path, state.models, optional=("rewards",))
     try:
-        before = {name: int(saved["config"][name]) for name in ("n_envs", "n_steps")}
-        same_envs = before["n_envs"] == config.n_envs
-        metrics = shared.part("metrics")
-        if not same_envs:  # no episode stays open
-            metrics["open"] = torch.zeros_like(parts["metrics"].state_dict()["open"])
         if int(shared.part("progress")["iteration"]) == 0:  # new parts with the run's seed are in that state already
             return True, [f"resumed from {path.name}, before the first iteration.", *notes]
-        for name in ("update", "progress", *(["curiosity"] if "curiosity" in parts else [])):
-            parts[name].load_state_dict(shared.part(name))
-        parts["metrics"].load_state_dict(metrics)
-        # older checkpoints have no open row, but a row needs the number of episodes before it
-        log = shared.part("log") if "log" in shared.values else {"episodes": metrics["episodes"]}
-        parts["log"].load_state_dict({**parts["log"].state_dict(), **log})
-        progress = dict(parts["progress"].state_dict())
-        # an iteration is one rollout of every process
-        rows = before["n_envs"] * before["n_steps"] * int(saved["world_size"])
-        iteration = progress["iteration"] = round(progress["iteration"] * rows / (config.batch_size * world.size))
-        parts["progress"].load_state_dict(progress)
+        iteration = _restore_shared(shared, saved, state.parts, config, world)
+        before, same_envs = saved["config"]["n_envs"], int(saved["config"]["n_envs"]) == config.n_envs
         own_state = read_state(path, world.rank) if same_envs and saved["world_size"] == world.size else None
         if own_state is not None:
-            own, _ = own_state
-            # each process has its own shuffling stream and its own open episodes
-            parts["update"].load_state_dict(own.part("update"))
-            parts["metrics"].load_state_dict(shared.part("metrics") | {"open": own.part("metrics")["open"]})
-            parts["randomness"].load_state_dict(own.part("randomness"))
-            if (reason := _restore_envs(own, saved, parts, env, config.vectorization)) is None:
-                how = "exact" if env.resume_support.way == "exact" else "exact, with open episodes replayed"
+            if (reason := _restore_own(own_state[0], shared, saved, state, config.vectorization)) is None:
+                how = "exact" if state.env.resume_support.way == "exact" else "exact, with open episodes replayed"
                 return True, [f"resumed from {path.name} at iteration {iteration:,}: {how}.", *notes]
+        elif same_envs:
+            reason = f"{saved['world_size']} processes trained before, {world.size} now"
         else:
-            reason = (
-                f"{saved['world_size']} processes trained before, {world.size} now"
-                if same_envs
-                else f"n_envs was {before['n_envs']}, is {config.n_envs}"
-            )
+            reason = f"n_envs was {before}, is {config.n_envs}"
         try:
             source = shared if own_state is None else own_state[0]
-            env.load_moments(source.part("env") if "env" in source.values else {})
+            state.env.load_moments(source.part("env") if "env" in source.values else {})
         except EnvError as error:
             reason = f"{reason}; {error}"
-        _begin_new_episodes(config, iteration, parts, env, obs, world)
+        _begin_new_episodes(config, iteration, state.parts, state.env, obs, world)
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} doesn't fit this run ({type(error).__name__}: {error}).") from None
     return False, [
@@ -92,6 +71,43 @@ def restore(path: Path, state: RunState, obs: torch.Tensor, world: World) -> tup
         f"exact; the environments start new episodes with new seeds ({reason}).",
         *notes,
     ]
+
+
+def _restore_shared(
+    shared: StateSnapshot, saved: Mapping[str, Any], parts: Mapping[str, Part], config: Config, world: World
+) -> int:
+    """Restore what all processes share, and return the iteration, counted in iterations of this run."""
+    for name in ("update", "progress", *(["curiosity"] if "curiosity" in parts else [])):
+        parts[name].load_state_dict(shared.part(name))
+    before = {name: int(saved["config"][name]) for name in ("n_envs", "n_steps")}
+    metrics = shared.part("metrics")
+    if before["n_envs"] != config.n_envs:  # no episode stays open
+        metrics["open"] = torch.zeros_like(parts["metrics"].state_dict()["open"])
+    parts["metrics"].load_state_dict(metrics)
+    # older checkpoints have no open row, but a row needs the number of episodes before it
+    log = shared.part("log") if "log" in shared.values else {"episodes": metrics["episodes"]}
+    parts["log"].load_state_dict({**parts["log"].state_dict(), **log})
+    progress = dict(parts["progress"].state_dict())
+    # an iteration is one rollout of every process
+    rows = before["n_envs"] * before["n_steps"] * int(saved["world_size"])
+    iteration: int = round(progress["iteration"] * rows / (config.batch_size * world.size))
+    parts["progress"].load_state_dict(progress | {"iteration": iteration})
+    return iteration
+
+
+def _restore_own(
+    own: StateSnapshot, shared: StateSnapshot, saved: Mapping[str, Any], state: RunState, vectorization: str
+) -> str | None:
+    """Restore what belongs to one process: its random streams, open episodes and environments.
+
+    Returns:
+        Why the environments can't continue their episodes; None if they do.
+    """
+    parts = state.parts
+    parts["update"].load_state_dict(own.part("update"))
+    parts["metrics"].load_state_dict(shared.part("metrics") | {"open": own.part("metrics")["open"]})
+    parts["randomness"].load_state_dict(own.part("randomness"))
+    return _restore_envs(own, saved, parts, state.env, vectorization)
 
 
 def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], spec: PolicySpec) -> list[str]:
