@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from fastppo.analysis.study import (
+    Candidate,
     Estimate,
-    Setting,
     begin_study,
     choose_jobs,
     plan_study,
@@ -94,33 +94,37 @@ def test_an_estimate_of_few_values():
     assert Estimate.of([1.0, 9.0]).low == 0.0, "times are positive"
 
 
-def setting(n, reached, of, seconds, steps, spread=0.05, sps=1000.0, failed=0):
+def candidate(n, reached, of, seconds, steps, spread=0.05, sps=1000.0, failed=0):
     def around(mean):
         return Estimate(mean, mean * (1 - spread), mean * (1 + spread)) if reached else Estimate.of([])
 
     failures = dict.fromkeys(range(failed), "out of memory")
-    return Setting(n, 8, [None] * of, failures, reached, around(steps), around(seconds), around(10), sps)
+    return Candidate(n, 8, [None] * of, failures, reached, around(steps), around(seconds), around(10), sps)
 
 
 def test_the_recommendation_follows_from_the_estimates():
-    a, b, c = setting(4, 5, 5, 20, 50_000), setting(16, 5, 5, 10, 60_000), setting(64, 5, 5, 15, 90_000, sps=9000.0)
+    a, b, c = (
+        candidate(4, 5, 5, 20, 50_000),
+        candidate(16, 5, 5, 10, 60_000),
+        candidate(64, 5, 5, 15, 90_000, sps=9000.0),
+    )
     text = recommend([a, b, c], 475)
     assert text.startswith("Use n_envs 16: 5 of 5 seeds reached 475, in 10.0 (9.5-10.5) s.")
     assert "n_envs 4 needs the fewest environment steps: 50,000 (" in text
     assert "n_envs 64 has the highest speed, 9,000 steps/s" in text
     assert "significant" not in text
     # reliability comes before speed
-    text = recommend([a, setting(64, 3, 5, 1, 1000)], 475)
+    text = recommend([a, candidate(64, 3, 5, 1, 1000)], 475)
     assert text.startswith("Use n_envs 4")
     assert "Less reliable: n_envs 64 (3 of 5)" in text
     # failed seeds count as tried
-    text = recommend([setting(4, 1, 1, 1, 1000, failed=4), setting(16, 4, 5, 10, 60_000)], 475)
+    text = recommend([candidate(4, 1, 1, 1, 1000, failed=4), candidate(16, 4, 5, 10, 60_000)], 475)
     assert text.startswith("Use n_envs 16: 4 of 5")
     assert "Less reliable: n_envs 4 (1 of 5)" in text
     assert "The difference to n_envs 4 is not significant; run more seeds." in recommend(
-        [setting(4, 5, 5, 10.4, 10), b], 475
+        [candidate(4, 5, 5, 10.4, 10), b], 475
     )
-    assert recommend([setting(4, 0, 5, 0, 0)], 475).startswith("No run reached 475")
+    assert recommend([candidate(4, 0, 5, 0, 0)], 475).startswith("No run reached 475")
 
 
 def test_a_killed_study_continues_and_repeats_nothing(tmp_path):

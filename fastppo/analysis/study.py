@@ -81,8 +81,8 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """Results of one n_envs.
+class Candidate:
+    """One n_envs of a study, and its results.
 
     Attributes:
         n_envs: N.
@@ -212,15 +212,15 @@ def outcome(config: Config) -> str:
     return f"{verb} in {result['global_step']:,} steps, {result['seconds']:.1f} s"
 
 
-def summarize(plan: Plan, failures: dict[Path, str]) -> list[Setting]:
+def summarize(plan: Plan, failures: dict[Path, str]) -> list[Candidate]:
     """Return the results of each n_envs so far; `failures` holds errors by run folder."""
     by_n_envs: dict[int, list[Config]] = {}
     for config in plan.configs:
         by_n_envs.setdefault(config.n_envs or 0, []).append(config)
-    return [_summarize_setting(n, configs, failures) for n, configs in by_n_envs.items()]
+    return [_summarize_candidate(n, configs, failures) for n, configs in by_n_envs.items()]
 
 
-def _summarize_setting(n_envs: int, configs: Sequence[Config], failures: dict[Path, str]) -> Setting:
+def _summarize_candidate(n_envs: int, configs: Sequence[Config], failures: dict[Path, str]) -> Candidate:
     runs = [read_run(c.run_dir) for c in configs if c.run_dir is not None and ended(c)]
     reached = [run.result for run in runs if run.result["ended"] == "target"]
     speeds = [float(run.result["sps_steady"]) for run in runs if run.result.get("sps_steady") is not None]
@@ -228,7 +228,7 @@ def _summarize_setting(n_envs: int, configs: Sequence[Config], failures: dict[Pa
     def estimate(name: str) -> Estimate:
         return Estimate.of([float(result[name]) for result in reached])
 
-    return Setting(
+    return Candidate(
         n_envs=n_envs,
         n_steps=configs[0].n_steps or 0,
         runs=runs,
@@ -241,12 +241,12 @@ def _summarize_setting(n_envs: int, configs: Sequence[Config], failures: dict[Pa
     )
 
 
-def recommend(settings: Sequence[Setting], target: float) -> str:
+def recommend(candidates: Sequence[Candidate], target: float) -> str:
     """Return a recommendation in words, with its uncertainty; without one where there is nothing to compare.
 
-    It is the setting with the shortest mean time among those that reach the target with the most seeds.
+    It is the one with the shortest mean time among those that reach the target with the most seeds.
     """
-    able = [s for s in settings if s.reached]
+    able = [s for s in candidates if s.reached]
     if not able:
         return f"No run reached {target:g}: train longer (--total-timesteps), or tune one n_envs first."
     best_share = max(s.reached / s.tried for s in able)
@@ -256,8 +256,8 @@ def recommend(settings: Sequence[Setting], target: float) -> str:
         f"{fastest.reached} of {fastest.tried} seed{'s' if fastest.tried > 1 else ''} reached {target:g}, "
         f"in {format_estimate(fastest.seconds, ',.1f')} s."
     )
-    one_seed = all(s.tried <= 1 for s in settings)
-    if len(settings) == 1:
+    one_seed = all(s.tried <= 1 for s in candidates)
+    if len(candidates) == 1:
         proof = " One seed proves nothing; run more seeds." if one_seed else ""
         return f"n_envs {fastest.n_envs}: {reached} There is no other n_envs to compare it with.{proof}"
     if one_seed:
@@ -274,10 +274,10 @@ def recommend(settings: Sequence[Setting], target: float) -> str:
     if cheapest.steps.mean < fastest.steps.mean:
         steps = format_estimate(cheapest.steps, ",.0f")
         sentences.append(f"n_envs {cheapest.n_envs} needs the fewest environment steps: {steps}.")
-    unreliable = [f"{s.n_envs} ({s.reached} of {s.tried})" for s in settings if s.tried and s not in reliable]
+    unreliable = [f"{s.n_envs} ({s.reached} of {s.tried})" for s in candidates if s.tried and s not in reliable]
     if unreliable:
         sentences.append(f"Less reliable: n_envs {', '.join(unreliable)}.")
-    highest = max((s for s in settings if s.runs), key=lambda s: s.sps)
+    highest = max((s for s in candidates if s.runs), key=lambda s: s.sps)
     if highest is not fastest:
         sentences.append(
             f"n_envs {highest.n_envs} has the highest speed, {highest.sps:,.0f} steps/s, "
@@ -300,10 +300,10 @@ def _overlap(a: Estimate, b: Estimate) -> bool:
     return not (a.low > b.high or b.low > a.high)  # unknown intervals count as overlapping
 
 
-def write_study(folder: Path, plan: Plan, settings: Sequence[Setting]) -> None:
+def write_study(folder: Path, plan: Plan, candidates: Sequence[Candidate]) -> None:
     """Write study.json."""
     rows = []
-    for s in settings:
+    for s in candidates:
         row = {name: getattr(s, name) for name in ("n_envs", "n_steps", "reached", "failures", "sps")}
         row |= {name: dataclasses.asdict(getattr(s, name)) for name in ("steps", "seconds", "updates")}
         row["runs"] = [{"seed": run.config["seed"], "run_dir": str(run.run_dir)} | run.result for run in s.runs]
@@ -311,7 +311,7 @@ def write_study(folder: Path, plan: Plan, settings: Sequence[Setting]) -> None:
     values = {
         "target_return": plan.target,
         "hold": plan.hold,
-        "recommendation": recommend(settings, plan.target),
+        "recommendation": recommend(candidates, plan.target),
         "settings": rows,
         "about": plan.about,
     }

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fastppo.analysis.figures import returns_figure
 from fastppo.analysis.html import LAYOUT, Figures, heading, page, paragraphs, table
-from fastppo.analysis.study import Estimate, Plan, Setting, format_estimate, recommend
+from fastppo.analysis.study import Candidate, Estimate, Plan, format_estimate, recommend
 from fastppo.analysis.terminal import narrow_table
 from fastppo.runtime.files import write_text
 
@@ -20,26 +20,28 @@ _HEAD = ("n_envs", "reached", "n_steps", "seconds to target", "steps to target",
 _AXES = {"environment steps": "global_step", "updates": "iteration", "seconds": "seconds"}
 
 
-def terminal_table(settings: Sequence[Setting]) -> Table:
+def terminal_table(candidates: Sequence[Candidate]) -> Table:
     """Return a table with a row per n_envs."""
     shown = narrow_table("cost of the target: mean over the seeds that reached it (95 % interval)")
     for name in _HEAD:
         shown.add_column(name.replace(" to ", " to\n"), justify="right")
-    for row in _rows(settings):
+    for row in _rows(candidates):
         shown.add_row(*(cell.replace(" (", "\n(") for cell in row))
     return shown
 
 
-def write_page(folder: Path, env_name: str, plan: Plan, settings: Sequence[Setting]) -> Path:
+def write_page(folder: Path, env_name: str, plan: Plan, candidates: Sequence[Candidate]) -> Path:
     """Write study.html into `folder`; return its path."""
     figures = Figures()
-    runs = [run for s in settings for run in s.runs if len(run)]
-    failures = [f"n_envs {s.n_envs}, seed {seed} failed: {text}" for s in settings for seed, text in s.failures.items()]
-    parts = [paragraphs([recommend(settings, plan.target), *failures]), table(_HEAD, _rows(settings))]
-    if any(s.reached for s in settings):
+    runs = [run for s in candidates for run in s.runs if len(run)]
+    failures = [
+        f"n_envs {s.n_envs}, seed {seed} failed: {text}" for s in candidates for seed, text in s.failures.items()
+    ]
+    parts = [paragraphs([recommend(candidates, plan.target), *failures]), table(_HEAD, _rows(candidates))]
+    if any(s.reached for s in candidates):
         parts.append('<div class="grid">')
-        parts.append(figures.draw(_cost_figure(settings, "seconds", "Seconds to the target"), "seconds"))
-        parts.append(figures.draw(_cost_figure(settings, "steps", "Steps to the target"), "steps"))
+        parts.append(figures.draw(_cost_figure(candidates, "seconds", "Seconds to the target"), "seconds"))
+        parts.append(figures.draw(_cost_figure(candidates, "steps", "Steps to the target"), "steps"))
         parts.append("</div>")
     if runs:
         parts += [heading("Returns"), figures.draw(returns_figure(runs, _AXES, by="n_envs"), "returns")]
@@ -51,7 +53,7 @@ def write_page(folder: Path, env_name: str, plan: Plan, settings: Sequence[Setti
     return path
 
 
-def _rows(settings: Sequence[Setting]) -> list[tuple[str, ...]]:
+def _rows(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
     return [
         (
             f"{s.n_envs:,}",
@@ -62,14 +64,14 @@ def _rows(settings: Sequence[Setting]) -> list[tuple[str, ...]]:
             format_estimate(s.updates, ",.0f"),
             "-" if math.isnan(s.sps) else f"{s.sps:,.0f}",
         )
-        for s in settings
+        for s in candidates
     ]
 
 
-def _cost_figure(settings: Sequence[Setting], attribute: Literal["seconds", "steps"], title: str) -> go.Figure:
+def _cost_figure(candidates: Sequence[Candidate], attribute: Literal["seconds", "steps"], title: str) -> go.Figure:
     """Draw a dot per seed, and means with their intervals."""
     figure = go.Figure()
-    able = [s for s in settings if s.reached]
+    able = [s for s in candidates if s.reached]
     estimates: list[Estimate] = [getattr(s, attribute) for s in able]
     key = {"seconds": "seconds", "steps": "global_step"}[attribute]
     figure.add_scatter(

@@ -217,18 +217,18 @@ class Study(SettingsCommand):
                 done += 1
                 if trouble is not None:
                     failures[config.run_dir] = trouble
-                settings = study.summarize(plan, failures)
-                study.write_study(folder, plan, settings)
+                candidates = study.summarize(plan, failures)
+                study.write_study(folder, plan, candidates)
                 said = trouble or study.outcome(config)
                 print_line(
                     console, f"{done} of {len(plan.configs)}: n_envs {config.n_envs}, seed {config.seed}: {said}"
                 )
-        settings = study.summarize(plan, failures)
-        study.write_study(folder, plan, settings)
-        page = study_report.write_page(folder, self.env_id, plan, settings)
+        candidates = study.summarize(plan, failures)
+        study.write_study(folder, plan, candidates)
+        page = study_report.write_page(folder, self.env_id, plan, candidates)
         lock.release()
-        console.print(study_report.terminal_table(settings))
-        print_line(console, study.recommend(settings, plan.target))
+        console.print(study_report.terminal_table(candidates))
+        print_line(console, study.recommend(candidates, plan.target))
         print_line(console, f"page:    {page}", wrap=False)
         return 1 if failures else 0
 
