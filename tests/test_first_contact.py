@@ -26,7 +26,7 @@ from fastppo.resume_run import continue_run
 from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runtime import threads
 from fastppo.runtime.console import progress_console
-from tests.test_study import setting
+from tests.test_study import candidate
 from tests.worlds import Counter, short
 
 MODULE = """
@@ -291,11 +291,11 @@ def test_progress_is_shown_in_a_terminal_or_on_request(tmp_path, capsys, monkeyp
 
 
 def test_a_study_without_a_comparison_recommends_nothing():
-    text = recommend([setting(4, 1, 1, 1, 1000)], 475)
+    text = recommend([candidate(4, 1, 1, 1, 1000)], 475)
     assert "Use" not in text
     assert "One seed proves nothing" in text
-    assert "proves nothing" not in recommend([setting(4, 5, 5, 1, 1000)], 475)
-    text = recommend([setting(4, 1, 1, 1, 1000), setting(8, 1, 1, 2, 1000)], 475)
+    assert "proves nothing" not in recommend([candidate(4, 5, 5, 1, 1000)], 475)
+    text = recommend([candidate(4, 1, 1, 1, 1000), candidate(8, 1, 1, 2, 1000)], 475)
     assert "Use" not in text
     assert "cannot rank them" in text
 
