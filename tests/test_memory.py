@@ -19,6 +19,7 @@ from fastppo.errors import CheckpointError, ConfigError
 from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.evaluation.saved_policy import evaluate
 from fastppo.native import recurrence as native
+from fastppo.policies.memory import RecurrentNetwork
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.minibatches import sequence_rows
@@ -80,6 +81,8 @@ def largest_ratio_error(trainer, iterations=3):
         rollout = trainer.rollout
         for name in ends:
             ends[name] += getattr(rollout, name)[:-1].sum().item()
+        ended = rollout.done if rollout.valid is None else ~rollout.valid
+        assert torch.equal(rollout.starts[1:], ended), "an episode starts after each ending, and nowhere else"
         error = (ratios(trainer) - 1).abs()
         worst = max(worst, (error if rollout.valid is None else error[rollout.valid]).max().item())
     stepped.close()
@@ -156,11 +159,8 @@ def test_every_ratio_is_1_in_each_autoreset_mode(tmp_path, mode):
         learning_rate=0.0,
     )
     assert largest_ratio_error(trainer) < 1e-5
-    rollout = trainer.rollout
-    if mode == AutoresetMode.NEXT_STEP:  # a filler row holds the last observation; the row after it is reset
-        assert torch.equal(rollout.starts[1:], ~rollout.valid)
-    else:
-        assert torch.equal(rollout.starts[1:], rollout.done)
+    # a filler row holds the last observation; the row after it is reset
+    assert (trainer.rollout.valid is not None) == (mode == AutoresetMode.NEXT_STEP)
 
 
 class Scene(Endings):
@@ -197,19 +197,36 @@ def test_every_ratio_is_1_behind_convolutions_and_masks(tmp_path, make_env, kind
     stepped.close()
 
 
-@pytest.mark.parametrize("mutation", ["late", "early", "never"])
-def test_a_reset_moved_by_one_step_shows_in_the_ratios(tmp_path, monkeypatch, mutation):
-    """The starts that acting saw are right; those that the update sees are moved."""
-    trainer = trainer_of(tmp_path, memory="lstm", learning_rate=0.0)
-    stepped = trainer.iterations()
-    randomise(trainer)
-    next(stepped)
-    assert (ratios(trainer) - 1).abs().max() < 1e-5
-    starts = trainer.rollout.starts
-    moved = {"late": starts.roll(1, 0), "early": starts.roll(-1, 0), "never": torch.zeros_like(starts)}[mutation]
-    starts.copy_(moved)
-    assert (ratios(trainer) - 1).abs().max() > 1e-3
-    stepped.close()
+def marked_late(self, starts, t, group):
+    """Mark where step t - 1 starts an episode."""
+    rollout = self.rollout
+    starts[t, group] = rollout.terminated[t - 2, group] | rollout.truncated[t - 2, group] if t > 1 else False
+
+
+def moved_in_sequences(steps, forward=RecurrentNetwork.forward):
+    """Move the resets of sequences by `steps`; acting has sequences of one step, which stay as they are."""
+    return lambda self, x, state, starts: forward(self, x, state, starts.roll(steps, 0))
+
+
+MOVED = {
+    "late where it is marked": (Collector, "_mark_starts", marked_late),
+    "late in sequences": (RecurrentNetwork, "forward", moved_in_sequences(1)),
+    "early in sequences": (RecurrentNetwork, "forward", moved_in_sequences(-1)),
+}
+
+
+@pytest.mark.parametrize(
+    ("moved", "way"),
+    [
+        *(("late where it is marked", way) for way in WAYS),
+        ("late in sequences", "sync"),
+        ("early in sequences", "tensor"),
+    ],
+)
+def test_the_check_of_the_ratios_fails_when_the_reset_is_moved_by_one_step(tmp_path, monkeypatch, moved, way):
+    monkeypatch.setattr(*MOVED[moved])
+    with pytest.raises(AssertionError, match="an episode starts after each ending|< 1e-05"):
+        check_ratio(tmp_path, "lstm", "off", way, 8)
 
 
 def test_a_reset_moved_while_acting_leaks_memory_into_the_next_episode(tmp_path, monkeypatch):
@@ -390,16 +407,24 @@ def test_the_gradient_is_that_of_a_plain_loop(tmp_path, kind, length):
 
 
 class GatedLayer(nn.Module):
-    """The LSTM from a zero state, written as a feed-forward layer: the forget gate has nothing to forget."""
+    """A memory that starts from zero, written as a feed-forward layer: there is nothing to forget."""
 
     def __init__(self, network):
         super().__init__()
         self.body, (self.memory,) = network.body, network.memories
 
     def forward(self, x):
-        i, _, g, o = self.memory.input(self.body.features(x)[0]).chunk(4, -1)
-        out = torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(g))
-        return self.body.heads((out,))
+        gates = self.memory.input(self.body.features(x)[0]).chunk(self.memory.n_gates, -1)
+        return self.body.heads((getattr(self, type(self.memory).__name__.lower())(*gates),))
+
+    def lstm(self, i, f, g, o):
+        return torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(g))
+
+    def gru(self, r, z, n):
+        return (1 - torch.sigmoid(z)) * torch.tanh(n + torch.sigmoid(r) * self.memory.bias)
+
+    def mingru(self, z, n):
+        return torch.sigmoid(z) * n
 
 
 class Forgetful(nn.Module):
@@ -416,14 +441,16 @@ class Forgetful(nn.Module):
         return self.inner(x, state, torch.ones_like(episode_start))
 
 
-def test_sequences_of_one_step_without_recurrence_are_a_feed_forward_layer(tmp_path):
+@pytest.mark.parametrize("kind", CELLS)
+def test_sequences_of_one_step_without_recurrence_are_a_feed_forward_layer(tmp_path, kind):
     trained = []
     for wrap in (GatedLayer, Forgetful):
-        base = trainer_of(tmp_path, run_dir=tmp_path / f"{wrap.__name__}-base", memory="lstm", shared_trunk=True)
+        base = trainer_of(tmp_path, run_dir=tmp_path / f"{wrap.__name__}-base", memory=kind, shared_trunk=True)
         network = base.policy.network
         base.env.close()
-        network.memories[0].recurrent.data.zero_()
-        network.memories[0].recurrent.requires_grad_(False)
+        if network.memories[0].is_recurrent:
+            network.memories[0].recurrent.data.zero_()
+            network.memories[0].recurrent.requires_grad_(False)
         segment = {} if wrap is GatedLayer else {"segment_length": 1}
         trainer = trainer_of(tmp_path, policy=wrap(network), run_dir=tmp_path / wrap.__name__, **segment)
         trainer.run()

@@ -72,6 +72,7 @@ class NumpyActor:
         for trunk in trunks:
             self._trunks.append(_Layers([x for x in trunk if isinstance(x, nn.Linear)], n, activate))
         self._starts = None if decisions.starts is None else decisions.starts.numpy()
+        self._keep = np.empty((n, 1), bool)
         self._scaled = np.empty(self._obs.shape[1:], np.float32)
         self._divisor = np.float32(policy.encoder.spec.leaves[0].divisor)
         self.begin()
@@ -112,7 +113,8 @@ class NumpyActor:
         if self._starts is None:
             features = self._trunks[0](x)
         else:
-            keep = None if not self._starts[t].any() else ~self._starts[t, :, None]
+            starts = self._starts[t, :, None]
+            keep = np.logical_not(starts, out=self._keep) if starts.any() else None
             for trunk, memory in zip(self._trunks, self._memories, strict=True):
                 features = memory(trunk(x), t, keep)  # the last is the actor's
         x = self._head(features)
