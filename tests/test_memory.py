@@ -1,6 +1,7 @@
 """Memory: the state of every step in rollouts and updates, for each cell, way of stepping and sequence length."""
 
 import itertools
+import tracemalloc
 
 import gymnasium as gym
 import numpy as np
@@ -300,6 +301,24 @@ def test_stored_states_and_values_are_those_of_the_definition(tmp_path, kind, sh
             logprob = torch.log_softmax(logits, 0)[rollout.actions[t, i]].detach()
             torch.testing.assert_close(rollout.logprobs[t, i].double(), logprob, rtol=1e-4, atol=1e-5)
     stepped.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", CELLS)
+def test_acting_allocates_no_array(tmp_path, kind, shared):
+    n, size = 512, 64
+    many = {"n_envs": n, "n_steps": 8, "total_timesteps": 8 * n, "memory_size": size}
+    trainer = trainer_of(tmp_path, memory=kind, shared_trunk=shared, **many)
+    trainer.collect()
+    (actor,), starts = trainer.collect.actors, trainer.rollout.starts
+    assert starts[:-1].any(1).all(), "every step resets some state"
+    actor.act(0)
+    tracemalloc.start()  # numpy reports its arrays to it, and the buffers of a masked copy, which are of one size
+    for t in range(8):
+        actor.act(t)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < n * size * 4 / 2, "half of one state of one memory"
 
 
 class Remembered(Endings):
