@@ -693,6 +693,19 @@ def test_a_network_of_ones_own_may_have_memory(tmp_path):
     assert state[0].shape == (1, 6)
 
 
+def test_memory_for_a_network_that_has_none_is_refused(tmp_path):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3, 4))
+    for settings, message in (
+        ({"memory": "lstm"}, r"memory=lstm and a policy module are both given; give the module an initial_state"),
+        ({"segment_length": 8}, r"segment_length needs a memory"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            trainer_of(tmp_path, policy=network, **settings)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="memory=gru and a policy module are both given"):
+        trainer_of(tmp_path, policy=CellNetwork(), memory="gru")
+
+
 class LearnedStart(CellNetwork):
     """A network that learns its first state, and counts steps in whole numbers."""
 

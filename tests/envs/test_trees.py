@@ -93,6 +93,8 @@ def test_rows_hold_what_the_environments_gave():
     env = make_vec_env(info, 2, "sync")
     rows = env.reset(np.array([3, 4]))
     twins = [Scene(), Scene()]
+    for own in env.venv.envs:
+        assert own.unwrapped.observation_space == twins[0].observation_space, "the space is not changed"
     obs = [twin.reset(seed=3 + i)[0] for i, twin in enumerate(twins)]
     for _ in range(12):
         arrays = by_name(info.obs_spec, rows)
