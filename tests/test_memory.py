@@ -574,6 +574,18 @@ def test_a_task_of_recall_needs_memory_in_training_and_evaluation(tmp_path, kind
     assert least <= played.mean <= most
 
 
+class Counted(Endings):
+    """Endings that keeps whether each step ended an episode."""
+
+    def __init__(self):
+        self.ended = []
+
+    def step(self, action):
+        result = super().step(action)
+        self.ended.append(result[2] or result[3])
+        return result
+
+
 def test_evaluation_carries_memory_and_resets_it(tmp_path):
     """Each step of the player is that of `act` from the state of its own episode alone."""
     trainer = trainer_of(tmp_path, memory="lstm")
@@ -586,9 +598,10 @@ def test_evaluation_carries_memory_and_resets_it(tmp_path):
         return step
 
     policy.act = act
-    env = make_vec_env(inspect_env("", {}, Endings), 2, "sync")
+    env = make_vec_env(inspect_env("", {}, Counted), 2, "sync")
     EpisodePlayer(env, policy, torch.device("cpu"), np.random.SeedSequence(0), max_steps=50)(6)
-    assert seen[0][1].all()
+    for i, own in enumerate(env.venv.envs):
+        assert [starts[i].item() for _, starts, _ in seen] == [True, *own.unwrapped.ended[:-1]]
     assert sum(starts.sum().item() for _, starts, _ in seen) >= 6
     for (_, _, after), (before, _, _) in itertools.pairwise(seen):
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))

@@ -513,27 +513,34 @@ def test_a_resumed_network_of_ones_own_is_bit_identical(tmp_path):
 # ---- evaluation and prediction
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_predict_repeats_an_episode_of_evaluation(tmp_path, cell):
-    make(tmp_path, memory=cell).run()
-    saved = load_policy(tmp_path / "run")
-    env = inspect_env("", {}, Walk)
-    player = EpisodePlayer(
-        make_vec_env(env, 1, "sync"), saved.policy, saved.device, np.random.SeedSequence(5), max_steps=50
-    )
-    played = player(3)
-    # one environment plays all episodes from one seed, and so does the loop below
-    walk, state, returns = Walk(), None, []
+def returns_by_predict(run, episodes, late=False):
+    """Play episodes of one environment, sampled; `late`: with each reset of the memory one step too late."""
+    saved, walk, state, returns, starts = load_policy(run), Walk(), None, [], [False, True]
+    # one environment plays all episodes from one seed, and so does the player
     obs, _ = walk.reset(seed=int(env_seeds(np.random.SeedSequence(5), 1)[0]))
-    start, total = True, 0.0
-    while len(returns) < 3:
-        action, state = saved.predict(obs, state, start)
+    total = 0.0
+    while len(returns) < episodes:
+        action, state = saved.predict(obs, state, starts[-2 if late else -1], deterministic=False)
         obs, reward, terminated, truncated, _ = walk.step(action)
-        total, start = total + reward, terminated or truncated
-        if start:
+        total += reward
+        starts.append(terminated or truncated)
+        if starts[-1]:
             returns.append(total)
             total = 0.0
             obs, _ = walk.reset()
-    assert returns == pytest.approx(played.returns)
-    anew, _ = saved.predict(obs, None)
-    assert anew == saved.predict(obs, state, True)[0]
+    return returns
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_predict_repeats_the_episodes_of_evaluation(tmp_path, cell):
+    make(tmp_path, memory=cell, learning_rate=0.0).run()
+    saved = load_policy(tmp_path / "run")
+    env = make_vec_env(inspect_env("", {}, Walk), 1, "sync")
+    player = EpisodePlayer(env, saved.policy, saved.device, np.random.SeedSequence(5), max_steps=50)
+    played = player(50, saved._generator).returns
+    assert returns_by_predict(tmp_path / "run", 50) == pytest.approx(played)
+    assert returns_by_predict(tmp_path / "run", 50, late=True) != pytest.approx(played), "a moved reset shows"
+    obs, state = np.full(2, 0.5, np.float32), saved.predict(np.zeros(2, np.float32))[1]
+    for anew in (saved.predict(obs, None), saved.predict(obs, state, True)):
+        assert anew[0] == saved.predict(obs)[0]
+        assert all(map(torch.equal, anew[1], saved.predict(obs)[1]))
