@@ -537,9 +537,9 @@ def test_predict_repeats_the_episodes_of_evaluation(tmp_path, cell):
     saved = load_policy(tmp_path / "run")
     env = make_vec_env(inspect_env("", {}, Walk), 1, "sync")
     player = EpisodePlayer(env, saved.policy, saved.device, np.random.SeedSequence(5), max_steps=50)
-    played = player(50, saved._generator).returns
-    assert returns_by_predict(tmp_path / "run", 50) == pytest.approx(played)
-    assert returns_by_predict(tmp_path / "run", 50, late=True) != pytest.approx(played), "a moved reset shows"
+    played = player(200, saved._generator).returns
+    assert returns_by_predict(tmp_path / "run", 200) == pytest.approx(played)
+    assert returns_by_predict(tmp_path / "run", 200, late=True) != pytest.approx(played), "a moved reset shows"
     obs, state = np.full(2, 0.5, np.float32), saved.predict(np.zeros(2, np.float32))[1]
     for anew in (saved.predict(obs, None), saved.predict(obs, state, True)):
         assert anew[0] == saved.predict(obs)[0]
