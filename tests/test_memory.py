@@ -17,7 +17,7 @@ from fastppo.analysis.verify_resume import verify_resume
 from fastppo.config import Config
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.evaluation.episodes import EpisodePlayer
+from fastppo.evaluation.episodes import EpisodePlayer, begin_episode
 from fastppo.evaluation.saved_policy import evaluate
 from fastppo.native import recurrence as native
 from fastppo.policies.memory import RecurrentNetwork
@@ -586,11 +586,9 @@ class Counted(Endings):
         return result
 
 
-def test_evaluation_carries_memory_and_resets_it(tmp_path):
-    """Each step of the player is that of `act` from the state of its own episode alone."""
-    trainer = trainer_of(tmp_path, memory="lstm")
-    randomise(trainer)
-    policy, seen = trainer.policy, []
+def recorded(policy):
+    """Keep what `policy.act` is given and returns: a list of (state, starts, next state), one for each step."""
+    seen = []
 
     def act(obs, noise, state, starts, original=policy.act):
         step = original(obs, noise, state, starts)
@@ -598,14 +596,37 @@ def test_evaluation_carries_memory_and_resets_it(tmp_path):
         return step
 
     policy.act = act
+    return seen
+
+
+def assert_carried(seen):
+    for (_, _, after), (before, _, _) in itertools.pairwise(seen):
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_evaluation_carries_memory_and_resets_it(tmp_path):
+    """Each step of the player is that of `act` from the state of its own episode alone."""
+    trainer = trainer_of(tmp_path, memory="lstm")
+    randomise(trainer)
+    policy, seen = trainer.policy, recorded(trainer.policy)
     env = make_vec_env(inspect_env("", {}, Counted), 2, "sync")
     EpisodePlayer(env, policy, torch.device("cpu"), np.random.SeedSequence(0), max_steps=50)(6)
     for i, own in enumerate(env.venv.envs):
         assert [starts[i].item() for _, starts, _ in seen] == [True, *own.unwrapped.ended[:-1]]
     assert sum(starts.sum().item() for _, starts, _ in seen) >= 6
-    for (_, _, after), (before, _, _) in itertools.pairwise(seen):
-        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert_carried(seen)
     env.close()
+    trainer.env.close()
+
+
+def test_the_episode_of_a_video_carries_memory(tmp_path):
+    trainer = trainer_of(tmp_path, memory="lstm")
+    spec, seen = trainer.spec, recorded(trainer.policy)
+    act = begin_episode(trainer.policy, spec.obs, spec.action, torch.device("cpu"), None)
+    for _ in range(4):
+        act(np.ones(3, np.float32))
+    assert [starts.item() for _, starts, _ in seen] == [True, False, False, False]
+    assert_carried(seen)
     trainer.env.close()
 
 
