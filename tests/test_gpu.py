@@ -18,7 +18,7 @@ from fastppo.runtime.graphs import capture
 from tests.envs.test_trees import HallTask
 from tests.envs.trees import Scene
 from tests.functional.cases import PATTERNS, as_tensors, make_case
-from tests.worlds import short
+from tests.worlds import ACTIONS, SumTask, short
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:Synchronization debug mode")]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -30,7 +30,8 @@ SCENE = {"vectorization": "sync", "env_id": "Scene"}  # the same on the host
 def _gpu(monkeypatch):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setitem(TASKS, HALL["env_id"], HallTask)
+    for name, task in {HALL["env_id"]: HallTask, **dict.fromkeys(ACTIONS, SumTask)}.items():
+        monkeypatch.setitem(TASKS, name, task)
 
 
 def train(tmp_path, name, **settings):
@@ -95,6 +96,7 @@ LIKE_EAGER = {
     "Muon": {"optimizer": "muon"},
     "squashed": {"env_id": "Pendulum-v1", "action_distribution": "squashed", "state_dependent_std": True},
     "beta": {"env_id": "Pendulum-v1", "action_distribution": "beta"},
+    **{env_id.partition("/")[2]: {"env_id": env_id} for env_id in ACTIONS},
     "images": {"env_id": "fastppo/Catch-v0", "n_envs": 4, "total_timesteps": 4 * 16 * 4},
     "shared trunk": {"vectorization": "sync", "act_device": "cpu", "shared_trunk": True},
 }

@@ -32,7 +32,7 @@ from tests.envs.trees import Scene
 from tests.fake_cuda import GPU
 from tests.runtime.test_distributed import torchrun
 from tests.test_log_info import Simulator
-from tests.worlds import Counter, short
+from tests.worlds import ACTIONS, Counter, SumTask, short
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 
@@ -42,7 +42,8 @@ def gpu(monkeypatch):
     """A machine with two fake GPUs, a working Triton kernel, and a compiler that returns what it is given."""
     fake = GPU(count=2)
     fake.install(monkeypatch)
-    monkeypatch.setitem(TASKS, HALL["env_id"], HallTask)
+    for name, task in {HALL["env_id"]: HallTask, **dict.fromkeys(ACTIONS, SumTask)}.items():
+        monkeypatch.setitem(TASKS, name, task)
     triton(monkeypatch, gae_doubling)
     for module in ("ppo.learner", "ppo.update", "ppo.curiosity", "policies.actors", "builders.compiling"):
         monkeypatch.setattr(f"fastppo.{module}.compile_graph", lambda fn, example: fn)
@@ -124,6 +125,11 @@ WAYS = {
     "tensor, Muon": {"optimizer": "muon", "hidden_sizes": (16, 16)},
     "tensor, squashed": {"env_id": "Pendulum-v1", "action_distribution": "squashed", "state_dependent_std": True},
     "tensor, beta": {"env_id": "Pendulum-v1", "action_distribution": "beta"},
+    "tensor, images": {"env_id": "fastppo/Catch-v0"},
+    "tensor, Acrobot": {"env_id": "Acrobot-v1"},
+    "tensor, MountainCarContinuous": {"env_id": "MountainCarContinuous-v0"},
+    "tensor, choices": {"env_id": "fastppo-tests/Choices-v0"},
+    "tensor, bits": {"env_id": "fastppo-tests/Bits-v0", "objective": "clip_and_penalty"},
     "tensor, Dict and masks": HALL | {"normalize_obs": True},
     "tensor, Dict, masks, memory and RND": HALL | {"memory": "mingru", "rnd": True},
     "host, Dict and masks, acting on the GPU": SCENE | {"act_device": "cuda"},
@@ -402,8 +408,12 @@ def test_rollouts_of_one_or_two_steps_can_be_captured(gpu, tmp_path, n_steps):
         {},
         {"env_id": "Pendulum-v1", "normalize_obs": True, "normalize_rewards": True},
         {"rnd": True},
+        {"memory": "lstm", "segment_length": 4},
+        HALL | {"memory": "mingru"},
+        {"optimizer": "muon", "hidden_sizes": (16, 16)},
+        {"env_id": "fastppo/Catch-v0", "n_envs": 32, "total_timesteps": 2 * 32 * 8},
     ],
-    ids=["plain", "normalised", "RND"],
+    ids=["plain", "normalised", "RND", "LSTM", "Dict, masks and minGRU", "Muon", "images"],
 )
 def test_the_memory_plan_covers_live_tensors_and_the_pools_of_graphs(gpu, tmp_path, changes, compile):
     """Against a model of torch's allocator: a graph's pool keeps the most that was alive in it."""

@@ -27,6 +27,7 @@ from fastppo.policies.policy import Policy
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
 from tests.envs.test_trees import HallTask
+from tests.worlds import ACTIONS, SumTask
 
 META, WORLD = torch.device("meta"), World()
 
@@ -45,7 +46,8 @@ class OnlyMeta(TorchDispatchMode):
 def build(monkeypatch, **settings):
     """Return collector, learner and sampler of a run on the meta device."""
     # torch has neither generators nor autocast for meta tensors; captured code draws no random numbers
-    monkeypatch.setitem(TASKS, HALL["env_id"], HallTask)
+    for name, task in {HALL["env_id"]: HallTask, **dict.fromkeys(ACTIONS, SumTask)}.items():
+        monkeypatch.setitem(TASKS, name, task)
     monkeypatch.setattr(parts, "generator", lambda *_: torch.Generator())
     monkeypatch.setattr(Policy, "_precision", lambda *_: contextlib.nullcontext())
     wanted = Config(vectorization="tensor", n_envs=6, n_steps=8, n_minibatches=2, update_epochs=3, **settings)
@@ -91,6 +93,8 @@ SETTINGS = {
     "Muon": {"optimizer": "muon", "hidden_sizes": (16, 16)},
     "squashed": {"env_id": "Pendulum-v1", "action_distribution": "squashed", "state_dependent_std": True},
     "beta": {"env_id": "Pendulum-v1", "action_distribution": "beta", "objective": "penalty"},
+    "state-dependent deviations": {"env_id": "Pendulum-v1", "state_dependent_std": True, "shared_trunk": True},
+    **{env_id: {"env_id": env_id, "objective": "clip_and_penalty", "memory": "mingru"} for env_id in ACTIONS},
     **{memory: {"memory": memory, "segment_length": 4, **EVERY_STEP} for memory in ("lstm", "gru", "mingru")},
     "everything": HALL
     | {

@@ -133,6 +133,33 @@ class Spaces(gym.Env):
         return self._obs(), float(np.sum(action)), False, self.steps == 6, {}
 
 
+class SumTask:
+    """Walk by the sum of the action, which is the reward; of several choices or bits, in tensors."""
+
+    n_uniforms = 3
+
+    def reset(self, u):
+        return tuple(u)
+
+    def step(self, state, actions):
+        total = actions.to(state[0].dtype).flatten(1).sum(1)
+        x, y, z = state
+        return (y, z, (x + total) / 4), total, z > 2
+
+    def observe(self, state):
+        return torch.stack(state, 1)
+
+
+ACTIONS = {
+    "fastppo-tests/Choices-v0": spaces.MultiDiscrete([2, 3]),
+    "fastppo-tests/Bits-v0": spaces.MultiBinary(3),
+}
+for name, actions in ACTIONS.items():
+    gym.register(
+        name, lambda actions=actions: Spaces(spaces.Box(-1, 1, (3,), np.float32), actions), max_episode_steps=6
+    )
+
+
 class Endings(gym.Env):
     """Random observations, and episodes of 1 to 6 steps that end both ways."""
 

@@ -9,6 +9,7 @@ from fastppo.functional.losses import PPOLoss
 from fastppo.ppo.kernel_gradient import not_fused
 from tests.kernels.interpreted import run_interpreted
 from tests.test_fused import make_policy
+from tests.test_gpu_kernels import KERNELS
 
 pytest.importorskip("triton", reason="Triton has no version for this platform")
 
@@ -51,9 +52,15 @@ def test_the_comparison_at_the_start_finds_wrong_kernels(found):
     assert step == "a step of its kernels differs from torch's"
 
 
-def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
-    """On the fake GPU: the comparison at the start, capture, replay; the results are those of torch."""
-    found = run_interpreted("tests.kernels.interpreted_gpu", str(tmp_path))
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """Runs on the fake GPU."""
+    return run_interpreted("tests.kernels.interpreted_gpu", str(tmp_path_factory.mktemp("runs")))
+
+
+def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(on_gpu):
+    """The comparison at the start, capture, replay; the results are those of torch."""
+    found = on_gpu["cases"]
     for name, case in found.items():
         assert case["difference"] < 1e-5, name
         assert case["launched by Python"] == [], "a replay runs no Python"
@@ -63,6 +70,32 @@ def test_a_run_on_a_gpu_starts_with_kernels_and_replays_them(tmp_path):
     assert found["host"]["notes"][0].startswith("rollouts are not fused: there are kernels for the classic control")
     assert found["host"]["notes"][1].startswith("compile fused: the update runs in kernels; took")
     assert found["not covered"]["notes"][0] == "not fused: the policy has memory."
+
+
+WITHOUT = {
+    "_kernel": ("advantages use gae_doubling: the Triton kernel does not work here (CalledProcessError", True),
+    **dict.fromkeys(("_rollout", "_values"), ("rollouts are not fused: a kernel failed: CalledProcessError", True)),
+    **dict.fromkeys(
+        ("_differentiate", "_reduce", "_decide", "_adam"), ("not fused: a kernel failed: CalledProcessError", False)
+    ),
+}
+
+
+@pytest.mark.parametrize("kernel", WITHOUT)
+def test_a_run_goes_on_without_a_kernel_that_fails(on_gpu, kernel):
+    case, (note, fused) = on_gpu["broken"][kernel], WITHOUT[kernel]
+    assert (case["compile"], case["kernels"]) == (("fused", True) if fused else ("graph", False))
+    assert len([line for line in case["notes"] if line.startswith(note)]) == 1, "one line why"
+    assert case["difference"] < 1e-5
+
+
+def test_every_triton_kernel_is_interpreted_here(on_gpu):
+    assert {tuple(kernel) for kernel in on_gpu["known"]} == {(kernel.module, kernel.name) for kernel in KERNELS}
+    assert WITHOUT.keys() == {kernel.name for kernel in KERNELS}
+
+
+def test_the_memory_plan_covers_runs_with_kernels(on_gpu):
+    assert on_gpu["memory"]["taken"] < on_gpu["memory"]["planned"]
 
 
 @pytest.mark.parametrize(
