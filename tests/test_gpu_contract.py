@@ -427,7 +427,7 @@ def test_the_memory_plan_covers_live_tensors_and_the_pools_of_graphs(gpu, tmp_pa
     own += 0 if curiosity is None else sum(x.numel() * x.element_size() for x in curiosity.rnd.state_dict().values())
     # RND's advantages are computed beside those of the environment's rewards, which are small and not planned
     planned = trainer.memory.total * (1 if curiosity is None else 1.05)
-    assert 0.5 * planned < gpu.memory.peak - own < planned, (gpu.memory.peak, gpu.memory.taken, own, trainer.memory)
+    assert 0.4 * planned < gpu.memory.peak - own < planned, (gpu.memory.peak, gpu.memory.taken, own, trainer.memory)
 
 
 # --- kernels that do not work
