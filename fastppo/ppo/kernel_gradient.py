@@ -181,7 +181,7 @@ def fuse_gradient(
     except CompileError:
         raise
     except Exception as error:
-        raise CompileError(f"a kernel failed: {type(error).__name__}: {first_line(error)}") from error
+        raise CompileError(f"a kernel failed: {type(error).__name__}: {first_line(error).removesuffix('.')}") from error
     return KernelGradient(policy, parameters, loss, scale_advantages=scale_advantages, programs=programs)
 
 

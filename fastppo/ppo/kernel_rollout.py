@@ -146,7 +146,7 @@ def check_kernel_rollout(policy: Policy, env: TensorEnv) -> None:
         kernel.roll()
         kernel.fill(r.decisions())
     except Exception as error:
-        raise CompileError(f"a kernel failed: {type(error).__name__}: {first_line(error)}") from error
+        raise CompileError(f"a kernel failed: {type(error).__name__}: {first_line(error).removesuffix('.')}") from error
     for t in range(_EXAMPLE_STEPS):
         expected.actions[t].copy_(r.actions[t])
         theirs.send(t, 0)

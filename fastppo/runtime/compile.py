@@ -75,7 +75,7 @@ def compile_graph(fn: Callable[..., Any], example: Sequence[Any]) -> Callable[..
             if not cpu:  # Triton builds and loads its kernels at the first call
                 compiled(*(x.clone() for x in flat))
         except Exception as error:
-            raise CompileError(f"{type(error).__name__}: {first_line(error)}") from error
+            raise CompileError(f"{type(error).__name__}: {first_line(error).removesuffix('.')}") from error
     compilations += 1
     shapes = [(x.shape, x.dtype) for x in flat]
 

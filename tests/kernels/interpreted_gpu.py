@@ -103,20 +103,7 @@ def runs(folder):
             trainer, about = train(folder, f"without {name}", compile="auto")
             found["broken"][name] = about | {"difference": (vector(eager) - vector(trainer)).abs().max().item()}
         found["known"] = sorted(OnFakeGPU.known)
-    return found | {"memory": memory(folder, patch)}
-
-
-def memory(folder, patch):
-    """Return the peak of a run with kernels, and its plan, in bytes."""
-    OnFakeGPU.broken = ""
-    gpu = GPU(count=1)
-    gpu.install(patch)
-    with gpu, torch.autograd.set_multithreading_enabled(False):
-        trainer, _ = train(
-            folder, "large", compile="auto", n_envs=512, n_steps=8, update_epochs=1, total_timesteps=4096
-        )
-        own = sum(x.inner.nbytes for x in trainer.env.capturable_state.values())
-    return {"taken": gpu.memory.peak - own, "planned": trainer.memory.total}
+    return found
 
 
 if __name__ == "__main__":

@@ -91,10 +91,6 @@ def test_every_triton_kernel_is_interpreted_here(on_gpu):
     assert {tuple(kernel) for kernel in on_gpu["known"]} == {(kernel.module, kernel.name) for kernel in KERNELS}
 
 
-def test_the_memory_plan_covers_runs_with_kernels(on_gpu):
-    assert on_gpu["memory"]["taken"] < on_gpu["memory"]["planned"]
-
-
 @pytest.mark.parametrize(
     ("policy", "loss", "why"),
     [
