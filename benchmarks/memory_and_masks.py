@@ -1,4 +1,4 @@
-"""Learning on tasks that need memory, masks of allowed actions or Dict observations: steps to a goal, over seeds.
+"""Learning on tasks that need memory, masks, Dict observations or exploration: steps to a goal, over seeds.
 
     scripts/third-party --steps 2000 --only MiniGrid   # once, for the virtual environments
     python -m benchmarks.memory_and_masks --task cartpole-no-velocity t-maze --seeds 5 --jobs 1
@@ -123,6 +123,17 @@ class Task:
 
 
 _FIXED = {"threads": 1, "device": "cpu", "vectorization": "sync", "compile": "off"}
+_MINIGRID = {
+    "obs_keys": ("image", "direction"),
+    "total_timesteps": 200_000,
+    "n_envs": 16,
+    "n_steps": 128,
+    "n_minibatches": 8,
+    "learning_rate": 1e-3,
+    "value_clip": "off",
+    "ent_coef": 0.01,
+    "normalize_obs": True,
+}
 TASKS = {
     "cartpole-no-velocity": Task(
         {
@@ -166,19 +177,17 @@ TASKS = {
         TMaze,
     ),
     "doorkey": Task(
-        {
-            "env_id": "minigrid:MiniGrid-DoorKey-5x5-v0",
-            "obs_keys": ("image", "direction"),
-            "total_timesteps": 200_000,
-            "n_envs": 16,
-            "n_steps": 128,
-            "n_minibatches": 8,
-            "learning_rate": 1e-3,
-            "value_clip": "off",
-            "ent_coef": 0.01,
-            "normalize_obs": True,
-        },
+        {"env_id": "minigrid:MiniGrid-DoorKey-5x5-v0", **_MINIGRID},
         {"mlp": Variant(at_least=0.9)},
+        venv=".venv-third-party",
+    ),
+    "multiroom": Task(  # four rooms in a row, the same in each episode; the best return is 0.73
+        {
+            "env_id": "minigrid:MiniGrid-MultiRoom-N4-S5-v1",
+            "wrappers": ("minigrid.wrappers:ReseedWrapper",),
+            **_MINIGRID,
+        },
+        {"rnd": Variant({"rnd": True}, at_least=0.6), "plain": Variant(below=0.1)},
         venv=".venv-third-party",
     ),
     "taxi": Task(
@@ -217,7 +226,7 @@ TASKS = {
 
 @dataclasses.dataclass
 class Options:
-    """Learning on tasks that need memory, masks of allowed actions or Dict observations."""
+    """Learning on tasks that need memory, masks of allowed actions, Dict observations or exploration."""
 
     task: tuple[str, ...] = tuple(TASKS)
     """Tasks to train."""

@@ -212,8 +212,9 @@ def test_the_command_prints_each_profile(name, capsys):
 
 
 def test_the_command_names_the_profiles(capsys):
-    assert main(["profile", "sb4"]) == 2
-    assert (
-        "there is no profile 'sb4'; use one of cleanrl, sb3, ppo1, ppo2, rsl_rl, tuned, tuned_penalty."
-        in capsys.readouterr().err
-    )
+    for name, hint in (
+        ("SB3", "did you mean sb3?"),
+        ("nothing", "use one of cleanrl, sb3, ppo1, ppo2, rsl_rl, tuned, tuned_penalty."),
+    ):
+        assert main(["profile", name]) == 2
+        assert f"there is no profile {name!r}; {hint}" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Annotated, Any
 
 import tyro
@@ -28,7 +29,9 @@ class ShowProfile:
         """Print the profile, or a list of profiles; return 0."""
         known = (*PROFILES, *MEASURED)
         if self.name and self.name not in known:
-            raise ConfigError(f"there is no profile {self.name!r}; use one of {', '.join(known)}.")
+            near = difflib.get_close_matches(self.name.lower(), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}."
+            raise ConfigError(f"there is no profile {self.name!r}; {hint}")
         if not self.name:
             _list()
         elif self.name in MEASURED:

@@ -47,6 +47,18 @@ from fastppo.runtime.device import choose_device
 from fastppo.runtime.distributed import World
 from fastppo.trainer import Trainer
 
+# What algorithms of stable-baselines3 have and these don't, with the nearest way
+_INSTEAD = {
+    "set_random_seed": "give seed=... to the constructor",
+    "get_parameters": "policy.state_dict() returns the weights",
+    "set_parameters": "policy.load_state_dict(weights) sets them, load(path, env=env) reads a file",
+    "set_logger": "give tensorboard_log=..., whose run folders hold metrics.jsonl too",
+    "dump_logs": "every iteration is logged; give log_interval=... to learn",
+    "rollout_buffer": "trainer.rollout holds the last rollout",
+    "collect_rollouts": "write a loop over fastppo.Trainer",
+    "train": "write a loop over fastppo.Trainer",
+}
+
 
 class Algorithm:
     """Base of the algorithms: a subclass names its profile, whose keywords are those of its constructor.
@@ -128,12 +140,10 @@ class Algorithm:
         Raises:
             AttributeError: always.
         """
-        advice = ""
+        way = _INSTEAD.get(name, "")
         if name in self.__signature__.parameters:
-            advice = "; its config attribute holds the settings"
-        elif name == "set_random_seed":
-            advice = "; give seed=... to the constructor"
-        raise AttributeError(f"{type(self).__name__} has no attribute {name} here{advice}.")
+            way = "its config attribute holds the settings"
+        raise AttributeError(f"{type(self).__name__} has no attribute {name} here{way and '; '}{way}.")
 
     def _begin(self, settings: dict[str, Any], verbose: int, log: Any) -> None:  # noqa: ANN401 - a path, or None
         self._settings, self._schedules = without_functions(settings)
@@ -161,9 +171,12 @@ class Algorithm:
         config = self._config_for(source.n_envs, source.env_id)
         info = inspect_configured(config, source.make_env)
         if self.masks and not info.obs_spec.has_mask:
+            needed = f"{type(self).__name__} needs masks of allowed actions"
+            if not info.action_spec.nvec:
+                raise ConfigError(f"{needed}, which {info.action_spec.kind} actions don't have here; use PPO.")
             raise ConfigError(
-                f"{type(self).__name__} needs masks of allowed actions, but {info.name} gives none: give it a method "
-                "action_masks(), as sb3-contrib's ActionMasker does, or use PPO."
+                f"{needed}, but {info.name} gives none: give it a method action_masks(), as sb3-contrib's ActionMasker "
+                "does, or use PPO."
             )
         if spec is not None:
             found = dataclasses.replace(spec, obs=info.obs_spec, action=info.action_spec)

@@ -35,6 +35,12 @@ class Choosing(gym.Env):
         return [True, True, False]
 
 
+class Buttons(Choosing):
+    """Any of three buttons may be pressed."""
+
+    action_space = gym.spaces.MultiBinary(3)
+
+
 def made(algorithm, **keywords):
     names = {PPO: "MlpPolicy", PPO1: MlpPolicy, PPO2: "MlpPolicy", MaskablePPO: "MlpPolicy"}
     env = Choosing() if algorithm is MaskablePPO else "CartPole-v1"
@@ -226,6 +232,10 @@ def test_arguments_of_the_policy_that_cannot_be_honoured(algorithm, kwargs, mess
         (lambda: PPO("MlpPolicy", "CartPole-v1", learning_rate=lambda left: None), "function must return a number"),
         (lambda: PPO1("MlpPolicy", "CartPole-v1", schedule="cosine"), "schedule='cosine' must be linear or constant"),
         (lambda: MaskablePPO("MlpPolicy", "CartPole-v1"), "needs masks of allowed actions, but CartPole-v1 gives none"),
+        (
+            lambda: MaskablePPO("MlpPolicy", Buttons()),
+            "masks .*, which multibinary actions don.t have here",
+        ),
         (lambda: PPO("MlpPolicy", "CartPole-v1", clip_range_vf=-1), "clip_range_vf=-1 must be positive; None switches"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", gamma=1.5), "gamma=1.5 must be at most 1"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", seed="a"), "seed='a' must be a whole number"),
@@ -306,6 +316,10 @@ def test_attributes_of_the_other_program_are_explained():
     model = PPO("MlpPolicy", "CartPole-v1")
     with pytest.raises(AttributeError, match="no attribute gamma here; its config attribute holds the settings"):
         model.gamma  # noqa: B018
-    with pytest.raises(AttributeError, match="give seed=... to the constructor"):
+    with pytest.raises(AttributeError, match="no attribute set_random_seed here; give seed=... to the constructor"):
         model.set_random_seed(1)
+    with pytest.raises(AttributeError, match=r"no attribute get_parameters here; policy.state_dict\(\) returns the"):
+        model.get_parameters()
+    with pytest.raises(AttributeError, match="no attribute nonsense here[.]$"):
+        model.nonsense  # noqa: B018
     assert not hasattr(model, "rollout_buffer")

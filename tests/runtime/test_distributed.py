@@ -76,17 +76,18 @@ def train(name, settings):
                 trainer.update.shuffle.orders[e] = sequence_rows(torch.cat(whole, 1), N, L)
 
     trainer.update.prepare = same_minibatches
-    logged, hashes = [], []
+    logged, hashes, first = [], [], []
     for stats in trainer.iterations():
         keep = {k: v for k, v in stats.scalars.items() if not k.startswith("time/") and "sps" not in k.lower()}
         logged.append(keep | {"steps": stats.global_step, "mean": stats.mean_return, "episodes": stats.episodes})
         vector = trainer.update.parameters.vector
         if trainer.learner.curiosity is not None:
             vector = torch.cat((vector, trainer.learner.curiosity.parameters.vector))
+        first = first or vector.tolist()
         hashes.append(hashlib.sha256(vector.numpy().tobytes()).hexdigest())
     normalizers = [m for m in (trainer.policy.encoder.normalizer, trainer.reward_normalizer) if m is not None]
     moments = [x.tolist() for m in normalizers for x in (m.mean, m.var, m.count)]
-    out = {"logged": logged, "hashes": hashes, "vector": vector.tolist(), "moments": moments}
+    out = {"logged": logged, "hashes": hashes, "one_update": first, "vector": vector.tolist(), "moments": moments}
     out["result"] = trainer.result.global_step
     (folder / name / f"{size}-{rank}.json").write_text(json.dumps(out))
 
@@ -218,6 +219,7 @@ def test_two_processes_of_n_are_one_of_2n(runs, name):
     for two, other, one in zip(first["logged"], second["logged"], alone["logged"], strict=True):
         assert two == pytest.approx(other, nan_ok=True), "every process reports the figures of all"
         assert two == pytest.approx(one, rel=2e-3, abs=2e-4, nan_ok=True)
+    assert torch.tensor(first["one_update"]) == pytest.approx(torch.tensor(alone["one_update"]), abs=1e-5)
     assert torch.tensor(first["vector"]) == pytest.approx(torch.tensor(alone["vector"]), abs=1e-4)
     for a, b, c in zip(first["moments"], second["moments"], alone["moments"], strict=True):
         assert a == b
