@@ -123,7 +123,7 @@ def test_every_flag_in_the_text_exists():
     known = {"--help", "--debug", "--logdir", *(f"--{alias.replace('_', '-')}" for alias in ALIASES)}
     known |= {"--max-restarts", "--standalone", "--nnodes", "--nproc-per-node", "--node-rank"}  # flags of torchrun
     known |= {"--master-addr", "--master-port"}
-    known |= {"--quick", "--only"}  # flags of scripts/bench-gpu and benchmarks/learning.py
+    known |= {"--quick", "--only", "--task"}  # flags of scripts/bench-gpu and of benchmarks
     for command in COMMANDS.values():
         known |= {f"--{name.replace('_', '-')}" for name in command.__dataclass_fields__}
     for page, text in PAGES.items():
