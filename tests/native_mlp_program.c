@@ -51,8 +51,9 @@ static int check(long kind, long features, const long *widths, long n_layers, lo
   Loss loss = {1, 1, VALUE_CLIP_MAX};
   float sums[13] = {0}, limit = INFINITY, stop = 0, skipped[2] = {0};
   double left[] = {1, 1};
-  State state = {vector, mean, square, left, left + 1, sums, &limit, &stop, skipped, 1, 1e-5f};
-  mlp_epoch(&net, &data, &loss, &coefs, &state, order, scales, 2, 64, threads, workspace);
+  float last;
+  State state = {vector, mean, square, left, left + 1, sums, &limit, &stop, skipped, &limit, &last, 1, 1, 1e-5f};
+  mlp_epochs(&net, &data, &loss, &coefs, &state, order, scales, 1, 2, 64, threads, workspace);
   float *gradient = calloc((size_t)size, 4), diagnostics[N_DIAGNOSTICS], n_valid;
   mlp_gradient(&net, &data, &loss, &coefs, vector, order, scales, 61, threads, workspace, gradient, diagnostics, &n_valid);
 
@@ -61,9 +62,11 @@ static int check(long kind, long features, const long *widths, long n_layers, lo
   void *actions = calloc(29 * 3, 8);
   Input plain = {NULL, NULL, 0, 2}, normalized = {moments, moments, 5, 1};
   mlp_pack(&net, vector, workspace);
-  mlp_act(&net, vector, &plain, obs, noise, 29, threads, workspace, outputs, actions);
+  Group group = {&net, vector, &plain, (char *)obs, (char *)noise, (char *)outputs, actions};
+  group.n = 29, group.workspace = workspace, group.parts = threads;
+  mlp_act(&group, 0);
   mlp_values(&net, vector, &normalized, obs, 29, threads, workspace, values);
-  mlp_logprobs(&net, outputs, actions, 29, threads, values);
+  mlp_logprobs(&net, outputs, actions, 29, threads, workspace, values);
   int bad = sums[N_DIAGNOSTICS + 1] != 2 || !(n_valid > 0);
   free(table), free(vector), free(mean), free(square), free(workspace), free(order), free(gradient), free(obs);
   free(noise), free(outputs), free(values), free(moments), free(actions);

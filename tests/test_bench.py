@@ -60,6 +60,9 @@ def test_the_verdict_names_a_faster_update():
     assert "; --compile fused would give about +117%" in verdict(slow, [slow])
     fast = dataclasses.replace(slow, config=slow.config | {"compile": "fused"})
     assert "would give" not in verdict(fast, [fast])
+    on_gpu = dataclasses.replace(slow, on_gpu=True)
+    assert "; --compile fused covers it, by kernels whose gain has not been measured" in verdict(on_gpu, [on_gpu])
+    assert "fused" not in verdict(dataclasses.replace(fast, on_gpu=True), [fast])
 
 
 def test_overlapping_speeds_give_no_verdict():

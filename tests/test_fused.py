@@ -5,6 +5,7 @@ import functools
 import itertools
 import math
 import os
+import platform
 import subprocess
 from pathlib import Path
 
@@ -556,10 +557,46 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert torch.equal(again.update.parameters.vector, whole.update.parameters.vector)
 
 
+@pytest.fixture(params=["-mno-avx512f", "-mno-avx"])
+def narrower(request, tmp_path, monkeypatch):
+    """C code for an x86 processor with AVX2 alone, or with SSE: vectors of 8 and 4 numbers, the latter as on ARM."""
+    if platform.machine() != "x86_64":
+        pytest.skip("flags of x86")
+    compiler = os.environ.get("CC", "cc")
+    preprocess = [compiler, request.param, *library._FLAGS, f"-I{SOURCES}", "-E", "-P", "-"]
+    source = '#include "products.h"\nWIDTH'
+    done = subprocess.run(preprocess, input=source, capture_output=True, text=True, check=True)
+    width = int(done.stdout.split()[-1])
+    assert width == (4 if request.param == "-mno-avx" else min(width, 8))
+    monkeypatch.setenv("CC", f"{compiler} {request.param}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.load.cache_clear()
+    yield
+    monkeypatch.undo()
+    library.load.cache_clear()
+
+
+def test_narrower_vectors_compute_the_same(narrower):
+    for name, activation in (("categorical", "tanh"), ("choices", "gelu"), ("gaussian", "silu"), ("squashed", "elu")):
+        policy = make_policy(DISTRIBUTIONS[name], activation=activation, widths=(33, 20))
+        valid = torch.arange(150) % 3 != 0
+        assert_same(*gradients(policy, make_batch(policy, 150, valid=valid), PPOLoss("max"), threads=2))
+    case = {name: values[0] for name, values in OPTIONS.items()} | {"distribution": "categorical"}
+    results = []
+    for fused in (False, True):
+        policy = make_policy(Categorical(3))
+        batch, update = make_batch(policy, 256), update_of_case(policy, case, update_epochs=3, n_minibatches=4)
+        if fused:
+            update.fuse(batch, 1)
+        learn(update, batch, coefficients(learning_rate=5e-3), math.inf)
+        results.append(update.state.params.clone())
+    torch.testing.assert_close(*results, atol=1e-5, rtol=0)
+
+
 def test_the_structures_are_those_of_the_source(tmp_path):
     """A field that Python and C place differently would be read as another."""
     names = {"Network": native.Network, "Rows": native.Rows, "Loss": native.Loss, "State": native.State}
-    names |= {"Coefficients": native.Coefficients, "Input": native.Input}
+    names |= {"Coefficients": native.Coefficients, "Input": native.Input, "Group": native.Group}
     lines = ['#include "mlp.c"', "#include <stddef.h>", "#include <stdio.h>", "int main(void) {"]
     expected = []
     for name, structure in names.items():

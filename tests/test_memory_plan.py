@@ -187,6 +187,14 @@ def test_the_plan_expects_graphs_where_a_run_captures_them_on_cuda(monkeypatch, 
     asked = []
     monkeypatch.setattr(parts, "free_memory", lambda device: 1)
     monkeypatch.setattr(parts, "plan_memory", lambda *_, **options: (asked.append(options), MemoryPlan(0, 0, 0))[1])
+    monkeypatch.setattr(parts.kernel_gradient, "not_fused", lambda *_: "the network is a CNN")
     config = Config(n_envs=1, n_steps=1, compile=compile, log_histograms=True)
-    plan_run(config, _probe(), None, torch.device(device), World(), [])
+    plan_run(config, _probe(), Models(None, None, None, None), torch.device(device), World(), [])
     assert [(options["graphs"], options["gradients"]) for options in asked] == [(graphs, True)]
+
+
+def test_the_plan_counts_the_sums_of_kernels(tmp_path):
+    trainer = Trainer(short(tmp_path, n_envs=512, n_minibatches=1, update_epochs=1), make_env=Counter)
+    without, update = plan_of(trainer, fused=True), trainer.update
+    row = update.parameters.size + len(update.loss.diagnostics) + 1
+    assert plan_of(trainer, fused=True, programs=132).update == without.update + 4 * 132 * row

@@ -1,6 +1,7 @@
 """Sinks: what they write, as the readers of TensorBoard, MLflow and wandb see it."""
 
 import dataclasses
+import io
 import json
 import os
 import sqlite3
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fastppo import Config, Trainer
 from fastppo.monitoring.health_rules import HealthFinding, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
+from fastppo.monitoring.sinks.records import crc32c, record
 from fastppo.monitoring.sinks.trackers import ThrottledSink
 from fastppo.monitoring.stats import Stats
 
@@ -186,3 +189,11 @@ def test_a_missing_library_is_refused_before_the_run_starts(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="pip install 'fastppo\\[mlflow\\]'"):
         Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run", track=("mlflow",)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 255, 256, 257, 700])
+def test_records_are_tensorboards(size):
+    data, expected = np.random.default_rng(size).bytes(size), io.BytesIO()
+    RecordWriter(expected).write(data)
+    assert record(data) == expected.getvalue()
+    assert crc32c(b"123456789") == 0xE3069283, "the check value of CRC-32C"

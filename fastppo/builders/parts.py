@@ -36,6 +36,7 @@ from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.policies.rnd import RandomNetworkDistillation
+from fastppo.ppo import kernel_gradient
 from fastppo.ppo.acting_copy import ActingCopy
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.curiosity import Curiosity
@@ -149,7 +150,7 @@ def build_rnd(c: Config, spec: PolicySpec) -> RandomNetworkDistillation:
 
 def build_update(c: Config, models: Models, device: torch.device, world: World, n_envs: int | None = None) -> PPOUpdate:
     """Build the PPO update, for `n_envs` environments (None: the config's)."""
-    loss = PPOLoss(c.value_clip or "off", c.objective)
+    loss = _loss(c)
     adaptive_rate = adaptive_kl_coef = None
     if rates := parse_adaptive_rate(c.learning_rate):
         start, lowest, highest = rates
@@ -201,6 +202,10 @@ def build_optimizer(c: Config, models: Models) -> Optimizer:
     return muon(places, c.adam_eps)
 
 
+def _loss(c: Config) -> PPOLoss:
+    return PPOLoss(c.value_clip or "off", c.objective)
+
+
 def build_curiosity(c: Config, models: Models, rollout: Rollout, world: World) -> Curiosity | None:
     """Build the part that adds intrinsic advantages to `rollout`; None without RND."""
     if models.rnd is None:
@@ -225,6 +230,11 @@ def plan_run(
     Raises:
         ConfigError: the plan doesn't fit; the message names an n_envs that does.
     """
+    on_gpu, fused = device.type == "cuda", False
+    if c.compile in ("auto", "fused"):
+        reason = kernel_gradient.not_fused(models.policy, _loss(c)) if on_gpu else not_covered(models.policy)
+        fused = reason is None
+    programs = torch.cuda.get_device_properties(device).multi_processor_count if fused and on_gpu else 0
 
     def plan_for(n_envs: int) -> MemoryPlan:
         # a simulator may truncate at any step
@@ -239,7 +249,8 @@ def plan_run(
             gae_doubling,
             graphs=device.type == "cuda" and c.compile in ("auto", "fused", "graph"),
             gradients=c.log_histograms or (c.record_ratios != 0 and len(models.policy.recurrences()) > 0),
-            fused=device.type == "cpu" and c.compile in ("auto", "fused") and not_covered(models.policy) is None,
+            fused=fused,
+            programs=programs,
             curiosity=lambda rollout: build_curiosity(c, models, rollout, world),
         )
 

@@ -145,6 +145,7 @@ class EnvGroup:
         envs: the environments.
         at: index in `envs` of the environment being stepped or reset.
         steps: taken so far.
+        ended: whether the last step may have ended an episode; if not, its rows of both flags are False.
         restart_messages: one line per restarted environment.
     """
 
@@ -158,6 +159,7 @@ class EnvGroup:
     ) -> None:
         """Bind `envs`, made by `makers`, to `rows` of `arrays`."""
         self.envs, self.at, self.steps, self.restart_messages = envs, 0, 0, list[str]()
+        self.ended = True  # the arrays may hold another group's flags
         self._makers, self._first, self._fault_policy = makers, rows.start, fault_policy
         self._arrays = {name: array[rows] for name, array in arrays.items()}
         self._obs, self._final_obs, self._actions, self._rewards, self._terminated, self._truncated, self._seeds = (
@@ -184,7 +186,7 @@ class EnvGroup:
 
     def step(self) -> None:
         """Step each environment with its action, and reset those that ended."""
-        rewards, terminated, truncated = columns = list[Any](), list[Any](), list[Any]()
+        rewards, flags = list[Any](), list[tuple[int, Any, Any]]()
         # a copy, as an environment may keep its action
         actions = self._actions.copy()
         self.steps += 1
@@ -193,23 +195,36 @@ class EnvGroup:
         try:
             while len(rewards) < len(self.envs):
                 try:
-                    self._step_on(actions, *columns)
+                    self._step_on(actions, rewards, flags)
                 except ENV_ERRORS as error:
                     self._replace(self.at, error)
-                    for column, value in zip(columns, (0.0, False, True), strict=True):
-                        del column[self.at :]
-                        column.append(value)
+                    rewards.append(0.0)
+                    flags.append((self.at, False, True))
             # checking types suffices in the common case, at a tenth of the cost of making an array
             plain = _NUMBERS.issuperset(map(type, rewards))
             self._rewards[:] = rewards if plain else self._checked("reward", rewards)
-            plain = _BOOLS.issuperset(map(type, terminated)) and _BOOLS.issuperset(map(type, truncated))
-            self._terminated[:] = terminated if plain else self._checked("terminated", terminated)
-            self._truncated[:] = truncated if plain else self._checked("truncated", truncated)
+            if flags or self.ended:
+                self._write_flags(flags)
         except ENV_ERRORS as error:
             raise self._named(error, f"step {self.steps}") from error
 
-    def _step_on(self, actions: _Array, rewards: list[Any], terminated: list[Any], truncated: list[Any]) -> None:
-        """Step the environments that have no entry in the lists yet."""
+    def _write_flags(self, flags: list[tuple[int, Any, Any]]) -> None:
+        """Write environment, terminated and truncated of those where a flag is not the object False."""
+        self.ended = bool(flags)
+        if not flags:
+            self._terminated.fill(False)
+            self._truncated.fill(False)
+            return
+        terminated, truncated = columns = [[False] * len(self.envs) for _ in range(2)]
+        for i, *values in flags:
+            for column, value in zip(columns, values, strict=True):
+                column[i] = value
+        plain = _BOOLS.issuperset(map(type, terminated)) and _BOOLS.issuperset(map(type, truncated))
+        self._terminated[:] = terminated if plain else self._checked("terminated", terminated)
+        self._truncated[:] = truncated if plain else self._checked("truncated", truncated)
+
+    def _step_on(self, actions: _Array, rewards: list[Any], flags: list[tuple[int, Any, Any]]) -> None:
+        """Step the environments that have no reward yet."""
         rows, envs, sums, shape, dtype = self._obs, self.envs, self._info_sums, self._obs.shape[1:], self._obs.dtype
         for i in range(len(rewards), len(envs)):
             self.at = i
@@ -218,7 +233,8 @@ class EnvGroup:
                 sums.add(i, info)
             if getattr(obs, "shape", None) != shape:
                 self._check_shape("step", obs)
-            if terminal or truncation:
+            running = terminal is False and truncation is False
+            if not running and (terminal or truncation):
                 self._write(self._final_obs[i, ...], obs)
                 obs = self._reset(i, None)
             if getattr(obs, "dtype", None) == dtype:  # a quarter of the time of `_write`
@@ -226,8 +242,8 @@ class EnvGroup:
             else:
                 self._write(rows[i, ...], obs)
             rewards.append(reward)
-            terminated.append(terminal)
-            truncated.append(truncation)
+            if not running:
+                flags.append((i, terminal, truncation))
 
     def _reset(self, i: int, seed: int | None) -> Any:  # noqa: ANN401 - an observation
         seed = None if seed is None or seed < 0 else seed
@@ -518,7 +534,10 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """
         copy_actions(self._arrays["actions"], actions)
         self._group.step()
-        return step_result(self._arrays, slice(0, self.num_envs))
+        if self._group.ended:
+            return step_result(self._arrays, slice(0, self.num_envs))
+        arrays = self._arrays
+        return arrays["obs"], arrays["rewards"], arrays["terminated"], arrays["truncated"], {}
 
     def env_states(self) -> list[Any]:
         """See `EnvGroup.state`."""

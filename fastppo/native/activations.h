@@ -2,28 +2,13 @@
 #ifndef FASTPPO_ACTIVATIONS_H
 #define FASTPPO_ACTIVATIONS_H
 
-#include "products.h"
+#include "elementary.h"
 
 enum { TANH, RELU, ELU, SILU, GELU };
 
-static inline vector all(float x) { return x - (vector){0}; }
-
-// exp(x) for x <= 0, 0 from -87 on; NaN stays NaN. x = n log 2 + r, |r| <= log(2) / 2, and a polynomial for exp(r).
-static inline vector decay(vector x) {
-  integers tiny = x < all(-87.0f);
-  x = choose(tiny, all(-87.0f), x);
-  vector shifted = x * 1.44269504f + 12582912.0f;  // 1.5 x 2^23: the sum's last bits are n
-  vector n = shifted - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vector p = r * 1.98756915e-4f + 1.39819995e-3f;
-  p = p * r + 8.33345192e-3f, p = p * r + 4.16657962e-2f, p = p * r + 1.66666654e-1f, p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  integers power = ((integers)shifted + (127 - 0x4b400000)) << 23;
-  return choose(tiny, all(0.0f), p * (vector)power);
-}
-
 // The normal distribution function, within 2e-7: Abramowitz and Stegun 7.1.26. `bell` is exp(-x^2 / 2).
 static inline vector normal_share(vector x, vector bell) {
-  vector size = choose(x < all(0.0f), -x, x) * 0.70710678f;
+  vector size = magnitude(x) * 0.70710678f;
   vector t = 1.0f / (size * 0.3275911f + 1.0f);
   vector p = t * 1.061405429f - 1.453152027f;
   p = p * t + 1.421413741f, p = p * t - 0.284496736f, p = (p * t + 0.254829592f) * t;

@@ -52,12 +52,13 @@ typedef struct {
   const float *learning_rate, *clip, *value_clip, *value, *entropy, *max_norm, *kl;
 } Coefficients;
 
-// See ppo/update_step.py; `exact_kl` is whether the sums end with those of exact KLs
+// See ppo/update_step.py and PPOUpdate; `exact_kl` is whether the sums end with those of exact KLs, `stops_epochs` whether
+// the mean KL of an epoch is compared with `epoch_limit`
 typedef struct {
   float *params, *mean, *square;
   double *left1, *left2;
-  float *sums, *kl_limit, *stop_kl, *skipped;
-  long exact_kl;
+  float *sums, *kl_limit, *stop_kl, *skipped, *epoch_limit, *last_kl;
+  long exact_kl, stops_epochs;
   float adam_eps;
 } State;
 
@@ -76,7 +77,7 @@ typedef struct {
   long n_layers, trunks[2], heads[2];  // where the layers of critic and actor begin; a shared trunk is the critic's
   long n_trunks, block;                // block: rows at a time
   long inputs, hidden[2][MOST_LAYERS], before[2][MOST_LAYERS], slopes[MOST_LAYERS];  // buffers of a part: a block's rows
-  long out[2], d_out[2], work;
+  long out[2], d_out[2], work, bounded;
   long log_std_gradient, gradient_end;  // gradients of a part begin at 0
   long zeros, flat;                     // shared: a row of zeros, and the gradient in the parameters' order
   long part_size, shared_size;          // floats
@@ -138,7 +139,8 @@ static void make_plan(Plan *plan, const Network *net) {
     plan->out[t] = take_space(&end, m * stride_of(t ? net->params : 1));
     plan->d_out[t] = take_space(&end, m * stride_of(t ? net->params : 1));
   }
-  plan->work = take_space(&end, 3 * net->params);
+  plan->work = take_space(&end, 5 * net->params * WIDTH + net->distribution.n * WIDTH);
+  plan->bounded = take_space(&end, 2 * net->distribution.n * (long)(sizeof(Bounded) / sizeof(float)));
   plan->part_size = (end + 63) / 64 * 64;
   plan->shared_size = (plan->shared_size + 63) / 64 * 64;
 }
@@ -225,72 +227,112 @@ static void gather(const Job *job, long first, long m, float *x) {
     memcpy(x + i * row, job->rows->at + job->order[first + i] * job->rows->width, (size_t)n * sizeof(float));
 }
 
-// The loss of the value `v`, and its gradient
-static inline float value_loss(const Loss *loss, float v, float old, float target, float limit, float *gradient) {
-  float error = v - target, plain = error * error;
+// The losses of values `v`, and their gradients
+static inline vector value_loss(const Loss *loss, vector v, vector old, vector target, float limit, vector *gradient) {
+  vector error = v - target, plain = error * error;
   *gradient = error;
   if (loss->value_clip == VALUE_CLIP_OFF) return 0.5f * plain;
   if (limit < 0) limit = INFINITY;
-  float step = v - old, kept = step > limit ? limit : step < -limit ? -limit : step;
-  float clipped_error = old + kept - target, clipped = clipped_error * clipped_error;
-  float clipped_gradient = step > limit || step < -limit ? 0.0f : clipped_error;
-  if (loss->value_clip == VALUE_CLIPPED_ONLY || clipped > plain) {
+  vector step = v - old, kept = at_most(at_least(step, -limit), limit);
+  vector clipped_error = old + kept - target, clipped = clipped_error * clipped_error;
+  vector clipped_gradient = choose(magnitude(step) > all(limit), all(0.0f), clipped_error);
+  if (loss->value_clip == VALUE_CLIPPED_ONLY) {
     *gradient = clipped_gradient;
     return 0.5f * clipped;
   }
-  if (clipped == plain) *gradient = 0.5f * (error + clipped_gradient);  // as torch.maximum divides it
-  return 0.5f * plain;
+  integers larger = clipped > plain, equal = clipped == plain;  // gradients as torch.maximum divides them
+  *gradient = choose(larger, clipped_gradient, choose(equal, 0.5f * (error + clipped_gradient), error));
+  return 0.5f * choose(larger, clipped, plain);
 }
 
-// The losses of a block's rows: from outputs to their gradients
-static void evaluate_rows(const Job *job, long first, long m, int part, Bounded *bounded, double *sums) {
+// Number `at` of each of WIDTH rows
+static inline vector column(const float *const *rows, long at) {
+  vector x;
+  for (int k = 0; k < WIDTH; k++) x[k] = rows[k][at];
+  return x;
+}
+
+// Space for the numbers of WIDTH rows: the distribution's parameters, those of the acting policy, actions, gradients
+typedef struct {
+  vector *x, *old, *action;
+  Gradients g;
+} Lanes;
+
+static Lanes lanes_at(float *work, const Network *net) {
+  vector *x = (vector *)work;
+  long n = net->params;
+  return (Lanes){x, x + n, x + 5 * n, {x + 2 * n, x + 3 * n, x + 4 * n}};
+}
+
+// Gradients and diagnostics of the losses of `left` rows, at most WIDTH, from row `first` of the minibatch and row `at` of
+// the block on
+static void evaluate_lanes(const Job *job, long first, long at, long left, float *own, vector *sums) {
   const Plan *plan = job->plan;
   const Network *net = plan->net;
   const Rows *rows = job->rows;
   const Coefficients *coefs = job->coefs;
-  float *own = part_of(job, part), *work = own + plan->work, *log_std_gradient = own + plan->log_std_gradient;
+  Lanes lanes = lanes_at(own + plan->work, net);
+  vector *x = lanes.x;
+  const Gradients g = lanes.g;
+  const float *row[WIDTH], *out[WIDTH];
+  float *d_out[WIDTH], *values = own + plan->out[0], *d_values = own + plan->d_out[0];
   long row_p = stride_of(net->params), row_v = stride_of(1);
-  float share = 1.0f / (float)(job->n_valid ? job->n_valid : 1), clip = *coefs->clip;
-  Gradients g = {work, work + net->params, work + 2 * net->params};
-  for (long i = 0; i < m; i++) {
-    const float *row = rows->at + job->order[first + i] * rows->width;
-    float *x = own + plan->out[1] + i * row_p, *d = own + plan->d_out[1] + i * row_p;
-    float *d_value = own + plan->d_out[0] + i * row_v;
-    if (rows->valid >= 0 && row[rows->valid] == 0) {
-      memset(d, 0, (size_t)net->params * sizeof(float)), *d_value = 0;
-      continue;
-    }
-    if (net->free_std)
-      memcpy(x + net->outputs, job->params + net->log_std, (size_t)net->outputs * sizeof(float));
-    if (rows->mask >= 0)
-      for (long k = 0; k < net->params; k++)
-        if (!(row[rows->mask + k] > 0)) x[k] = FORBIDDEN;
-    Evaluation e = evaluate(&net->distribution, x, row + rows->old, row + rows->action, bounded, g);
-    float logratio = e.logprob - row[rows->logprob], ratio = expf(logratio), less_one = expm1f(logratio);
-    float advantage = (row[rows->advantage] - job->mean) / job->divisor, surrogate = ratio * advantage, by_logprob = -surrogate;
-    if (!isfinite(ratio)) by_logprob = NAN;  // so that the minibatch is skipped, as by torch
-    if (job->loss->clips && isfinite(ratio)) {
-      float low = 1 - clip, high = 1 + clip, clipped = (ratio < low ? low : ratio > high ? high : ratio) * advantage;
-      if (surrogate > clipped) surrogate = clipped, by_logprob = 0;  // a NaN passes by
-    }
-    float penalty = job->loss->penalizes ? *coefs->kl : 0.0f;
-    for (long k = 0; k < net->params; k++) {
-      float slope = by_logprob * g.logprob[k] - *coefs->entropy * g.entropy[k];
-      if (job->loss->penalizes) slope += penalty * g.kl[k];
-      d[k] = share * slope;
-    }
-    if (rows->mask >= 0)
-      for (long k = 0; k < net->params; k++)
-        if (!(row[rows->mask + k] > 0)) d[k] = 0;
-    if (net->free_std)
-      for (long k = 0; k < net->outputs; k++) log_std_gradient[k] += d[net->outputs + k];
-    float by_value, v = own[plan->out[0] + i * row_v];
-    sums[VALUE_LOSS] += value_loss(job->loss, v, row[rows->value], row[rows->target], *coefs->value_clip, &by_value);
-    *d_value = share * *coefs->value * by_value;
-    sums[POLICY_LOSS] -= surrogate, sums[ENTROPY] += e.entropy, sums[EXACT_KL] += e.kl;
-    sums[OLD_APPROX_KL] -= logratio, sums[APPROX_KL] += less_one - logratio;
-    sums[CLIP_FRACTION] += fabsf(less_one) > clip;
+  integers counts;
+  vector v;
+  for (long k = 0; k < WIDTH; k++) {  // lanes beyond the last row repeat the first, and don't count
+    long i = k < left ? at + k : at;
+    row[k] = rows->at + job->order[first + i] * rows->width;
+    out[k] = own + plan->out[1] + i * row_p, d_out[k] = own + plan->d_out[1] + i * row_p;
+    counts[k] = -(k < left && (rows->valid < 0 || row[k][rows->valid] != 0));
+    v[k] = values[i * row_v];
   }
+  for (long j = 0; j < net->params; j++) {
+    x[j] = net->free_std && j >= net->outputs ? all(job->params[net->log_std + j - net->outputs]) : column(out, j);
+    if (rows->mask >= 0) x[j] = choose(column(row, rows->mask + j) > all(0.0f), x[j], all(FORBIDDEN));
+    lanes.old[j] = column(row, rows->old + j);
+  }
+  for (long j = 0; j < net->distribution.n; j++) lanes.action[j] = column(row, rows->action + j);
+  Evaluation e = evaluate(&net->distribution, x, lanes.old, lanes.action, (Bounded *)(own + plan->bounded), g);
+
+  vector logratio = e.logprob - column(row, rows->logprob), zero = {0};
+  Exponential ratios = exponential(logratio);
+  vector ratio = ratios.whole, advantage = (column(row, rows->advantage) - job->mean) / job->divisor;
+  vector surrogate = ratio * advantage;
+  integers finite = is_finite(ratio);
+  vector by_logprob = choose(finite, -surrogate, all(NAN));  // so that the minibatch is skipped, as by torch
+  float clip = *coefs->clip, share = 1.0f / (float)(job->n_valid ? job->n_valid : 1);
+  if (job->loss->clips) {
+    vector clipped = at_most(at_least(ratio, 1 - clip), 1 + clip) * advantage;
+    integers cut = finite & (surrogate > clipped);  // a NaN passes by
+    surrogate = choose(cut, clipped, surrogate), by_logprob = choose(cut, zero, by_logprob);
+  }
+  for (long j = 0; j < net->params; j++) {
+    vector slope = by_logprob * g.logprob[j] - *coefs->entropy * g.entropy[j];
+    if (job->loss->penalizes) slope += *coefs->kl * g.kl[j];
+    integers reached = counts;
+    if (rows->mask >= 0) reached &= column(row, rows->mask + j) > all(0.0f);
+    vector d = choose(reached, share * slope, zero);
+    for (long k = 0; k < left; k++) d_out[k][j] = d[k];
+    if (net->free_std && j >= net->outputs)
+      for (long k = 0; k < left; k++) own[plan->log_std_gradient + j - net->outputs] += d[k];
+  }
+  vector by_value, value = value_loss(job->loss, v, column(row, rows->value), column(row, rows->target),
+                                      *coefs->value_clip, &by_value);
+  by_value = choose(counts, share * *coefs->value * by_value, zero);
+  for (long k = 0; k < left; k++) d_values[(at + k) * row_v] = by_value[k];
+  sums[POLICY_LOSS] -= choose(counts, surrogate, zero), sums[VALUE_LOSS] += choose(counts, value, zero);
+  sums[ENTROPY] += choose(counts, e.entropy, zero), sums[EXACT_KL] += choose(counts, e.kl, zero);
+  sums[OLD_APPROX_KL] -= choose(counts, logratio, zero);
+  sums[APPROX_KL] += choose(counts, ratios.less_one - logratio, zero);
+  sums[CLIP_FRACTION] += choose(counts & (magnitude(ratios.less_one) > all(clip)), all(1.0f), zero);
+}
+
+// The losses of a block's rows: from outputs to their gradients
+static void evaluate_rows(const Job *job, long first, long m, float *own, double *sums) {
+  vector block[N_DIAGNOSTICS] = {{0}};
+  for (long i = 0; i < m; i += WIDTH) evaluate_lanes(job, first, i, m - i < WIDTH ? m - i : WIDTH, own, block);
+  for (int s = 0; s < N_DIAGNOSTICS; s++)
+    for (int k = 0; k < WIDTH; k++) sums[s] += (double)block[s][k];
 }
 
 // out[m][in] = start + d[m][out] weight
@@ -343,8 +385,7 @@ static void differentiate_part(void *arguments, int part) {
   const Plan *plan = job->plan;
   const Network *net = plan->net;
   float *own = part_of(job, part);
-  Bounded bounded[2 * net->distribution.n];
-  for (long i = 0; i < 2 * net->distribution.n; i++) bounded[i].raw = NAN;
+  forget((Bounded *)(own + plan->bounded), 2 * net->distribution.n);
   memset(own, 0, (size_t)plan->gradient_end * sizeof(float));
   memset(job->sums[part], 0, sizeof job->sums[part]);
   long last = net->n_layers - 1, end = job->n * (part + 1) / job->parts;
@@ -357,7 +398,7 @@ static void differentiate_part(void *arguments, int part) {
       const float *x = own + plan->hidden[t % plan->n_trunks][last];
       run_layer(job, head, m, x, stride_of(head->in), own + plan->out[t], stride_of(t ? net->params : 1));
     }
-    evaluate_rows(job, first, m, part, bounded, job->sums[part]);
+    evaluate_rows(job, first, m, own, job->sums[part]);
     float *slopes = own + plan->slopes[last];
     Matrix none = {job->shared + plan->zeros, 0, 1};
     for (int t = 0; t < 2; t++) {
@@ -498,36 +539,59 @@ void mlp_gradient(const Network *net, const Rows *rows, const Loss *loss, const 
   *n_valid = (float)job.n_valid;
 }
 
-// One epoch: a step on each of `minibatches` of n rows, order[minibatches][n], scales[minibatches][2]. Returns early once
-// the KL has stopped the update: the steps left would change nothing.
-void mlp_epoch(const Network *net, const Rows *rows, const Loss *loss, const Coefficients *coefs, const State *state,
-               const int64_t *order, const float *scales, long minibatches, long n, int parts, float *workspace) {
+// A step on the minibatch of `job`; the state follows ppo/update_step.py
+static void take_step(Job *job) {
+  const State *state = job->state;
+  float *sums = state->sums, *counts = sums + N_DIAGNOSTICS + 1, diagnostics[N_DIAGNOSTICS];
+  float norm = (float)sqrt(differentiate(job, diagnostics)), kl = diagnostics[APPROX_KL], limit = *state->kl_limit;
+  int within = kl <= limit || limit == INFINITY, finite = isfinite(norm) != 0, take = within && finite;
+  if (take) {
+    for (int k = 0; k < N_DIAGNOSTICS; k++) sums[k] += diagnostics[k];
+    sums[N_DIAGNOSTICS] += norm;
+    *state->left1 *= 0.9, *state->left2 *= 0.999;
+    job->scale = *job->coefs->max_norm / (norm + 1e-6f);
+    if (job->scale > 1) job->scale = 1;
+    job->step_size = (float)((double)*job->coefs->learning_rate / (1 - *state->left1));
+    job->correction = (float)(1 / sqrt(1 - *state->left2));
+    if (is_large(job))
+      run_parts(step_part, job, job->parts);
+    else
+      step_slice(job, 0, job->plan->net->size);
+  }
+  counts[0] += (float)take, counts[1] += (float)within, counts[2] += kl;
+  if (state->exact_kl && !isnan(diagnostics[EXACT_KL])) counts[3] += diagnostics[EXACT_KL], counts[4] += 1;
+  state->skipped[0] = finite ? 0 : state->skipped[0] + 1;
+  if (state->skipped[0] > state->skipped[1]) state->skipped[1] = state->skipped[0];
+  if (!within) *state->stop_kl = kl, *state->kl_limit = -INFINITY;
+}
+
+// What PPOUpdate._end_epoch does after an epoch of n minibatches
+static void end_epoch(const State *state, long n) {
+  float *of_epoch = state->sums + N_DIAGNOSTICS + 3;
+  if (state->exact_kl) {
+    if (of_epoch[2] > 0) *state->last_kl = of_epoch[1] / of_epoch[2];
+    of_epoch[1] = of_epoch[2] = 0;
+  }
+  if (!state->stops_epochs) return;
+  float kl = of_epoch[0] / (float)n;
+  if (!(kl <= *state->epoch_limit) && *state->epoch_limit != INFINITY) *state->stop_kl = kl, *state->kl_limit = -INFINITY;
+  of_epoch[0] = 0;
+}
+
+// Epochs of a step on each of `minibatches` of n rows: order[epochs][minibatches][n], scales[epochs][minibatches][2].
+// Returns early once the KL has stopped the update: the steps left would change nothing.
+void mlp_epochs(const Network *net, const Rows *rows, const Loss *loss, const Coefficients *coefs, const State *state,
+                const int64_t *order, const float *scales, long epochs, long minibatches, long n, int parts,
+                float *workspace) {
   Plan plan;
   Job job = {.rows = rows, .loss = loss, .coefs = coefs, .state = state, .n = n};
   begin(&job, &plan, net, state->params, parts, workspace);
-  float *sums = state->sums, *counts = sums + N_DIAGNOSTICS + 1, diagnostics[N_DIAGNOSTICS];
-  for (long i = 0; i < minibatches && *state->kl_limit != -INFINITY; i++) {
-    job.order = order + i * n, job.mean = scales[2 * i], job.divisor = scales[2 * i + 1];
-    float norm = (float)sqrt(differentiate(&job, diagnostics)), kl = diagnostics[APPROX_KL], limit = *state->kl_limit;
-    int within = kl <= limit || limit == INFINITY, finite = isfinite(norm) != 0, take = within && finite;
-    if (take) {
-      for (int k = 0; k < N_DIAGNOSTICS; k++) sums[k] += diagnostics[k];
-      sums[N_DIAGNOSTICS] += norm;
-      *state->left1 *= 0.9, *state->left2 *= 0.999;
-      job.scale = *coefs->max_norm / (norm + 1e-6f);
-      if (job.scale > 1) job.scale = 1;
-      job.step_size = (float)((double)*coefs->learning_rate / (1 - *state->left1));
-      job.correction = (float)(1 / sqrt(1 - *state->left2));
-      if (is_large(&job))
-        run_parts(step_part, &job, job.parts);
-      else
-        step_slice(&job, 0, net->size);
+  for (long epoch = 0; epoch < epochs && *state->kl_limit != -INFINITY; epoch++) {
+    for (long i = 0; i < minibatches && *state->kl_limit != -INFINITY; i++, order += n, scales += 2) {
+      job.order = order, job.mean = scales[0], job.divisor = scales[1];
+      take_step(&job);
     }
-    counts[0] += (float)take, counts[1] += (float)within, counts[2] += kl;
-    if (state->exact_kl && !isnan(diagnostics[EXACT_KL])) counts[3] += diagnostics[EXACT_KL], counts[4] += 1;
-    state->skipped[0] = finite ? 0 : state->skipped[0] + 1;
-    if (state->skipped[0] > state->skipped[1]) state->skipped[1] = state->skipped[0];
-    if (!within) *state->stop_kl = kl, *state->kl_limit = -INFINITY;
+    end_epoch(state, minibatches);
   }
 }
 
@@ -544,6 +608,19 @@ typedef struct {
   const double *mean, *scale;
   float clip, divisor;
 } Input;
+
+// One group of environments, whose steps lie `..._step` bytes apart
+typedef struct {
+  const Network *net;
+  const float *params;
+  const Input *input;
+  const char *obs, *noise;
+  char *outputs, *actions;
+  long obs_step, noise_step, outputs_step, actions_step;
+  long n;
+  float *workspace;
+  int parts;
+} Group;
 
 typedef struct {
   Job job;
@@ -566,22 +643,26 @@ static void read_input(const Input *input, long n, const float *obs, float *x) {
   }
 }
 
-// Draw the action of one row from parameters x and noise
+// Draw the action of one row from parameters x and noise; `bounded` keeps an entry for each vector of components
 static void sample_row(const Distribution *d, const float *x, const float *noise, int64_t *choice, float *number,
                        Bounded *bounded) {
-  for (long i = 0; i < d->n; i++) {
-    if (d->kind == CATEGORICAL) {
-      long best = 0;
-      float most = x[0] + noise[0];
-      for (long k = 1; k < d->nvec[i]; k++)
-        if (x[k] + noise[k] > most) most = x[k] + noise[k], best = k;
-      choice[i] = best, x += d->nvec[i], noise += d->nvec[i];
-    } else if (d->kind == BERNOULLI) {
-      choice[i] = x[i] + noise[i] > 0;
-    } else {
-      bound(bounded + i, x[d->n + i]);
-      number[i] = x[i] + bounded[i].std * noise[i];
+  if (d->kind >= GAUSSIAN) {
+    for (long i = 0; i < d->n; i += WIDTH, bounded++) {
+      bound(bounded, take(x + d->n + i, d->n - i));
+      put(number + i, take(x + i, d->n - i) + bounded->std * take(noise + i, d->n - i), d->n - i);
     }
+    return;
+  }
+  for (long i = 0; i < d->n; i++) {
+    if (d->kind == BERNOULLI) {
+      choice[i] = x[i] + noise[i] > 0;
+      continue;
+    }
+    long best = 0;
+    float most = x[0] + noise[0];
+    for (long k = 1; k < d->nvec[i]; k++)
+      if (x[k] + noise[k] > most) most = x[k] + noise[k], best = k;
+    choice[i] = best, x += d->nvec[i], noise += d->nvec[i];
   }
 }
 
@@ -592,8 +673,8 @@ static void forward_part(void *arguments, int part) {
   const Network *net = plan->net;
   const Distribution *d = &net->distribution;
   float *own = part_of(job, part);
-  Bounded bounded[d->n];
-  for (long i = 0; i < d->n; i++) bounded[i].raw = NAN;
+  Bounded *bounded = (Bounded *)(own + plan->bounded);
+  forget(bounded, d->n);
   int t = (int)f->trunk, body = t % (int)plan->n_trunks;
   const Layer *head = &plan->layers[plan->heads[t]];
   long end = from(f->rows, part + 1, job->parts), row_x = stride_of(net->features), row = stride_of(t ? net->params : 1);
@@ -624,45 +705,56 @@ static void forward(Forward *f, const Network *net, const float *params, int par
   run_parts(forward_part, f, f->job.parts);
 }
 
-// Act for n rows of obs, with the parameters in `workspace`: write the distribution's parameters and the actions
-void mlp_act(const Network *net, const float *params, const Input *input, const float *obs, const float *noise, long n,
-             int parts, float *workspace, float *outputs, void *actions) {
-  Forward f = {.input = input, .obs = obs, .noise = noise, .rows = n, .trunk = 1, .params = outputs};
-  f.choices = actions, f.numbers = actions;
-  forward(&f, net, params, parts, workspace);
+// Act for step t of a group, with the parameters in its workspace: write the distribution's parameters and the actions
+void mlp_act(const Group *g, long t) {
+  Forward f = {.input = g->input, .rows = g->n, .trunk = 1};
+  f.obs = (const float *)(g->obs + t * g->obs_step), f.noise = (const float *)(g->noise + t * g->noise_step);
+  f.params = (float *)(g->outputs + t * g->outputs_step);
+  f.choices = (int64_t *)(g->actions + t * g->actions_step), f.numbers = (float *)f.choices;
+  forward(&f, g->net, g->params, g->parts, g->workspace);
 }
 
 typedef struct {
-  const Network *net;
+  Job job;
   const float *params;
   const int64_t *choices;
   const float *numbers;
   long rows;
-  int parts;
   float *logprobs;
 } Logprobs;
 
 static void logprobs_part(void *arguments, int part) {
   const Logprobs *l = arguments;
-  const Network *net = l->net;
+  const Plan *plan = l->job.plan;
+  const Network *net = plan->net;
   const Distribution *d = &net->distribution;
-  Bounded bounded[2 * d->n];
-  float action[d->n], work[3 * net->params];
-  for (long i = 0; i < 2 * d->n; i++) bounded[i].raw = NAN;
-  Gradients unused = {work, work + net->params, work + 2 * net->params};
-  for (long i = from(l->rows, part, l->parts); i < from(l->rows, part + 1, l->parts); i++) {
-    const float *x = l->params + i * net->params;
-    for (long k = 0; k < d->n; k++)
-      action[k] = d->kind >= GAUSSIAN ? l->numbers[i * d->n + k] : (float)l->choices[i * d->n + k];
-    l->logprobs[i] = evaluate(d, x, x, action, bounded, unused).logprob;
+  float *own = part_of(&l->job, part);
+  Bounded *bounded = (Bounded *)(own + plan->bounded);
+  Lanes lanes = lanes_at(own + plan->work, net);
+  forget(bounded, 2 * d->n);
+  long end = from(l->rows, part + 1, l->job.parts);
+  for (long first = from(l->rows, part, l->job.parts); first < end; first += WIDTH) {
+    long left = end - first < WIDTH ? end - first : WIDTH;
+    const float *row[WIDTH];
+    for (long k = 0; k < WIDTH; k++) row[k] = l->params + (k < left ? first + k : first) * net->params;
+    for (long j = 0; j < net->params; j++) lanes.x[j] = column(row, j);
+    for (long j = 0; j < d->n; j++)
+      for (long k = 0; k < WIDTH; k++) {
+        long at = (k < left ? first + k : first) * d->n + j;
+        lanes.action[j][k] = d->kind >= GAUSSIAN ? l->numbers[at] : (float)l->choices[at];
+      }
+    vector logprob = evaluate(d, lanes.x, lanes.x, lanes.action, bounded, lanes.g).logprob;
+    put(l->logprobs + first, logprob, left);
   }
 }
 
 // Write the log-probabilities of n actions, by the code of the update: before its first step every ratio is then 1
-void mlp_logprobs(const Network *net, const float *params, const void *actions, long n, int parts, float *logprobs) {
-  if (parts > MOST_PARTS) parts = MOST_PARTS;
-  Logprobs l = {net, params, actions, actions, n, parts, logprobs};
-  run_parts(logprobs_part, &l, parts);
+void mlp_logprobs(const Network *net, const float *params, const void *actions, long n, int parts, float *workspace,
+                  float *logprobs) {
+  Plan plan;
+  Logprobs l = {.params = params, .choices = actions, .numbers = actions, .rows = n, .logprobs = logprobs};
+  begin(&l.job, &plan, net, NULL, parts, workspace);
+  run_parts(logprobs_part, &l, l.job.parts);
 }
 
 // Write V of n rows of obs

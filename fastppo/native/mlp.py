@@ -84,12 +84,13 @@ class Coefficients(ctypes.Structure):
 
 
 class State(ctypes.Structure):
-    """Addresses of the tensors that an update changes; see `ppo.update_step.UpdateState`."""
+    """Addresses of the tensors that an update changes; see `ppo.update_step.UpdateState` and `ppo.update.PPOUpdate`."""
 
     _fields_ = (
         *((name, _float_at) for name in ("params", "mean", "square", "left1", "left2")),
-        *((name, _float_at) for name in ("sums", "kl_limit", "stop_kl", "skipped")),
+        *((name, _float_at) for name in ("sums", "kl_limit", "stop_kl", "skipped", "epoch_limit", "last_kl")),
         ("exact_kl", _long),
+        ("stops_epochs", _long),
         ("adam_eps", ctypes.c_float),
     )
 
@@ -98,6 +99,20 @@ class Input(ctypes.Structure):
     """How observations become features: by float64 moments and a clip, or divided where `mean` is None."""
 
     _fields_ = (("mean", _float_at), ("scale", _float_at), ("clip", ctypes.c_float), ("divisor", ctypes.c_float))
+
+
+class Group(ctypes.Structure):
+    """Environments that act together: addresses of step 0, bytes from step to step, and how many they are."""
+
+    _fields_ = (
+        ("net", ctypes.POINTER(Network)),
+        ("params", _float_at),
+        ("input", ctypes.POINTER(Input)),
+        *((name, _float_at) for name in ("obs", "noise", "outputs", "actions")),
+        *((name, _long) for name in ("obs_step", "noise_step", "outputs_step", "actions_step", "n")),
+        ("workspace", _float_at),
+        ("parts", ctypes.c_int),
+    )
 
 
 class Layers(NamedTuple):
@@ -112,7 +127,8 @@ def unavailable() -> str | None:
     """Return why updates in C can't be used on this machine, or None."""
     try:
         load("mlp")
-        load("gae")  # which always goes with it
+        for name in ("gae", "metrics"):  # which always go with it
+            load(name)
     except NativeError as error:
         return str(error)
     return None
@@ -211,7 +227,7 @@ def gradient(
     return flat, diagnostics, n_valid
 
 
-def epoch(
+def epochs(
     net: Network,
     rows: Rows,
     loss: Loss,
@@ -222,8 +238,8 @@ def epoch(
     threads: int,
     workspace: Tensor,
 ) -> None:
-    """Take a step on each minibatch: orders [M, B] int64, scales [M, 2]; changes what `state` points to."""
-    load("mlp").mlp_epoch(
+    """Take a step on each minibatch: orders [E, M, B] int64, scales [E, M, 2]; changes what `state` points to."""
+    load("mlp").mlp_epochs(
         *map(ctypes.byref, (net, rows, loss, coefs, state)),
         *map(_pointer, (orders, scales)),
         *map(_long, orders.shape),
@@ -238,44 +254,36 @@ def pack(net: Network, vector: Tensor, workspace: Tensor) -> None:
 
 
 def act_function() -> Any:  # noqa: ANN401 - a function of ctypes
-    """Return mlp_act of mlp.c, which takes structures by `ctypes.byref` and addresses as numbers."""
+    """Return mlp_act of mlp.c, which takes the address of a `Group` and the step."""
     act = load("mlp").mlp_act
-    act.argtypes = (
-        *(ctypes.c_void_p,) * 5,
-        _long,
-        ctypes.c_int,
-        *(ctypes.c_void_p,) * 3,
-    )
-    act.restype = None
+    act.argtypes, act.restype = (ctypes.c_void_p, _long), None
     return act
 
 
-def values(net: Network, vector: Tensor, read: Input, obs: Tensor, threads: int, workspace: Tensor) -> Tensor:
-    """Return V of obs [n, features], [n]."""
-    result = obs.new_empty(len(obs))
+def values(
+    net: Network, vector: Tensor, read: Input, obs: Tensor, threads: int, workspace: Tensor, result: Tensor
+) -> None:
+    """Write V of obs [n, features] into `result` [n]."""
     load("mlp").mlp_values(
         ctypes.byref(net),
         ctypes.c_void_p(vector.data_ptr()),
         ctypes.byref(read),
         _pointer(obs),
-        _long(len(obs)),
+        _long(result.numel()),
         ctypes.c_int(threads),
         *map(_pointer, (workspace, result)),
     )
-    return result
 
 
-def logprobs(net: Network, params: Tensor, actions: Tensor, threads: int) -> Tensor:
-    """Return the log-probabilities [n] of actions under distribution parameters [n, P]."""
-    result = params.new_empty(len(params))
+def logprobs(net: Network, params: Tensor, actions: Tensor, threads: int, workspace: Tensor, result: Tensor) -> None:
+    """Write the log-probabilities of n actions under distribution parameters [n, P] into `result` [n]."""
     load("mlp").mlp_logprobs(
         ctypes.byref(net),
         *map(_pointer, (params, actions)),
-        _long(len(params)),
+        _long(result.numel()),
         ctypes.c_int(threads),
-        _pointer(result),
+        *map(_pointer, (workspace, result)),
     )
-    return result
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:

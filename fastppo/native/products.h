@@ -116,26 +116,4 @@ static inline void put(float *row, vector x, long left) {
     memcpy(row, &x, (size_t)left * sizeof(float));
 }
 
-// `yes` where the mask is set, else `no`; a comparison of vectors gives a mask
-static inline vector choose(integers mask, vector yes, vector no) {
-  return (vector)((mask & (integers)yes) | (~mask & (integers)no));
-}
-
-// tanh(x) = x P(x^2) / Q(x^2), within 3e-7, and +-1 from the edge on, so that its slope vanishes; coefficients of Eigen's
-// generic_fast_tanh_float (MPL 2.0). NaN stays NaN.
-static inline vector rational_tanh(vector x) {
-  const vector edge = 7.90531110763549805f - (vector){0};
-  integers above = x >= edge, below = x <= -edge;
-  x = choose(above, edge, choose(below, -edge, x));
-  vector y = x * x, p = y * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  p = p * y - 8.60467152213735e-11f, p = p * y + 5.12229709037114e-08f, p = p * y + 1.48572235717979e-05f;
-  p = p * y + 6.37261928875436e-04f, p = p * y + 4.89352455891786e-03f;
-  vector q = y * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  q = q * y + 2.26843463243900e-03f, q = q * y + 4.89352518554385e-03f;
-  const vector one = 1.0f - (vector){0};
-  return choose(above, one, choose(below, -one, x * p / q));
-}
-
-static inline vector sigmoid(vector x) { return 0.5f + 0.5f * rational_tanh(0.5f * x); }
-
 #endif

@@ -3,7 +3,7 @@
 // changes no bit of the results. The functions return 0, or 1 if there is no memory.
 #include <stdlib.h>
 
-#include "products.h"
+#include "elementary.h"
 #include "threads.h"
 
 typedef struct {

@@ -60,8 +60,9 @@ class FlatParameters:
             ConfigError: one is not, so updates would not reach it.
         """
         new = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
-        known = zip(self._names, self.parameters, self.views(self.vector), strict=True)
-        lost = [name for name, p, view in known if new.pop(name, None) is not p or p.data_ptr() != view.data_ptr()]
+        start, size = self.vector.data_ptr(), self.vector.element_size()
+        known = zip(self._names, self.parameters, self._offsets, strict=True)
+        lost = [name for name, p, at in known if new.pop(name, None) is not p or p.data_ptr() != start + at * size]
         for name in (*lost, *new):
             raise ConfigError(
                 f"network parameter {name} was replaced, moved, frozen or added during training "

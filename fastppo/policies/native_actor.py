@@ -27,23 +27,32 @@ class NativePolicy:
         """Describe `policy` and allocate what a call in `threads` threads needs."""
         self._policy, self.threads = policy, threads
         self.vector: Tensor = policy.network.actor.linear.weight  # type: ignore[union-attr,assignment]
-        self.net = describe(policy, self.vector)
+        self._parameters = list(policy.network.parameters())
+        self._places: list[int] = []
+        self._describe()
         self.workspace = native.new_workspace(self.net, self.threads)
         self.input = native.Input()
         self._moments: tuple[Tensor, ...] = ()
         self.begin()
 
+    def _describe(self) -> None:
+        """Describe the network, unless its parameters lie where they lay."""
+        if (places := [p.data_ptr() for p in self._parameters]) != self._places:
+            self.net, self._places = describe(self._policy, self.vector), places
+
     @torch.no_grad()
     def begin(self) -> None:
         """Read the current parameters and moments."""
-        self.net = describe(self._policy, self.vector)
+        self._describe()
         native.pack(self.net, self.vector, self.workspace)
         normalizer, divisor = self._policy.encoder.normalizer, self._policy.encoder.spec.leaves[0].divisor
+        read = self.input  # changed in place: actors hold its address
         if normalizer is None:
-            self.input = native.Input(None, None, 0.0, divisor)
+            read.divisor = divisor
         else:
             self._moments = normalizer.mean.contiguous(), (normalizer.var + 1e-8).rsqrt().contiguous()
-            self.input = native.Input(*map(native.address, self._moments), normalizer.clip, 1.0)
+            read.mean, read.scale = map(native.address, self._moments)
+            read.clip, read.divisor = normalizer.clip, 1.0
 
     def threads_for(self, rows: int) -> int:
         """Return how many threads `rows` rows occupy."""
@@ -51,15 +60,21 @@ class NativePolicy:
 
     def value(self, obs: Tensor, state: PolicyState = (), starts: Tensor | None = None) -> Tensor:
         """Return V of each row of obs [B, *obs]; as `Policy.value`."""
-        rows = (obs.flatten(1) if obs.dim() > 1 else obs.unsqueeze(1)).contiguous()
-        return native.values(self.net, self.vector, self.input, rows, self.threads_for(len(rows)), self.workspace)
+        result = obs.new_empty(len(obs))
+        self._write_values(obs.contiguous(), result)
+        return result
 
     def fill(self, d: Decisions) -> None:
         """Fill values and log-probabilities of a whole rollout from its observations, parameters and actions."""
         steps, n = d.noise.shape[:2]
-        d.values.copy_(self.value(d.obs[:steps].flatten(0, 1)).view(steps, n))
-        rows, actions = d.params.flatten(0, 1).contiguous(), d.actions.flatten(0, 1).contiguous()
-        d.logprobs.copy_(native.logprobs(self.net, rows, actions, self.threads_for(len(rows))).view(steps, n))
+        self._write_values(d.obs[:steps], d.values)
+        threads = self.threads_for(steps * n)
+        native.logprobs(self.net, d.params, d.actions, threads, self.workspace, d.logprobs)
+
+    def _write_values(self, obs: Tensor, result: Tensor) -> None:
+        """Write V of contiguous rows of obs [..., *obs] into `result` [...]."""
+        threads = self.threads_for(result.numel())
+        native.values(self.net, self.vector, self.input, obs, threads, self.workspace, result)
 
 
 class NativeActor:
@@ -69,15 +84,27 @@ class NativeActor:
 
     def __init__(self, policy: NativePolicy, decisions: Decisions) -> None:
         """Act with `policy`, writing into `decisions`."""
-        d, self._policy = decisions, policy
-        self._decisions = decisions
-        n = d.noise.shape[1]
-        self._n, self._threads, self._call = n, policy.threads_for(n), native.act_function()
-        # address of the first step and bytes from step to step
-        self._places = [(x.data_ptr(), x.stride(0) * x.element_size()) for x in (d.obs, d.noise, d.params, d.actions)]
+        d, n = decisions, decisions.noise.shape[1]
+        self._policy, self._decisions, self._call = policy, decisions, native.act_function()
+        written = d.obs, d.noise, d.params, d.actions
+        self._group = native.Group(
+            None,
+            policy.vector.data_ptr(),
+            None,
+            *(x.data_ptr() for x in written),
+            *(x.stride(0) * x.element_size() for x in written),
+            n,
+            policy.workspace.data_ptr(),
+            policy.threads_for(n),
+        )
+        self._address = ctypes.addressof(self._group)
+        self.begin()
 
     def begin(self) -> None:
-        """Do nothing: the collector calls `NativePolicy.begin`."""
+        """Read where parameters and moments are; the collector has told the policy before."""
+        group, policy = self._group, self._policy
+        group.params = policy.vector.data_ptr()
+        group.net, group.input = ctypes.pointer(policy.net), ctypes.pointer(policy.input)
 
     def compile(self) -> None:
         """Do nothing: C isn't compiled by torch."""
@@ -87,17 +114,4 @@ class NativeActor:
 
     def act(self, t: int) -> None:
         """Fill params[t] and actions[t] from obs[t] and noise[t]."""
-        policy = self._policy
-        obs, noise, params, actions = (start + t * step for start, step in self._places)
-        self._call(
-            ctypes.byref(policy.net),
-            policy.vector.data_ptr(),
-            ctypes.byref(policy.input),
-            obs,
-            noise,
-            self._n,
-            self._threads,
-            policy.workspace.data_ptr(),
-            params,
-            actions,
-        )
+        self._call(self._address, t)

@@ -123,27 +123,27 @@ class Collector:
     def _take_steps(self) -> None:
         r, env = self.rollout, self._env
         acting, stepping, storing = (self._clock.phase(name) for name in ("act", "env", "store"))
-        n_steps = len(r.rewards)
+        n_steps, lap = len(r.rewards), self._clock.lap
+        self._clock.begin_laps()
         for t in range(n_steps + 1):
             if t > 0 and self._abandon is not None and self._abandon(t / n_steps):
                 self._complete = False
                 return
             for group, actor in enumerate(self.actors):
                 if t > 0:
-                    with stepping:
-                        env.wait(group)
-                    with storing:
-                        truncated = env.store(t - 1, group)
-                        if r.starts is not None:
-                            self._mark_starts(r.starts, t, env.groups[group])
+                    env.wait(group)
+                    lap(stepping)
+                    truncated = env.store(t - 1, group)
+                    if r.starts is not None:
+                        self._mark_starts(r.starts, t, env.groups[group])
+                    lap(storing)
                     if truncated:
-                        with acting:
-                            self._final_values.add(t - 1, truncated, env.final_obs)
+                        self._final_values.add(t - 1, truncated, env.final_obs)
                 if t < n_steps:
-                    with acting:
-                        actor.act(t)
-                    with stepping:
-                        env.send(t, group)
+                    actor.act(t)
+                    lap(acting)
+                    env.send(t, group)
+                    lap(stepping)
 
     @property
     def _memory(self) -> list[Tensor]:

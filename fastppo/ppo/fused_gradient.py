@@ -79,21 +79,40 @@ class FusedGradient:
             )
         )
 
-    def run_epoch(
-        self, state: UpdateState, rows: Tensor, scales: Tensor, coefs: Coefficients, *, adam_eps: float, exact_kl: bool
+    def run_epochs(
+        self,
+        state: UpdateState,
+        orders: Tensor,
+        scales: Tensor,
+        coefs: Coefficients,
+        *,
+        adam_eps: float,
+        epoch_limit: Tensor | None,
+        last_kl: Tensor | None,
     ) -> None:
-        """Call `update_step`, with Adam, for each minibatch: rows [M, B] of the packed batch, scales [M, 2]."""
+        """Run epochs as `PPOUpdate` does, with Adam.
+
+        Args:
+            state: changed in place.
+            orders: [E, M, B] the rows of each minibatch, in the packed batch.
+            scales: [E, M, 2] mean and divisor of the advantages of each minibatch.
+            coefs: the coefficients.
+            adam_eps: of Adam.
+            epoch_limit: [] mean KL of an epoch that ends the update; None: epochs have no limit.
+            last_kl: [] receives the mean exact KL of the last epoch; None: it is not measured.
+        """
         adam: AdamState = state.optimizer
         if not self._scale_advantages:
             scales = self._unscaled.expand_as(scales).contiguous()
-        pointers = (state.params, *adam, state.sums, state.kl_limit, state.stop_kl, state.skipped)
-        native.epoch(
+        pointers = [state.params, *adam, state.sums, state.kl_limit, state.stop_kl, state.skipped]
+        pointers += [self._unscaled if x is None else x for x in (epoch_limit, last_kl)]
+        native.epochs(
             self._net,
             self._rows,
             self._loss,
             _addresses(coefs),
-            native.State(*map(native.address, pointers), exact_kl, adam_eps),
-            rows,
+            native.State(*map(native.address, pointers), last_kl is not None, epoch_limit is not None, adam_eps),
+            orders,
             scales,
             self._threads,
             self._workspace,

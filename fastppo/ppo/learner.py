@@ -124,8 +124,10 @@ class Learner:
 
     def update_obs_moments(self) -> None:
         """Add the rollout to the observation moments, for use in the next rollout."""
-        batch = self._rollout.batch()
-        self.update.policy.encoder.update_moments(batch.obs, batch.valid)
+        encoder = self.update.policy.encoder
+        if encoder.normalizer is not None:
+            batch = self._rollout.batch()
+            encoder.update_moments(batch.obs, batch.valid)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the discounted returns of open episodes, if rewards are normalised, and of curiosity's streams."""
@@ -171,6 +173,8 @@ class Learner:
         self.update.fuse(self._rollout.batch(), parallel)
         if self.device.type == "cpu":
             self.gae = native_gae
+            if self.update.world.size == 1:
+                self._metrics.fuse()
 
     def capture(self) -> None:
         """Capture a call in three graphs: before the epochs, an epoch, after the epochs; later calls replay them.

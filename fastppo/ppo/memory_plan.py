@@ -79,6 +79,7 @@ def plan_memory(
     graphs: bool = False,
     gradients: bool = False,
     fused: bool = False,
+    programs: int = 0,
     curiosity: Callable[[Rollout], Curiosity | None] = lambda _: None,
 ) -> MemoryPlan:
     """Plan the memory of an iteration of `n_steps` steps in `env`.
@@ -90,7 +91,8 @@ def plan_memory(
         gae: the kernel that computes advantages.
         graphs: the update is captured as CUDA graphs, which share a memory pool.
         gradients: a sampled update also computes the gradient of one minibatch, eagerly.
-        fused: C computes the gradient, from the encoded observations of a whole rollout.
+        fused: C or kernels compute the gradient, from the encoded observations of a whole rollout.
+        programs: of each kernel, which have sums of their own; 0: no kernel computes the gradient.
         curiosity: makes what rewards new observations, on existing networks; None: nothing does.
     """
     staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
@@ -115,6 +117,7 @@ def plan_memory(
             encoded = update.policy.encoder(batch.obs)
             packed.append(torch.empty_like(encoded))
             del encoded
+        packed.append(torch.empty(programs, update.parameters.size + len(update.loss.diagnostics) + 1, device=device))
         peaks = [live.take_peak()]
         order = torch.zeros(len(batch.logprobs), dtype=torch.int64, device=device)
         length = update.shuffle.segment_length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastppo.errors import EnvError
 from fastppo.functional.diagnostics import action_range, explained_variance, masked_mean
+from fastppo.native.metrics import measuring
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.distributed import World
 from fastppo.spaces.actions import ActionSpec
@@ -142,6 +143,30 @@ class Metrics:
         self.episodes = EpisodeStats(rollout.rewards.shape[1], device)
         self.global_step = 0
         self._latest: _Array
+        self._measure_in_c: Callable[[], Tensor] | None = None
+        self._plain_obs = obs_spec.is_plain and obs_spec.dtype == torch.float32  # which C can read
+
+    def fuse(self) -> None:
+        """Measure in C what no network, mask or bound is needed for; on one rank, on a CPU.
+
+        Raises:
+            NativeError: it can't be compiled here.
+        """
+        r, most = self._rollout, min(WINDOW, self._rollout.rewards.numel())
+        obs = r.obs[1:] if self._plain_obs else None
+        self._measure_in_c = measuring(
+            r.rewards,
+            r.values,
+            r.next_values,
+            r.returns,
+            r.terminated,
+            r.truncated,
+            r.done,
+            r.valid,
+            obs,
+            self.episodes.open,
+            most,
+        )
 
     @property
     def checks_bounds(self) -> bool:
@@ -174,23 +199,47 @@ class Metrics:
         Args:
             report: the update's report.
         """
+        masked: tuple[Tensor, ...] = ()
+        if (allowed := self._obs_spec.allowed(self._rollout.obs[:-1])) is not None:
+            masked = (masked_mean((~allowed).float().mean(-1), self._rollout.valid).double().unsqueeze(0),)
+        measured = self._measured() if self._measure_in_c is None else self._measured_in_c(self._measure_in_c())
+        return torch.cat((report.double(), *masked, measured))
+
+    def _measured_in_c(self, measured: Tensor) -> Tensor:
+        """Return what `_measured` returns, from what C has measured."""
+        r, at = self._rollout, MEASURED.index
+        if self._box is not None:
+            first = at("clipped_actions")
+            measured[first : first + 3] = torch.stack(self._action_figures())
+        if self._obs_bounds:
+            measured[at("outside")] = self._outside().sum()
+        if not self._plain_obs and (self._stuck().any() or not self._obs_spec.finite(r.obs[1:]).all()):
+            measured[at("broken")] = 1
+        return measured
+
+    def _measured(self) -> Tensor:
+        """Return the values of MEASURED, then the latest episodes, float64."""
         r = self._rollout
         variance = explained_variance(r.values, r.returns, r.valid, self._world.pool)
-        clipped = torch.zeros_like(variance)
-        used = std = torch.full_like(variance, torch.nan)
+        steps = count_rows(r.rewards, r.valid)
+        rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
+        figures = variance, *self._action_figures(), self._broken().any(), self._outside().sum(), steps, rewards
+        return torch.cat(
+            (torch.stack([x.double() for x in figures]), self.episodes.measure(r.rewards, r.done, r.valid))
+        )
+
+    def _action_figures(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the shares of clipped actions and of the bounds' range, and the standard deviation, [] each."""
+        r = self._rollout
+        clipped = torch.zeros((), device=r.rewards.device)
+        used = std = torch.full_like(clipped, torch.nan)
         if self._box is not None and self._bounds is not None:
             low, high = self._bounds
             actions = r.actions if self._box.squash is None else torch.tanh(self._box.squash * r.actions)
             clipped = masked_mean(((actions < low) | (actions > high)).float().mean(-1), r.valid)
             used = action_range(actions, low, high, r.valid)
             std = masked_mean(self._box.std(r.params).mean(-1), r.valid)
-        steps = count_rows(r.rewards, r.valid)
-        rewards = (r.rewards if r.valid is None else torch.where(r.valid, r.rewards, 0.0)).sum(dtype=torch.float64)
-        broken, outside = self._broken().any(), self._outside().sum()
-        allowed = self._obs_spec.allowed(r.obs[:-1])
-        masked = () if allowed is None else (masked_mean((~allowed).float().mean(-1), r.valid),)
-        scalars = [x.double() for x in (*masked, variance, clipped, used, std, broken, outside, steps, rewards)]
-        return torch.cat((report.double(), torch.stack(scalars), self.episodes.measure(r.rewards, r.done, r.valid)))
+        return clipped, used, std
 
     def read(self, measured: Tensor) -> dict[str, float]:
         """Transfer the result of `measure` to the host, pooled over ranks: the only transfer of an iteration.

@@ -25,16 +25,18 @@ class PackedRows:
         self._policy = policy
         self.packed = torch.zeros(0, 0)
         self.begins: dict[str, int] = {}
+        self._places: tuple[Tensor, ...] = ()  # views of the columns
 
     def pack(self, batch: Batch) -> bool:
         """Write `batch` into `packed`; returns whether `packed` is a new tensor, which it is for a new R."""
         columns = self._columns(batch)
-        widths = [x[0].numel() for x in columns.values()]
         is_new = len(self.packed) != len(batch.logprobs)
         if is_new:
+            widths = [x[0].numel() for x in columns.values()]
             self.packed = batch.logprobs.new_zeros(len(batch.logprobs), sum(widths))
             self.begins = dict(zip(columns, itertools.accumulate(widths, initial=0), strict=False))
-        for place, x in zip(torch.split(self.packed, widths, 1), columns.values(), strict=True):
+            self._places = torch.split(self.packed, widths, 1)
+        for place, x in zip(self._places, columns.values(), strict=True):
             place.copy_(x.reshape(place.shape))
         return is_new
 

@@ -32,6 +32,8 @@ from fastppo.runtime.graphs import GraphPool, capture
 Step = Callable[[UpdateState, Minibatch, Coefficients, tuple[Tensor, ...]], None]
 # (rows [M, B], scales [M, 2], coefs, watch) of one epoch
 Epoch = Callable[[Tensor, Tensor, Coefficients, bool], None]
+# (rows [E, M, B], scales [E, M, 2], coefs) of several epochs, until the KL stops the update
+Epochs = Callable[[Tensor, Tensor, Coefficients], None]
 
 
 class PPOUpdate:
@@ -131,6 +133,7 @@ class PPOUpdate:
         # what `capture` captures, and what runs
         self._launched_epoch: Epoch = self._run_epoch
         self._epoch: Epoch = self._run_epoch
+        self._all_epochs: Epochs | None = None
 
     def compile(self, batch: Batch, coefs: Coefficients) -> None:
         """Compile the step for batches with the shapes of `batch`; changes no state.
@@ -208,12 +211,23 @@ class PPOUpdate:
         if self.world.size > 1 or adam_eps is None or self._adapts_rate:
             return
         exact_kl = self._adaptive_kl_coef is not None
+        if isinstance(gradient, FusedGradient):
+            limit, last_kl = self._epoch_limit if self.kl_stop == "epoch" else None, self._last_kl if exact_kl else None
+            all_epochs = functools.partial(
+                gradient.run_epochs, self.state, adam_eps=adam_eps, epoch_limit=limit, last_kl=last_kl
+            )
 
-        def epoch(rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
+            def epoch(rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
+                all_epochs(rows.unsqueeze(0), scales.unsqueeze(0), coefs)
+
+            self._all_epochs, self._epoch = all_epochs, epoch
+            return
+
+        def launched(rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
             gradient.run_epoch(self.state, rows, scales, coefs, adam_eps=adam_eps, exact_kl=exact_kl)
             self._end_epoch()
 
-        self._launched_epoch = self._epoch = epoch
+        self._launched_epoch = self._epoch = launched
 
     def capture(self, coefs: Coefficients, pool: GraphPool) -> None:
         """Capture an epoch over the batch of the last `begin`; every later epoch replays it, with these `coefs`.
@@ -285,6 +299,9 @@ class PPOUpdate:
             watch: leave the loop once the KL has stopped the update.
             on_epoch: called before the first epoch and after each epoch run.
         """
+        if on_epoch is None and self._all_epochs is not None:
+            self._all_epochs(self.shuffle.orders, self._scales, coefs)
+            return
         if on_epoch is not None:
             on_epoch()
         for order, scale in zip(self.shuffle.orders, self._scales, strict=True):

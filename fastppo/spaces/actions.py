@@ -180,12 +180,20 @@ class ActionSpec:
         """Components of a continuous action; 0 for discrete actions."""
         return math.prod(self.shape) if self.kind == "box" else 0
 
+    @functools.cached_property
+    def _as_they_are(self) -> bool:
+        """Whether the environment takes the distribution's actions."""
+        same = self.distribution.action_shape == self.shape and self.dtype == "int64"
+        return same and self.kind in ("discrete", "multidiscrete") and not any(self.start)
+
     def to_env(self, actions: _Array) -> _Array:
         """Convert the distribution's actions [N, ...] to the environment's [N, *shape].
 
         Box actions are squashed, scaled from [-1, 1] to the bounds, if `rescale` or squashed, and clipped; discrete
         ones are shifted by start.
         """
+        if self._as_they_are:
+            return actions
         if self.kind == "box":
             if self.squash is not None:
                 actions = np.tanh(self.squash * actions)

@@ -15,11 +15,11 @@ import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.text.metadata import PLUGIN_NAME as TEXT_PLUGIN
-from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 from torch.utils.tensorboard import summary
 
 from fastppo.config import shown
+from fastppo.monitoring.sinks.records import record
 from fastppo.monitoring.stats import Stats
 
 _FLUSH_SECONDS = 5.0
@@ -38,9 +38,9 @@ class TensorBoardSink:
         name = f"events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}.{next(_file_number)}"
         # kept open: TensorBoard's own writer opens the file at each flush and fails if the folder was deleted
         self._file = (run_dir / name).open("ab")
-        self._records = RecordWriter(self._file)
         self._flushed = time.monotonic()
         self._findings: list[str] = []
+        self._scalars: dict[str, Summary.Value] = {}  # kept: making one takes longer than writing to it
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resumed_at is not None:
             start = SessionLog(status=SessionLog.START)
@@ -55,7 +55,11 @@ class TensorBoardSink:
 
     def write(self, stats: Stats) -> None:
         """Write scalars, histograms and images at the global step; health findings only when they change."""
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in stats.scalars.items()]
+        if self._scalars.keys() != stats.scalars.keys():
+            self._scalars = {tag: Summary.Value(tag=tag) for tag in stats.scalars}
+        for tag, value in stats.scalars.items():
+            self._scalars[tag].simple_value = value
+        values = [self._scalars[tag] for tag in stats.scalars]
         if (names := [f.name for f in stats.findings]) != self._findings:
             self._findings = names
             lines = [f"- **{f.name}**: {f.evidence} {f.remedy}" for f in stats.findings] or ["- no problems detected"]
@@ -81,7 +85,7 @@ class TensorBoardSink:
         self._file.close()
 
     def _add(self, event: Event) -> None:
-        self._records.write(event.SerializeToString())
+        self._file.write(record(event.SerializeToString()))
 
 
 def _text(tag: str, text: str) -> Summary.Value:
