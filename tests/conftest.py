@@ -8,12 +8,12 @@ import pytest
 
 # Files that take half a minute or more, longest first: short files are left when the first worker runs out of work
 LONG = (
+    "runtime/test_distributed.py",
     "test_learning.py",
-    "faults/test_storage.py",
     "faults/test_resume.py",
     "faults/test_processes.py",
-    "runtime/test_distributed.py",
     "test_docs.py",
+    "faults/test_storage.py",
     "test_pages.py",
     "test_trainer.py",
     "test_gpu_contract.py",

@@ -5,6 +5,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import statistics
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from fastppo import Trainer
+from fastppo.analysis import training_processes, tune
 from fastppo.cli import COMMANDS, main, parse
 from fastppo.config import ALIASES, Config, load_toml
 
@@ -36,7 +39,7 @@ SHORT = {
     "verify-env": ["--steps", "20"],
     "profile": [],
     "verify-resume": [*TRAIN[2:], "--iterations", "2"],
-    "tune": [*TRAIN, "--total-timesteps", "4096", "--trials", "1", "--seeds", "1", "--jobs", "1"],
+    "tune": [*TRAIN, "--total-timesteps", "2048", "--trials", "1", "--seeds", "1", "--jobs", "1"],
     "study": [*TRAIN, "--seeds", "1", "--jobs", "1", "--target-return", "1"],
 }
 PARSED = {"bench", "doctor", "replay"}  # tests/test_bench.py, test_doctor.py, faults/test_numbers.py
@@ -65,10 +68,23 @@ def finished_run(tmp_path_factory):
     return folder
 
 
+def in_this_process(configs, jobs):
+    """Run every config that has not ended, as `training_processes.run_each` does."""
+    for config in configs:
+        if not training_processes.ended(config):
+            Trainer(config, progress=False).run()
+            yield config, None
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, finished_run):
-    """A working folder; the returned function copies the runs that a command reads into it."""
+    """A working folder; the returned function copies the runs that a command reads into it.
+
+    `study`, `tune` and `train --seeds` train in this process, which saves seconds of importing torch.
+    """
     monkeypatch.chdir(tmp_path)
+    for module in (training_processes, tune):
+        monkeypatch.setattr(module, "run_each", in_this_process)
 
     def prepare(words):
         for word in words:
@@ -155,14 +171,20 @@ def programs():
             yield pytest.param(program, id=page + kind)
 
 
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("program", list(programs()))
-def test_the_python_code_runs(program, tmp_path):
+def test_the_python_code_runs(program, tmp_path, monkeypatch):
+    """In this process, which saves seconds of importing torch, unless it starts processes that import it again."""
     if "mujoco_warp" in program:
         pytest.importorskip("mujoco_warp")
         from tests.envs.tensor.warp_pendulum import XML
 
         (tmp_path / "pendulum.xml").write_text(XML)
     (tmp_path / "program.py").write_text(program)
+    if "mujoco_warp" not in program and "__main__" not in program:
+        monkeypatch.chdir(tmp_path)
+        runpy.run_path("program.py", run_name="__main__")
+        return
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # spinning OpenMP threads slow down parallel tests
     command = [sys.executable, "program.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

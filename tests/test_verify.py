@@ -1,8 +1,6 @@
 """verify-env: results for correct environments and for broken ones."""
 
 import functools
-import subprocess
-import sys
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +12,7 @@ from fastppo.cli import main
 from fastppo.envs.make_envs import Reading
 from fastppo.errors import ConfigError
 from tests.envs.trees import scene
+from tests.faults.test_resume import fastppo
 from tests.faults.worlds import Dice, FaultEnv, Gravity, Reusing
 from tests.worlds import Counter
 
@@ -24,9 +23,7 @@ def results(**kwargs):
 
 
 def test_cartpole_passes_every_check():
-    done = subprocess.run(
-        [sys.executable, "-m", "fastppo", "verify-env", "--steps", "60"], capture_output=True, text=True, timeout=120
-    )
+    done = fastppo("verify-env", "--steps", "60")
     assert done.returncode == 0, done.stdout + done.stderr
     for line in (
         "declares NEXT_STEP, and the step after an episode only resets",
@@ -121,7 +118,7 @@ def test_a_vector_environment_is_rejected():
 
 def test_invalid_numbers_of_steps_are_rejected():
     for command in (["verify-env", "--steps", "0"], ["verify-resume", "--iterations", "1"]):
-        done = subprocess.run([sys.executable, "-m", "fastppo", *command], capture_output=True, text=True, timeout=60)
+        done = fastppo(*command)
         assert done.returncode == 2
         assert done.stderr.startswith("ConfigError: ")
 

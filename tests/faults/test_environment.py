@@ -20,6 +20,7 @@ from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv, fre
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from fastppo.runtime.seeding import seed_stream
+from tests.faults.test_resume import fastppo
 from tests.faults.worlds import FaultEnv, Growing, Numbered, makers, odd
 from tests.worlds import short
 
@@ -59,8 +60,7 @@ def test_e1_the_command_line_shows_the_trace_and_one_line(tmp_path):
     arguments = ["train", "--env-id", "tests.faults.worlds:Fault-v0", "--env-kwargs", '{"kind": "raises"}']
     for vectorization in ("sync", "pool"):
         more = ["--n-envs", "2", "--n-steps", "8", "--compile", "off", "--run-dir", str(tmp_path / vectorization)]
-        command = [sys.executable, "-m", "fastppo", *arguments, "--vectorization", vectorization, *more]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+        done = fastppo(*arguments, "--vectorization", vectorization, *more)
         assert done.returncode == 2
         assert "in _break" in done.stderr
         assert done.stderr.splitlines()[-1].startswith("EnvError: environment 0 (seed ")

@@ -1,8 +1,6 @@
 """Non-finite gradients are skipped, counted, and dumped for a replay. Rows N of the README here."""
 
 import json
-import subprocess
-import sys
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +12,7 @@ from fastppo import Trainer
 from fastppo.analysis.nan_replay import replay
 from fastppo.errors import CheckpointError, EnvError
 from fastppo.runs.checkpoint import newest_checkpoint
+from tests.faults.test_resume import fastppo
 from tests.worlds import short
 
 
@@ -36,9 +35,11 @@ class Huge(gym.Env):
         return self.np_random.random(2, np.float32), reward, self.life % 7 == 0, False, {}
 
 
-@pytest.mark.parametrize("compile", ["off", "on"])
-def test_n1_skipped_minibatches_are_counted_and_end_the_run_at_max_skipped(tmp_path, compile):
-    trainer = Trainer(short(tmp_path, max_skipped=6, total_timesteps=320, compile=compile), make_env=Huge)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_n1_skipped_minibatches_are_counted_and_end_the_run_at_max_skipped(tmp_path, compiled):
+    trainer = Trainer(short(tmp_path, max_skipped=6, total_timesteps=320, compile="off"), make_env=Huge)
+    if compiled:
+        trainer.update.compile(trainer.rollout.batch(), trainer.learner.coefs)
     seen = []
     with pytest.raises(
         EnvError, match=r"\d+ minibatches in a row had a gradient that is not finite.*fastppo replay"
@@ -57,7 +58,7 @@ def test_n1_skipped_minibatches_are_counted_and_end_the_run_at_max_skipped(tmp_p
     first = names.index(found.first_bad.name)
     assert names.index("batch: values") < first <= names.index("loss")
     assert all(finding.bad == 0 for finding in found.tensors[:first])
-    done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
+    done = fastppo("replay", folder)
     assert done.returncode == 1
     assert f"first not finite: {found.first_bad.name}" in done.stdout
     newest_checkpoint(tmp_path / "run") if (tmp_path / "run" / "checkpoints").exists() else None
@@ -104,7 +105,7 @@ def test_the_replay_of_a_finite_dump_finds_nothing(tmp_path):
         metadata={},
     )
     assert replay(folder).first_bad is None
-    done = subprocess.run([sys.executable, "-m", "fastppo", "replay", folder], capture_output=True, text=True)
+    done = fastppo("replay", folder)
     assert done.returncode == 0
     assert "all tensors of all 4 minibatches are finite on the CPU" in done.stdout
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastppo import Config, Trainer, resume
 from fastppo.analysis.verify_resume import TIMED, run_hashes
+from fastppo.builders import parts
 from fastppo.cli import main
 from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
@@ -298,37 +299,51 @@ def rewrite(path, change):
 RUN = ["train", "--env-id", "CartPole-v1", "--n-envs", "4", "--n-steps", "64", "--compile", "off"]
 
 
+@pytest.fixture
+def unhandled():
+    """Make a signal that the trainer does not handle an error, since it would end this process."""
+
+    def fail(number, _):
+        raise AssertionError(f"nobody handled signal {number}")
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, fail) for number in numbers}
+    yield fail
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_p4_p5_a_signal_saves_after_the_iteration(tmp_path, number, status):
-    run = tmp_path / "run"
-    command = [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run), "--total-timesteps", "100_000_000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) > 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in err
+def test_p4_p5_a_signal_saves_after_the_iteration(tmp_path, monkeypatch, unhandled, number, status):
+    run, before = tmp_path / "run", Trainer._must_stop
+
+    def signalled(trainer):
+        if trainer.progress.iteration == 4:
+            os.kill(os.getpid(), number)
+        return before(trainer)
+
+    monkeypatch.setattr(Trainer, "_must_stop", signalled)
+    done = fastppo(*RUN, "--run-dir", run, "--total-timesteps", "100_000_000")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
     path, problems = newest_checkpoint(run)
     assert not problems
     assert path.name == f"step-{rows_of(run)[-1]['global_step']:012d}"
+    assert signal.getsignal(number) == unhandled, "the handler before the run is back"
 
 
-def test_p4_a_signal_during_setup_ends_the_run_before_its_first_step(tmp_path):
-    run = tmp_path / "run"
-    script = (
-        "import os, signal, sys\n"
-        "from fastppo.builders import parts\n"
-        "before = parts.make_vec_env\n"
-        "def make(*a, **k):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return before(*a, **k)\n"
-        "parts.make_vec_env = make\n"
-        "from fastppo.cli import main\n"
-        f"sys.exit(main({[*RUN, '--run-dir', str(run)]!r}))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+def test_p4_a_signal_during_setup_ends_the_run_before_its_first_step(tmp_path, monkeypatch, unhandled):
+    run, before = tmp_path / "run", parts.make_vec_env
+
+    def make(*a, **k):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return before(*a, **k)
+
+    monkeypatch.setattr(parts, "make_vec_env", make)
+    done = fastppo(*RUN, "--run-dir", run)
     assert done.returncode == 143, done.stdout + done.stderr
     assert (run / "model.safetensors").exists()
+    assert not (run / "metrics.jsonl").exists() or rows_of(run) == []
 
 
 def test_p4_a_second_signal_exits_at_once(tmp_path):
@@ -397,7 +412,7 @@ def test_resume_auto_without_run_dir_takes_the_latest_run_of_that_name_and_seed(
     assert len(list((tmp_path / "runs" / "CartPole-v1").iterdir())) == 1
 
 
-def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path):
+def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path, monkeypatch):
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium\n"
         "where = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
@@ -405,9 +420,11 @@ def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
     train = ["train", "--env-id", "my_envs:Mine-v0", "--n-envs", "2", "--n-steps", "16", "--run-dir", "run"]
-    first = fastppo_process(*train, "--total-timesteps", "64", cwd=tmp_path, env=environment)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    first = fastppo(*train, "--total-timesteps", "64")
     assert first.returncode == 0, first.stderr
-    refused = fastppo_process("resume", "run", "--total-timesteps", "128", cwd=tmp_path, env=environment)
+    refused = fastppo("resume", "run", "--total-timesteps", "128")
     assert refused.returncode == 2
     assert "--allow-import" in refused.stderr
     allowed = fastppo_process(
