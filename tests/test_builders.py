@@ -274,6 +274,6 @@ def test_a_note_reports_a_setting_without_a_value_for_the_environment(tmp_path):
     trainer = Trainer(Config(**sizes, **given, n_minibatches=1, run_dir=tmp_path / "a"))
     assert "target_return threshold: Pendulum-v1 has none; training runs all steps." in trainer.notes
     trainer.run()
-    trainer = Trainer(Config(**sizes, env_id="Acrobot-v1", profile="tuned", run_dir=tmp_path / "b"))
-    assert "profile tuned: no measured setting for Acrobot-v1; CleanRL's defaults are used." in trainer.notes
+    trainer = Trainer(Config(**sizes, env_id="MountainCar-v0", profile="tuned", run_dir=tmp_path / "b"))
+    assert "profile tuned: no measured setting for MountainCar-v0; CleanRL's defaults are used." in trainer.notes
     trainer.run()

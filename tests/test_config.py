@@ -195,7 +195,7 @@ def test_default_minibatches_divide_the_sequences(settings, expected):
 
 @pytest.mark.parametrize("kind", CLEANRL)
 @pytest.mark.parametrize("profile", get_args(ProfileName))
-@pytest.mark.parametrize("env_id", [*TUNED, "Acrobot-v1"])
+@pytest.mark.parametrize("env_id", [*TUNED, "MountainCar-v0"])
 def test_filling_defaults_twice_changes_nothing_and_survives_json(kind, profile, env_id):
     given = Config(env_id=env_id, profile=profile, target_return="threshold")
     once = fill_defaults(given, kind, reward_threshold=475.0)
@@ -207,7 +207,7 @@ def test_filling_defaults_twice_changes_nothing_and_survives_json(kind, profile,
 def test_what_is_given_wins_over_every_profile():
     c = fill_defaults(Config(profile="tuned", n_envs=16, gamma=0.5, learning_rate="linear:1:0"), "discrete")
     assert (c.n_envs, c.gamma, c.learning_rate, c.anneal_lr, c.n_steps) == (16, 0.5, "linear:1:0", False, 32)
-    assert fill_defaults(Config(env_id="Acrobot-v1", profile="tuned"), "discrete").n_steps == 128
+    assert fill_defaults(Config(env_id="MountainCar-v0", profile="tuned"), "discrete").n_steps == 128
 
 
 def test_short_forms_of_annealing():

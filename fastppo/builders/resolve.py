@@ -13,7 +13,7 @@ from fastppo.envs.auto_vectorization import env_key, recall
 from fastppo.envs.make_envs import EnvInfo, choose_vectorization
 from fastppo.errors import ConfigError
 from fastppo.policies.policy_spec import default_network
-from fastppo.profiles import MEASURED, TUNED
+from fastppo.profiles import MEASURED
 from fastppo.runtime.device import machine_name
 from fastppo.runtime.distributed import World
 
@@ -109,7 +109,7 @@ def _notes(config: Config, c: Config, env_info: EnvInfo, *, has_memory: bool) ->
         notes.append(f"action masks: from {source[env_info.obs_spec.leaves[-1].mask_source or 'key']}.")
     if config.target_return == "threshold" and c.target_return is None:
         notes.append(f"target_return threshold: {env_info.name} has none; training runs all steps.")
-    if config.profile in MEASURED and config.env_id not in TUNED:
+    if config.profile in MEASURED and config.env_id not in MEASURED[config.profile].by_env:
         notes.append(f"profile {config.profile}: no measured setting for {env_info.name}; CleanRL's defaults are used.")
     if has_memory and config.n_minibatches is None and c.n_minibatches == 1:
         notes.append(

@@ -12,7 +12,7 @@ from fastppo.commands.console import open_console
 from fastppo.commands.flags import flag
 from fastppo.config import SETTINGS, default_text, shown
 from fastppo.errors import ConfigError
-from fastppo.profiles import CLEANRL, MEASURED, PROFILES, TUNED, Keyword, Profile
+from fastppo.profiles import CLEANRL, MEASURED, PROFILES, Keyword, Profile
 from fastppo.runtime.console import print_line
 
 
@@ -45,16 +45,18 @@ def _list() -> None:
     console = open_console()
     for name, profile in PROFILES.items():
         print_line(console, f"{name:<14}{profile.program}")
-    for measured, more in MEASURED.items():
-        values = f"; {_flags(more)}" if more else ""
-        print_line(console, f"{measured:<14}measured for {', '.join(TUNED)}; CleanRL's defaults elsewhere{values}")
+    for measured_name, measured in MEASURED.items():
+        values = f"; {_flags(measured.always)}" if measured.always else ""
+        environments = ", ".join(measured.by_env)
+        print_line(console, f"{measured_name:<14}measured for {environments}; CleanRL's defaults elsewhere{values}")
     print_line(console, "fastppo profile NAME prints one; fastppo train --profile NAME trains with it.")
 
 
 def _print_measured(name: str) -> None:
     console = open_console()
-    for env_id, settings in TUNED.items():
-        print_line(console, f"{env_id}: {_flags(settings | MEASURED[name])}")
+    profile = MEASURED[name]
+    for env_id, settings in profile.by_env.items():
+        print_line(console, f"{env_id}: {_flags(settings | profile.always)}")
 
 
 def _flags(settings: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from fastppo.config.checks import largest_divisor
 from fastppo.config.config import DEFAULTS, Config
 from fastppo.config.setting import known
 from fastppo.errors import ConfigError
-from fastppo.profiles import CLEANRL, MEASURED, TUNED, Kind, profile_settings
+from fastppo.profiles import CLEANRL, MEASURED, Kind, profile_settings
 
 
 def fill_defaults(
@@ -36,7 +36,7 @@ def fill_defaults(
     """
     defaults = CLEANRL[kind] | {"sign_rewards": atari}
     if config.profile in MEASURED:
-        defaults |= TUNED.get(config.env_id, {})
+        defaults |= MEASURED[config.profile].by_env.get(config.env_id, {})
     elif config.profile != "cleanrl":  # which is CLEANRL, by kind
         profile = profile_settings(config.profile)
         rows = profile.pop("minibatch_size", None)
