@@ -32,11 +32,6 @@ from fastppo.runtime.threads import choose_threads
 
 Hold = Literal["batch", "n_steps"]
 
-# 97.5 % quantiles of Student's t distribution for 1 to 30 degrees of freedom
-_T975: tuple[float, ...] = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_T975 += (2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086)
-_T975 += (2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -75,8 +70,11 @@ class Estimate:
             return cls(math.nan, math.nan, math.nan)
         if len(values) < 2:
             return cls(values[0], math.nan, math.nan)
+        from scipy import stats
+
         mean = statistics.fmean(values)
-        half_width = _t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        quantile = float(stats.t.ppf(0.975, len(values) - 1))
+        half_width = quantile * statistics.stdev(values) / math.sqrt(len(values))
         return cls(mean, max(0.0, mean - half_width), mean + half_width)
 
 
@@ -183,11 +181,6 @@ def _steps_for(n_envs: int, resolved: Config) -> int:
             f"{resolved.n_steps}; use {', '.join(map(str, sorted(nearest)))}, another --n-steps, or --hold n_steps."
         )
     return batch // n_envs
-
-
-def _t975(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t; an approximation above 30 degrees of freedom."""
-    return _T975[freedom - 1] if freedom <= len(_T975) else 1.96 + 2.4 / freedom
 
 
 def begin_study(plan: Plan, base: Config, folder: Path) -> None:
