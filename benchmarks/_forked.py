@@ -50,7 +50,7 @@ class ForkedProcess:
             self._run(work)
 
     def _run(self, work: Callable[[Callable[[Any], None]], None]) -> None:
-        """Be the child."""
+        """Run the work in the child process, then exit."""
         status = 1
         try:
             os.setsid()

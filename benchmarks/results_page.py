@@ -50,7 +50,7 @@ _COLORS = {
     "stable-baselines3": "#79706e",
 }
 
-# By name: the protocol of its figures
+# The protocol of published figures, by source
 SOURCES = {
     "CleanRL": "3 seeds with the defaults that are used here; mean and standard deviation at the end of training; "
     "MuJoCo v4, 1M steps, CartPole and Acrobot 500k",
@@ -62,7 +62,7 @@ SOURCES = {
     "SLM-Lab": "4 sessions with settings by environment; moving average at the end; MuJoCo v5, 10M steps (Hopper, "
     "Swimmer and Reacher 4M), CartPole 200k, Acrobot, Pendulum and LunarLander-v3 300k",
 }
-EVALUATED = {"zoo", "Tianshou"}  # whose figures are of evaluations, not of training
+EVALUATED = {"zoo", "Tianshou"}  # their figures come from evaluations, not from training
 # As their authors give them
 PUBLISHED: dict[str, dict[str, str]] = {
     "CartPole-v1": {"CleanRL": "490 ± 6", "zoo": "500 ± 0", "SLM-Lab": "498.9"},
@@ -230,7 +230,7 @@ def longest(runs: Sequence[Run]) -> dict[str, learning.Row]:
 
 
 def above(runs: Sequence[Run], row: learning.Row) -> list[str]:
-    """Return whose published figures are above the 95 % interval of the same kind of figure of a row."""
+    """Return the sources whose published figure is above the 95 % interval of a row's figure of the same kind."""
     found = []
     for source, text in PUBLISHED.get(row.env_id, {}).items():
         here = bootstrap(mean, values(runs, row, "evaluation" if source in EVALUATED else "mean_return"))

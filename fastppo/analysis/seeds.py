@@ -119,7 +119,7 @@ def bootstrap(statistic: Callable[..., _Array], *samples: Sequence[float]) -> In
     2.5 % to the 97.5 % quantile of the statistic over these draws. It has no bounds if a sample has fewer than two
     values, and is too narrow for fewer than about five.
 
-    It is SciPy's, since `rliable`, with the same numbers, needs as many seeds in each environment, and pandas,
+    SciPy computes it: `rliable` gives the same numbers, but needs equally many seeds in each environment, and pandas,
     statsmodels and seaborn.
 
     Args:

@@ -1,4 +1,4 @@
-"""Build what observes a run from a resolved config: the logger, evaluation, the environment monitor, the saver."""
+"""Build the observers of a run from a resolved config: the logger, evaluation, the environment monitor, the saver."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def build_evaluation(
 def build_env_monitor(
     c: Config, env: VecEnv, metrics: Metrics, world: World, device: torch.device, say: Callable[[str], None]
 ) -> EnvMonitor:
-    """Build what reports failing environments."""
+    """Build the monitor that reports failing environments."""
     max_restarts = c.env_restarts if c.on_env_error == "restart" else None
     return EnvMonitor(env, metrics, world, device, strict_obs=c.strict_obs, max_restarts=max_restarts, say=say)
 
@@ -68,7 +68,7 @@ def build_saver(
     env_name: str,
     custom_env: bool,
 ) -> RunSaver:
-    """Build what saves `state` into `run_dir`; `custom_env`: a function of the user's made the environment."""
+    """Build the saver of `state` into `run_dir`; `custom_env`: the environment comes from the user's `make_env`."""
     writer = CheckpointWriter(
         run_dir,
         keep=c.keep_checkpoints,

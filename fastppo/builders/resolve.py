@@ -102,7 +102,7 @@ def _check_env(config: Config, env_info: EnvInfo) -> None:
 
 
 def _notes(config: Config, c: Config, env_info: EnvInfo, *, has_memory: bool) -> list[str]:
-    """Return notes on what the environment gives, and on settings of `config` that became others in `c`."""
+    """Return notes on what the environment gives, and on settings of `config` that `c` changes."""
     notes = [*env_info.obs_spec.notes, *([env_info.action_spec.note] if env_info.action_spec.note else [])]
     if env_info.obs_spec.has_mask:
         source = {"key": "the observation key action_mask", "method": "action_masks()", "info": 'info["action_mask"]'}

@@ -57,7 +57,7 @@ from fastppo.runtime.seeding import GlobalRandomState
 from fastppo.runtime.sharing import AT_START, free_cores
 from fastppo.runtime.threads import check_threads, choose_threads, keep_freed_memory, set_threads
 
-_SLOW_SECONDS = 1.0  # to make and try one environment, from which on the start says what takes so long
+_SLOW_SECONDS = 1.0  # if making and trying one environment takes longer, a line at the start says so
 _PROBE_TEXT = "testing how it resumes makes two or three more (--resume-envs restart: without this test)"
 
 
@@ -190,7 +190,7 @@ def _prepare_process(config: Config) -> tuple[torch.device, World]:
 
 
 def _inspect_env(config: Config, make_env: Maker | None, resume_from: Path | None) -> tuple[EnvInfo, float]:
-    """Return what one environment is, and the seconds that it took to make and try it."""
+    """Return the properties of one environment, and the seconds that making and trying it took."""
     began = time.perf_counter()
     env_info = inspect_configured(config, make_env)
     seconds = time.perf_counter() - began

@@ -47,7 +47,7 @@ from fastppo.runtime.device import choose_device
 from fastppo.runtime.distributed import World
 from fastppo.trainer import Trainer
 
-# What algorithms of stable-baselines3 have and these don't, with the nearest way
+# Attributes of stable-baselines3's algorithms that are missing here, with the nearest replacement
 _INSTEAD = {
     "set_random_seed": "give seed=... to the constructor",
     "get_parameters": "policy.state_dict() returns the weights",

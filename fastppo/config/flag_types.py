@@ -1,4 +1,4 @@
-"""Types of settings that the command line reads in a way of their own."""
+"""Types of settings that the command line parses with their own functions."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ class EnvGroup:
             raise self._named(error, f"step {self.steps}") from error
 
     def _write_flags(self, flags: list[tuple[int, Any, Any]]) -> None:
-        """Write environment, terminated and truncated of those where a flag is not the object False."""
+        """Write the flags of a step: (environment, terminated, truncated) wherever one is not the object False."""
         self.ended = bool(flags)
         if not flags:
             self._terminated.fill(False)

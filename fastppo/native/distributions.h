@@ -36,7 +36,7 @@ typedef struct {
   vector logprob, entropy, kl;
 } Evaluation;
 
-// Before the first use: NaN is what NaN gives
+// Fill entries with NaN before their first use: they are then valid for `raw` = NaN, and no other value matches
 static void forget(Bounded *b, long n) { memset(b, 0xff, (size_t)n * sizeof *b); }
 
 static void bound(Bounded *b, vector raw) {

@@ -1,9 +1,9 @@
-// The figures of a rollout that no network is needed for; the definitions are those of ppo/metrics.py and
+// Metrics of a rollout that need no network; the definitions are those of ppo/metrics.py and
 // functional/diagnostics.py. Sums are in float64.
 #include <math.h>
 
 // Places of the figures; then come returns, lengths and last steps of the latest episodes, `most` each, latest first.
-// Some are left as they are: 0 or NaN, if there is nothing to measure.
+// CLIPPED, RANGE, STD and OUTSIDE are 0 or NaN here; ppo/metrics.py measures them where spaces have bounds.
 enum { EXPLAINED_VARIANCE, CLIPPED, RANGE, STD, BROKEN, OUTSIDE, STEPS, REWARDS, EPISODES, RETURNS, LENGTHS, LATEST };
 
 typedef struct {

@@ -1,4 +1,4 @@
-"""The figures of a rollout in C (`metrics.c`), for contiguous float32 and bool tensors on a CPU."""
+"""Metrics of a rollout in C (`metrics.c`), for contiguous float32 and bool tensors on a CPU."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def measuring(
     """Return a function that measures a rollout, whose tensors never move.
 
     Args:
-        rewards: [T, N], as the next tensors; see `ppo.rollout.Rollout`.
-        values: see there.
-        next_values: see there.
-        returns: see there.
-        terminated: see there.
-        truncated: see there.
-        done: see there.
-        valid: see there.
+        rewards: [T, N], like all tensors up to `valid`; `ppo.rollout.Rollout` describes them.
+        values: V of each row.
+        next_values: V of the true successor of each row.
+        returns: targets of the critic.
+        terminated: the task ended.
+        truncated: the episode was cut.
+        done: either.
+        valid: False for filler rows; None: there are none.
         obs: [T, N, ...] float32 observations after each step, to be checked for numbers that are not finite.
         open_episodes: [2, N] float64, returns and lengths of unfinished episodes; changed by each call.
         most: K, episodes to list.
 
     Returns:
         A function that returns [FIGURES + 3 K] float64: explained variance, clipped actions (0), range and standard
-        deviation of actions (NaN), whether a number can't be used, observations outside their space (0), rows, sum of
+        deviation of actions (NaN), whether a number is not finite, observations outside their space (0), rows, sum of
         their rewards, number of ended episodes, sums of their returns and lengths; then those of the latest K.
 
     Raises:

@@ -245,7 +245,7 @@ static inline vector value_loss(const Loss *loss, vector v, vector old, vector t
   return 0.5f * choose(larger, clipped, plain);
 }
 
-// Number `at` of each of WIDTH rows
+// Column `at` of WIDTH rows
 static inline vector column(const float *const *rows, long at) {
   vector x;
   for (int k = 0; k < WIDTH; k++) x[k] = rows[k][at];
@@ -264,8 +264,8 @@ static Lanes lanes_at(float *work, const Network *net) {
   return (Lanes){x, x + n, x + 5 * n, {x + 2 * n, x + 3 * n, x + 4 * n}};
 }
 
-// Gradients and diagnostics of the losses of `left` rows, at most WIDTH, from row `first` of the minibatch and row `at` of
-// the block on
+// Gradients and diagnostics of the losses of `left` rows (at most WIDTH) of a block, from its row `at` on. The block
+// starts at row `first` of the minibatch.
 static void evaluate_lanes(const Job *job, long first, long at, long left, float *own, vector *sums) {
   const Plan *plan = job->plan;
   const Network *net = plan->net;
@@ -299,11 +299,11 @@ static void evaluate_lanes(const Job *job, long first, long at, long left, float
   vector ratio = ratios.whole, advantage = (column(row, rows->advantage) - job->mean) / job->divisor;
   vector surrogate = ratio * advantage;
   integers finite = is_finite(ratio);
-  vector by_logprob = choose(finite, -surrogate, all(NAN));  // so that the minibatch is skipped, as by torch
+  vector by_logprob = choose(finite, -surrogate, all(NAN));  // a NaN makes the step skip the minibatch, as in torch
   float clip = *coefs->clip, share = 1.0f / (float)(job->n_valid ? job->n_valid : 1);
   if (job->loss->clips) {
     vector clipped = at_most(at_least(ratio, 1 - clip), 1 + clip) * advantage;
-    integers cut = finite & (surrogate > clipped);  // a NaN passes by
+    integers cut = finite & (surrogate > clipped);  // false for NaN, so a NaN stays
     surrogate = choose(cut, clipped, surrogate), by_logprob = choose(cut, zero, by_logprob);
   }
   for (long j = 0; j < net->params; j++) {
@@ -609,7 +609,7 @@ typedef struct {
   float clip, divisor;
 } Input;
 
-// One group of environments, whose steps lie `..._step` bytes apart
+// Environments that act together; each `..._step` is the distance in bytes from one time step to the next
 typedef struct {
   const Network *net;
   const float *params;

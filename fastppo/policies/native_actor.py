@@ -36,7 +36,7 @@ class NativePolicy:
         self.begin()
 
     def _describe(self) -> None:
-        """Describe the network, unless its parameters lie where they lay."""
+        """Describe the network to C again if its parameters have moved."""
         if (places := [p.data_ptr() for p in self._parameters]) != self._places:
             self.net, self._places = describe(self._policy, self.vector), places
 
@@ -101,7 +101,7 @@ class NativeActor:
         self.begin()
 
     def begin(self) -> None:
-        """Read where parameters and moments are; the collector has told the policy before."""
+        """Take the addresses of parameters and moments; the collector has called the policy's `begin` before."""
         group, policy = self._group, self._policy
         group.params = policy.vector.data_ptr()
         group.net, group.input = ctypes.pointer(policy.net), ctypes.pointer(policy.input)

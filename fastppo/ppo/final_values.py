@@ -13,7 +13,7 @@ from fastppo.ppo.rollout import Rollout
 
 
 class FinalValues:
-    """Writes V of final observations into `rollout.next_values`, in the rows that truncated an episode.
+    """Write V of final observations into `rollout.next_values`, in the rows that truncated an episode.
 
     Environments on the host give their final observations step by step: `add` gathers these in a block, and the critic
     is called when the block is full. Environments on the device keep them in a buffer until `write`. With memory, the
@@ -21,7 +21,7 @@ class FinalValues:
     """
 
     def __init__(self, rollout: Rollout, env: VecEnv, value: Callable[[Tensor, PolicyState], Tensor]) -> None:
-        """Evaluate by `value` what `env` gives, or what `add` gathers in `rollout.final_obs`."""
+        """Compute V by `value`, of the final observations in the buffer of `env` or of those that `add` gathers."""
         self._rollout, self._env, self._value = rollout, env, value
         rows = len(rollout.final_obs)
         self._states = tuple(x.new_zeros((rows, *x.shape[2:])) for x in rollout.states)
@@ -55,7 +55,7 @@ class FinalValues:
             self._rows.clear()
 
     def _write_used_slots(self, final: FinalObsBuffer) -> None:
-        """Evaluate the slots that hold an observation: the host may read which these are, as nothing is captured."""
+        """Evaluate the slots that hold an observation; without capture, the host may read which ones do."""
         r = self._rollout
         k, n = (final.end_steps < len(r.rewards)).nonzero(as_tuple=True)
         if len(k):
@@ -67,9 +67,9 @@ class FinalValues:
                 r.next_values[t, n] = self._value(final.obs[k, n], state)
 
     def _write_all_slots(self, final: FinalObsBuffer) -> None:
-        """Evaluate every slot, used or not, so that a captured rollout has one course."""
+        """Evaluate every slot, used or not, so that a captured rollout always runs the same operations."""
         r = self._rollout
-        after = (final.end_steps + 1).clamp(max=len(r.rewards))  # of unused slots, any
+        after = (final.end_steps + 1).clamp(max=len(r.rewards))  # any valid step for unused slots
         everyone = torch.arange(final.end_steps.shape[1], device=after.device)
         state = tuple(x[after, everyone].flatten(0, 1) for x in r.states)
         values = self._value(final.obs.flatten(0, 1), state).view(final.end_steps.shape)

@@ -144,10 +144,10 @@ class Metrics:
         self.global_step = 0
         self._latest: _Array
         self._measure_in_c: Callable[[], Tensor] | None = None
-        self._plain_obs = obs_spec.is_plain and obs_spec.dtype == torch.float32  # which C can read
+        self._plain_obs = obs_spec.is_plain and obs_spec.dtype == torch.float32  # C reads no other observations
 
     def fuse(self) -> None:
-        """Measure in C what no network, mask or bound is needed for; on one rank, on a CPU.
+        """Measure the figures that need no action bounds, masks or observation spaces in C; for one rank on a CPU.
 
         Raises:
             NativeError: it can't be compiled here.
@@ -206,7 +206,7 @@ class Metrics:
         return torch.cat((report.double(), *masked, measured))
 
     def _measured_in_c(self, measured: Tensor) -> Tensor:
-        """Return what `_measured` returns, from what C has measured."""
+        """Complete in place what C has `measured`, and return it in the layout of `_measured`."""
         r, at = self._rollout, MEASURED.index
         if self._box is not None:
             first = at("clipped_actions")

@@ -181,7 +181,7 @@ class PPOUpdate:
         return reason(self.policy, self.loss)
 
     def fuse(self, batch: Batch, parallel: int) -> None:
-        """Compute gradients in C or by kernels, and at a scheduled learning rate on one rank whole epochs.
+        """Compute gradients in C or by kernels, and whole epochs with Adam on one rank at a scheduled learning rate.
 
         Changes no state.
 

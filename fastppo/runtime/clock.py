@@ -80,7 +80,7 @@ class Clock:
         self._lapped = time.perf_counter()
 
     def lap(self, phase: _Phase) -> None:
-        """Add the time since the last lap to `phase`; half the cost of its context, for work of microseconds."""
+        """Add the time since the last lap to `phase`; for work of microseconds, as it costs half a context manager."""
         if self.wait is not None:
             self.wait()
         now = time.perf_counter()
