@@ -251,6 +251,9 @@ def _notes(runs: Sequence[Run]) -> str:
     return _wrapped("\n".join([text, "", *lines]))
 
 
+_CHANCE = "probability of a higher return"
+
+
 def compared(runs: Sequence[Run], rows: Sequence[learning.Row], base: str, others: Sequence[str]) -> str:
     """Return a table of columns at equal steps, each with its difference to the column `base`; "" without runs."""
     found = {(row.column, row.env_id): values(runs, row) for row in rows}
@@ -265,7 +268,7 @@ def compared(runs: Sequence[Run], rows: Sequence[learning.Row], base: str, other
     chances = [improved(runs, rows, base, column) for column in others]
     if any(len(envs) > 1 for envs, _ in chances):
         cells = [cell for envs, chance in chances for cell in ("", _share(chance) if len(envs) > 1 else "")]
-        lines.append(["probability of a higher return", "", *cells])
+        lines.append([_CHANCE, "", *cells])
     head = ["environment", COLUMNS[base]]
     for column in others:
         head += [COLUMNS[column], "difference"]
@@ -338,9 +341,13 @@ def _ablation(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
         return []
     text = (
         "At 500k steps, mean return of the last 100 episodes. Each difference is the column's mean minus the first "
-        "column's, with Welch's 95 % interval, from two seeds of each on. The last row is the probability that a run "
-        "with the column's settings returns more than one with the first column's, mean over environments. "
+        "column's, with Welch's 95 % interval, from two seeds of each on. "
     )
+    if _CHANCE in found:
+        text += (
+            "The last row is the probability that a run with the column's settings returns more than one with the "
+            "first column's, mean over environments. "
+        )
     if any(len(values(runs, row)) < len(row.seeds) for row in own):
         text += "Seeds are missing, so this decides nothing about a default yet."
     else:

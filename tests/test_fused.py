@@ -545,6 +545,16 @@ def test_the_first_ratio_of_an_update_is_1():
         torch.testing.assert_close(batch.values, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_a_resume_with_other_c_code_says_so(tmp_path, monkeypatch):
+    for _ in Trainer(config(tmp_path / "run"), progress=False).iterations():
+        break
+    before = library.sources_hash()
+    monkeypatch.setattr(library, "sources_hash", lambda: "other")
+    again = fastppo.resume(tmp_path / "run", progress=False)
+    again.env.close()
+    assert any(f"the checkpoint has native code {before}, now other" in note for note in again.notes)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     whole = Trainer(config(tmp_path / "whole"), progress=False)
     whole.run()

@@ -34,7 +34,7 @@ from fastppo.functional.gae import triton_failure
 from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.info_monitor import InfoMonitor
 from fastppo.monitoring.run_logger import RunLogger
-from fastppo.native import recurrence
+from fastppo.native import library, recurrence
 from fastppo.policies.native_mlp import not_covered
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
@@ -274,13 +274,13 @@ def _check_disk(run_dir: Path, c: Config, learning: Learning, world: World) -> N
 
 
 def _native_code(c: Config, device: torch.device, notes: list[str]) -> dict[str, str]:
-    """Return, for a resume to compare, whether C is there for update or memory; it rounds differently from torch."""
+    """Return, for a resume to compare, which C code computes update or memory; it rounds differently from torch."""
     if c.memory == "none" and (c.compile not in ("auto", "fused") or device.type != "cpu"):
         return {}
     why = recurrence.unavailable()
     if why is not None and c.memory in ("lstm", "gru") and device.type == "cpu":
         notes.append(f"memory {c.memory} is computed in torch, at half the speed of C: {why}.")
-    return {"native code": "present" if why is None else "absent"}
+    return {"native code": library.sources_hash() if why is None else "absent"}
 
 
 def _free_threads(work: int, *, in_c: bool) -> tuple[int, list[str]]:

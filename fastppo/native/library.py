@@ -84,6 +84,12 @@ def load(name: str) -> ctypes.CDLL:
         raise NativeError(f"{name}.c could not be compiled or loaded ({error.strerror or error})") from None
 
 
+def sources_hash() -> str:
+    """Return 8 hexadecimal digits of the hash of all sources: other code may round differently."""
+    sources = sorted((*_SOURCES.glob("*.c"), *_SOURCES.glob("*.h")))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+
+
 def _compiler() -> list[str]:
     """Return the compiler and its options, as CC names them.
 

@@ -62,7 +62,12 @@ class FlatParameters:
         new = {name: p for name, p in self._module.named_parameters() if p.requires_grad}
         start, size = self.vector.data_ptr(), self.vector.element_size()
         known = zip(self._names, self.parameters, self._offsets, strict=True)
-        lost = [name for name, p, at in known if new.pop(name, None) is not p or p.data_ptr() != start + at * size]
+        lost = [
+            name
+            for name, p, at in known
+            if new.pop(name, None) is not p
+            or (p.numel() and p.data_ptr() != start + at * size)  # an empty one has none
+        ]
         for name in (*lost, *new):
             raise ConfigError(
                 f"network parameter {name} was replaced, moved, frozen or added during training "

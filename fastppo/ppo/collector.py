@@ -139,6 +139,7 @@ class Collector:
                     lap(storing)
                     if truncated:
                         self._final_values.add(t - 1, truncated, env.final_obs)
+                        lap(acting)
                 if t < n_steps:
                     actor.act(t)
                     lap(acting)

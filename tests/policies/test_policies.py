@@ -232,6 +232,15 @@ def test_flat_parameters_share_aligned_memory_with_the_module():
     assert torch.equal(flat.views(flat.vector)[0], before["body.0.weight"])
 
 
+def test_flat_parameters_may_be_empty():
+    net = nn.Sequential(nn.Linear(3, 2), nn.Linear(0, 2))
+    flat = FlatParameters(net)
+    flat.check()
+    net[0].weight = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match=r"network parameter 0\.weight was replaced"):
+        flat.check()
+
+
 def test_flat_parameters_skip_frozen_ones_and_refuse_unusable_ones():
     net = TwoHeads()
     net.body.requires_grad_(False)
