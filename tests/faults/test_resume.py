@@ -416,10 +416,10 @@ def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path, monkeypatch):
     (tmp_path / "my_envs.py").write_text(
         "import gymnasium\n"
         "where = 'gymnasium.envs.classic_control:CartPoleEnv'\n"
-        "gymnasium.register('Mine-v0', entry_point=where, max_episode_steps=50)\n"
+        "gymnasium.register('Imported-v0', entry_point=where, max_episode_steps=50)\n"
     )
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
-    train = ["train", "--env-id", "my_envs:Mine-v0", "--n-envs", "2", "--n-steps", "16", "--run-dir", "run"]
+    train = ["train", "--env-id", "my_envs:Imported-v0", "--n-envs", "2", "--n-steps", "16", "--run-dir", "run"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     first = fastppo(*train, "--total-timesteps", "64")
