@@ -50,8 +50,9 @@ CLEANRL: dict[Kind, dict[str, Any]] = {
     },
 }
 
-# Returns on seeds that chose none of them are in docs/results.md. An entry that benchmarks/tuned.py made of a search by
-# `fastppo tune` names its trials; CartPole's and Pendulum's were chosen by hand (benchmarks/README.md).
+# Returns on seeds that chose none of them are in docs/results.md, Acrobot's in the file of its search. An entry that
+# benchmarks/tuned.py made of a search by `fastppo tune` names its trials; CartPole's and Pendulum's were chosen by hand
+# (benchmarks/README.md).
 TUNED: dict[str, dict[str, Any]] = {
     "CartPole-v1": {
         "total_timesteps": 100_000,

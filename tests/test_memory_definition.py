@@ -541,6 +541,6 @@ def test_predict_repeats_the_episodes_of_evaluation(tmp_path, cell):
     assert returns_by_predict(tmp_path / "run", 200) == pytest.approx(played)
     assert returns_by_predict(tmp_path / "run", 200, late=True) != pytest.approx(played), "a moved reset shows"
     obs, state = np.full(2, 0.5, np.float32), saved.predict(np.zeros(2, np.float32))[1]
-    for anew in (saved.predict(obs, None), saved.predict(obs, state, True)):
-        assert anew[0] == saved.predict(obs)[0]
-        assert all(map(torch.equal, anew[1], saved.predict(obs)[1]))
+    for fresh in (saved.predict(obs, None), saved.predict(obs, state, True)):
+        assert fresh[0] == saved.predict(obs)[0]
+        assert all(map(torch.equal, fresh[1], saved.predict(obs)[1]))

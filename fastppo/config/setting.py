@@ -63,7 +63,7 @@ class Setting:
             the task, the network or its inputs. "note": takes effect from there on, with a note, but not under
             exact_resume. "free": takes effect without a note; it changes the end of the run, not its course.
         chosen_at_start: "auto" or None is replaced at the start, by measuring or by inspecting machine and environment.
-        search: values that `fastppo tune` tries where none is given; None: it leaves the setting alone.
+        search: values that `fastppo tune` tries if the setting is not given; None: it never changes the setting.
     """
 
     section: Section
