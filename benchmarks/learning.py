@@ -263,7 +263,7 @@ def measure(config: Config) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     assert config.run_dir is not None
-    run = read_run(config.run_dir, most=None)
+    run = read_run(config.run_dir, max_rows=None)
     return {
         "mean_return": run.result["mean_return"],
         "evaluation": evaluate(config.run_dir, EVALUATIONS, allow_import=True).mean,

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fastppo.cli import main
+from tests import PATIENCE
 
 SCENE = "--env-id tests.envs.trees:fastppo-tests/Scene-v0"
 SIZES = "--n-envs 2 --n-steps 8 --n-minibatches 2 --total-timesteps 32 --hidden-sizes 8 --compile off"
@@ -170,5 +171,5 @@ def test_keys_are_checked_without_torch(tmp_path):
         "import sys; from fastppo.cli import main; "
         f"status = main('train {SCENE} --obs-keys plase'.split()); print(status, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout == "2 False\n", done.stderr

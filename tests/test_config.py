@@ -30,6 +30,7 @@ from fastppo.config import (
 )
 from fastppo.errors import ConfigError
 from fastppo.profiles import CLEANRL, TUNED, ProfileName
+from tests import PATIENCE
 
 # Why each setting that doesn't change results is so; the settings not named here change what a run learns
 NOISE = {
@@ -477,7 +478,7 @@ def test_version_and_overview(capsys, monkeypatch):
 
 def test_a_mistake_is_one_line_from_the_shell_too(tmp_path):
     command = [sys.executable, "-m", "fastppo", "train", "--env-id", "CartPol-v1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE, check=False)
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1), done.stderr
 
 

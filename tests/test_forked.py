@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks._forked import ForkedProcess
+from tests import PATIENCE
 
 ROOT = Path(__file__).parents[1]
 TESTS = """
@@ -77,7 +78,7 @@ def run(tmp_path, *arguments, text=TESTS):
     results = tmp_path / "results.json"
     command = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "tests.forked", "-p", "no:cacheprovider"]
     command += ["--rootdir", str(tmp_path), "--results", str(results), *arguments, str(tmp_path / "test_odd.py")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return done, json.loads(results.read_text())
 
 

@@ -42,6 +42,7 @@ from fastppo.ppo.update import PPOUpdate
 from fastppo.ppo.update_step import LossGradient
 from fastppo.runtime.compile import CompileError
 from fastppo.spaces.observations import ObsSpec
+from tests import PATIENCE
 from tests.test_update import REPORT, coefficients, learn, make_shuffle, named
 from tests.worlds import short
 
@@ -628,6 +629,6 @@ def test_the_update_runs_under_sanitisers(tmp_path):
     source = Path(__file__).parent / "native_mlp_program.c"
     command = [os.environ.get("CC", "cc"), *flags, f"-I{SOURCES}", "-o", str(program), str(source), "-lpthread", "-lm"]
     subprocess.run(command, check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"

@@ -183,17 +183,18 @@ def rollout_kernels():
         return []
     from fastppo.kernels.rollout import _BLOCK, _BLOCK_ROWS, _OPTIONS, Actions, Network, Simulation
 
-    def network(n_features, n_outputs):
+    def network(n_features, n_outputs, clip=None):
         ends, layers, at = (n_features, 64, 64, n_outputs), [], 0
         for n_in, n_out in itertools.pairwise(ends):
             layers.append(Linear(at, at + n_in * n_out, n_in, n_out))
             at += n_in * n_out + 64
-        return Network(tuple(layers), "tanh", "tf32", None)
+        return Network(tuple(layers), "tanh", "tf32", clip)
 
-    floats = ("parameters", "mean", "scale", "noise", "obs", "params", "rewards", "final_obs", "values")
+    floats = ("parameters", "mean", "scale", "noise", "obs", "dist_params", "rewards", "final_obs", "values")
     longs = ("step", "end_steps", "counts", "seeds", "episodes", "ages")
     types = dict.fromkeys((*floats, *(f"state{i}" for i in range(4))), "*fp32") | dict.fromkeys(longs, "*i64")
     types |= dict.fromkeys(("terminated", "truncated"), "*u8") | dict.fromkeys(("n_steps", "n_envs", "n_rows"), "i32")
+    moments = dict.fromkeys(("mean", "scale"), "*fp64")
     number = {"log_std": 8192, "n_params": 2, "low": -2.0, "high": 2.0}
     tasks = [
         (Simulation("CartPole", 0.0, 4, 500, 1), Actions(2, None, 2)),
@@ -202,17 +203,20 @@ def rollout_kernels():
         (Simulation("MountainCarContinuous", 0.0, 2, 999, 1), Actions(0, **number)),
     ]
     module, aligned = "fastppo.kernels.rollout", ("aligned",)  # torch aligns what it allocates
-    found = [
-        Kernel("values", module, "_values", types, {"NETWORK": network(4, 1), "BLOCK": _BLOCK_ROWS}, aligned, _OPTIONS)
-    ]
+    found = []
+    for name, own, clip in (("values", {}, None), ("values of normalised observations", moments, 10.0)):
+        constants = {"NETWORK": network(4, 1, clip), "BLOCK": _BLOCK_ROWS}
+        found.append(Kernel(name, module, "_values", types | own, constants, aligned, _OPTIONS))
+    normalised = {"CartPole": False, "Pendulum": True, "Acrobot": False, "MountainCarContinuous": True}
     for simulation, actions in tasks:
+        normalises = normalised[simulation.task]
         constants = {
-            "NETWORK": network(simulation.features, actions.choices or 1),
+            "NETWORK": network(simulation.features, actions.choices or 1, 10.0 if normalises else None),
             "ACTIONS": actions,
             "SIMULATION": simulation,
             "BLOCK": _BLOCK,
         }
-        own = types | {"actions": "*i64" if actions.choices else "*fp32"}
+        own = types | {"actions": "*i64" if actions.choices else "*fp32"} | (moments if normalises else {})
         found.append(Kernel(simulation.task, module, "_rollout", own, constants, aligned, _OPTIONS))
     return found
 
@@ -260,7 +264,19 @@ def update_kernels():
         )
 
     module, aligned = "fastppo.kernels.update", ("aligned",)
-    floats = ("params", "data", "scale", "clip", "value_clip", "value", "entropy", "kl", "sums", "result", "squares")
+    floats = (
+        "parameters",
+        "data",
+        "scale",
+        "clip",
+        "value_clip",
+        "value",
+        "entropy",
+        "kl",
+        "sums",
+        "result",
+        "squares",
+    )
     floats += ("gradient", "learning_rate", "max_norm", "kl_limit", "stop_kl", "skipped", "decision", "mean", "square")
     types = dict.fromkeys(floats, "*fp32") | dict.fromkeys(("left1", "left2"), "*fp64")
     types |= {"order": "*i64", "eps": "fp32"} | dict.fromkeys(("n", "n_programs", "n_squares"), "i32")

@@ -235,7 +235,7 @@ def test_a_page_shows_the_settings_of_memory(runs, tmp_path):
 
 
 def test_runs_with_and_without_memory_are_compared(runs):
-    found = difference(*read_runs([runs / "doors", runs / "doors-plain"], most=None))
+    found = difference(*read_runs([runs / "doors", runs / "doors-plain"], max_rows=None))
     assert ("memory", "lstm", "none") in found.settings
     assert ("segment_length", "8", "none") in found.settings
     assert found.numbers.startswith("figures differ from iteration 1 on")

@@ -13,6 +13,7 @@ import torch
 
 from fastppo.native import library, recurrence
 from fastppo.native.library import NativeError, cache_folder, clear_cache, kept_libraries, load
+from tests import PATIENCE
 
 SOURCES = Path(library.__file__).parent
 
@@ -204,7 +205,7 @@ for thread in started: thread.start()
 for thread in started: thread.join()
 assert sorted(calls) == [(n, True) for n in (1, 2, 3) for _ in range(30)], calls
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_a_forked_process_has_threads_of_its_own():
@@ -224,7 +225,7 @@ if child == 0:
 assert scan() == here
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_the_sources_run_under_sanitisers(tmp_path):
@@ -233,6 +234,6 @@ def test_the_sources_run_under_sanitisers(tmp_path):
     source = Path(__file__).parent / "native_program.c"
     command = [os.environ.get("CC", "cc"), *flags, f"-I{SOURCES}", "-o", str(program), str(source), "-lpthread", "-lm"]
     subprocess.run(command, check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "done\n"

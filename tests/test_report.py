@@ -240,7 +240,7 @@ def test_a_long_run_is_thinned_but_keeps_evaluations_damage_and_its_end(runs, tm
     lines = path.read_text().splitlines()
     lines[3_001] = lines[3_001][:-9]
     path.write_text("\n".join(lines) + "\n")
-    thin, full = read_run(tmp_path / "run", most=100), read_run(tmp_path / "run", most=None)
+    thin, full = read_run(tmp_path / "run", max_rows=100), read_run(tmp_path / "run", max_rows=None)
     assert (thin.rows, full.rows, len(full)) == (4_999, 4_999, 4_999)
     assert 100 <= len(thin) <= 140
     assert thin.column("iteration")[-1] == 5_000

@@ -15,6 +15,7 @@ from fastppo.analysis.seeds import Interval, bootstrap, choose_jobs, interquarti
 from fastppo.cli import main
 from fastppo.config import Config
 from fastppo.runs.run_dir import RunLock
+from tests import PATIENCE
 
 TINY = ["--n-envs", "4", "--n-steps", "32", "--compile", "off", "--threads", "1", "--record-ratios", "0"]
 
@@ -131,7 +132,7 @@ def test_sigterm_leaves_resumable_runs_and_a_failed_seed_is_told(tmp_path, capsy
         while not (metrics.exists() and metrics.stat().st_size > 2000) and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)

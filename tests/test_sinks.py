@@ -21,6 +21,7 @@ from fastppo.monitoring.sinks.console import ConsoleSink
 from fastppo.monitoring.sinks.records import crc32c, record
 from fastppo.monitoring.sinks.trackers import ThrottledSink
 from fastppo.monitoring.stats import Stats
+from tests import PATIENCE
 
 SMALL = Config(n_envs=2, n_steps=32, total_timesteps=64 * 6, compile="off", threads=1)
 
@@ -146,7 +147,7 @@ def test_findings_are_text_in_tensorboard(tmp_path):
 
 def fastppo(*arguments, **env):
     command = [sys.executable, "-m", "fastppo", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | env)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=os.environ | env)
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ from fastppo.analysis.study import (
 from fastppo.analysis.training_processes import run_each
 from fastppo.config import Config
 from fastppo.errors import ConfigError
+from tests import PATIENCE
 
 BASE = Config(target_return=20.0, total_timesteps=4096, compile="off", threads=1, record_ratios=0)
 
@@ -139,12 +140,12 @@ def test_a_killed_study_continues_and_repeats_nothing(tmp_path):
     children = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(children, timeout=10)
+    _, alive = psutil.wait_procs(children, timeout=PATIENCE)
     assert not alive, "runs end with the study"
     times = [path.stat().st_mtime_ns for path in results if path.exists()]
     assert len(times) >= 1
 
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert f"2 runs, {len(times)} of them complete; 1 at a time" in done.stdout
     assert [path.stat().st_mtime_ns for path in results[: len(times)]] == times
@@ -214,7 +215,7 @@ def test_ctrl_c_leaves_resumable_runs(tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     try:
-        _, said = process.communicate(timeout=30)
+        _, said = process.communicate(timeout=PATIENCE)
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -23,6 +23,7 @@ from fastppo import Config, Trainer, evaluate, load_policy
 from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.losses import PPOLoss
 from fastppo.runtime import compile as compiling
+from tests import PATIENCE
 from tests.worlds import Counter, Spaces, short
 
 TIMES = ("time/", "charts/SPS", "charts/sps", "seconds")
@@ -454,7 +455,7 @@ def test_ctrl_c_stops_after_the_iteration_and_saves_the_model(tmp_path):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # like a terminal: the workers get the signal too
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, output
     assert "interrupted; everything is saved" in output
     assert "Traceback" not in output
@@ -466,7 +467,7 @@ def test_training_continues_when_its_output_cannot_be_written(tmp_path, where):
     command = f"{sys.executable} -m fastppo train --total-timesteps 1100 --run-dir {tmp_path / 'run'}"
     command += " | true" if where == "closed pipe" else " > /dev/full"
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        ["bash", "-o", "pipefail", "-c", command], stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "run" / "result.json").read_text())["ended"] == "finished"

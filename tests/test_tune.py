@@ -25,6 +25,7 @@ from fastppo.config import SETTINGS, Config, SearchValues, fill_defaults
 from fastppo.errors import ConfigError
 from fastppo.profiles import TUNED
 from fastppo.runs.run_dir import RunLock
+from tests import PATIENCE
 
 BASE = Config(total_timesteps=4096, n_envs=4, compile="off")
 TWO = {"n_minibatches": SearchValues((2,))}
@@ -476,10 +477,10 @@ def test_two_processes_share_a_search_and_one_is_killed(tmp_path):
         killed, other = (first, second) if holder == first.pid else (second, first)
         assert killed.pid == holder
         os.kill(killed.pid, signal.SIGKILL)
-        said, _ = other.communicate(timeout=150)
+        said, _ = other.communicate(timeout=PATIENCE)
         assert other.returncode == 0, said
         third = start(folder, *arguments)
-        said, _ = third.communicate(timeout=150)
+        said, _ = third.communicate(timeout=PATIENCE)
         assert third.returncode == 0, said
     finally:
         for process in (first, second):

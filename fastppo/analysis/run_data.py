@@ -124,17 +124,17 @@ class RunData:
         return monitor.records
 
 
-def read_runs(run_dirs: Sequence[Path], most: int | None = _MAX_ROWS) -> list[RunData]:
+def read_runs(run_dirs: Sequence[Path], max_rows: int | None = _MAX_ROWS) -> list[RunData]:
     """Read several runs; a label is the folder's name, or as much of its path as makes the labels unique.
 
     Args:
         run_dirs: their folders.
-        most: rows to read of each, about; None: all.
+        max_rows: rows to read of each, about; None: all.
 
     Raises:
         CheckpointError: one of them is not a run folder.
     """
-    runs = [read_run(run_dir, most) for run_dir in run_dirs]
+    runs = [read_run(run_dir, max_rows) for run_dir in run_dirs]
     parts = [run.run_dir.resolve().parts for run in runs]
     n = 1
     while len({p[-n:] for p in parts}) < len({*parts}):
@@ -142,12 +142,12 @@ def read_runs(run_dirs: Sequence[Path], most: int | None = _MAX_ROWS) -> list[Ru
     return [dataclasses.replace(run, label="/".join(p[-n:])) for run, p in zip(runs, parts, strict=True)]
 
 
-def read_run(run_dir: Path, most: int | None = _MAX_ROWS) -> RunData:
+def read_run(run_dir: Path, max_rows: int | None = _MAX_ROWS) -> RunData:
     """Read a run folder; damaged lines and samples are skipped and listed.
 
     Args:
         run_dir: the run folder.
-        most: rows to read, about; None: all.
+        max_rows: rows to read, about; None: all.
 
     Raises:
         CheckpointError: it is not a run folder.
@@ -159,7 +159,7 @@ def read_run(run_dir: Path, most: int | None = _MAX_ROWS) -> RunData:
         nested = next(run_dir.glob("runs/*/config.json"), None) if run_dir.is_dir() else None
         hint = f" Its runs are in {run_dir / 'runs'}." if nested else ""
         raise CheckpointError(f"{run_dir} is not a run folder{missing}: it has no readable config.json.{hint}")
-    n_rows, columns, returns, return_axes, damaged = _read_metrics(run_dir, most)
+    n_rows, columns, returns, return_axes, damaged = _read_metrics(run_dir, max_rows)
     samples = read_samples(run_dir / "samples")
     if lost := len(list((run_dir / "samples").glob("*.safetensors"))) - len(samples):
         damaged.append(f"{lost} damaged samples of updates were skipped.")
@@ -179,7 +179,7 @@ def read_run(run_dir: Path, most: int | None = _MAX_ROWS) -> RunData:
 
 
 def _read_metrics(
-    run_dir: Path, most: int | None
+    run_dir: Path, max_rows: int | None
 ) -> tuple[int, dict[str, _Array], _Array, dict[str, _Array], list[str]]:
     """Return `rows`, `columns`, `returns`, `return_axes` and `damaged` of RunData.
 
@@ -189,7 +189,7 @@ def _read_metrics(
     returns, return_axes = array("d"), {name: array("d") for name in AXES}
     own: dict[str, float] = {}  # the latest of the user's own figures, for the next row
     before, n, skipped, bad = dict.fromkeys(AXES, 0.0), 0, 0, 0
-    for row in read_rows(run_dir, most):
+    for row in read_rows(run_dir, max_rows):
         if row is None:
             skipped += 1
             continue

@@ -26,8 +26,8 @@ _LAMBDAS = (0.0, 0.5, 0.9, 0.95, 1.0)
 def update_section(runs: Sequence[RunData], figures: Figures) -> Iterator[str]:
     """Yield the HTML of the section; sliders choose the update and the epoch."""
     yield heading("Sampled updates")
-    most = max(4, _MAX_SAMPLES // len(runs))
-    data = {run.label: [_sample_data(run, sample) for sample in _spread(run.samples, most)] for run in runs}
+    max_samples = max(4, _MAX_SAMPLES // len(runs))
+    data = {run.label: [_sample_data(run, sample) for sample in _spread(run.samples, max_samples)] for run in runs}
     data = {label: samples for label, samples in data.items() if samples}
     if not data:
         yield paragraphs(["No update was sampled: the run used --record-ratios 0, or ended before its first sample."])
@@ -55,9 +55,9 @@ def update_section(runs: Sequence[RunData], figures: Figures) -> Iterator[str]:
     yield f"<script>{_SCRIPT}</script>"
 
 
-def _spread(samples: Sequence[UpdateSample], most: int) -> list[UpdateSample]:
-    """Return at most `most` samples, evenly spaced from the first to the last."""
-    picked = np.linspace(0, len(samples) - 1, min(len(samples), most)).round().astype(int)
+def _spread(samples: Sequence[UpdateSample], max_samples: int) -> list[UpdateSample]:
+    """Return at most `max_samples` samples, evenly spaced from the first to the last."""
+    picked = np.linspace(0, len(samples) - 1, min(len(samples), max_samples)).round().astype(int)
     return [samples[i] for i in picked]
 
 

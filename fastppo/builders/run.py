@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from fastppo.builders.compiling import compile_parts
+from fastppo.builders.observers import build_env_monitor, build_evaluation, build_logger, build_saver
 from fastppo.builders.parts import (
     Learning,
     Models,
@@ -22,7 +23,6 @@ from fastppo.builders.parts import (
     build_rollout,
     plan_run,
 )
-from fastppo.builders.recording import build_env_monitor, build_evaluation, build_logger, build_saver
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config, count_iterations, known
 from fastppo.envs.make_envs import EnvInfo, Maker

@@ -63,7 +63,7 @@ class Diff:
         from fastppo.analysis.diff import difference
         from fastppo.analysis.run_data import read_runs
 
-        a, b = read_runs((self.run_a, self.run_b), most=None)
+        a, b = read_runs((self.run_a, self.run_b), max_rows=None)
         found, console = difference(a, b), open_console()
         for title, rows in (
             ("settings that differ", found.settings),

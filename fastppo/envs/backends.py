@@ -19,7 +19,7 @@ from fastppo.envs.auto_vectorization import Vectorization
 from fastppo.envs.env_info import EnvInfo
 from fastppo.envs.env_state import ResumeSupport
 from fastppo.envs.envpool_vector import make_envpool
-from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, close_env, reuses_observations, same_instance
+from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, close_env, reuses_observations, shared_env_text
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.native import has_native, make_native
 from fastppo.envs.pack_observation import PackVectorObservation
@@ -187,7 +187,7 @@ def _own(info: EnvInfo, options: VecEnvOptions) -> VecEnv:
     overwrites = False
     if isinstance(inner, SyncVectorEnv):
         if len({id(env.unwrapped) for env in inner.envs}) < len(inner.envs):
-            raise EnvStartError(same_instance(inner.envs[0]))
+            raise EnvStartError(shared_env_text(inner.envs[0]))
         overwrites = any(map(reuses_observations, inner.envs))
     elif isinstance(inner, AsyncVectorEnv):
         env = inner.env_fns[0]()

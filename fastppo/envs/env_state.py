@@ -260,7 +260,7 @@ class EpisodeLog:
         del self._actions[: first - self._dropped]
         self._dropped = first
 
-    def forget(self, i: int) -> None:
+    def mark_touched(self, i: int) -> None:
         """Record that the open episode of environment i can't be replayed: something besides actions changes it."""
         self._touched.add(i)
 

@@ -289,7 +289,7 @@ def close_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:
         )  # once per class
 
 
-def same_instance(env: gym.Env[Any, Any]) -> str:
+def shared_env_text(env: gym.Env[Any, Any]) -> str:
     """Return the message about a maker that returns `env` at every call."""
     name = type(env.unwrapped).__name__
     return (

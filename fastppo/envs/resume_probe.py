@@ -26,7 +26,7 @@ from fastppo.envs.env_state import (
     set_state,
     state_of,
 )
-from fastppo.envs.factory import close_env, same_instance
+from fastppo.envs.factory import close_env, shared_env_text
 from fastppo.envs.pack_observation import sample_action, sample_actions
 from fastppo.envs.plain_data import NotPlainError, encode
 from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, first_line
@@ -198,7 +198,7 @@ def _check_distinct(env: gym.Env[Any, Any], twin: gym.Env[Any, Any]) -> None:
         EnvStartError: they do.
     """
     if env.unwrapped is twin.unwrapped:
-        raise EnvStartError(same_instance(env))
+        raise EnvStartError(shared_env_text(env))
 
 
 def _streams(env: Any) -> dict[str, str]:  # noqa: ANN401 - an Env

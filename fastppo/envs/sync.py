@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from fastppo.envs.env_state import ConstructedData, EpisodeLog, Way, moments_of, replay_episode, set_state, state_of
-from fastppo.envs.factory import close_env, same_instance
+from fastppo.envs.factory import close_env, shared_env_text
 from fastppo.envs.info_sums import NO_INFO, InfoSums, InfoTotals
 from fastppo.envs.plain_data import NotPlainError
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, EnvStartError, FastPPOError, cause_line
@@ -101,7 +101,7 @@ def make_envs(
         except ENV_ERRORS as error:
             raise EnvStartError(f"environment {i} failed in its constructor: {cause_line(error)}.") from error
         if any(env.unwrapped is other.unwrapped for other in made.values()):
-            raise EnvStartError(same_instance(env))
+            raise EnvStartError(shared_env_text(env))
         made[i] = env
     return made
 
@@ -341,7 +341,7 @@ class EnvGroup:
     def _touch(self, i: int) -> None:
         """Record that environment i changes by more than its actions, so that its open episode can't be replayed."""
         if self._log is not None:
-            self._log.forget(i)
+            self._log.mark_touched(i)
 
     def state(self) -> list[Any]:
         """Return each environment's state as JSON-able values; empty if it can't be saved any longer.

@@ -150,7 +150,7 @@ def _rollout(
     scale,
     noise,
     obs,
-    params,
+    dist_params,
     actions,
     rewards,
     terminated,
@@ -208,7 +208,7 @@ def _rollout(
         if ACTIONS.log_std is not None:  # in the column after the mean, where padding is 0
             param += tl.where(columns == 1, log_std, 0.0)[None, :]
         action = _sample(param, draw, ACTIONS)
-        tl.store(params + at[:, None] * ACTIONS.n_params + columns[None, :], param, mask=is_param)
+        tl.store(dist_params + at[:, None] * ACTIONS.n_params + columns[None, :], param, mask=is_param)
         tl.store(actions + at, action, mask=inside)
 
         a0, a1, a2, a3, reward, ended = tasks.step(

@@ -226,7 +226,7 @@ def _value_loss(v, old, target, limit, LOSS: tl.constexpr):
 @triton.jit
 def _act_loss(
     outs,
-    params,
+    parameters,
     at,
     rows,
     mean,
@@ -297,7 +297,7 @@ def _act_loss(
         if NETWORK.log_std is None:
             raw = outs[1]
         else:
-            raw = tl.load(params + NETWORK.log_std + k, mask=k < N, other=0.0)[None, :]
+            raw = tl.load(parameters + NETWORK.log_std + k, mask=k < N, other=0.0)[None, :]
         log_std, by_raw = bound_log_std(raw)
         old_log_std, _ = bound_log_std(_load_columns(at, COLUMNS.old + N, N, rows))
         inverse = tl.exp(-log_std)
@@ -330,7 +330,7 @@ def _act_loss(
 
 @triton.jit
 def _run_trunk(
-    params,
+    parameters,
     data,
     order,
     scale,
@@ -377,18 +377,18 @@ def _run_trunk(
         x = _load_columns(at, 0, TRUNK.features, rows)
         inputs, before = (x,), ()
         for i in tl.static_range(depth):
-            z = dense(x, load_weight(params, TRUNK.layers[i]), load_bias(params, TRUNK.layers[i]), precision)
+            z = dense(x, load_weight(parameters, TRUNK.layers[i]), load_bias(parameters, TRUNK.layers[i]), precision)
             x = activate(z, kind)
             inputs, before = inputs + (x,), before + (z,)
         outs = ()
         for i in tl.static_range(n_heads):
-            weight, bias = load_weight(params, TRUNK.heads[i]), load_bias(params, TRUNK.heads[i])
+            weight, bias = load_weight(parameters, TRUNK.heads[i]), load_bias(parameters, TRUNK.heads[i])
             outs = outs + (dense(x, weight, bias, precision),)
 
         gradients = ()
         if TRUNK.acts:
             by_params, found = _act_loss(
-                outs, params, at, rows, mean, divisor, clip, ent_coef, kl_coef, NETWORK, COLUMNS, LOSS, n_own
+                outs, parameters, at, rows, mean, divisor, clip, ent_coef, kl_coef, NETWORK, COLUMNS, LOSS, n_own
             )
             for i in tl.static_range(n_actor_heads):
                 gradients = gradients + (tl.where(rows[:, None], by_params[i], 0.0),)
@@ -415,14 +415,16 @@ def _run_trunk(
                 tl.dot(tl.trans(x), gradients[i], weights[depth + i], input_precision=precision),
             )
             new_biases = new_biases + (biases[depth + i] + tl.sum(gradients[i], 0),)
-            back = tl.dot(gradients[i], load_weight_as_stored(params, TRUNK.heads[i]), back, input_precision=precision)
+            back = tl.dot(
+                gradients[i], load_weight_as_stored(parameters, TRUNK.heads[i]), back, input_precision=precision
+            )
         for i in tl.static_range(depth):
             d = back * slope(before[depth - 1 - i], inputs[depth - i], kind)
             turned = tl.trans(inputs[depth - 1 - i])
             new_weights = (tl.dot(turned, d, weights[depth - 1 - i], input_precision=precision),) + new_weights
             new_biases = (biases[depth - 1 - i] + tl.sum(d, 0),) + new_biases
             if i < depth - 1:
-                stored_weight = load_weight_as_stored(params, TRUNK.layers[depth - 1 - i])
+                stored_weight = load_weight_as_stored(parameters, TRUNK.layers[depth - 1 - i])
                 back = tl.dot(d, stored_weight, input_precision=precision)
         weights, biases = new_weights, new_biases
 
@@ -444,7 +446,7 @@ def _run_trunk(
 
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["order", "scale"])
 def _differentiate(
-    params,
+    parameters,
     data,
     order,
     scale,
@@ -463,7 +465,7 @@ def _differentiate(
     for t in tl.static_range(len(NETWORK.trunks)):
         if tl.program_id(1) == t:
             _run_trunk(
-                params,
+                parameters,
                 data,
                 order,
                 scale,
@@ -560,7 +562,7 @@ def _decide(
 
 
 @triton.jit
-def _adam(params, mean, square, gradient, decision, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _adam(parameters, mean, square, gradient, decision, eps, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     take = k < tl.where(tl.load(decision) > 0, SIZE, 0)
     scale, step_size, correction = tl.load(decision + 1), tl.load(decision + 2), tl.load(decision + 3)
@@ -568,10 +570,10 @@ def _adam(params, mean, square, gradient, decision, eps, SIZE: tl.constexpr, BLO
     m, s = tl.load(mean + k, mask=take, other=0.0), tl.load(square + k, mask=take, other=0.0)
     m += (1 - 0.9) * (g - m)
     s = 0.999 * s + (1 - 0.999) * g * g
-    x = tl.load(params + k, mask=take, other=0.0)
+    x = tl.load(parameters + k, mask=take, other=0.0)
     tl.store(mean + k, m, mask=take)
     tl.store(square + k, s, mask=take)
-    tl.store(params + k, x - step_size * m / (tl.sqrt(s) * correction + eps), mask=take)
+    tl.store(parameters + k, x - step_size * m / (tl.sqrt(s) * correction + eps), mask=take)
 
 
 def new_sums(network: Network, programs: int, device: torch.device) -> Tensor:

@@ -2,7 +2,7 @@
 // functional/diagnostics.py. Sums are in float64.
 #include <math.h>
 
-// Places of the figures; then come returns, lengths and last steps of the latest episodes, `most` each, latest first.
+// Places of the figures; then come returns, lengths and last steps of the latest episodes, `max_episodes` each, latest first.
 // CLIPPED, RANGE, STD and OUTSIDE are 0 or NaN here; ppo/metrics.py measures them where spaces have bounds.
 enum { EXPLAINED_VARIANCE, CLIPPED, RANGE, STD, BROKEN, OUTSIDE, STEPS, REWARDS, EPISODES, RETURNS, LENGTHS, LATEST };
 
@@ -12,7 +12,7 @@ typedef struct {
   const unsigned char *terminated, *truncated, *done, *valid;  // valid may be null: every row counts
   const float *obs;                                            // after each step; null: they need no check
   long obs_size;                                               // of one row
-  long most;
+  long max_episodes;
   double *open;  // [2][envs] returns and lengths so far of unfinished episodes
 } Rollout;
 
@@ -35,7 +35,7 @@ static double explained_variance(const Rollout *r, double n) {
 void measure(const Rollout *r, double *out) {
   long n = r->steps * r->envs, ended = 0, broken = 0, rows = 0;
   double *latest = out + LATEST, rewards = 0, returns = 0, lengths = 0;
-  for (long i = 0; i < 3 * r->most; i++) latest[i] = NAN;
+  for (long i = 0; i < 3 * r->max_episodes; i++) latest[i] = NAN;
   for (long t = 0, i = 0; t < r->steps; t++)
     for (long k = 0; k < r->envs; k++, i++) {
       if (counts(r, i)) {
@@ -44,15 +44,15 @@ void measure(const Rollout *r, double *out) {
       }
       broken += r->truncated[i] && !r->terminated[i] && isfinite(r->values[i]) && !isfinite(r->next_values[i]);
       if (!r->done[i]) continue;
-      long at = ended++ % (r->most ? r->most : 1);
+      long at = ended++ % (r->max_episodes ? r->max_episodes : 1);
       returns += r->open[k], lengths += r->open[r->envs + k];
-      if (r->most) latest[at] = r->open[k], latest[r->most + at] = r->open[r->envs + k], latest[2 * r->most + at] = (double)t;
+      if (r->max_episodes) latest[at] = r->open[k], latest[r->max_episodes + at] = r->open[r->envs + k], latest[2 * r->max_episodes + at] = (double)t;
       r->open[k] = r->open[r->envs + k] = 0;
     }
   // the ring's latest entry first
-  long filled = ended < r->most ? ended : r->most, start = filled ? ended % r->most : 0;
+  long filled = ended < r->max_episodes ? ended : r->max_episodes, start = filled ? ended % r->max_episodes : 0;
   for (long part = 0; part < 3; part++) {
-    double *x = latest + part * r->most, sorted[filled + 1];
+    double *x = latest + part * r->max_episodes, sorted[filled + 1];
     for (long i = 0; i < filled; i++) sorted[i] = x[(start + 2 * filled - 1 - i) % filled];
     for (long i = 0; i < filled; i++) x[i] = sorted[i];
   }

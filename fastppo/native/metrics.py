@@ -21,7 +21,7 @@ class Rollout(ctypes.Structure):
         *((name, _long) for name in ("steps", "envs")),
         *((name, _at) for name in ("rewards", "values", "next_values", "returns")),
         *((name, _at) for name in ("terminated", "truncated", "done", "valid", "obs")),
-        *((name, _long) for name in ("obs_size", "most")),
+        *((name, _long) for name in ("obs_size", "max_episodes")),
         ("open", _at),
     )
 
@@ -37,7 +37,7 @@ def measuring(
     valid: Tensor | None,
     obs: Tensor | None,
     open_episodes: Tensor,
-    most: int,
+    max_episodes: int,
 ) -> Callable[[], Tensor]:
     """Return a function that measures a rollout, whose tensors never move.
 
@@ -52,7 +52,7 @@ def measuring(
         valid: False for filler rows; None: there are none.
         obs: [T, N, ...] float32 observations after each step, to be checked for numbers that are not finite.
         open_episodes: [2, N] float64, returns and lengths of unfinished episodes; changed by each call.
-        most: K, episodes to list.
+        max_episodes: K, episodes to list.
 
     Returns:
         A function that returns [FIGURES + 3 K] float64: explained variance, clipped actions (0), range and standard
@@ -66,13 +66,13 @@ def measuring(
     assert all(x is None or x.is_contiguous() for x in (*tensors, open_episodes))
     addresses = [None if x is None else x.data_ptr() for x in tensors]
     obs_size = 0 if obs is None else obs[0, 0].numel()
-    rollout = Rollout(*rewards.shape, *addresses, obs_size, most, open_episodes.data_ptr())
+    rollout = Rollout(*rewards.shape, *addresses, obs_size, max_episodes, open_episodes.data_ptr())
     measure = load("metrics").measure
     measure.argtypes, measure.restype = (_at, _at), None
 
     def call() -> Tensor:
         assert tensors, "kept alive as long as this function"
-        measured = torch.empty(FIGURES + 3 * most, dtype=torch.float64)
+        measured = torch.empty(FIGURES + 3 * max_episodes, dtype=torch.float64)
         measure(ctypes.byref(rollout), measured.data_ptr())
         return measured
 

@@ -152,7 +152,7 @@ class Metrics:
         Raises:
             NativeError: it can't be compiled here.
         """
-        r, most = self._rollout, min(WINDOW, self._rollout.rewards.numel())
+        r, max_episodes = self._rollout, min(WINDOW, self._rollout.rewards.numel())
         obs = r.obs[1:] if self._plain_obs else None
         self._measure_in_c = measuring(
             r.rewards,
@@ -165,7 +165,7 @@ class Metrics:
             r.valid,
             obs,
             self.episodes.open,
-            most,
+            max_episodes,
         )
 
     @property

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests import PATIENCE
+
 # The quick start of stable-baselines3
 QUICK_START = """
 import gymnasium as gym
@@ -158,5 +160,5 @@ def test_a_script_runs_with_its_imports_changed(name, tmp_path, monkeypatch):
         runpy.run_path("script.py", run_name="__main__")
         return
     command = [sys.executable, "-W", "ignore", "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr

@@ -27,6 +27,7 @@ from fastppo.envs.resume_probe import probe_resume_support, probe_seeding
 from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError, EnvStartError
+from tests import PATIENCE
 from tests.envs import test_gymnasium_vector
 from tests.envs.worlds import (
     BrokenStep,
@@ -61,7 +62,13 @@ def run_script(folder, text, *arguments, stdin=None):
     command = [sys.executable, *(arguments or [str(path)])]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, cwd=folder, env=environ, input=text if stdin else None
+        command,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        cwd=folder,
+        env=environ,
+        input=text if stdin else None,
     )
     return done.returncode, done.stderr.splitlines()
 

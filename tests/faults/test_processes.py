@@ -14,6 +14,7 @@ import pytest
 from fastppo.analysis.verify_resume import run_hashes
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 from fastppo.runs.state_files import read_state
+from tests import PATIENCE
 from tests.faults.test_resume import RUN, rows_of, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def whole(tmp_path_factory):
     """The final numbers of a run of two ranks that nothing interrupted."""
     run = tmp_path_factory.mktemp("whole") / "run"
     process = torchrun(run, total=TOTAL)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     return run_hashes(run)
 
@@ -58,7 +59,7 @@ def test_d1_a_killed_rank_ends_the_others_and_torchrun_resumes(tmp_path, whole):
     wait_for(lambda: len(list_checkpoints(run)) > 1)
     before = ranks(process)
     os.kill(before[1].pid, signal.SIGKILL)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     assert "resumed from step-" in " ".join(out.split())
     assert not any(child.is_running() for child in before)
@@ -80,7 +81,7 @@ def test_d3_a_stopped_rank_ends_the_run_after_a_time_out(tmp_path):
     begin = time.monotonic()
     wait_for(lambda: len(ranks(process)) < 2 or process.poll() is not None, 40)
     stopped.resume() if stopped.is_running() else None
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "process 0 of 2 lost another process" in out
     assert time.monotonic() - begin < 60
@@ -92,7 +93,7 @@ def test_d4_a_signal_to_one_rank_saves_one_complete_checkpoint_and_a_resume_equa
     wait_for(lambda: len(list_checkpoints(run)) > 1)
     children = ranks(process)
     children[1].send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert "lost another process" not in out
     path, problems = newest_checkpoint(run)
     assert not problems
@@ -101,7 +102,7 @@ def test_d4_a_signal_to_one_rank_saves_one_complete_checkpoint_and_a_resume_equa
     assert last < TOTAL
     assert {file.name for file in path.iterdir()} >= {"state-0.json", "state-1.json"}
     process = torchrun(run, total=TOTAL)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     assert run_hashes(run) == whole
 

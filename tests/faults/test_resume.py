@@ -26,6 +26,7 @@ from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
 from fastppo.resume_run import continue_run
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
+from tests import PATIENCE
 from tests.worlds import short
 
 LONG = {"n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 8, "checkpoint_every": 64, "keep_checkpoints": 20}
@@ -279,7 +280,7 @@ def fastppo(*arguments):
 def fastppo_process(*arguments, **kwargs):
     """Run the command line in its own process."""
     command = [sys.executable, "-m", "fastppo", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, **kwargs)
 
 
 def rewrite(path, change):
@@ -356,7 +357,7 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
     time.sleep(0.3)
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.wait(timeout=30)
+    process.wait(timeout=PATIENCE)
     assert process.returncode in (-signal.SIGTERM, 143)
     assert time.monotonic() - begin < 2
     newest_checkpoint(run)

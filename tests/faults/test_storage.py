@@ -27,6 +27,7 @@ from fastppo.runs.checkpoint import best_checkpoint, clean_up, list_checkpoints,
 from fastppo.runs.restore import restore
 from fastppo.runs.run_dir import RunLock
 from fastppo.runtime import faults
+from tests import PATIENCE
 from tests.faults.test_resume import LONG, RUN, fastppo, fastppo_process, interrupted, rows_of
 from tests.worlds import short
 
@@ -111,7 +112,7 @@ def test_s1_s12_killed_at_every_point_of_a_save(tmp_path):
     log = tmp_path / "calls"
     script = TRACER.format(root=str(ROOT), run=str(tmp_path / "run"), log=str(log))
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stderr
     points, _, bad = done.stdout.partition(" points ")

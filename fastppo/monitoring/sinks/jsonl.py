@@ -83,18 +83,18 @@ class SampleSink:
         """Do nothing: no file is open."""
 
 
-def read_rows(run_dir: Path, most: int | None = None) -> Iterator[dict[str, Any] | None]:
+def read_rows(run_dir: Path, max_rows: int | None = None) -> Iterator[dict[str, Any] | None]:
     """Yield the lines of RUN/metrics.jsonl; None where a value wasn't finite, {} for a line that can't be read.
 
     Args:
         run_dir: the run folder.
-        most: thin a longer file to about as many lines, evenly spaced. The others are None, except the first
+        max_rows: thin a longer file to about as many lines, evenly spaced. The others are None, except the first
             iterations, the last one, and those with an evaluation or a figure that isn't finite.
     """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return
-    stride = 1 if most is None else _stride(path, most)
+    stride = 1 if max_rows is None else _stride(path, max_rows)
     with path.open("rb") as file:
         line, k = file.readline(), 0
         while line:
@@ -108,11 +108,11 @@ def read_rows(run_dir: Path, most: int | None = None) -> Iterator[dict[str, Any]
             line, k = following, k + 1
 
 
-def _stride(path: Path, most: int) -> int:
-    """Return the distance of the lines to read, so that they are about `most`."""
+def _stride(path: Path, max_rows: int) -> int:
+    """Return the distance of the lines to read, so that they are about `max_rows`."""
     with path.open("rb") as file:
         n = sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
-    return max(1, -(-n // most))
+    return max(1, -(-n // max_rows))
 
 
 def _parse(line: bytes) -> dict[str, Any]:
