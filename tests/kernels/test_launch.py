@@ -23,7 +23,8 @@ def launched(tmp_path_factory):
     library, source = folder / "libcuda.so.1", Path(__file__).with_name("fake_libcuda.c")
     include = Path(triton.backends.nvidia.__path__[0]) / "include"
     subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", "-o", str(library), str(source)], check=True)
-    own = {"TRITON_LIBCUDA_PATH": str(folder), "LD_LIBRARY_PATH": str(folder), "TRITON_CACHE_DIR": str(folder)}
+    own = {"TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder)}
+    own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.launched"],
         capture_output=True,
