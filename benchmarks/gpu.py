@@ -5,6 +5,7 @@
 Each part runs in a process of its own within its own time, most important first, and rows are written as they come: a
 part that crashes or hangs keeps its rows and ends with its reason. Timed, each with a synchronisation at both ends:
 
+- the start of a run with kernels, which compiles them, and of a second one;
 - steps per second of whole training iterations (rollout, update, logging) after three warm-up iterations;
 - seconds of training until the mean return of 100 episodes reaches 475, without compilation;
 - one update (4 epochs, 4 minibatches) by minibatch size and compile mode;
@@ -81,7 +82,8 @@ class Part(NamedTuple):
 
 def parts(options: Options) -> list[Part]:
     """Return the parts, most important first."""
-    listed = [
+    listed = [Part("start", 150, starting)]
+    listed += [
         Part(f"tensor CartPole {n}x{t} {how}", 100, functools.partial(tensor_training, n=n, t=t, how=how))
         for n, t in ([(16, 32)] if options.quick else [(4096, 128), (16384, 32)])
         for how in options.modes
@@ -153,6 +155,19 @@ def run(part: Part, options: Options, left: float) -> Iterator[Row]:
         if process.failure is not None:
             last = process.printed.splitlines()[-1:]
             yield {"what": part.name, "failed": ": ".join([process.failure, *last])}
+
+
+def starting(options: Options) -> Iterator[Row]:
+    """Start a run of CartPole with kernels twice: the second run, and all later parts, find them in Triton's cache."""
+    n, t = (16, 32) if options.quick else (4096, 128)
+    for cache in ("perhaps cold", "warm"):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            trainer = Trainer(_config(options, folder, env_id="CartPole-v1", n_envs=n, n_steps=t, compile="fused"))
+            seconds = time.perf_counter() - began
+            yield {"what": f"start, cache {cache}", "N": n, "T": t, "how": trainer.config.compile, "seconds": seconds}
+            trainer.stop_requested = True
+            trainer.run()
 
 
 def tensor_training(options: Options, *, n: int, t: int, how: str) -> Iterator[Row]:

@@ -328,7 +328,7 @@ def test_a_ratio_of_recurrent_speeds_is_taken_within_its_round():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"only": ("nonsense",)}, "--only nonsense: no part is called so; there are tensor CartPole"),
+        ({"only": ("nonsense",)}, "--only nonsense: no part is called so; there are start, tensor CartPole"),
         ({"seconds": -1.0}, "--seconds -1: a part needs at least 5"),
         ({"device": "tpu", "only": ("advantages",)}, "--device tpu can't be used: Expected one of cpu, cuda"),
     ],

@@ -447,6 +447,17 @@ def test_the_comparison_at_the_start_sees_every_parameter(name):
             fused_gradient.check_gradient(Wrong(), policy, parameters, loss, fillers=False, tolerance=1e-2)
 
 
+@pytest.mark.parametrize("value_clip", ["off", "max", "clipped_only"])
+@pytest.mark.parametrize("obs", [2, 5, 8, 11, 17, 32])
+def test_the_comparison_at_the_start_takes_right_gradients_of_every_shape(obs, value_clip):
+    """Sums that are 0 but for rounding differ by more than their own size."""
+    for distribution in (*map(Gaussian, range(1, 9)), Gaussian(16), *map(Categorical, (2, 3, 7))):
+        for fillers in (False, True):
+            policy = make_policy(distribution, obs=obs, widths=(8,))
+            parameters, loss = FlatParameters(policy.network), PPOLoss(value_clip)
+            fused_gradient.fuse_gradient(policy, parameters, loss, scale_advantages=True, fillers=fillers, threads=1)
+
+
 def changed(change):
     policy = make_policy(Categorical(3))
     change(policy.network)

@@ -227,7 +227,19 @@ def update_kernels():
         return []
     from fastppo.kernels import update as kernels
 
-    def case(name, features, widths, distribution, outputs, *, activation="tanh", nvec=(), heads=1, shared=False):
+    def case(
+        name,
+        features,
+        widths,
+        distribution,
+        outputs,
+        *,
+        activation="tanh",
+        nvec=(),
+        heads=1,
+        shared=False,
+        precision="tf32",
+    ):
         at = 0
 
         def linear(n_in, n_out):
@@ -248,7 +260,7 @@ def update_kernels():
             trunks = (Trunk(critic, (value,), features, False, True), actor)
         free = distribution in ("gaussian", "squashed") and heads == 1
         network = kernels.Network(
-            trunks, activation, at if free else None, distribution, nvec, outputs, at + 16 * free, "tf32"
+            trunks, activation, at if free else None, distribution, nvec, outputs, at + 16 * free, precision
         )
         names = ("old", "action", "logprob", "advantage", "target", "old_value")
         wide = 3 * outputs + features
@@ -288,6 +300,8 @@ def update_kernels():
         case("bits", 32, (64, 64), "bernoulli", 16, activation="gelu"),
         case("choices", 32, (64, 64, 64), "categorical", 16, nvec=(2,) * 8, activation="silu"),
         case("squashed", 32, (64, 64, 64), "squashed", 16, activation="elu"),
+        case("HalfCheetah in float32", 17, (64, 64), "gaussian", 6, precision="ieee"),
+        case("squashed in float32", 32, (64, 64, 64), "squashed", 16, activation="elu", precision="ieee"),
         case("deviations of the network", 32, (64, 64), "squashed", 16, heads=2),
         case("shared", 32, (64, 64), "gaussian", 16, heads=2, shared=True, activation="gelu"),
         Kernel("reduce", module, "_reduce", types, reduce, aligned, {}),

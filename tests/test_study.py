@@ -141,7 +141,8 @@ def test_a_killed_study_continues_and_repeats_nothing(tmp_path):
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=PATIENCE)
-    assert not alive, "runs end with the study"
+    assert not alive
+    assert not results[1].exists(), "runs end with the study"
     times = [path.stat().st_mtime_ns for path in results if path.exists()]
     assert len(times) >= 1
 

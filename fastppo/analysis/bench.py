@@ -38,8 +38,9 @@ _LONG = 10**12  # planned steps, so many that schedules stay at their start
 _MIN_ITERATIONS = 3
 _OTHER_CORES = 0.25  # used by other programs; more on a full machine slows a point down visibly
 _CONTRADICTION = 2.0  # ratio of a part's speed alone and in training, either way
-# how many times as fast a fused update is on a CPU, by compile (benchmarks/update.py)
-_FUSED = {"on": 1.6, "off": 10.0}
+# how many times as fast a fused update is on a CPU, by compile: means over minibatches of 128 and 2,048 rows, which
+# differ much (benchmarks/update.py)
+_FUSED = {"on": 2.2, "off": 10.0}
 _LARGE = 0.1  # share of a part that is compared
 
 

@@ -155,7 +155,7 @@ def _fuse_on_gpu(parts: _Parts, minibatches: int) -> float:
     learner, collector, notes = parts.learner, parts.collector, parts.notes
     begin = time.perf_counter()
     if learner.update.not_fused() is None:
-        parts.say("compiling kernels: up to a minute the first time, seconds from the cache")
+        parts.say("compiling kernels: a minute or more the first time, seconds from the cache")
     learner.fuse(torch.cuda.get_device_properties(learner.device).multi_processor_count)
     left = {} if learner.curiosity is None else {"RND": learner.compile_curiosity}
     try:

@@ -1,5 +1,5 @@
 """Triton kernels for CUDA: tensors in, tensors out. Import them where they are used: Triton comes with CUDA builds.
 
-No argument of a launched kernel may be called `params`: the code that Triton generates for a launch has a variable of
-that name. The interpreter runs no such code, so tests/kernels/test_launch.py launches.
+No argument of a launched kernel may be called `params`, `options`, `backend` or `specialize_impl`: the code that Triton
+generates for a launch uses these names. The interpreter runs no such code; tests/kernels/test_launch.py does.
 """

@@ -22,6 +22,12 @@ def padded(n):
     return max(16, 1 << (n - 1).bit_length())
 
 
+@triton.constexpr_function
+def item(items, i):
+    """Return items[i] as a constant. Triton 3.6 returns the bare object, which only a number can be passed as."""
+    return items[i]
+
+
 def precision() -> Precision:
     """Return the precision of matrix products that torch is set to."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

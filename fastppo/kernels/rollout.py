@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastppo.kernels import tasks
-from fastppo.kernels.layers import Precision, activate, bound_log_std, clamp, dense, load_bias, load_weight, tanh
+from fastppo.kernels.layers import Precision, activate, bound_log_std, clamp, dense, item, load_bias, load_weight, tanh
 
 _BLOCK, _BLOCK_ROWS = 32, 64
 # the weights of the next step are copied to shared memory ahead; copies further ahead spill registers
@@ -89,7 +89,7 @@ def _encode(obs, mean, scale, NETWORK: tl.constexpr):
     x = obs
     if NETWORK.clip is not None:
         columns = tl.arange(0, _COLUMNS)
-        real = columns < NETWORK.layers[0].n_in
+        real = columns < item(NETWORK.layers, 0).n_in
         centred = obs.to(tl.float64) - tl.load(mean + columns, mask=real, other=0.0)[None, :]
         x = (centred * tl.load(scale + columns, mask=real, other=0.0)[None, :]).to(tl.float32)
         # not tl.clamp: NaN stays NaN
@@ -101,12 +101,14 @@ def _encode(obs, mean, scale, NETWORK: tl.constexpr):
 def _forward(parameters, x, NETWORK: tl.constexpr):
     """Return the head's outputs [B, 16] for a tile of encoded observations [B, 16]."""
     depth: tl.constexpr = len(NETWORK.layers) - 1
+    activation: tl.constexpr = NETWORK.activation
+    precision: tl.constexpr = NETWORK.precision
     for i in tl.static_range(depth):
         # read again in each step: those of two layers would fill the registers
-        weight, bias = load_weight(parameters, NETWORK.layers[i]), load_bias(parameters, NETWORK.layers[i])
-        x = activate(dense(x, weight, bias, NETWORK.precision), NETWORK.activation)
-    weight, bias = load_weight(parameters, NETWORK.layers[depth]), load_bias(parameters, NETWORK.layers[depth])
-    return dense(x, weight, bias, NETWORK.precision)
+        weight, bias = load_weight(parameters, item(NETWORK.layers, i)), load_bias(parameters, item(NETWORK.layers, i))
+        x = activate(dense(x, weight, bias, precision), activation)
+    head: tl.constexpr = item(NETWORK.layers, depth)
+    return dense(x, load_weight(parameters, head), load_bias(parameters, head), precision)
 
 
 @triton.jit
@@ -173,6 +175,8 @@ def _rollout(
     SIMULATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    task: tl.constexpr = SIMULATION.task
+    option: tl.constexpr = SIMULATION.option
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = n < n_envs
     columns = tl.arange(0, _COLUMNS)
@@ -192,7 +196,7 @@ def _rollout(
     s0 = tl.load(state0 + n, mask=inside, other=0.0)
     s1 = tl.load(state1 + n, mask=inside, other=0.0)
     s2, s3 = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    if SIMULATION.task == "CartPole" or SIMULATION.task == "Acrobot":
+    if task == "CartPole" or task == "Acrobot":
         s2 = tl.load(state2 + n, mask=inside, other=0.0)
         s3 = tl.load(state3 + n, mask=inside, other=0.0)
     seen = tl.load(obs + n[:, None] * SIMULATION.features + columns[None, :], mask=is_obs, other=0.0)
@@ -211,12 +215,10 @@ def _rollout(
         tl.store(dist_params + at[:, None] * ACTIONS.n_params + columns[None, :], param, mask=is_param)
         tl.store(actions + at, action, mask=inside)
 
-        a0, a1, a2, a3, reward, ended = tasks.step(
-            SIMULATION.task, SIMULATION.option, s0, s1, s2, s3, _to_env(action, ACTIONS)
-        )
+        a0, a1, a2, a3, reward, ended = tasks.step(task, option, s0, s1, s2, s3, _to_env(action, ACTIONS))
         age += 1
         done, out_of_time = ended, tl.zeros([BLOCK], tl.int1)
-        after = tasks.observe(SIMULATION.task, a0, a1, a2, a3, columns)
+        after = tasks.observe(task, a0, a1, a2, a3, columns)
         if SIMULATION.max_steps is not None:
             out_of_time = age >= SIMULATION.max_steps
             done = ended | out_of_time
@@ -228,10 +230,10 @@ def _rollout(
             count += cut.to(tl.int32)
         episode += done.to(tl.int64)
         # computed after the step: beside it, the reset spills registers
-        f0, f1, f2, f3 = tasks.reset(SIMULATION.task, seed, episode)
+        f0, f1, f2, f3 = tasks.reset(task, seed, episode)
         s0, s1 = tl.where(done, f0, a0), tl.where(done, f1, a1)
         s2, s3 = tl.where(done, f2, a2), tl.where(done, f3, a3)
-        seen = tasks.observe(SIMULATION.task, s0, s1, s2, s3, columns)
+        seen = tasks.observe(task, s0, s1, s2, s3, columns)
         age = tl.where(done, 0, age)
         draw = next_draw
 
@@ -246,7 +248,7 @@ def _rollout(
     tl.store(ages + n, age, mask=inside)
     tl.store(state0 + n, s0, mask=inside)
     tl.store(state1 + n, s1, mask=inside)
-    if SIMULATION.task == "CartPole" or SIMULATION.task == "Acrobot":
+    if task == "CartPole" or task == "Acrobot":
         tl.store(state2 + n, s2, mask=inside)
         tl.store(state3 + n, s3, mask=inside)
     if tl.program_id(0) == 0:
@@ -257,7 +259,7 @@ def _rollout(
 def _values(parameters, mean, scale, obs, values, n_rows, NETWORK: tl.constexpr, BLOCK: tl.constexpr):
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside, columns = rows < n_rows, tl.arange(0, _COLUMNS)
-    n_features: tl.constexpr = NETWORK.layers[0].n_in
+    n_features: tl.constexpr = item(NETWORK.layers, 0).n_in
     places = rows[:, None] * n_features + columns[None, :]
     seen = tl.load(obs + places, mask=inside[:, None] & (columns[None, :] < n_features), other=0.0)
     out = _forward(parameters, _encode(seen, mean, scale, NETWORK), NETWORK)

@@ -23,6 +23,7 @@ from fastppo.kernels.layers import (
     activate,
     bound_log_std,
     dense,
+    item,
     load_bias,
     load_weight,
     load_weight_as_stored,
@@ -357,10 +358,12 @@ def _run_trunk(
     precision: tl.constexpr = NETWORK.precision
     weights, biases = (), ()
     for i in tl.static_range(depth + n_heads):
-        weights = weights + (tl.zeros([padded(TRUNK.layers[i].n_in), padded(TRUNK.layers[i].n_out)], tl.float32),)
-        biases = biases + (tl.zeros([padded(TRUNK.layers[i].n_out)], tl.float32),)
+        weights = weights + (
+            tl.zeros([padded(item(TRUNK.layers, i).n_in), padded(item(TRUNK.layers, i).n_out)], tl.float32),
+        )
+        biases = biases + (tl.zeros([padded(item(TRUNK.layers, i).n_out)], tl.float32),)
     n_actor_heads: tl.constexpr = n_heads - 1 if TRUNK.values else n_heads
-    n_own: tl.constexpr = TRUNK.heads[0].n_out
+    n_own: tl.constexpr = item(TRUNK.heads, 0).n_out
     log_std_gradient = tl.zeros([padded(n_own)], tl.float32)
     figures = ()
     for i in tl.static_range(_N_ACTOR_FIGURES):
@@ -377,12 +380,13 @@ def _run_trunk(
         x = _load_columns(at, 0, TRUNK.features, rows)
         inputs, before = (x,), ()
         for i in tl.static_range(depth):
-            z = dense(x, load_weight(parameters, TRUNK.layers[i]), load_bias(parameters, TRUNK.layers[i]), precision)
+            weight, bias = load_weight(parameters, item(TRUNK.layers, i)), load_bias(parameters, item(TRUNK.layers, i))
+            z = dense(x, weight, bias, precision)
             x = activate(z, kind)
             inputs, before = inputs + (x,), before + (z,)
         outs = ()
         for i in tl.static_range(n_heads):
-            weight, bias = load_weight(parameters, TRUNK.heads[i]), load_bias(parameters, TRUNK.heads[i])
+            weight, bias = load_weight(parameters, item(TRUNK.heads, i)), load_bias(parameters, item(TRUNK.heads, i))
             outs = outs + (dense(x, weight, bias, precision),)
 
         gradients = ()
@@ -416,7 +420,7 @@ def _run_trunk(
             )
             new_biases = new_biases + (biases[depth + i] + tl.sum(gradients[i], 0),)
             back = tl.dot(
-                gradients[i], load_weight_as_stored(parameters, TRUNK.heads[i]), back, input_precision=precision
+                gradients[i], load_weight_as_stored(parameters, item(TRUNK.heads, i)), back, input_precision=precision
             )
         for i in tl.static_range(depth):
             d = back * slope(before[depth - 1 - i], inputs[depth - i], kind)
@@ -424,16 +428,16 @@ def _run_trunk(
             new_weights = (tl.dot(turned, d, weights[depth - 1 - i], input_precision=precision),) + new_weights
             new_biases = (biases[depth - 1 - i] + tl.sum(d, 0),) + new_biases
             if i < depth - 1:
-                stored_weight = load_weight_as_stored(parameters, TRUNK.layers[depth - 1 - i])
+                stored_weight = load_weight_as_stored(parameters, item(TRUNK.layers, depth - 1 - i))
                 back = tl.dot(d, stored_weight, input_precision=precision)
         weights, biases = new_weights, new_biases
 
     to = sums + tl.program_id(0) * (NETWORK.size + _FIGURES)
     for i in tl.static_range(depth + n_heads):
-        places, inside = weight_places(TRUNK.layers[i])
+        places, inside = weight_places(item(TRUNK.layers, i))
         tl.store(to + places, weights[i], mask=inside)
-        o = tl.arange(0, padded(TRUNK.layers[i].n_out))
-        tl.store(to + TRUNK.layers[i].bias + o, biases[i], mask=o < TRUNK.layers[i].n_out)
+        o = tl.arange(0, padded(item(TRUNK.layers, i).n_out))
+        tl.store(to + item(TRUNK.layers, i).bias + o, biases[i], mask=o < item(TRUNK.layers, i).n_out)
     if TRUNK.acts:
         if NETWORK.log_std is not None:
             o = tl.arange(0, padded(n_own))
@@ -476,7 +480,7 @@ def _differentiate(
                 kl,
                 sums,
                 n,
-                NETWORK.trunks[t],
+                item(NETWORK.trunks, t),
                 NETWORK,
                 COLUMNS,
                 LOSS,
@@ -684,4 +688,5 @@ def launch(network: Network) -> tuple[int, int]:
     """Return rows of a block, and warps of a program: the most that spill no registers."""
     *_, actor = network.trunks
     plain = len(network.trunks) == 2 and len(actor.heads) == 1 and len(network.nvec) <= 1
-    return (32 if plain and actor.depth <= 2 and network.distribution != "squashed" else 16), 8
+    small = actor.depth <= 2 and network.distribution != "squashed" and network.precision == "tf32"
+    return (32 if plain and small else 16), 8

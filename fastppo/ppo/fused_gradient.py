@@ -203,12 +203,12 @@ def check_gradient(
     noise = torch.zeros(n, dist.noise_size)
     dist.fill_noise(noise, draws)
     actions, valid = dist.sample(params, noise), torch.arange(n) % 5 != 0
-    advantages, sides = torch.randn(2, n, generator=draws)
-    # within the clip ranges or far beyond, so that rounding takes no row across a limit of the loss
+    advantages, errors = torch.randn(2, n, generator=draws)
+    # within the clip ranges of 0.2 or far beyond, so that rounding takes no row across a limit of the loss
     logratios, value_steps = torch.tensor([-0.5, -0.1, 0.0, 0.1, 0.5])[torch.randint(5, (2, n), generator=draws)]
     logprobs = dist.log_prob(output.params, actions.to(device)) - logratios.to(device)
     values = output.values - value_steps.to(device)
-    returns = values + 2.0 * sides.sign().to(device)
+    returns = values + (errors + 2.0 * errors.sign()).to(device)
     fields = obs, actions, logprobs, params, values, advantages, returns, valid if fillers else None
     batch = Batch(*(None if x is None else x.to(device) for x in fields))  # type: ignore[arg-type]
     # learning rate, clip ranges, weights of value and entropy, largest norm, gamma, lambda, weight of the KL
@@ -219,11 +219,16 @@ def check_gradient(
     expected = plain(parameters.vector, Minibatch(scale, order, plain.pack(batch)), coefs, plain.constants)
     minibatch = Minibatch(scale, order, fused.pack(batch))
     found = fused(parameters.vector, minibatch, coefs, fused.constants)
-    pairs = [(x, y, 1e-6) for x, y in zip(parameters.views(found.flat), parameters.views(expected.flat), strict=True)]
-    pairs += [(found.diagnostics, expected.diagnostics, 1e-3), (found.n_rows, expected.n_rows, 1e-3)]
-    for x, y, least in pairs:  # by parameter: the actor's gradients are far smaller than the critic's
+    if not torch.equal(found.n_rows, expected.n_rows):
+        raise CompileError(f"it counts {float(found.n_rows):g} rows where torch counts {float(expected.n_rows):g}")
+    # by parameter, as the actor's gradients are far smaller than the critic's; a sum may be 0 but for rounding
+    least = 1e-3 * float(expected.flat.abs().max())
+    for x, y in zip(parameters.views(found.flat), parameters.views(expected.flat), strict=True):
         if not torch.allclose(x, y, 0.0, tolerance * max(least, float(y.abs().max()))):
             raise CompileError(f"its gradient differs from torch's by up to {float((x - y).abs().max()):.1g}")
+    if not torch.allclose(found.diagnostics, expected.diagnostics, tolerance, 0.1 * tolerance):
+        differences = (found.diagnostics - expected.diagnostics).abs()
+        raise CompileError(f"its diagnostics differ from torch's by up to {float(differences.max()):.1g}")
     return minibatch, coefs
 
 

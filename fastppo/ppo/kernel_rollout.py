@@ -29,8 +29,8 @@ _MOST_LAYERS, _MOST_UNITS = 3, 64  # wider ones spill registers
 # of the comparison with torch; not a multiple of a program's environments
 _EXAMPLE_STEPS, _EXAMPLE_ENVS = 16, 48
 # of what matrix products compute, as a share of the largest number or of 1, by their precision
-_OUTPUTS = {"ieee": 1e-4, "tf32": 0.05}
-_WITHOUT_PRODUCTS = 1e-3  # of what no matrix product computes: physics in float32, over the example's steps
+_OUTPUT_TOLERANCE = {"ieee": 1e-4, "tf32": 0.05}
+_PHYSICS_TOLERANCE = 1e-3  # of what no matrix product computes: physics in float32, over the example's steps
 
 
 def not_covered(policy: Policy, env: VecEnv) -> str | None:
@@ -184,9 +184,9 @@ def _compare(policy: Policy, env: TensorEnv) -> None:
         if not found.numel():
             continue
         if name in ("params", "values"):
-            relative, absolute = 0.0, _OUTPUTS[kernel.precision] * max(1.0, float(wanted.abs().max()))
+            relative, absolute = 0.0, _OUTPUT_TOLERANCE[kernel.precision] * max(1.0, float(wanted.abs().max()))
         else:
-            relative = absolute = _WITHOUT_PRODUCTS
+            relative = absolute = _PHYSICS_TOLERANCE
         if not torch.allclose(found, wanted, relative, absolute):
             worst = float((found - wanted).abs().max())
             raise CompileError(f"the kernel's {name} differ from torch's by up to {worst:.1g}")

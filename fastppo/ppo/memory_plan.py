@@ -96,7 +96,8 @@ def plan_memory(
         curiosity: makes what rewards new observations, on existing networks; None: nothing does.
     """
     staging = 3 * env.n_envs * torch.Size(env.obs_spec.shape).numel() * 8
-    with FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
+    # in this thread alone: on CUDA, autograd has a thread for each device, which knows no modes
+    with torch.autograd.set_multithreading_enabled(False), FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
         update = make_update()
         device, before = update.parameters.vector.device, live.bytes
         rollout = Rollout.allocate(n_steps, env, update.policy, device)  # type: ignore[arg-type]

@@ -173,8 +173,9 @@ def _clean_up(stream: torch.cuda.Stream, device: torch.device, handle: Any) -> N
     the default generator in its capturing state, in which it draws nothing; a capture that succeeds ends it.
     """
     torch.cuda.set_stream(stream)
-    with contextlib.suppress(Exception):  # for the allocator, the capture had ended
+    with contextlib.suppress(Exception):  # for the allocator, the capture had ended: newer torch ends it by itself
         torch._C._cuda_endAllocateToPool(device.index, handle)
+    with contextlib.suppress(Exception):
         torch._C._cuda_releasePool(device.index, handle)
     # suppressed: after some errors, no GPU work is possible any more
     with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):

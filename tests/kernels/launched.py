@@ -5,7 +5,6 @@ Run it with the library of `fake_libcuda.c`, which launches nothing. Tensors are
 
 import json
 import sys
-import types
 
 import torch
 import triton
@@ -75,10 +74,10 @@ def compiled():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.cuda.get_device_capability = lambda *_: (9, 0)
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.current_stream = lambda *_: types.SimpleNamespace(cuda_stream=0)
-    triton.runtime.driver.set_active(CudaDriver())
+    driver = CudaDriver()
+    driver.get_device_capability = lambda *_: (9, 0)
+    driver.get_current_device, driver.get_current_stream = lambda: 0, lambda *_: 0
+    triton.runtime.driver.set_active(driver)
     for n_envs in (1, 33):
         launch_gae(n_envs)
     for case in ROLLOUTS:

@@ -1,5 +1,6 @@
 """What the interpreter doesn't see: Triton's JIT and its launcher, with a CUDA driver that launches nothing."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -22,14 +23,15 @@ def launched(tmp_path_factory):
     folder = tmp_path_factory.mktemp("driver")
     library, source = folder / "libcuda.so.1", Path(__file__).with_name("fake_libcuda.c")
     include = Path(triton.backends.nvidia.__path__[0]) / "include"
-    subprocess.run(["cc", "-shared", "-fPIC", f"-I{include}", "-o", str(library), str(source)], check=True)
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-shared", "-fPIC", f"-I{include}", "-o", str(library), str(source)], check=True)
     own = {"TRITON_LIBCUDA_PATH": str(folder), "TRITON_CACHE_DIR": str(folder)}
     own["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), os.environ.get("LD_LIBRARY_PATH"))))
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.kernels.launched"],
         capture_output=True,
         text=True,
-        env=os.environ | own | {"FAKE_CUDA_LAUNCHES": str(folder / "launches")},
+        env=os.environ | own | {"FAKE_CUDA_LAUNCHES": str(folder / "launches"), "TRITON_INTERPRET": "0"},
         timeout=PATIENCE,
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -52,3 +54,9 @@ def test_the_types_of_the_kernels_compiled_for_every_gpu_are_those_of_their_laun
     for kernel in launched[0]:
         types = {name: kind for name, kind in kernel["types"].items() if kind != "constexpr"}
         assert any(types.items() <= listed.items() for listed in known[kernel["module"], kernel["name"]]), kernel
+
+
+def test_no_argument_has_a_name_that_tritons_code_for_a_launch_uses():
+    for kernel in KERNELS:
+        function = getattr(importlib.import_module(kernel.module), kernel.name)
+        assert not {"params", "options", "backend", "specialize_impl"} & set(function.arg_names), kernel.id
