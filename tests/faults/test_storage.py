@@ -193,7 +193,10 @@ def test_s3_a_file_size_limit_is_reported_without_a_traceback(tmp_path):
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\nfrom fastppo.cli import main\n"
     arguments = [*RUN, "--run-dir", str(run), "--total-timesteps", "512"]
     done = subprocess.run(
-        [sys.executable, "-c", f"{limit}sys.exit(main({arguments!r}))"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", f"{limit}sys.exit(main({arguments!r}))"],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
     )
     assert done.returncode == 1, done.stderr
     assert "File too large" in done.stderr

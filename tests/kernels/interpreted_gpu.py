@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fastppo.functional.gae import triton_failure
 from fastppo.kernels import gae, rollout, update
+from fastppo.ppo import fused_gradient, kernel_rollout
 from fastppo.ppo.kernel_gradient import KernelGradient
 from tests.fake_cuda import GPU, OnGPU
 from tests.test_gpu_contract import make, vector
@@ -89,6 +90,9 @@ def runs(folder):
     for module, names in KERNELS.items():
         for name in names:
             patch.setattr(module, name, OnFakeGPU(module, name))
+    # of the comparisons at the start: the interpreter is slow
+    patch.setattr(fused_gradient, "_EXAMPLE_ROWS", 33)
+    patch.setattr(kernel_rollout, "_EXAMPLE_STEPS", 4)
     found = {"cases": {}, "broken": {}}
     with gpu, torch.autograd.set_multithreading_enabled(False):
         for case, changes in CASES.items():
