@@ -46,7 +46,11 @@ void measure(const Rollout *r, double *out) {
       if (!r->done[i]) continue;
       long at = ended++ % (r->max_episodes ? r->max_episodes : 1);
       returns += r->open[k], lengths += r->open[r->envs + k];
-      if (r->max_episodes) latest[at] = r->open[k], latest[r->max_episodes + at] = r->open[r->envs + k], latest[2 * r->max_episodes + at] = (double)t;
+      if (r->max_episodes) {
+        latest[at] = r->open[k];
+        latest[r->max_episodes + at] = r->open[r->envs + k];
+        latest[2 * r->max_episodes + at] = (double)t;
+      }
       r->open[k] = r->open[r->envs + k] = 0;
     }
   // the ring's latest entry first
