@@ -27,6 +27,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks import machine, run_task
+from benchmarks._stable_baselines3 import iteration_ends
 
 WARM_UP = 2
 T, EPOCHS, MINIBATCHES = 128, 4, 4
@@ -150,32 +151,9 @@ def _fastppo(name: str, n: int, iterations: int) -> list[float]:
 
 def _stable_baselines3(_: str, n: int, iterations: int) -> list[float]:
     from stable_baselines3 import PPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
 
-    ticks: list[float] = []
-
-    class Ticks(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            ticks.append(time.time())
-
-        def _on_step(self) -> bool:
-            return True
-
-    PPO(
-        "MlpPolicy",
-        make_vec_env("CartPole-v1", n_envs=n, seed=1),
-        n_steps=T,
-        batch_size=n * T // MINIBATCHES,
-        n_epochs=EPOCHS,
-        learning_rate=lambda left: 2.5e-4 * left,
-        ent_coef=0.01,
-        vf_coef=0.25,  # its value loss is not halved
-        clip_range=0.2,
-        seed=1,
-        device="cpu",
-    ).learn(n * T * iterations, callback=Ticks())
-    return [*ticks[1:], time.time()]
+    sizes = {"n_envs": n, "n_steps": T, "epochs": EPOCHS, "minibatches": MINIBATCHES}
+    return iteration_ends(PPO, "MlpPolicy", **sizes, iterations=iterations)
 
 
 def _rlox(_: str, n: int, iterations: int) -> list[float]:

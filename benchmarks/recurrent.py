@@ -29,6 +29,7 @@ from typing import Any
 import tyro
 
 from benchmarks import machine, run_task, table
+from benchmarks._stable_baselines3 import iteration_ends
 
 WARM_UP = 2
 N, T, EPOCHS, MINIBATCHES, UNITS = 64, 128, 4, 4, 64
@@ -136,33 +137,10 @@ def _fastppo(name: str, iterations: int) -> list[float]:
 
 def _recurrent_ppo(iterations: int) -> list[float]:
     from sb3_contrib import RecurrentPPO
-    from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.env_util import make_vec_env
 
-    ticks: list[float] = []
-
-    class Ticks(BaseCallback):
-        def _on_rollout_start(self) -> None:
-            ticks.append(time.time())
-
-        def _on_step(self) -> bool:
-            return True
-
-    RecurrentPPO(
-        "MlpLstmPolicy",
-        make_vec_env("CartPole-v1", n_envs=N, seed=1),
-        n_steps=T,
-        batch_size=N * T // MINIBATCHES,
-        n_epochs=EPOCHS,
-        learning_rate=lambda left: 2.5e-4 * left,
-        ent_coef=0.01,
-        vf_coef=0.25,  # its value loss is not halved
-        clip_range=0.2,
-        policy_kwargs={"lstm_hidden_size": UNITS, "shared_lstm": True, "enable_critic_lstm": False},
-        seed=1,
-        device="cpu",
-    ).learn(N * T * iterations, callback=Ticks())
-    return [*ticks[1:], time.time()]
+    sizes = {"n_envs": N, "n_steps": T, "epochs": EPOCHS, "minibatches": MINIBATCHES}
+    memory = {"lstm_hidden_size": UNITS, "shared_lstm": True, "enable_critic_lstm": False}
+    return iteration_ends(RecurrentPPO, "MlpLstmPolicy", **sizes, iterations=iterations, policy_kwargs=memory)
 
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, str]]:

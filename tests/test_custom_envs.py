@@ -16,7 +16,8 @@ from fastppo.errors import ConfigError, EnvError
 from fastppo.profiles import CLEANRL
 from fastppo.spaces.leaves import ObsLeaf
 from fastppo.spaces.observations import ObsSpec
-from tests.worlds import Counter, Spaces, short, step
+from tests.envs.worlds import Counter
+from tests.worlds import Spaces, short, step
 
 FAR = spaces.Box(np.array([-2000, 5], np.float32), np.array([2000, 6], np.float32))
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)

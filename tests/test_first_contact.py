@@ -26,8 +26,9 @@ from fastppo.resume_run import continue_run
 from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runtime import threads
 from fastppo.runtime.console import progress_console
+from tests.envs.worlds import Counter
 from tests.test_study import candidate
-from tests.worlds import Counter, short
+from tests.worlds import short
 
 MODULE = """
 import gymnasium as gym

@@ -29,10 +29,11 @@ from fastppo.runtime.distributed import World
 from fastppo.runtime.graphs import capture
 from tests.envs.test_trees import Grid, HallTask
 from tests.envs.trees import Scene
+from tests.envs.worlds import Counter
 from tests.fake_cuda import GPU
 from tests.runtime.test_distributed import torchrun
 from tests.test_log_info import Simulator
-from tests.worlds import ACTIONS, Counter, SumTask, short
+from tests.worlds import ACTIONS, SumTask, short
 
 CUDA, CPU = torch.device("cuda:0"), torch.device("cpu")
 

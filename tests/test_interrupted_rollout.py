@@ -9,7 +9,8 @@ import pytest
 from fastppo import Trainer, resume
 from fastppo.analysis.verify_resume import run_hashes
 from fastppo.runs.checkpoint import list_checkpoints
-from tests.worlds import Counter, short
+from tests.envs.worlds import Counter
+from tests.worlds import short
 
 
 class Hooked(Counter):

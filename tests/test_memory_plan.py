@@ -17,7 +17,8 @@ from fastppo.functional.gae import gae_doubling
 from fastppo.ppo.memory_plan import MemoryPlan, Shape, check_memory, plan_memory
 from fastppo.runtime.distributed import World
 from fastppo.runtime.resources import free_memory
-from tests.worlds import Counter, Spaces, short
+from tests.envs.worlds import Counter
+from tests.worlds import Spaces, short
 
 CPU = torch.device("cpu")
 

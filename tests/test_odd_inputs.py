@@ -12,7 +12,8 @@ import fastppo
 from fastppo import Config, ConfigError, Trainer, evaluate, load_policy
 from fastppo.cli import main
 from fastppo.errors import EnvError, EnvStartError
-from tests.worlds import Counter, short
+from tests.envs.worlds import Counter
+from tests.worlds import short
 
 
 class Exits(Counter):

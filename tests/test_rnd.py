@@ -17,9 +17,10 @@ from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.distillation import distillation_loss, novelty
 from fastppo.resume_run import continue_run
 from fastppo.runs.open_run import read_config
+from tests.envs.worlds import Counter
 from tests.faults.test_resume import interrupted, rows_of
 from tests.reference.gae import advantages_by_definition
-from tests.worlds import BrightSide, Counter, Endings, Lock, Masked, Spaces, short
+from tests.worlds import BrightSide, Endings, Lock, Masked, Spaces, short
 
 RND = {"rnd": True, "n_steps": 8, "n_envs": 2, "compile": "off", "threads": 1}
 

@@ -20,7 +20,8 @@ from fastppo.ppo.collector import Collector
 from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.spaces.observations import ObsSpec
-from tests.worlds import Counter, short, step
+from tests.envs.worlds import Counter
+from tests.worlds import short, step
 
 CPU = torch.device("cpu")
 

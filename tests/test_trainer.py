@@ -24,7 +24,8 @@ from fastppo.errors import CheckpointError, ConfigError, EnvError
 from fastppo.functional.losses import PPOLoss
 from fastppo.runtime import compile as compiling
 from tests import PATIENCE
-from tests.worlds import Counter, Spaces, short
+from tests.envs.worlds import Counter
+from tests.worlds import Spaces, short
 
 TIMES = ("time/", "charts/SPS", "charts/sps", "seconds")
 

@@ -12,9 +12,9 @@ from fastppo.cli import main
 from fastppo.envs.make_envs import Reading
 from fastppo.errors import ConfigError
 from tests.envs.trees import scene
+from tests.envs.worlds import Counter
 from tests.faults.test_resume import fastppo
 from tests.faults.worlds import Dice, FaultEnv, Gravity, Reusing
-from tests.worlds import Counter
 
 
 def results(**kwargs):

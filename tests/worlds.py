@@ -36,34 +36,6 @@ def step(env, actions):
     return out._replace(**{k: v.clone() for k, v in out._asdict().items() if isinstance(v, torch.Tensor)})
 
 
-class Counter(gym.Env):
-    """The observation is (steps since the reset, number of the episode).
-
-    `ends[k]` is (length, truncated) of episode k; the last entry repeats. An episode ends by time limit if `truncated`,
-    else by termination. The reward is 1 + step / 10, so that a misplaced row shows.
-    """
-
-    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
-    action_space = spaces.Discrete(2)
-
-    def __init__(self, ends=((5, False),)):
-        self.ends, self.episode = ends, -1
-
-    def _obs(self):
-        return np.array([self.steps, self.episode], np.float32)
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episode, self.steps = self.episode + 1, 0
-        return self._obs(), {}
-
-    def step(self, action):
-        self.steps += 1
-        length, truncated = self.ends[min(self.episode, len(self.ends) - 1)]
-        over = self.steps >= length
-        return self._obs(), 1 + self.steps / 10, over and not truncated, over and truncated, {}
-
-
 class Bandit(gym.Env):
     """Episodes of one step; the reward is the share of action components that match `secret`."""
 

@@ -16,7 +16,7 @@ from fastppo.envs.plain_data import NotPlainError, decode, encode
 from fastppo.envs.resume_probe import probe_resume_support
 from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
 from fastppo.errors import EnvError
-from tests.worlds import Counter
+from tests.envs.worlds import Counter
 
 PLAIN = [
     None,

@@ -13,7 +13,8 @@ from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.vec_env import env_seeds
 from fastppo.envs.vector_adapters import AsyncVecEnv
 from fastppo.errors import ConfigError, EnvError
-from tests.worlds import Counter, Spaces, step
+from tests.envs.worlds import Counter
+from tests.worlds import Spaces, step
 
 SEED = np.random.SeedSequence(7)
 

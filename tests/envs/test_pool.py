@@ -16,7 +16,8 @@ from fastppo.envs.auto_vectorization import choose
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.sync import NO_FAULT_POLICY, EnvGroup, SerialVectorEnv, step_result
 from fastppo.errors import ConfigError, EnvError
-from tests.worlds import Counter, short
+from tests.envs.worlds import Counter
+from tests.worlds import short
 
 MARGINS = {name: backend.auto_margin for name, backend in backends.BACKENDS.items()}
 

@@ -31,6 +31,7 @@ from tests import PATIENCE
 from tests.envs import test_gymnasium_vector
 from tests.envs.worlds import (
     BrokenStep,
+    Counter,
     FixedDice,
     FixedMap,
     GlobalDice,
@@ -42,7 +43,6 @@ from tests.envs.worlds import (
     OldResult,
     OldStep,
     OwnArray,
-    Steps,
     Table,
     Unrepeatable,
 )
@@ -79,16 +79,16 @@ def run_script(folder, text, *arguments, stdin=None):
 @pytest.mark.parametrize("wrap", [lambda env: env, NormalizeReward], ids=["bare", "wrapped"])
 @pytest.mark.parametrize("settings", [{}, {"resume_envs": "restart"}, {"vectorization": "pool"}], ids=str)
 def test_a_make_env_that_returns_one_instance_is_refused(tmp_path, wrap, settings):
-    env = Steps()
-    with pytest.raises(EnvStartError, match=r"returns the same Steps at every call.*lambda: Steps\(\.\.\.\)"):
+    env = Counter()
+    with pytest.raises(EnvStartError, match=r"returns the same Counter at every call.*lambda: Counter\(\.\.\.\)"):
         Trainer(short(tmp_path, **settings), make_env=lambda: wrap(env))
 
 
 def test_vector_environments_of_one_instance_are_refused(tmp_path):
-    env = Steps()
-    with pytest.raises(EnvStartError, match="the same Steps"):
+    env = Counter()
+    with pytest.raises(EnvStartError, match="the same Counter"):
         SerialVectorEnv([lambda: env] * 2)
-    with pytest.raises(EnvStartError, match="the same Steps"):
+    with pytest.raises(EnvStartError, match="the same Counter"):
         Trainer(
             short(tmp_path),
             make_env=lambda: SyncVectorEnv([lambda: env] * 2, autoreset_mode=AutoresetMode.SAME_STEP),
@@ -162,7 +162,7 @@ def test_the_probe_of_a_slow_environment_takes_few_steps(monkeypatch):
     steps = []
     clock = [0.0]
 
-    class Slow(Steps):
+    class Slow(Counter):
         def step(self, action):
             steps.append(1)
             clock[0] += 0.1
@@ -174,11 +174,11 @@ def test_the_probe_of_a_slow_environment_takes_few_steps(monkeypatch):
 
 
 def test_resume_envs_restart_saves_no_environment_state(tmp_path):
-    trainer = Trainer(short(tmp_path, resume_envs="restart"), make_env=Steps)
+    trainer = Trainer(short(tmp_path, resume_envs="restart"), make_env=Counter)
     assert trainer.env.resume_support.way == "restart"
     assert trainer.env.state_dict() == {}
     trainer.run()
-    again = resume(tmp_path / "run", total_timesteps=96, make_env=Steps)
+    again = resume(tmp_path / "run", total_timesteps=96, make_env=Counter)
     assert any("the environments start new episodes" in note for note in again.notes)
     again.run()
     with pytest.raises(ConfigError, match="exact_resume with resume_envs=restart"):
@@ -211,7 +211,7 @@ def test_seeded_and_deterministic_environments_get_no_note(env_id):
 
 
 def test_a_deterministic_environment_is_legitimate():
-    assert probe_seeding(Steps) == ()
+    assert probe_seeding(Counter) == ()
     assert probe_seeding(FixedMap) == ()
 
 
@@ -219,7 +219,7 @@ def test_an_environment_that_allows_one_instance_trains(tmp_path):
     """It holds a port or a lock; the tests at the start may not fail where the run itself would not."""
     made = []
 
-    class Only(Steps):
+    class Only(Counter):
         def __init__(self):
             if made:
                 raise OSError("the port is in use")
@@ -268,34 +268,34 @@ def test_ordinary_environments_leave_the_global_streams_alone(tmp_path):
 
 
 def normalized():
-    return NormalizeReward(NormalizeObservation(Steps(((5, False), (9, True)))))
+    return NormalizeReward(NormalizeObservation(Counter(((5, False), (9, True)))))
 
 
 def counts(trainer):
     return [x.count for x in trainer.env.call("obs_rms")]
 
 
-@pytest.mark.parametrize("inner", [Steps, Unrepeatable])
+@pytest.mark.parametrize("inner", [Counter, Unrepeatable])
 def test_a_users_running_moments_survive_a_resume(tmp_path, inner):
     def make():
         return NormalizeObservation(inner())
 
     trainer = Trainer(short(tmp_path), make_env=make)
-    assert trainer.env.resume_support.way == ("exact" if inner is Steps else "restart")
+    assert trainer.env.resume_support.way == ("exact" if inner is Counter else "restart")
     (note,) = (note for note in trainer.notes if "NormalizeObservation" in note)
     assert "Use --normalize-obs instead" in note
     before = []
     for _ in trainer.iterations():
         before = counts(trainer)
     again = resume(tmp_path / "run", total_timesteps=96, make_env=make)
-    more = 0 if inner is Steps else 1  # the first observation of the new episode
+    more = 0 if inner is Counter else 1  # the first observation of the new episode
     assert counts(again) == pytest.approx([count + more for count in before])
     again.run()
 
 
 def test_moments_of_a_vector_environment_of_the_users_survive_a_resume(tmp_path):
     def make():
-        venv = SyncVectorEnv([Steps] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+        venv = SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
         return gym.wrappers.vector.NormalizeObservation(venv)
 
     trainer = Trainer(short(tmp_path), make_env=make)
@@ -344,7 +344,7 @@ def test_final_observations_are_right_under_async(make):
 
 def test_overwritten_observations_are_found_at_the_start():
     assert reuses_observations(OwnArray())
-    assert not reuses_observations(Steps())
+    assert not reuses_observations(Counter())
     venv = gym.vector.AsyncVectorEnv([OwnArray], autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(EnvError, match="overwrite observations"):
         make_vec_env(inspect_env("", {}, lambda: venv), 1, "sync")
@@ -354,7 +354,7 @@ def test_overwritten_observations_are_found_at_the_start():
 def test_the_environment_tried_at_the_start_is_closed():
     closed = []
 
-    class Closes(Steps):
+    class Closes(Counter):
         def close(self):
             closed.append(self)
 
@@ -394,7 +394,7 @@ def test_a_constructor_that_fails_later_is_named():
         made.append(1)
         if len(made) > 2:
             raise OSError("no port left")
-        return Steps()
+        return Counter()
 
     with pytest.raises(EnvStartError, match="environment 2 failed in its constructor: OSError: no port left"):
         SerialVectorEnv([make] * 4)
@@ -429,10 +429,10 @@ def test_a_vector_environment_without_single_spaces_is_one_line():
 class SuperSuitLike:
     """The interface of SuperSuit's vector environments, around Gymnasium's."""
 
-    num_envs, observation_space, action_space = 2, Steps.observation_space, Steps.action_space
+    num_envs, observation_space, action_space = 2, Counter.observation_space, Counter.action_space
 
     def __init__(self):
-        makers = [lambda: Steps(((4, True),))] * 2
+        makers = [lambda: Counter(((4, True),))] * 2
         self.inner = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP)
 
     def reset(self, seed=None, options=None):
@@ -511,9 +511,9 @@ def test_workers_know_the_ids_that_only_the_main_script_registers(tmp_path):
 
 
 def test_a_registration_that_cannot_be_pickled_stops_no_worker():
-    gym.register("Unpicklable-v0", entry_point=Steps, kwargs={"stream": sys.stdout.buffer})
+    gym.register("Unpicklable-v0", entry_point=Counter, kwargs={"stream": sys.stdout.buffer})
     try:
-        pool = PoolVectorEnv([Steps], n_workers=1)
+        pool = PoolVectorEnv([Counter], n_workers=1)
         pool.reset(seed=0)
         pool.close()
         assert WorkerSetup.collect().specs

@@ -8,8 +8,12 @@ import numpy as np
 from gymnasium import spaces
 
 
-class Steps(gym.Env):
-    """Observes (steps since the reset, number of the episode); episode k has the length and the end of `ends[k]`."""
+class Counter(gym.Env):
+    """The observation is (steps since the reset, number of the episode).
+
+    `ends[k]` is (length, truncated) of episode k; the last entry repeats. An episode ends by time limit if `truncated`,
+    else by termination. The reward is 1 + step / 10, so that a misplaced row shows.
+    """
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Discrete(2)
@@ -32,7 +36,7 @@ class Steps(gym.Env):
         return self._obs(), 1 + self.steps / 10, over and not truncated, over and truncated, {}
 
 
-class Table(Steps):
+class Table(Counter):
     """Walks through `rows` numbers that the constructor makes; `scribbles` changes them in each step."""
 
     def __init__(self, rows=200_000, scribbles=False, plain=True):
@@ -49,14 +53,14 @@ class Table(Steps):
         return obs, reward + self.prices[self.steps], *rest
 
 
-class GlobalDice(Steps):
+class GlobalDice(Counter):
     """Observes a number of numpy's and one of Python's global stream."""
 
     def _obs(self):
         return np.array([np.random.random(), random.random()], np.float32)
 
 
-class FixedDice(Steps):
+class FixedDice(Counter):
     """Draws from a generator that the constructor makes."""
 
     def __init__(self):
@@ -72,7 +76,7 @@ class Helper:
         self.dice = random.Random(3)
 
 
-class HelperDice(Steps):
+class HelperDice(Counter):
     """As FixedDice, with the generator in another object."""
 
     def __init__(self):
@@ -83,7 +87,7 @@ class HelperDice(Steps):
         return np.array([self.steps, self.helper.dice.random()], np.float32)
 
 
-class IgnoresSeed(Steps):
+class IgnoresSeed(Counter):
     """Seeds Gymnasium's own generator with one number."""
 
     def reset(self, *, seed=None, options=None):
@@ -91,7 +95,7 @@ class IgnoresSeed(Steps):
         return np.array([0, self.np_random.random()], np.float32), {}
 
 
-class FixedMap(Steps):
+class FixedMap(Counter):
     """Draws a map in the constructor, and nothing later; episodes are the same under every seed, as they should be."""
 
     def __init__(self):
@@ -100,14 +104,14 @@ class FixedMap(Steps):
         self.map = self.rng.random(5)
 
 
-class Unrepeatable(Steps):
+class Unrepeatable(Counter):
     """Can be resumed neither exactly nor by a replay."""
 
     def _obs(self):
         return np.array([self.steps, np.random.default_rng().random()], np.float32)
 
 
-class OwnArray(Steps):
+class OwnArray(Counter):
     """Returns its own array from a step, and a copy from a reset, which overwrites the array."""
 
     def __init__(self):
@@ -133,7 +137,7 @@ class LateArray(OwnArray):
         return (obs if truncated else obs.copy()), reward, terminated, truncated, info
 
 
-class Level(Steps):
+class Level(Counter):
     """A world with a level, which the third number of an observation shows, and methods that fail in several ways."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -171,23 +175,23 @@ class Level(Steps):
         return 7
 
 
-class OldReset(Steps):
+class OldReset(Counter):
     def reset(self):
         return super().reset()[0]
 
 
-class OldStep(Steps):
+class OldStep(Counter):
     def step(self, action):
         obs, reward, terminated, _, info = super().step(action)
         return obs, reward, terminated, info
 
 
-class OldResult(Steps):
+class OldResult(Counter):
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=seed)[0]
 
 
-class BrokenStep(Steps):
+class BrokenStep(Counter):
     def step(self, action):
         return {}["speed"]
 
@@ -199,7 +203,7 @@ class NoSingleSpaces(gym.vector.VectorEnv):
     observation_space, action_space = spaces.Box(-1, 1, (3,), np.float32), spaces.Discrete(2)
 
 
-class Scored(Steps):
+class Scored(Counter):
     """Gives `terms/even` and `terms/deep/steps` in each step, `success` in the last, and other values at a reset."""
 
     def __init__(self, ends=((3, False), (5, True)), odd=False):

@@ -15,7 +15,8 @@ from fastppo.runs.restore import _compare
 from fastppo.runs.state_files import read_state
 from fastppo.runtime.device import choose_device
 from fastppo.trainer import Trainer
-from tests.worlds import Counter, short
+from tests.envs.worlds import Counter
+from tests.worlds import short
 
 
 @pytest.fixture

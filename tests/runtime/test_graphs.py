@@ -10,7 +10,8 @@ from fastppo import Config, Trainer
 from fastppo.errors import CaptureError
 from fastppo.monitoring.update_samples import read_samples
 from fastppo.runtime.graphs import capture
-from tests.worlds import Counter, short
+from tests.envs.worlds import Counter
+from tests.worlds import short
 
 CPU = torch.device("cpu")
 
