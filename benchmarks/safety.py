@@ -33,8 +33,8 @@ import tyro
 
 from benchmarks import report
 from fastppo import Config, Trainer
-from fastppo.envs import sync as serial
-from fastppo.envs.sync import EnvGroup
+from fastppo.envs import env_group
+from fastppo.envs.env_group import EnvGroup
 from fastppo.ppo.metrics import Metrics
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def _step_without_comparing_shapes() -> Any:
     lines = [line for line in source.splitlines() if '"shape"' not in line and "_check_shape" not in line]
     assert len(lines) == len(source.splitlines()) - 2, "EnvGroup._step_on has changed"
     namespace: dict[str, Any] = {}
-    exec("from __future__ import annotations\n" + "\n".join(lines), vars(serial), namespace)
+    exec("from __future__ import annotations\n" + "\n".join(lines), vars(env_group), namespace)
     return namespace["_step_on"]
 
 
@@ -88,19 +88,18 @@ def measure(name: str, seconds: float) -> dict[str, Any]:
     """Measure one setting in one run; return its row."""
     rng = np.random.default_rng(1)
     nothing, anything, clock = torch.zeros(1), SimpleNamespace(issuperset=lambda types: True), _Timed()
-    bools, numbers = (SimpleNamespace(issuperset=clock(x.issuperset)) for x in (serial._BOOLS, serial._NUMBERS))
+    bools, numbers = (SimpleNamespace(issuperset=clock(x.issuperset)) for x in (env_group._BOOLS, env_group._NUMBERS))
     checks = (Metrics._broken, Metrics._outside, EnvGroup._check_shape)
     unchecked = (lambda self: nothing, lambda self: nothing, lambda self, where, obs: None)
     ways: dict[str, Any] = {
-        "on": (*checks, serial._BOOLS, serial._NUMBERS, EnvGroup._step_on),
+        "on": (*checks, env_group._BOOLS, env_group._NUMBERS, EnvGroup._step_on),
         "off": (*unchecked, anything, anything, _step_without_comparing_shapes()),
         "timed": (*map(clock, checks), bools, numbers, EnvGroup._step_on),
     }
 
     def put(way: str) -> None:
-        Metrics._broken, Metrics._outside, EnvGroup._check_shape, serial._BOOLS, serial._NUMBERS, EnvGroup._step_on = (
-            ways[way]
-        )
+        Metrics._broken, Metrics._outside, EnvGroup._check_shape, *others = ways[way]
+        env_group._BOOLS, env_group._NUMBERS, EnvGroup._step_on = others
 
     kinds = ("none", "sample", "histograms")
     seen: list[tuple[str, str, float]] = []  # of each iteration: checks, kind of sample, seconds

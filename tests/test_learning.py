@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 
 from fastppo import Config, Trainer, evaluate
-from fastppo.envs.pool import prepare_fork_server
+from fastppo.envs.pool_process import prepare_fork_server
 from tests.worlds import Bandit, BrightSide, short
 
 

@@ -270,8 +270,8 @@ def test_the_figures_of_ranks_are_means_over_all_their_steps(tmp_path):
 
 def test_a_replaced_worker_sums_on(tmp_path):
     """The worker that replaces a lost one knows the keys."""
+    from fastppo.envs.fault_policy import FaultPolicy
     from fastppo.envs.pool import PoolVectorEnv
-    from fastppo.envs.sync import FaultPolicy
 
     pool = PoolVectorEnv([Scored] * 2, n_workers=1, fault_policy=FaultPolicy(restarts=2))
     try:

@@ -14,9 +14,9 @@ from fastppo.builders.resolve import schedule_of
 from fastppo.config import SCHEDULED, Config, known, parse_adaptive_rate
 from fastppo.envs.backends import backend_of
 from fastppo.envs.factory import seed_global_streams
+from fastppo.envs.fault_policy import FaultPolicy
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.make_envs import EnvInfo, make_vec_env, probe_resume
-from fastppo.envs.sync import FaultPolicy
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, ConfigError, EnvError

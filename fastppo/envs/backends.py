@@ -20,12 +20,14 @@ from fastppo.envs.env_info import EnvInfo
 from fastppo.envs.env_state import ResumeSupport
 from fastppo.envs.envpool_vector import make_envpool
 from fastppo.envs.factory import EnvFactory, InWorker, WorkerSetup, close_env, reuses_observations, shared_env_text
+from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.native import has_native, make_native
 from fastppo.envs.pack_observation import PackVectorObservation
-from fastppo.envs.pool import PoolVectorEnv, prepare_fork_server
+from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.pool_process import prepare_fork_server
 from fastppo.envs.resume_probe import probe_resume_support, probe_seeding, probe_vector_resume_support
-from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.tensor.tasks import make_tensor_env
 from fastppo.envs.tensor.tensor_env import TensorEnv

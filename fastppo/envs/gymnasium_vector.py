@@ -17,11 +17,12 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
+from fastppo.envs.env_calls import call_env, check_callable, one_each, set_env
 from fastppo.envs.env_state import ResumeSupport, moments_of, set_state, state_of
 from fastppo.envs.factory import close_env
 from fastppo.envs.info_sums import NO_INFO, InfoSums, InfoTotals
 from fastppo.envs.plain_data import NotPlainError
-from fastppo.envs.sync import StepResult, call_env, check_callable, one_each, set_env
+from fastppo.envs.step_arrays import StepResult
 from fastppo.envs.vec_env import Transitions, VecEnv, no_access
 from fastppo.errors import ENV_ERRORS, EnvError, FastPPOError, cause_line
 from fastppo.spaces.actions import ActionSpec

@@ -15,8 +15,8 @@ from fastppo.envs.env_info import Maker as Maker
 from fastppo.envs.env_info import Reading as Reading
 from fastppo.envs.env_info import inspect_env as inspect_env
 from fastppo.envs.env_state import ResumeSupport
+from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.resume_probe import probe_seeding
-from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.tensor.tasks import TASKS as TASKS
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import ConfigError

@@ -14,10 +14,7 @@ When the trainer dies, by whatever signal, the kernel kills the workers, even on
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import multiprocessing
-import os
 import signal
 import time
 import weakref
@@ -31,46 +28,33 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from fastppo.envs.env_calls import check_callable, one_each
+from fastppo.envs.env_group import fresh_seed
 from fastppo.envs.factory import WorkerSetup, close_env
+from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.info_sums import InfoTotals, join_totals
+from fastppo.envs.pool_process import POLL_SECONDS, WorkerProcess, prepare_fork_server, single_threaded, stop_workers
 from fastppo.envs.pool_worker import (
     CALL,
-    CLOSE,
     GET_MESSAGES,
     GET_STATE,
     LOG_INFO,
-    MAX_REPORT,
     READ_INFO,
     RESET,
     SET_ATTR,
     SET_MOMENTS,
     SET_STATE,
-    STACKS_SIGNAL,
     STEP,
     WITH_DATA,
-    Channels,
     SharedArrays,
-    run_worker,
 )
-from fastppo.envs.sync import (
-    NO_FAULT_POLICY,
-    FaultPolicy,
-    StepResult,
-    check_callable,
-    copy_actions,
-    fresh_seed,
-    one_each,
-    seeds,
-    step_result,
-    write_truncation,
-)
+from fastppo.envs.step_arrays import StepResult, copy_actions, seeds, step_result, write_truncation
 from fastppo.errors import ENV_ERRORS, ConfigError, EnvError, EnvStartError, cause_line
 from fastppo.runtime.cores import usable_cores
-from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT, exit_if_reimported, importable_main
+from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT, exit_if_reimported
 
 _Array = np.ndarray[Any, Any]
 _START_SECONDS = 60.0  # seconds for a process to start and import
-_POLL_SECONDS = 0.5  # seconds between checks that the workers are alive
 
 
 class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
@@ -133,20 +117,20 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._messages: list[str] = []
         self._info_patterns: Sequence[str] = ()
         self._lost_workers = 0
-        self._workers: list[_Worker] = []
-        self._finalizer = weakref.finalize(self, _stop, self._workers)
+        self._workers: list[WorkerProcess] = []
+        self._finalizer = weakref.finalize(self, stop_workers, self._workers)
         for w in range(self.n_workers):
             self._workers.append(self._start(w))
         for g in range(n_groups):
             self._finish(g)
 
-    def _start(self, w: int) -> _Worker:
+    def _start(self, w: int) -> WorkerProcess:
         parts = [_part(group, self.n_workers, w) for group in self.groups]
         makers = {i: self._env_fns[i] for part in parts for i in range(part.start, part.stop)}
-        with _single_threaded():
+        with single_threaded():
             spaces = self.single_observation_space, self.single_action_space
             pickled = cloudpickle.dumps((self._setup(min(makers)), makers, self._info_patterns))
-            return _Worker(self._ctx, self._shared, parts, pickled, self.fault_policy, spaces)
+            return WorkerProcess(self._ctx, self._shared, parts, pickled, self.fault_policy, spaces)
 
     def _setup(self, first: int) -> WorkerSetup:
         """Return the setup of the worker whose first environment is `first`; each start has another random stream."""
@@ -333,7 +317,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             worker.send_order(order, group)
             if pickled is not None:
                 worker.pipe.send_bytes(pickled)
-            while not worker.pipe.poll(_POLL_SECONDS):
+            while not worker.pipe.poll(POLL_SECONDS):
                 if problem := self._problem(worker):
                     break
             else:
@@ -368,7 +352,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
 
     def _finish(self, group: int) -> None:
         for w in range(self.n_workers):
-            while not self._workers[w].done[group].acquire(True, _POLL_SECONDS):
+            while not self._workers[w].done[group].acquire(True, POLL_SECONDS):
                 if problem := self._problem(self._workers[w]):
                     self._replace(w, problem)
             worker = self._workers[w]
@@ -383,7 +367,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
                 write_truncation(self._arrays, part)
                 self._arrays["obs"][part] = obs
 
-    def _problem(self, worker: _Worker) -> str | None:
+    def _problem(self, worker: WorkerProcess) -> str | None:
         """Return why an unfinished worker is lost (dead, or over its time-out); None if it isn't."""
         if worker.failed.value and worker.pipe.poll():
             return None  # its error report is waiting in the pipe
@@ -399,7 +383,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             return None
         return f"{worker.name} has not answered for {slow:.0f} s (--env-timeout). Its stacks:\n{worker.stacks()}"
 
-    def _describe_death(self, worker: _Worker) -> str:
+    def _describe_death(self, worker: WorkerProcess) -> str:
         worker.process.join(0.1)
         code = worker.process.exitcode
         if code == REIMPORTED:
@@ -420,7 +404,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         restarts[mine] += 1
         new = self._workers[w] = self._start(w)
         for g in range(len(self.groups)):
-            while not new.done[g].acquire(True, _POLL_SECONDS):
+            while not new.done[g].acquire(True, POLL_SECONDS):
                 if worse := self._problem(new):
                     self._fail(worse)
             if new.failed.value:
@@ -430,14 +414,14 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             if g in old.pending:
                 self._restart_envs(new, g)
 
-    def _restart_envs(self, worker: _Worker, group: int) -> None:
+    def _restart_envs(self, worker: WorkerProcess, group: int) -> None:
         """Reset a new worker's environments instead of stepping them."""
         part, seeds, restarts = worker.parts[group], self._arrays["seeds"], self._arrays["restarts"]
         for i in range(part.start, part.stop):
             seeds[i] = fresh_seed(int(seeds[i]), int(restarts[i]))
         worker.send_order(RESET, group)
 
-    def _report(self, worker: _Worker) -> NoReturn:
+    def _report(self, worker: WorkerProcess) -> NoReturn:
         """Raise the error that a worker reports."""
         line, remote = worker.report()
         self._fail(line, remote, EnvError if worker.ready else EnvStartError)
@@ -447,104 +431,6 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         raise kind(line) from (RuntimeError(remote) if remote else None)
 
 
-class _Worker:
-    """The trainer's end of one worker process.
-
-    Attributes:
-        name: for messages.
-        parts: its share of each group.
-        pipe: for states, messages and error reports.
-        done: one semaphore per group.
-        since: time of the last order.
-        pending: groups with an unfinished order.
-        lost: last observations of the groups whose episodes the previous worker lost.
-        ready: whether its environments are made.
-        slow_order: whether the time-out of its order applies per environment.
-    """
-
-    def __init__(
-        self,
-        ctx: Any,  # noqa: ANN401 - one of multiprocessing's contexts
-        shared: SharedArrays,
-        parts: list[slice],
-        pickled: bytes,
-        fault_policy: FaultPolicy,
-        spaces: tuple[gym.Space[Any], gym.Space[Any]],
-    ) -> None:
-        self.parts, self.done = parts, [ctx.Semaphore(0) for _ in parts]
-        self.lost: dict[int, _Array] = {}
-        self.ready, self.slow_order = False, True
-        self._go = ctx.Semaphore(0)
-        # a ring buffer of orders: at most one per group is open, and one to close
-        self._ring = ctx.RawArray("i", 2 * (len(parts) + 2))
-        self._at = 0
-        self.failed = ctx.Value("b", 0, lock=False)
-        self.pipe, pipe = ctx.Pipe()
-        self._stacks, stacks = ctx.Pipe(duplex=False)
-        trainer_alive, self._trainer_alive = ctx.Pipe(duplex=False)  # this end closes when the trainer dies
-        channels = Channels(self._go, self._ring, self.done, self.failed, pipe, stacks, trainer_alive=trainer_alive)
-        arguments = (shared, parts, pickled, fault_policy, spaces, channels)
-        self.process = ctx.Process(target=run_worker, args=arguments, daemon=True)
-        with importable_main():
-            self.process.start()
-        for theirs in (pipe, stacks, trainer_alive):
-            theirs.close()
-        self.since, self.pending = time.monotonic(), set(range(len(parts)))
-        envs = ", ".join(f"{part.start}-{part.stop - 1}" for part in parts)
-        self.name = f"the worker process of environments {envs} (pid {self.process.pid})"
-
-    def send_order(self, order: int, group: int) -> None:
-        """Queue an order and wake the worker."""
-        slot = 2 * (self._at % (len(self._ring) // 2))
-        self._ring[slot], self._ring[slot + 1] = order, group
-        self._at += 1
-        self.ready, self.slow_order = True, order != STEP
-        self.since = time.monotonic()
-        if order in (STEP, RESET):
-            self.pending.add(group)
-        self._go.release()
-
-    def report(self) -> tuple[str, str]:
-        """Return the error in the worker as one line, and its traceback."""
-        with contextlib.suppress(EOFError, OSError):
-            if self.pipe.poll(_POLL_SECONDS):
-                line, remote = self.pipe.recv()
-                return line, remote
-        return "a worker process failed without an error report.", ""
-
-    def stacks(self) -> str:
-        """Return the stacks of its threads."""
-        with contextlib.suppress(OSError, TypeError):
-            os.kill(self.process.pid or 0, STACKS_SIGNAL)  # type: ignore[arg-type]
-            if self._stacks.poll(_POLL_SECONDS):
-                time.sleep(0.1)
-                return os.read(self._stacks.fileno(), MAX_REPORT).decode(errors="replace")
-        return "(no answer; the process may be stopped)"
-
-    def end(self) -> None:
-        """Kill the process."""
-        self.process.kill()
-        self.process.join()
-        for connection in (self.pipe, self._stacks, self._trainer_alive):
-            connection.close()
-
-
-def _stop(workers: list[_Worker]) -> None:
-    for worker in workers:
-        with contextlib.suppress(ValueError, OSError):
-            worker.send_order(CLOSE, 0)
-    deadline = time.monotonic() + 2.0  # for all workers together
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        worker.end()
-    workers.clear()
-
-
-def prepare_fork_server() -> None:
-    """Set the modules that the fork server imports: workers start faster, and it survives signals to the group."""
-    multiprocessing.set_forkserver_preload(["fastppo.envs.forkserver", "fastppo.envs.factory"])
-
-
 def _share(n: int, parts: int, i: int) -> tuple[int, int]:
     return n * i // parts, n * (i + 1) // parts
 
@@ -552,19 +438,3 @@ def _share(n: int, parts: int, i: int) -> tuple[int, int]:
 def _part(group: slice, workers: int, w: int) -> slice:
     begin, end = _share(group.stop - group.start, workers, w)
     return slice(group.start + begin, group.start + end)
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Limit processes started within to one thread in numpy's and torch's libraries."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

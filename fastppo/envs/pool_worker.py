@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from fastppo.envs.sync import EnvGroup, FaultPolicy, check_spaces, error_text, layout, make_envs
+from fastppo.envs.env_group import EnvGroup, error_text, make_envs
+from fastppo.envs.fault_policy import FaultPolicy
+from fastppo.envs.step_arrays import check_spaces, layout
 from fastppo.errors import ENV_ERRORS, EnvError, cause_line
 
 _Array = np.ndarray[Any, Any]

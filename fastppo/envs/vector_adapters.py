@@ -14,11 +14,12 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
+from fastppo.envs.env_calls import check_callable
 from fastppo.envs.env_state import ResumeSupport, moments_in
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.info_sums import InfoTotals
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import SerialVectorEnv, check_callable
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import VecEnv
 from fastppo.errors import ENV_ERRORS, EnvError, EnvStartError, FastPPOError, first_line
 from fastppo.runtime.main_script import REIMPORTED, REIMPORTED_TEXT

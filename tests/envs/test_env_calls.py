@@ -7,10 +7,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import NormalizeReward
 
 from fastppo import Trainer, resume
+from fastppo.envs.fault_policy import FaultPolicy
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import EnvError
 from tests.envs.worlds import Level

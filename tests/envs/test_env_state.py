@@ -12,9 +12,10 @@ import pytest
 from fastppo.envs import env_state
 from fastppo.envs.env_state import EpisodeLog, set_state, state_of
 from fastppo.envs.factory import EnvFactory
+from fastppo.envs.fault_policy import FaultPolicy
 from fastppo.envs.plain_data import NotPlainError, decode, encode
 from fastppo.envs.resume_probe import probe_resume_support
-from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.errors import EnvError
 from tests.envs.worlds import Counter
 

@@ -13,8 +13,11 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from fastppo import Config, Trainer
 from fastppo.envs import backends
 from fastppo.envs.auto_vectorization import choose
+from fastppo.envs.env_group import EnvGroup
+from fastppo.envs.fault_policy import NO_FAULT_POLICY
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import NO_FAULT_POLICY, EnvGroup, SerialVectorEnv, step_result
+from fastppo.envs.step_arrays import step_result
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.errors import ConfigError, EnvError
 from tests.envs.worlds import Counter
 from tests.worlds import short

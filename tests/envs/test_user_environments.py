@@ -20,11 +20,12 @@ from fastppo.cli import main
 from fastppo.envs import resume_probe
 from fastppo.envs.env_state import ConstructedData, set_state, state_of
 from fastppo.envs.factory import EnvFactory, WorkerSetup, reuses_observations
+from fastppo.envs.fault_policy import FaultPolicy
 from fastppo.envs.make_envs import inspect_env, make_vec_env
 from fastppo.envs.plain_data import decode
 from fastppo.envs.pool import PoolVectorEnv
 from fastppo.envs.resume_probe import probe_resume_support, probe_seeding
-from fastppo.envs.sync import FaultPolicy, SerialVectorEnv
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError, EnvStartError
 from tests import PATIENCE

@@ -15,8 +15,10 @@ import pytest
 from gymnasium import spaces
 
 from fastppo import Trainer, resume
+from fastppo.envs.env_group import fresh_seed
+from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.pool import PoolVectorEnv
-from fastppo.envs.sync import NO_FAULT_POLICY, FaultPolicy, SerialVectorEnv, fresh_seed
+from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from fastppo.runtime.seeding import seed_stream
