@@ -6,7 +6,8 @@
 benchmarks/learning.toml is the table of rows: settings, environments, steps and seeds. Each seed of a row is a run of
 its own, in a process with one torch thread and in the folder that `fastppo train --seeds` would give it. The same
 command continues: runs that have ended are kept, and a run that was interrupted resumes from its last checkpoint, at
-most a minute before. `--hours` ends the runs in progress with a checkpoint each.
+most a minute before. After `--hours`, and at SIGTERM, the runs in progress end with a checkpoint each; one of
+stable-baselines3 has none and begins again.
 
 Measured of each run: the mean return of the last 100 training episodes, for which actions are sampled; the mean return
 of 20 evaluation episodes with the most probable actions and other seeds; and the curve of the mean return of the last
@@ -110,7 +111,7 @@ class Row:
 
 
 class TimeIsUp(Exception):
-    """`--hours` are over."""
+    """`--hours` are over, or the campaign was asked to end."""
 
 
 def main(options: Options) -> None:
@@ -183,23 +184,24 @@ def train(rows: Sequence[Row], folder: Path, hours: float, jobs: int) -> None:
                     else:
                         _train_peers(runs)
     except TimeIsUp:
-        print("time is up; the same command continues", flush=True)
+        print("stopped; the same command continues", flush=True)
 
 
 @contextmanager
 def alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeIsUp in the block after `seconds`."""
+    """Raise TimeIsUp in the block after `seconds`, or when this process is asked to end."""
 
     def ring(number: int, frame: Any) -> None:
         raise TimeIsUp
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = {number: signal.signal(number, ring) for number in (signal.SIGALRM, signal.SIGTERM)}
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _in_turn(rows: Sequence[Row], folder: Path) -> list[tuple[Row, Config]]:

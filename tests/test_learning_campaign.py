@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
 from collections import Counter
@@ -200,22 +201,26 @@ def test_other_settings_under_an_old_name_are_refused(tmp_path, table, fake):
         go(tmp_path, table)
 
 
-def test_hours_stop_training_and_close_running_processes(tmp_path, table, monkeypatch, capsys):
+@pytest.mark.parametrize("by", ["hours", "SIGTERM"])
+def test_hours_and_sigterm_stop_training_and_close_running_processes(tmp_path, table, monkeypatch, capsys, by):
     closed = []
 
     def run_each(configs, jobs):
         try:
+            if by == "SIGTERM":
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
             yield
         finally:
             closed.append(True)
 
     monkeypatch.setattr(learning, "run_each", run_each)
-    before = signal.getsignal(signal.SIGALRM)
-    go(tmp_path, table, hours=0.2 / 3600)
+    numbers = (signal.SIGALRM, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    go(tmp_path, table, hours=0.2 / 3600 if by == "hours" else 1.0)
     assert closed
-    assert "time is up" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGALRM) == before
+    assert "stopped" in capsys.readouterr().out
+    assert [signal.getsignal(number) for number in numbers] == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
