@@ -34,6 +34,7 @@ from fastppo.policies.mlp import MLP
 from fastppo.policies.native_actor import NativeActor, NativePolicy, can_act_in_c
 from fastppo.policies.native_mlp import not_covered
 from fastppo.policies.normalizers import ObsNormalizer
+from fastppo.policies.numpy_actor import can_act_in_numpy
 from fastppo.policies.policy import FORBIDDEN, Policy
 from fastppo.ppo import fused_gradient
 from fastppo.ppo.fused_gradient import FusedGradient
@@ -482,9 +483,11 @@ def changed(change):
     ids=["no activation", "two activations", "normalised", "another GELU", "no bias", "spectral", "hook", "wider"],
 )
 def test_a_changed_mlp_is_not_covered(change):
-    reason = not_covered(changed(change))
-    assert reason in ("the MLP's layers were changed", "some parameters are frozen")
-    assert not_covered(changed(lambda net: None)) is None
+    policy, unchanged = changed(change), changed(lambda net: None)
+    assert not_covered(policy) in ("the MLP's layers were changed", "some parameters are frozen")
+    assert not_covered(unchanged) is None
+    assert not can_act_in_numpy(policy)
+    assert can_act_in_numpy(unchanged)
 
 
 def test_threads_beyond_those_of_the_pool_compute_the_same():

@@ -549,7 +549,7 @@ def fail(message="measured on the wrong rank"):
 
 def test_rank_0_measures_the_vectorisation_for_all(second, monkeypatch, tmp_path):
     world, sent = second
-    monkeypatch.setattr("fastppo.builders.resolve.choose_vectorization", lambda *_: fail())
+    monkeypatch.setattr("fastppo.builders.resolve.choose_vectorization", lambda *_, **__: fail())
     sent.append([({"vectorization": "pool"}, "vectorization pool: measured"), None])
     config = short(tmp_path, vectorization="auto")
     c, notes = resolve_config(config, inspect_env("CartPole-v1", {}), CPU, world=world)

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastppo.config import Config, check_sequences, fill_defaults, known, parse_schedule
 from fastppo.envs.auto_vectorization import env_key, recall
-from fastppo.envs.make_envs import EnvInfo, choose_vectorization
+from fastppo.envs.make_envs import EnvInfo, choose_vectorization, supports
 from fastppo.errors import ConfigError
 from fastppo.policies.policy_spec import default_network
 from fastppo.profiles import MEASURED
@@ -125,11 +125,12 @@ def _fastest_vectorization(c: Config, env_info: EnvInfo) -> tuple[dict[str, Any]
     # use the result of `fastppo bench --save` on this machine, or else measure briefly now
     name = env_key(env_info.name, c.env_kwargs, c.wrappers)
     saved = recall(name, machine_name(), n_envs) if env_info.from_id else None
-    if saved is not None:
+    needs = {"timeout": c.env_timeout is not None, "restarts": c.on_env_error == "restart"}
+    if saved is not None and supports(saved["vectorization"], **needs):
         kept: dict[str, Any] = {name: saved.get(name) for name in ("vectorization", "workers")}
         kept["half_batches"] = bool(saved.get("half_batches"))
         return kept, f"vectorization {saved['vectorization']}: {saved['reason']}"
-    vectorization, why = choose_vectorization(env_info, n_envs)
+    vectorization, why = choose_vectorization(env_info, n_envs, **needs)
     return {"vectorization": vectorization}, why
 
 

@@ -106,16 +106,35 @@ def make_vectorized(env_info: EnvInfo, n_envs: int, vectorization: Vectorization
     return vectorize(env_info, VecEnvOptions(n_envs=n_envs))
 
 
-def choose_vectorization(env_info: EnvInfo, n_envs: int) -> tuple[Vectorization, str]:
-    """Return the fastest backend for N of the environments and the reason, in about a second plus start-up."""
+def supports(vectorization: Vectorization, *, timeout: bool, restarts: bool) -> bool:
+    """Return whether a backend can time out, if asked to, and restart failed environments, if asked to."""
+    backend = BACKENDS[vectorization]
+    return (backend.has_timeout or not timeout) and (backend.restarts_envs or not restarts)
+
+
+def choose_vectorization(
+    env_info: EnvInfo, n_envs: int, *, timeout: bool = False, restarts: bool = False
+) -> tuple[Vectorization, str]:
+    """Return the fastest backend for N of the environments and the reason, in about a second plus start-up.
+
+    Args:
+        env_info: from `inspect_env`.
+        n_envs: N.
+        timeout: whether a step must be able to time out.
+        restarts: whether failed environments must be restarted.
+    """
     if env_info.vector is not None:
         return "sync", "vectorization: make_env's own vector environment"
+    if timeout:
+        return "pool", "vectorization pool: env_timeout needs worker processes"
     if n_envs == 1:
         return "sync", "vectorization sync: there is one environment"
     candidates = {
         name: backend
         for name, backend in BACKENDS.items()
-        if backend.auto_margin is not None and backend.available(env_info)
+        if backend.auto_margin is not None
+        and backend.available(env_info)
+        and supports(name, timeout=timeout, restarts=restarts)
     }
     makers = {name: functools.partial(make_vectorized, env_info, n_envs, name) for name in candidates}
     in_processes = {name for name, backend in candidates.items() if backend.workers is not None}

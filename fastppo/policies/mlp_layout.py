@@ -126,15 +126,15 @@ def not_laid_out(policy: Policy) -> str | None:
         return "precision is bf16"
     if type(distribution) not in _KINDS:
         return f"the distribution is {type(distribution).__name__}"
-    if _is_changed(mlp):
+    if is_changed(mlp):
         return "the MLP's layers were changed"
     if not all(p.requires_grad and p.dtype == torch.float32 and p.is_contiguous() for p in mlp.parameters()):
         return "some parameters are frozen"
     return None
 
 
-def _is_changed(mlp: MLP) -> bool:
-    """Whether the layers are not those that `MLP` makes: a user may change them before training."""
+def is_changed(mlp: MLP) -> bool:
+    """Return whether the layers are not those that `MLP` makes: a user may change them before training."""
     trunks = [list(trunk.children()) for trunk in (mlp.critic_trunk, mlp.actor_trunk) if trunk is not None]
     linears = [[x for x in trunk if type(x) is nn.Linear] for trunk in trunks]
     known = {repr(kind()) for kind in ACTIVATIONS.values()}

@@ -20,17 +20,18 @@ from fastppo.native import recurrence as native
 from fastppo.policies.decisions import Decisions
 from fastppo.policies.memory import GRU, LSTM, Memory, MinGRU, RecurrentNetwork
 from fastppo.policies.mlp import MLP
+from fastppo.policies.mlp_layout import is_changed
 from fastppo.policies.policy import Policy
 
 _Array = np.ndarray[Any, Any]
 
 
 def can_act_in_numpy(policy: Policy) -> bool:
-    """Return whether the network is an MLP with tanh or ReLU on vectors, with memory or a trunk for the actor alone."""
+    """Return whether the network is an MLP as made here, tanh or ReLU, on vectors, with memory or separate trunks."""
     network = policy.network
     recurrent = type(network) is RecurrentNetwork
     mlp = network.body if isinstance(network, RecurrentNetwork) else network
-    if policy.bf16 or not policy.encoder.spec.is_plain or type(mlp) is not MLP:
+    if policy.bf16 or not policy.encoder.spec.is_plain or type(mlp) is not MLP or is_changed(mlp):
         return False
     if not isinstance(policy.distribution, (Categorical, Gaussian, Beta)) or (
         mlp.actor_trunk is None and not recurrent

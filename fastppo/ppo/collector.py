@@ -21,6 +21,7 @@ from fastppo.ppo.rollout import Rollout
 from fastppo.runtime.clock import Clock
 from fastppo.runtime.compile import CompileError
 from fastppo.runtime.graphs import capture
+from fastppo.runtime.seeding import restore_generator
 
 
 class Collector:
@@ -257,4 +258,4 @@ class Collector:
         self.rollout.obs[-1].copy_(saved["obs"])
         for i, x in enumerate(self._memory):
             x[-1].copy_(saved[f"memory{i}"])
-        self._generator.set_state(saved["noise"].cpu())
+        restore_generator(self._generator, saved["noise"])

@@ -28,6 +28,7 @@ from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_ra
 from fastppo.runtime.compile import CompileError, compile_graph
 from fastppo.runtime.distributed import World
 from fastppo.runtime.graphs import GraphPool, capture
+from fastppo.runtime.seeding import restore_generator
 
 Step = Callable[[UpdateState, Minibatch, Coefficients, tuple[Tensor, ...]], None]
 # (rows [M, B], scales [M, 2], coefs, watch) of one epoch
@@ -366,7 +367,7 @@ class PPOUpdate:
             if name in saved:  # a run that did not adapt it may be resumed as one that does
                 tensor.copy_(saved[name])
         self.state.skipped.copy_(saved["streak"])
-        self.shuffle.generator.set_state(saved["shuffles"].cpu())
+        restore_generator(self.shuffle.generator, saved["shuffles"])
 
     def kept(self) -> list[Tensor]:
         """List the tensors that an update changes and the next one reads."""

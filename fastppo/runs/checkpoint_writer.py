@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,6 +27,15 @@ _RETRY_SECONDS = 30.0  # between a failed save and the next attempt
 # Iterations of this many seconds are saved each, where checkpoints are saved by time at all: a stop signal leaves a
 # rollout that would take as long, and the run then resumes from the end of the iteration before
 LONG_ITERATION = 10.0
+
+
+class _Save(NamedTuple):
+    """The arguments of `CheckpointWriter.save`."""
+
+    step: int
+    shared: Files
+    own: Files
+    best: float | None
 
 
 class CheckpointWriter:
@@ -63,7 +73,7 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
         self._last_save: tuple[float, int] = (time.monotonic(), 0)
         self._saved = False  # whether the last save was one, and not the start of the count
-        self._unmarked_best: float | None = None  # best mean return whose checkpoint is not on the disk yet
+        self._lost_best: _Save | None = None  # the best so far, if it could not be written; tried again with the next
         self.failure: str | None = None
 
     def start(self, step: int, *, saved: bool) -> None:
@@ -95,12 +105,15 @@ class CheckpointWriter:
         """
         self.wait()
         self._last_save, self._saved = (time.monotonic(), step), True
-        best = self._unmarked_best if best is None else best
-        self._unmarked_best = best  # until the checkpoint is complete
+        saves = [_Save(step, shared, own, best)]
+        if self._lost_best is not None and best is None:
+            saves.insert(0, self._lost_best)
+        self._lost_best = None
         if self._thread is not None:
-            self._pending = self._thread.submit(self._write, step, shared, own, best)
+            self._pending = self._thread.submit(self._write_each, saves)
         else:
-            self._write_together(step, shared, own, best)
+            for save in saves:
+                self._write_together(save)
 
     def wait(self) -> None:
         """Wait until the pending save is done."""
@@ -114,49 +127,55 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def _write(self, step: int, shared: Files, own: Files, best: float | None) -> None:
+    def _write_each(self, saves: Sequence[_Save]) -> None:
+        for save in saves:
+            self._write(save)
+
+    def _write(self, save: _Save) -> None:
         folder = None
         try:
-            folder = begin_checkpoint(self._run_dir, step)
-            write_files(folder, shared() | own())
-            self._seal(folder, step, best)
+            folder = begin_checkpoint(self._run_dir, save.step)
+            write_files(folder, save.shared() | save.own())
+            self._seal(folder, save)
         except Exception as error:  # whatever fails, also a lack of memory: training continues
-            self._fail(step, error)
+            self._fail(save, error)
             if folder is not None:
                 discard_checkpoint(folder)
 
-    def _write_together(self, step: int, shared: Files, own: Files, best: float | None) -> None:
+    def _write_together(self, save: _Save) -> None:
         """Write in all processes; the main one makes and seals the folder. If one fails, all give up."""
         error = None
-        folder = temporary_folder(self._run_dir, step)
+        folder = temporary_folder(self._run_dir, save.step)
         for stage in range(3):
             try:
                 if stage == 0 and self._world.is_main:
-                    begin_checkpoint(self._run_dir, step)
-                    write_files(folder, shared())
+                    begin_checkpoint(self._run_dir, save.step)
+                    write_files(folder, save.shared())
                 elif stage == 1:
-                    write_files(folder, own())
+                    write_files(folder, save.own())
                 elif stage == 2 and self._world.is_main:
-                    self._seal(folder, step, best)
+                    self._seal(folder, save)
             except OSError as e:
                 error = e
             if self._world.any(error is not None, self._device):
-                self._fail(step, error or OSError("another process could not write"))
+                self._fail(save, error or OSError("another process could not write"))
                 if self._world.is_main:
                     discard_checkpoint(folder)
                 return
-        self.failure = self._unmarked_best = None  # in every process: `has` must answer the same in all
+        self.failure = None  # in every process: `has` must answer the same in all
 
-    def _seal(self, folder: Path, step: int, best: float | None) -> None:
+    def _seal(self, folder: Path, save: _Save) -> None:
         seal_checkpoint(folder, self._world.size)
-        if best is not None:
-            mark_best(self._run_dir, step, best)
-        self.failure = self._unmarked_best = None
+        if save.best is not None:
+            mark_best(self._run_dir, save.step, save.best)
+        self.failure = None
         prune_checkpoints(self._run_dir, self._keep)
 
-    def _fail(self, step: int, error: Exception) -> None:
+    def _fail(self, save: _Save, error: Exception) -> None:
+        if save.best is not None:
+            self._lost_best = save
         reason = (
             error.strerror if isinstance(error, OSError) else None
         ) or f"{type(error).__name__}: {first_line(error)}"
-        self.failure = f"the checkpoint at step {step:,} could not be written ({reason})"
+        self.failure = f"the checkpoint at step {save.step:,} could not be written ({reason})"
         self._say(f"{self.failure}; training continues and tries again in {_RETRY_SECONDS:.0f} s.")

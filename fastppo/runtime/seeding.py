@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -39,6 +40,19 @@ def generator(seed: int, use: str, device: torch.device, rank: int = 0, offset: 
     """Return a torch generator on `device`, seeded from `seed_stream`."""
     state = int(seed_stream(seed, use, rank, offset).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(state >> 1)
+
+
+def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Restore a generator from its `get_state()`.
+
+    States differ in size between CPU and GPU: one of the other kind of device gives the seed of a new stream.
+    """
+    state = state.cpu()
+    if len(state) == len(generator.get_state()):
+        generator.set_state(state)
+    else:
+        digest = hashlib.blake2b(state.numpy().tobytes(), digest_size=8).digest()
+        generator.manual_seed(int.from_bytes(digest) >> 1)
 
 
 def global_states() -> dict[str, bytes]:

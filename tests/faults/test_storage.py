@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -24,9 +25,11 @@ from fastppo.analysis.verify_resume import run_hashes
 from fastppo.errors import CheckpointError, ConfigError, FastPPOError
 from fastppo.resume_run import resumable_run
 from fastppo.runs.checkpoint import best_checkpoint, clean_up, list_checkpoints, newest_checkpoint, verify_checkpoint
+from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.restore import restore
 from fastppo.runs.run_dir import RunLock
 from fastppo.runtime import faults
+from fastppo.runtime.distributed import World
 from tests import PATIENCE
 from tests.faults.test_resume import LONG, RUN, fastppo, fastppo_process, interrupted, rows_of
 from tests.worlds import short
@@ -631,3 +634,34 @@ def test_a_saved_state_cant_replace_methods_of_an_environment(trained, tmp_path)
     state[-1]["attributes"]["action_space"] = 3
     with pytest.raises(EnvError, match="would replace its action_space"):
         set_state(env, state)
+
+
+def test_a_best_checkpoint_that_could_not_be_written_is_written_with_the_next(tmp_path):
+    said = []
+    writer = CheckpointWriter(
+        tmp_path,
+        keep=1,
+        every_steps=None,
+        every_minutes=0,
+        world=World(),
+        device=torch.device("cpu"),
+        say=said.append,
+    )
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    answers = iter([full, lambda: {"shared": b"of step 8"}])
+    writer.save(8, lambda: next(answers)(), lambda: {"own": b"of step 8"}, best=5.0)
+    writer.wait()
+    assert "step 8 could not be written" in said[0]
+    assert best_checkpoint(tmp_path) is None
+    for step in (16, 24):
+        files = {"shared": b"of a later step"}
+        writer.save(step, lambda files=files: files, dict)
+    writer.close()
+    assert [path.name[-2:] for path in list_checkpoints(tmp_path)] == ["08", "24"]
+    best = best_checkpoint(tmp_path)
+    assert best.name.endswith("08")
+    assert (best / "shared").read_bytes() == (best / "own").read_bytes() == b"of step 8"
+    assert writer.failure is None

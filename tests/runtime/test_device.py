@@ -14,6 +14,7 @@ from fastppo.runs.checkpoint import newest_checkpoint
 from fastppo.runs.restore import _compare
 from fastppo.runs.state_files import read_state
 from fastppo.runtime.device import choose_device
+from fastppo.runtime.seeding import generator, restore_generator
 from fastppo.trainer import Trainer
 from tests.envs.worlds import Counter
 from tests.worlds import short
@@ -133,3 +134,25 @@ def test_a_resume_compares_the_type_of_the_device(tmp_path):
     for before, now in (("cpu", "cuda"), ("cuda:1", "cpu")):
         (note,) = compare(before, now)
         assert f"device was {before}, is {now}" in note
+
+
+def test_a_generator_on_another_kind_of_device_goes_on_with_a_stream_of_its_own():
+    """A state of a GPU's generator is 16 bytes, and one of the CPU's some 5,000."""
+    saved = torch.arange(16, dtype=torch.uint8)
+    ours, same, other = (generator(1, "shuffle", torch.device("cpu")) for _ in range(3))
+    restore_generator(ours, saved)
+    restore_generator(same, saved)
+    restore_generator(other, saved + 1)
+    draws = [torch.rand(4, generator=x) for x in (ours, same, other, generator(1, "shuffle", torch.device("cpu")))]
+    assert torch.equal(draws[0], draws[1])
+    assert not any(torch.equal(draws[0], x) for x in draws[2:])
+    state = ours.get_state()
+    restore_generator(same, state)
+    assert torch.equal(torch.rand(4, generator=ours), torch.rand(4, generator=same))
+
+
+def test_an_update_loads_the_state_of_another_kind_of_device(tmp_path):
+    update = Trainer(short(tmp_path)).update
+    state = update.state_dict()
+    update.load_state_dict(state | {"shuffles": state["shuffles"][:16]})
+    assert not torch.equal(update.shuffle.generator.get_state(), state["shuffles"])
