@@ -1,6 +1,7 @@
 """Acting, values, advantages and the update in C against torch."""
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 import math
@@ -568,6 +569,18 @@ def test_a_resume_with_other_c_code_says_so(tmp_path, monkeypatch):
     again = fastppo.resume(tmp_path / "run", progress=False)
     again.env.close()
     assert any(f"the checkpoint has native code {before}, now other" in note for note in again.notes)
+
+
+def test_a_resume_of_a_run_that_c_could_not_update_says_nothing_of_c(tmp_path, monkeypatch):
+    """`auto` tries C first; what it chose in the end is what a resume compares."""
+    monkeypatch.setattr("fastppo.ppo.fused_gradient.not_fused", lambda *_: "not here")
+    first = Trainer(dataclasses.replace(config(tmp_path / "run"), compile="auto"), progress=False)
+    for _ in first.iterations():
+        break
+    assert first.config.compile != "fused"
+    again = fastppo.resume(tmp_path / "run", progress=False)
+    again.env.close()
+    assert not any("native code" in note for note in again.notes)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):

@@ -64,14 +64,15 @@ def test_mistakes_are_found_before_any_run(tmp_path, n_envs, seeds, text):
 
 def test_jobs_do_not_share_cores(monkeypatch, tmp_path):
     def jobs(cores, n_envs=4, hold="batch", **changes):
-        for module in ("study", "training_processes"):
-            monkeypatch.setattr(f"fastppo.analysis.{module}.usable_cores", lambda: cores)
+        for module in ("analysis.study", "analysis.training_processes", "envs.pool"):
+            monkeypatch.setattr(f"fastppo.{module}.usable_cores", lambda: cores)
         monkeypatch.setattr("fastppo.runtime.threads.CORES", cores)
         return choose_jobs(plan_study(dataclasses.replace(BASE, **changes), (n_envs,), 1, hold, tmp_path))
 
     assert jobs(8) == 4
     assert jobs(8, threads=3) == 2
     assert jobs(8, vectorization="pool") == 1
+    assert jobs(16, vectorization="pool") == 3  # one worker for each of the four environments, and a thread
     assert jobs(8, vectorization="pool", workers=3) == 2
     assert jobs(8, vectorization="auto") == 1
     assert jobs(1) == 1

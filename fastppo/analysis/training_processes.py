@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastppo.config import SETTINGS, Config, shown
+from fastppo.envs.pool import count_workers
 from fastppo.errors import ConfigError, FastPPOError, FinishedError
 from fastppo.runtime.cores import processes, usable_cores
 from fastppo.runtime.files import exclusive, write_json
@@ -99,9 +100,9 @@ def check_single_process(command: str) -> None:
 
 def env_cores(config: Config) -> int:
     """Return the cores that a run needs beside its torch threads: those of its workers, or one for everything else."""
-    if config.vectorization == "pool" and config.workers:
-        return config.workers
-    return usable_cores() if config.vectorization in ("pool", "async", "envpool", "auto") else 1
+    if config.vectorization == "pool":
+        return count_workers(config.n_envs or config.workers or usable_cores(), config.workers, 1)
+    return usable_cores() if config.vectorization in ("async", "envpool", "auto") else 1
 
 
 def run_each(configs: Sequence[Config], jobs: int) -> Generator[tuple[Config, str | None]]:

@@ -17,6 +17,7 @@ from fastppo.envs.factory import seed_global_streams
 from fastppo.envs.fault_policy import FaultPolicy
 from fastppo.envs.gymnasium_vector import GymnasiumVecEnv
 from fastppo.envs.make_envs import EnvInfo, make_vec_env, probe_resume
+from fastppo.envs.pool import count_workers
 from fastppo.envs.tensor.simulator import SimulatorEnv
 from fastppo.envs.vec_env import VecEnv, env_seeds
 from fastppo.errors import CheckpointError, ConfigError, EnvError
@@ -48,7 +49,7 @@ from fastppo.ppo.rollout import Rollout
 from fastppo.ppo.update import PPOUpdate
 from fastppo.runs.model_files import load_model, read_spec
 from fastppo.runtime.clock import Clock
-from fastppo.runtime.cores import local_processes, usable_cores
+from fastppo.runtime.cores import local_processes
 from fastppo.runtime.distributed import World
 from fastppo.runtime.resources import check_descriptors, free_memory
 from fastppo.runtime.seeding import generator, preserve_global_random_state, seed_stream
@@ -222,6 +223,12 @@ def build_curiosity(c: Config, models: Models, rollout: Rollout, world: World) -
     )
 
 
+def updates_in_c(c: Config, policy: Policy, device: torch.device) -> bool:
+    """Return whether C may compute the update of `policy`, where `auto` tries it first."""
+    asked = device.type == "cpu" and c.compile in ("auto", "fused") and c.optimizer == "adam"
+    return asked and not_covered(policy) is None
+
+
 def plan_run(
     c: Config, env_info: EnvInfo, models: Models, device: torch.device, world: World, notes: list[str]
 ) -> MemoryPlan:
@@ -230,11 +237,10 @@ def plan_run(
     Raises:
         ConfigError: the plan doesn't fit; the message names an n_envs that does.
     """
-    on_gpu, fused = device.type == "cuda", False
-    if c.compile in ("auto", "fused"):
-        reason = kernel_gradient.not_fused(models.policy, _loss(c)) if on_gpu else not_covered(models.policy)
-        fused = reason is None
-    programs = torch.cuda.get_device_properties(device).multi_processor_count if fused and on_gpu else 0
+    fused, programs = updates_in_c(c, models.policy, device), 0
+    if device.type == "cuda" and c.compile in ("auto", "fused"):
+        fused = kernel_gradient.not_fused(models.policy, _loss(c)) is None
+        programs = torch.cuda.get_device_properties(device).multi_processor_count if fused else 0
 
     def plan_for(n_envs: int) -> MemoryPlan:
         # a simulator may truncate at any step
@@ -274,7 +280,8 @@ def build_envs(
     assert c.vectorization != "auto", "the config is resolved"
     backend = backend_of(env_info, c.vectorization)
     if backend.workers is not None:
-        n_workers = n_envs if backend.workers == "n_envs" else c.workers or usable_cores()
+        n_groups = 2 if c.half_batches else 1
+        n_workers = n_envs if backend.workers == "n_envs" else count_workers(n_envs, c.workers, n_groups)
         check_descriptors(backend.descriptors, n_workers, backend.workers)
     # probes must not shift the global random streams, from which some environments draw
     with preserve_global_random_state():

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,6 +23,7 @@ from fastppo.builders.parts import (
     build_models,
     build_rollout,
     plan_run,
+    updates_in_c,
 )
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config, count_iterations, known
@@ -35,7 +37,6 @@ from fastppo.monitoring.env_monitor import EnvMonitor
 from fastppo.monitoring.info_monitor import InfoMonitor
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.native import library, recurrence
-from fastppo.policies.native_mlp import not_covered
 from fastppo.ppo.collector import Collector
 from fastppo.ppo.memory_plan import MemoryPlan
 from fastppo.ppo.rollout import Rollout
@@ -115,7 +116,7 @@ def build_run(
         logger = build_logger(c, env_info, device, console if world.is_main else None)
         _explain_wait(c, env_info, seconds, logger)
         models = build_models(c, env_info, policy, device, world)
-        c = _set_threads(c, models, world, notes, resumed=resume_from is not None)
+        c = _set_threads(c, models, device, world, notes, resumed=resume_from is not None)
         memory = plan_run(c, env_info, models, device, world, notes)
         env = build_envs(c, env_info, device, world, notes, stream_offset=_stream_offset(resume_from))
         undo.callback(env.close)
@@ -130,8 +131,8 @@ def build_run(
         if lock is not None:
             undo.callback(lock.release)
         parts = _stateful_parts(learning, collect, logger, progress)
-        metadata = run_metadata(c, env, world, versions() | _native_code(c, device, notes), machine_name())
-        state = RunState(models.spec, models.saved(), parts, env, metadata)
+        notes += _notes_on_memory(c, device)
+        state = RunState(models.spec, models.saved(), parts, env, _metadata(c, env, world, device))
         if resume_from is not None:
             notes += _resume(resume_from, state, c, collect, world)
             evaluation.last_step = learning.metrics.global_step
@@ -143,7 +144,7 @@ def build_run(
         )
         c = dataclasses.replace(c, compile=mode)
         notes += env.notes
-        state = state._replace(metadata=metadata | {"config": c.to_dict()})
+        state = state._replace(metadata=_metadata(c, env, world, device))
         run = Run(
             config=c,
             notes=notes,
@@ -206,12 +207,14 @@ def _explain_wait(c: Config, env_info: EnvInfo, seconds: float, logger: RunLogge
         logger.say(f"making one {env_info.name} and two steps took {seconds:.1f} s{more}")
 
 
-def _set_threads(c: Config, models: Models, world: World, notes: list[str], *, resumed: bool) -> Config:
+def _set_threads(
+    c: Config, models: Models, device: torch.device, world: World, notes: list[str], *, resumed: bool
+) -> Config:
     """Set torch's threads, and return the config with their number."""
     if c.threads is None:
         work = c.minibatch_size * models.parameters.size
         # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
-        in_c = c.compile in ("auto", "fused") and c.optimizer == "adam" and not_covered(models.policy) is None
+        in_c = updates_in_c(c, models.policy, device)
         threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
         c = dataclasses.replace(c, threads=threads)
         notes += choices
@@ -273,14 +276,19 @@ def _check_disk(run_dir: Path, c: Config, learning: Learning, world: World) -> N
     world.shared(lambda: check_disk(run_dir, n_kept * size, f"{n_kept} checkpoints"))
 
 
-def _native_code(c: Config, device: torch.device, notes: list[str]) -> dict[str, str]:
-    """Return, for a resume to compare, which C code computes update or memory; it rounds differently from torch."""
-    if c.memory == "none" and (c.compile not in ("auto", "fused") or device.type != "cpu"):
-        return {}
-    why = recurrence.unavailable()
-    if why is not None and c.memory in ("lstm", "gru") and device.type == "cpu":
-        notes.append(f"memory {c.memory} is computed in torch, at half the speed of C: {why}.")
-    return {"native code": library.sources_hash() if why is None else "absent"}
+def _metadata(c: Config, env: VecEnv, world: World, device: torch.device) -> dict[str, Any]:
+    """Return what a resume compares; also the C code, if it computes update or memory: torch rounds differently."""
+    code = {}
+    if device.type == "cpu" and (c.memory != "none" or c.compile in ("auto", "fused")):
+        code["native code"] = library.sources_hash() if recurrence.unavailable() is None else "absent"
+    return run_metadata(c, env, world, versions() | code, machine_name())
+
+
+def _notes_on_memory(c: Config, device: torch.device) -> list[str]:
+    """Return a note if a memory that C could compute is computed in torch."""
+    if c.memory not in ("lstm", "gru") or device.type != "cpu" or (why := recurrence.unavailable()) is None:
+        return []
+    return [f"memory {c.memory} is computed in torch, at half the speed of C: {why}."]
 
 
 def _free_threads(work: int, *, in_c: bool) -> tuple[int, list[str]]:

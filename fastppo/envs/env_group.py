@@ -87,6 +87,7 @@ class EnvGroup:
         self.ended = True  # the arrays may hold another group's flags
         self._makers, self._first, self._fault_policy = makers, rows.start, fault_policy
         self._arrays = {name: array[rows] for name, array in arrays.items()}
+        self._all_failures = arrays["failures"]  # of all groups: they share the number of restarts
         self._obs, self._final_obs, self._actions, self._rewards, self._terminated, self._truncated, self._seeds = (
             self._arrays[name]
             for name in ("obs", "final_obs", "actions", "rewards", "terminated", "truncated", "seeds")
@@ -218,7 +219,7 @@ class EnvGroup:
     def _replace(self, i: int, error: BaseException) -> None:
         """Restart environment i after `error`, or raise it again."""
         restarts, failures = self._arrays["restarts"], self._arrays["failures"]
-        if isinstance(error, EnvError) or failures.sum() >= self._fault_policy.restarts:
+        if isinstance(error, EnvError) or self._all_failures.sum() >= self._fault_policy.restarts:
             raise error
         restarts[i] += 1
         failures[i] += 1

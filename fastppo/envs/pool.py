@@ -97,7 +97,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         n = len(env_fns)
         if not 1 <= n_groups <= n:
             raise ConfigError(f"n_groups={n_groups} with {n} environments; give each group at least one.")
-        self.n_workers = max(1, min(n_workers or usable_cores(), n // n_groups))
+        self.n_workers = count_workers(n, n_workers, n_groups)
         probe = env_fns[0]()
         self.single_observation_space, self.single_action_space = probe.observation_space, probe.action_space
         self.metadata = {**probe.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -429,6 +429,11 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
     def _fail(self, line: str, remote: str = "", kind: type[EnvError] = EnvError) -> NoReturn:
         self._finalizer()
         raise kind(line) from (RuntimeError(remote) if remote else None)
+
+
+def count_workers(n_envs: int, n_workers: int | None, n_groups: int) -> int:
+    """Return the processes of a pool: `n_workers`, or one per core, and at most one for each environment of a group."""
+    return max(1, min(n_workers or usable_cores(), n_envs // n_groups))
 
 
 def _share(n: int, parts: int, i: int) -> tuple[int, int]:

@@ -50,7 +50,7 @@ class NativePolicy:
         if normalizer is None:
             read.divisor = divisor
         else:
-            self._moments = normalizer.mean.contiguous(), (normalizer.var + 1e-8).rsqrt().contiguous()
+            self._moments = normalizer.mean.contiguous(), normalizer.scale.contiguous()
             read.mean, read.scale = map(native.address, self._moments)
             read.clip, read.divisor = normalizer.clip, 1.0
 

@@ -35,6 +35,11 @@ class RunningMoments(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.pool: Pool = None
 
+    @property
+    def scale(self) -> Tensor:
+        """1 / sqrt(var + 1e-8), [*shape] float64."""
+        return (self.var + 1e-8).rsqrt()
+
     def update(self, rows: Tensor, valid: Tensor | None = None) -> None:
         """Add rows [B, *shape] of all processes, except where `valid` [B] is False."""
         seen, new = Moments(self.mean, self.var, self.count), moments_of(rows, valid)
@@ -55,7 +60,7 @@ class ObsNormalizer(RunningMoments):
     def forward(self, obs: Tensor) -> Tensor:
         """Return obs [B, *shape] normalised, float32."""
         # subtract in float64: float32 would lose significant digits if the mean is much larger than the deviation
-        scaled = (obs - self.mean) * (self.var + 1e-8).rsqrt()
+        scaled = (obs - self.mean) * self.scale
         return scaled.float().clamp(-self.clip, self.clip)
 
 
@@ -101,5 +106,5 @@ class RewardNormalizer(RunningMoments):
 
     def forward(self, rewards: Tensor) -> Tensor:
         """Return rewards [T, N] scaled, float32."""
-        scaled = rewards * (self.var + 1e-8).rsqrt()
+        scaled = rewards * self.scale
         return scaled.float().clamp(-self.clip, self.clip)

@@ -92,7 +92,7 @@ class NumpyActor:
         normalizer = self._policy.encoder.normalizer
         self._moments = None
         if normalizer is not None:
-            mean, scale = normalizer.mean.numpy(), (normalizer.var + 1e-8).rsqrt().numpy()
+            mean, scale = normalizer.mean.numpy(), normalizer.scale.numpy()
             self._moments = mean.reshape(-1), scale.reshape(-1), normalizer.clip
 
     def compile(self) -> None:

@@ -70,9 +70,10 @@ class KernelRollout:
         )
         self._actor = dataclasses.replace(self._critic, layers=(*shared, *mlp.actor))
         self._actions = kernels.Actions(sum(mlp.nvec), mlp.log_std, mlp.n_params, **_bounds(env))
+        (option,) = dataclasses.astuple(env.task) or (0.0,)  # type: ignore[call-overload]  # one field, or none
         self._simulation = kernels.Simulation(
             type(env.task).__name__,
-            float(sum(dataclasses.astuple(env.task))),  # type: ignore[call-overload]  # of one number or none
+            float(option),
             mlp.features,
             env.max_steps,
             len(env.final_obs_buffer.end_steps),
@@ -109,7 +110,7 @@ class KernelRollout:
         normalizer = self._policy.encoder.normalizer
         if normalizer is None:
             return self.parameters, self.parameters
-        return normalizer.mean, (normalizer.var + 1e-8).rsqrt()
+        return normalizer.mean, normalizer.scale
 
 
 def _bounds(env: TensorEnv) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def read_nan_dump(folder: Path) -> NanDump:
     tensors = read_tensors(folder / "batch.safetensors")
     try:
         check_format(folder, metadata)
-        metadata["value_clip"], metadata["normalize"]
+        if missing := {"value_clip", "normalize"} - metadata.keys():
+            raise KeyError(min(missing))
         states = tuple(tensors[f"states.{i}"] for i in range(sum(name.startswith("states.") for name in tensors)))
         fields = {name: tensors.get(name) for name in Batch._fields if name != "states"}
         batch = Batch(**fields, states=states)  # type: ignore[arg-type]

@@ -141,7 +141,8 @@ def _compare(path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], 
         ]
         if saved["machine"] != metadata["machine"]:
             others.append(f"{saved['machine']}, now {metadata['machine']}")
-        saved["world_size"], saved["way"]
+        if missing := {"world_size", "way"} - saved.keys():
+            raise KeyError(min(missing))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path}/state-0.json can't be understood ({type(error).__name__}: {error}).") from None
     notes = [f"settings changed, in effect from here on: {'; '.join(changes.values())}."] if changes else []

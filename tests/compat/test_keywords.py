@@ -283,6 +283,11 @@ def test_settings_that_no_keyword_stands_for_may_be_given(setting):
     assert {name: getattr(config, name) for name in setting} == setting
 
 
+def test_exploration_by_rnd_is_refused():
+    with pytest.raises(ConfigError, match="rnd=True can't be honoured"):
+        PPO("MlpPolicy", "Pendulum-v1", rnd=True, **FAST)
+
+
 def test_whole_numbers_may_be_numpys_or_floats():
     config = made(PPO, n_steps=np.int64(64), batch_size=32.0, policy_kwargs={"net_arch": [np.int64(16)]}).config
     assert (config.n_steps, config.n_minibatches, config.hidden_sizes) == (64, 2, (16,))

@@ -1,5 +1,6 @@
 """Failing environments and workers: error messages, time-outs and restarts. Rows E and P of the README."""
 
+import functools
 import io
 import os
 import signal
@@ -15,9 +16,10 @@ import pytest
 from gymnasium import spaces
 
 from fastppo import Trainer, resume
-from fastppo.envs.env_group import fresh_seed
+from fastppo.envs.env_group import EnvGroup, fresh_seed
 from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.pool import PoolVectorEnv
+from fastppo.envs.step_arrays import layout
 from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
@@ -95,6 +97,21 @@ def test_e1_the_budget_ends_it(make):
     with pytest.raises(EnvError, match="reset went wrong"):
         drive(venv, 100)
     venv.close()
+
+
+def test_e1_groups_share_the_budget():
+    """Workers of a pool each have a group of their own, in the same arrays."""
+    shapes = layout(2, FaultEnv.observation_space, FaultEnv.action_space)
+    arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    make = [functools.partial(FaultEnv, i, "raises", i, 2) for i in range(2)]
+    groups = [EnvGroup([m()], [m], arrays, slice(i, i + 1), FaultPolicy(restarts=3)) for i, m in enumerate(make)]
+    for group in groups:
+        group.reset()
+    with pytest.raises(EnvError, match="environment 1 .* the ball left"):
+        for _ in range(10):
+            for group in groups:
+                group.step()
+    assert arrays["failures"].tolist() == [2, 1]
 
 
 def test_e1_a_run_counts_restarts_and_gives_up_after_its_budget(tmp_path):
