@@ -1,7 +1,7 @@
 """Learning curves over environments and seeds: a campaign that can be stopped at any time and continued.
 
     nice python -m benchmarks.learning --hours 2
-    python -m benchmarks.learning --hours 0 --output benchmarks/results/learning_2core-cpu_2026-11-27.json
+    python -m benchmarks.learning --hours 0 --output benchmarks/results/learning_2core-cpu_2026-11-28.json
 
 benchmarks/learning.toml is the table of rows: settings, environments, steps and seeds. Each seed of a row is a run of
 its own, in a process with one torch thread and in the folder that `fastppo train --seeds` would give it. The same
