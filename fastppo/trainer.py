@@ -17,7 +17,7 @@ from fastppo.builders.resolve import target_of
 from fastppo.builders.run import build_run
 from fastppo.config import Config
 from fastppo.envs.make_envs import Maker
-from fastppo.errors import ConfigError, EnvError
+from fastppo.errors import ConfigError, EnvError, FastPPOError
 from fastppo.monitoring.open_sinks import open_sinks
 from fastppo.monitoring.sinks.trackers import check_trackers
 from fastppo.monitoring.stats import Stats
@@ -95,13 +95,25 @@ class Trainer:
         self._signals: StopSignals | None = None
         self._stage: Literal["between", "rollout", "abandoned", "update", "failing", "leaving"] = "between"
         self._update_seconds = 0.0  # of the last iteration
+        self._begun = False
         self.stop_requested = False
         self.result: Result | None = None
 
     def iterations(self) -> Iterator[Stats]:
-        """Train and yield the statistics of each iteration; leaving the loop early also saves and closes."""
+        """Train and yield the statistics of each iteration; leaving the loop early also saves and closes.
+
+        Raises:
+            FastPPOError: another loop over this trainer's iterations has begun and not ended.
+            RuntimeError: the trainer has run already.
+        """
         if self.result is not None:
             raise RuntimeError("this trainer has run already; call fastppo.resume to continue the run")
+        if self._begun:
+            raise FastPPOError(
+                "this trainer is in a loop over iterations() already, and two at once would break each other; continue "
+                "that loop, or close it and call fastppo.resume."
+            )
+        self._begun = True
         progress, clock = self.progress, self.clock
         try:
             self._open_sinks()

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from fastppo import Config, Trainer, evaluate, load_policy
-from fastppo.errors import CheckpointError, ConfigError, EnvError
+from fastppo.errors import CheckpointError, ConfigError, EnvError, FastPPOError
 from fastppo.functional.losses import PPOLoss
 from fastppo.runtime import compile as compiling
 from tests import PATIENCE
@@ -130,6 +130,17 @@ def test_iterations_yield_stats_and_a_break_saves_the_model(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").exists()
     with pytest.raises(RuntimeError, match="has run already"):
         trainer.run()
+
+
+def test_a_second_loop_beside_the_first_is_refused_and_leaves_it_unharmed(tmp_path):
+    trainer = Trainer(short(tmp_path))
+    first = trainer.iterations()
+    next(first)
+    for again in (lambda: next(trainer.iterations()), trainer.run):
+        with pytest.raises(FastPPOError, match=r"in a loop over iterations\(\) already"):
+            again()
+    assert [stats.iteration for stats in first] == [2, 3]
+    assert trainer.result.ended == "finished"
 
 
 def test_run_time_excludes_the_callers_work_between_iterations(tmp_path, monkeypatch):
