@@ -15,7 +15,7 @@ import numpy as np
 
 from fastppo.envs.env_calls import call_env, look_up, set_env
 from fastppo.envs.env_state import ConstructedData, EpisodeLog, moments_of, replay_episode, set_state, state_of
-from fastppo.envs.factory import shared_env_text
+from fastppo.envs.factory import shared_env_text, wrong_result_text
 from fastppo.envs.fault_policy import FaultPolicy
 from fastppo.envs.info_sums import NO_INFO, InfoSums, InfoTotals
 from fastppo.envs.plain_data import NotPlainError
@@ -154,7 +154,11 @@ class EnvGroup:
         rows, envs, sums, shape, dtype = self._obs, self.envs, self._info_sums, self._obs.shape[1:], self._obs.dtype
         for i in range(len(rewards), len(envs)):
             self.at = i
-            obs, reward, terminal, truncation, info = envs[i].step(actions[i])
+            result: Any = envs[i].step(actions[i])
+            try:
+                obs, reward, terminal, truncation, info = result
+            except (TypeError, ValueError):
+                raise EnvError(wrong_result_text("step", result)) from None
             if sums is not None:
                 sums.add(i, info)
             if getattr(obs, "shape", None) != shape:

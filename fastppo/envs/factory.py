@@ -217,6 +217,7 @@ def build(factory: EnvFactory) -> gym.Env[Any, Any]:
 
 
 _OLD_GYM = "wrap an environment of the old Gym with shimmy, or adapt it to gymnasium.Env"
+_RESULTS = {"reset": ("obs", "info"), "step": ("obs", "reward", "terminated", "truncated", "info")}
 
 
 def reuses_observations(env: gym.Env[Any, Any]) -> bool:
@@ -272,11 +273,15 @@ def _first_call(env: gym.Env[Any, Any], name: str, call: Callable[[], Any]) -> t
     except ENV_ERRORS as error:
         old = f"; {_OLD_GYM}" if isinstance(error, TypeError) and "'seed'" in str(error) else ""
         raise EnvStartError(f"{owner}.{name} failed: {cause_line(error)}{old}.") from error
-    names = ("obs", "info") if name == "reset" else ("obs", "reward", "terminated", "truncated", "info")
-    if not isinstance(result, tuple) or len(result) != len(names):
-        given = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
-        raise EnvStartError(f"{owner}.{name} returned {given}; it must return ({', '.join(names)}): {_OLD_GYM}.")
+    if not isinstance(result, tuple) or len(result) != len(_RESULTS[name]):
+        raise EnvStartError(f"{owner}.{wrong_result_text(name, result)}")
     return result
+
+
+def wrong_result_text(name: str, result: object) -> str:
+    """Return the message about a `reset` or `step` whose result is not Gymnasium's tuple."""
+    given = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+    return f"{name} returned {given}; it must return ({', '.join(_RESULTS[name])}): {_OLD_GYM}."
 
 
 def close_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:

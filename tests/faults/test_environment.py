@@ -216,6 +216,8 @@ def test_e6_nan_and_non_numbers_end_the_run(tmp_path, kind, message, vectorizati
         ("one number", r"environment 2 .*observation of shape \(1,\); its space says \(2,\)"),
         ("reward array", r"environment 2 .*reward array\(\[1\.\]\) \(float64 of shape \(1,\)\); it must be a number"),
         ("done as int", r"environment 2 .*terminated 1 \(int64\); it must be a bool"),
+        ("old tuple", r"environment 2 .*step 5: step returned a tuple of 4; it must return \(obs, reward, terminated,"),
+        ("no result", r"environment 2 .*step 5: step returned NoneType; it must return \(obs, reward, terminated,"),
     ],
 )
 @pytest.mark.parametrize("make", [serial, pool])

@@ -61,7 +61,10 @@ class FaultEnv(gym.Env):
         if self.mine and self.life == self.at_step and not (self.once and os.path.exists(self.once)):
             if self.once:
                 open(self.once, "w").close()
-            obs, reward, over = self._break(obs, reward, over)
+            broken = self._break(obs, reward, over)
+            if broken is None or len(broken) == 4:
+                return broken
+            obs, reward, over = broken
         return obs, reward, over, False, {}
 
     def _break(self, obs, reward, over):
@@ -102,6 +105,10 @@ class FaultEnv(gym.Env):
                 over = 1
             case "outside":
                 obs = obs + np.float32(1e7)
+            case "old tuple":
+                return obs, reward, over, {}
+            case "no result":
+                return None
             case "huge reward":
                 reward = 3e38
         return obs, reward, over
