@@ -268,6 +268,13 @@ MISTAKES = {
     "gamma": ("--gamma 1.5", "gamma=1.5 must be at most 1; nearest valid value: 1."),
     "lambda": ("--gae-lambda -0.1", "gae_lambda=-0.1 must be at least 0"),
     "nan": ("--learning-rate nan", "learning_rate=nan must be a finite number"),
+    "learning rate above float32": (
+        "--learning-rate 1e39",
+        "learning_rate=1e+39 doesn't fit a float32, which holds up",
+    ),
+    "coefficient above float32": ("--vf-coef 1e300", "vf_coef=1e+300 doesn't fit a float32"),
+    "negative, above float32": ("--value-clip-coef=-1e39", "value_clip_coef=-1e+39 doesn't fit a float32"),
+    "schedule above float32": ("--learning-rate linear:1e39:0", "learning_rate='linear:1e39:0' doesn't fit a float32"),
     "infinite": ("--max-grad-norm inf", "max_grad_norm=inf must be a finite number"),
     "learning rate": ("--learning-rate -1", "learning_rate=-1.0 must be at least 0"),
     "no norm": ("--max-grad-norm 0", "max_grad_norm=0.0 must be greater than 0"),

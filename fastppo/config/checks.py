@@ -18,6 +18,8 @@ from fastppo.profiles import profile_settings
 if TYPE_CHECKING:
     from fastppo.config.config import Config
 
+MAX_FLOAT32 = 3.4e38  # rounded down
+
 
 def check_types(config: Config, types: Mapping[str, Any]) -> None:
     """Check each field against its annotation in `types`.
@@ -72,6 +74,10 @@ def _check_number(name: str, given: object, number: float, setting: Setting) -> 
     if setting.at_most is not None and number > setting.at_most:
         bound = setting.at_most
         raise ConfigError(f"{name}={given!r} must be at most {bound}; nearest valid value: {bound}.")
+    if setting.changes == "results" and abs(number) > MAX_FLOAT32:
+        raise ConfigError(
+            f"{name}={given!r} doesn't fit a float32, which holds up to {MAX_FLOAT32}; give a smaller one."
+        )
 
 
 def check_texts(config: Config) -> None:
