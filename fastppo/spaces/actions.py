@@ -68,8 +68,10 @@ class ActionSpec:
         """Describe `space`.
 
         Raises:
-            EnvError: the space is neither Discrete, MultiDiscrete, MultiBinary nor Box.
+            EnvError: the space is neither Discrete, MultiDiscrete, MultiBinary nor Box, or holds no numbers.
         """
+        if space.shape is not None and not math.prod(space.shape):
+            raise EnvError(f"action space {space} holds no numbers; give it at least one, such as shape (1,).")
         if isinstance(space, spaces.Discrete):
             return cls("discrete", (), str(space.dtype), (int(space.n),), (int(space.start),))
         if isinstance(space, spaces.MultiDiscrete):

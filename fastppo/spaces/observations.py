@@ -10,6 +10,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from fastppo.errors import EnvError
 from fastppo.spaces.leaves import ObsKind, ObsLeaf
 from fastppo.spaces.packing import PackedSpace, find, places_of
 
@@ -37,9 +38,15 @@ class ObsSpec:
         """Describe `space`: one array, or packed rows.
 
         Raises:
-            EnvError: the space is not supported.
+            EnvError: the space is not supported, or the policy would read no numbers.
         """
-        return cls(space.leaves if isinstance(space, PackedSpace) else (ObsLeaf.from_space(space),))
+        spec = cls(space.leaves if isinstance(space, PackedSpace) else (ObsLeaf.from_space(space),))
+        if not any(leaf.features for leaf in spec.seen if not leaf.critic_only):
+            whole = space.whole if isinstance(space, PackedSpace) else space
+            raise EnvError(
+                f"observation space {whole} gives the policy no numbers; give it at least one, such as shape (1,)."
+            )
+        return spec
 
     @property
     def is_single(self) -> bool:

@@ -2,14 +2,18 @@
 
 import json
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
+from fastppo import Trainer
 from fastppo.errors import ConfigError, EnvError
 from fastppo.spaces.actions import ActionSpec, ToEnv
 from fastppo.spaces.observations import ObsSpec
+from fastppo.spaces.packing import PackedSpace, leaves_of
+from tests.worlds import short
 
 OBS = {
     "float32": (spaces.Box(-1, 1, (3,), np.float32), "vector", torch.float32),
@@ -72,7 +76,6 @@ READINGS = {
     "table of floats": (spaces.Box(-np.inf, np.inf, (50, 40), np.float32), "vector", torch.float32, 1, None),
     "small floats": (spaces.Box(0, 1, (8, 8), np.float32), "vector", torch.float32, 1, None),
     "small integers": (spaces.Box(0, 5, (8, 8), np.int8), "vector", torch.float32, 1, None),
-    "nothing": (spaces.Box(0, 255, (0, 3), np.uint8), "vector", torch.float32, 1, None),
 }
 
 
@@ -226,3 +229,45 @@ def test_unsupported_actions_are_refused_with_a_remedy(space):
 def test_an_integer_box_is_refused_as_an_action_space():
     with pytest.raises(EnvError, match="MultiDiscrete"):
         ActionSpec.from_space(spaces.Box(0, 9, (2,), np.int64))
+
+
+EMPTY = spaces.Box(0, 1, (0,))
+
+
+@pytest.mark.parametrize("space", [EMPTY, spaces.Box(0, 255, (0, 84, 3), np.uint8)], ids=["vector", "image"])
+def test_an_observation_space_without_numbers_is_refused(space):
+    with pytest.raises(EnvError, match=r"observation space Box.* gives the policy no numbers"):
+        ObsSpec.from_space(space)
+
+
+def test_an_empty_array_beside_others_is_no_harm():
+    parts = {"empty": EMPTY, "full": spaces.Box(0, 1, (2,))}
+    assert ObsSpec.from_space(_packed(parts)).features == 2
+    with pytest.raises(EnvError, match=r"observation space Dict.* gives the policy no numbers"):
+        ObsSpec.from_space(_packed({"empty": EMPTY}))
+
+
+def _packed(parts):
+    space = spaces.Dict(parts)
+    return PackedSpace(leaves_of(space, (), (), None), space)
+
+
+def test_an_action_space_without_numbers_is_refused():
+    with pytest.raises(EnvError, match=r"action space Box.* holds no numbers"):
+        ActionSpec.from_space(EMPTY)
+
+
+class Empty(gym.Env):
+    observation_space, action_space = EMPTY, spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(0, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(0, np.float32), 0.0, False, False, {}
+
+
+def test_a_space_without_numbers_leaves_no_run_folder(tmp_path):
+    with pytest.raises(EnvError, match="no numbers"):
+        Trainer(short(tmp_path), make_env=Empty)
+    assert not (tmp_path / "run").exists()
