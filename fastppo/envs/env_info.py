@@ -126,11 +126,8 @@ def _inspect(
     for name in ("frameskip", "obs_type") if atari else ():
         if name in env_kwargs:
             raise ConfigError(f"env_kwargs: {name} is set by the Atari preprocessing; leave it out.")
-    if make_env is not None and not callable(make_env):
-        raise ConfigError(
-            f"make_env is a {type(make_env).__name__}; it must be a function that makes an environment, "
-            "such as lambda: gymnasium.make('CartPole-v1')."
-        )
+    if make_env is not None:
+        single.check_maker("make_env", make_env)
     factory = EnvFactory(env_id, env_kwargs, make=make_env, wrappers=wrappers)
     env: Any = single.build(factory)
     if wrappers and isinstance(env, (VectorEnv, SimulatorEnv)):

@@ -294,6 +294,19 @@ def close_env(env: gym.Env[Any, Any] | VectorEnv[Any, Any, Any]) -> None:
         )  # once per class
 
 
+def check_maker(name: str, make: object) -> None:
+    """Refuse `make`, given as `name`, if it can't be called.
+
+    Raises:
+        ConfigError: it can't.
+    """
+    if not callable(make):
+        raise ConfigError(
+            f"{name} is a {type(make).__name__}; it must be a function that makes an environment, "
+            "such as lambda: gymnasium.make('CartPole-v1')."
+        )
+
+
 def shared_env_text(env: gym.Env[Any, Any]) -> str:
     """Return the message about a maker that returns `env` at every call."""
     name = type(env.unwrapped).__name__

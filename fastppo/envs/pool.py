@@ -30,7 +30,7 @@ from gymnasium.vector.utils import batch_space
 
 from fastppo.envs.env_calls import check_callable, one_each
 from fastppo.envs.env_group import fresh_seed
-from fastppo.envs.factory import WorkerSetup, close_env
+from fastppo.envs.factory import WorkerSetup, check_maker, close_env
 from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.info_sums import InfoTotals, join_totals
 from fastppo.envs.pool_process import POLL_SECONDS, WorkerProcess, prepare_fork_server, single_threaded, stop_workers
@@ -90,13 +90,17 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
             seed: of the global random streams of the workers.
 
         Raises:
-            ConfigError: fewer environments than groups.
+            ConfigError: fewer environments than groups, no workers, or a maker that is no function.
             EnvError: an environment can't be made, or its spaces aren't arrays.
         """
         exit_if_reimported()
         n = len(env_fns)
         if not 1 <= n_groups <= n:
             raise ConfigError(f"n_groups={n_groups} with {n} environments; give each group at least one.")
+        if n_workers is not None and n_workers < 1:
+            raise ConfigError(f"n_workers={n_workers} must be at least 1; None is one per core.")
+        for i, make in enumerate(env_fns):
+            check_maker(f"env_fns[{i}]", make)
         self.n_workers = count_workers(n, n_workers, n_groups)
         probe = env_fns[0]()
         self.single_observation_space, self.single_action_space = probe.observation_space, probe.action_space
@@ -179,8 +183,11 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         """Wait for the group's step; return views of shared memory, which its next step overwrites.
 
         Raises:
-            EnvError: an environment failed, or a worker died.
+            EnvError: an environment failed, a worker died, or no step was sent.
         """
+        self._check_running()
+        if group not in self._workers[0].pending:
+            raise EnvError(f"wait({group}): group {group} has no step under way; call send({group}, actions) first.")
         self._finish(group)
         return step_result(self._arrays, self.groups[group])
 

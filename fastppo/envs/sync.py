@@ -12,7 +12,7 @@ from gymnasium.vector.utils import batch_space
 
 from fastppo.envs.env_calls import check_callable, one_each
 from fastppo.envs.env_group import EnvGroup, make_envs
-from fastppo.envs.factory import close_env
+from fastppo.envs.factory import check_maker, close_env
 from fastppo.envs.fault_policy import NO_FAULT_POLICY, FaultPolicy
 from fastppo.envs.info_sums import InfoTotals
 from fastppo.envs.step_arrays import StepResult, check_spaces, copy_actions, layout, seeds, step_result
@@ -40,8 +40,11 @@ class SerialVectorEnv(VectorEnv[_Array, _Array, _Array]):
             fault_policy: handling of failed environments.
 
         Raises:
+            ConfigError: a maker is no function.
             EnvError: their spaces aren't arrays.
         """
+        for i, make in enumerate(env_fns):
+            check_maker(f"env_fns[{i}]", make)
         self.envs = list(make_envs(dict(enumerate(env_fns))).values())
         first, self.num_envs, self.fault_policy = self.envs[0], len(self.envs), fault_policy
         self.spec = first.spec

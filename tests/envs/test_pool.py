@@ -107,6 +107,32 @@ def test_the_error_of_a_killed_worker_names_its_environments_and_signal():
         steps(pool, 5)
 
 
+def test_waiting_for_a_step_that_was_not_sent_is_an_error_and_harms_nothing():
+    pool = PoolVectorEnv([cartpole] * 2, n_workers=2, n_groups=2)
+    pool.reset(seed=1)
+    with pytest.raises(EnvError, match=r"wait\(0\): group 0 has no step under way; call send\(0, actions\) first"):
+        pool.wait(0)
+    pool.send(0, np.zeros(1, np.int64))
+    with pytest.raises(EnvError, match=r"wait\(1\)"):
+        pool.wait(1)
+    assert pool.wait(0)[0].shape == (1, 4)
+    pool.close()
+    with pytest.raises(EnvError, match="the pool is closed"):
+        pool.wait(0)
+
+
+@pytest.mark.parametrize("n_workers", [0, -2])
+def test_a_pool_without_workers_is_refused(n_workers):
+    with pytest.raises(ConfigError, match=f"n_workers={n_workers} must be at least 1; None is one per core"):
+        PoolVectorEnv([cartpole], n_workers=n_workers)
+
+
+@pytest.mark.parametrize("vectoriser", [PoolVectorEnv, SerialVectorEnv])
+def test_an_environment_in_place_of_its_maker_is_refused(vectoriser):
+    with pytest.raises(ConfigError, match=r"env_fns\[1\] is a TimeLimit; it must be a function that makes"):
+        vectoriser([cartpole, cartpole()])
+
+
 def test_close_ends_every_worker():
     pool = PoolVectorEnv([Counter] * 2, n_workers=2)
     pids = [worker.process.pid for worker in pool._workers]
