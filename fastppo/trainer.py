@@ -103,15 +103,15 @@ class Trainer:
         """Train and yield the statistics of each iteration; leaving the loop early also saves and closes.
 
         Raises:
-            FastPPOError: another loop over this trainer's iterations has begun and not ended.
+            FastPPOError: another loop over this trainer's iterations has begun.
             RuntimeError: the trainer has run already.
         """
         if self.result is not None:
             raise RuntimeError("this trainer has run already; call fastppo.resume to continue the run")
         if self._begun:
             raise FastPPOError(
-                "this trainer is in a loop over iterations() already, and two at once would break each other; continue "
-                "that loop, or close it and call fastppo.resume."
+                "a loop over this trainer's iterations has begun already; continue that loop, or end it and call "
+                "fastppo.resume."
             )
         self._begun = True
         progress, clock = self.progress, self.clock
