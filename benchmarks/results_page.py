@@ -366,8 +366,9 @@ def _ablation(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
 def _verdict(column: str, chance: Interval) -> str:
     """Return what a probability of improvement over CleanRL's defaults says about a default."""
     if chance.low <= 0.5 <= chance.high:
-        return f"With {COLUMNS[column]} no difference to CleanRL's defaults is found."
-    return f"With {COLUMNS[column]}, runs return {'more' if chance.low > 0.5 else 'less'} than with CleanRL's defaults."
+        return f"Over all environments, no difference from CleanRL's defaults is found for: {COLUMNS[column]}."
+    more = "more" if chance.low > 0.5 else "less"
+    return f"Over all environments, runs return {more} than with CleanRL's defaults for: {COLUMNS[column]}."
 
 
 def _peer(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:

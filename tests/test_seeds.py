@@ -69,8 +69,8 @@ def test_seeds_follow_each_other_and_share_the_cores(tmp_path, monkeypatch):
         (5, "seed5", "auto"),
         (6, "seed6", "auto"),
     ]
-    for module in ("seeds", "training_processes"):
-        monkeypatch.setattr(f"fastppo.analysis.{module}.usable_cores", lambda: 8)
+    for module in ("analysis.seeds", "analysis.training_processes", "envs.pool"):
+        monkeypatch.setattr(f"fastppo.{module}.usable_cores", lambda: 8)
     assert choose_jobs(base, 8) == 4, "a core for torch and one for the environments each"
     assert choose_jobs(base, 3) == 3
     assert choose_jobs(Config(vectorization="pool", n_envs=4, threads=1), 8) == 1

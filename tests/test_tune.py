@@ -329,12 +329,14 @@ def test_settings_that_change_no_number_may_differ(tmp_path, fake_runs):
 def test_as_many_seeds_at_a_time_as_have_cores_for_their_environments(monkeypatch):
     monkeypatch.setattr(tune, "usable_cores", lambda: 8)
     monkeypatch.setattr(training_processes, "usable_cores", lambda: 8)
+    monkeypatch.setattr("fastppo.envs.pool.usable_cores", lambda: 8)
     assert tune.choose_jobs(BASE, 3) == 3
     assert tune.choose_jobs(BASE, 20) == 8
     pool = dataclasses.replace(BASE, vectorization="pool")
-    assert tune.choose_jobs(pool, 3) == 1
-    assert tune.choose_jobs(dataclasses.replace(pool, workers=3), 3) == 2
-    assert tune.choose_jobs(dataclasses.replace(pool, workers=16), 3) == 1
+    assert tune.choose_jobs(pool, 3) == 2  # a pool has a worker for each of four environments, and no more
+    assert tune.choose_jobs(dataclasses.replace(pool, workers=16), 3) == 2
+    assert tune.choose_jobs(dataclasses.replace(pool, workers=2), 3) == 3
+    assert tune.choose_jobs(dataclasses.replace(pool, n_envs=16), 3) == 1
 
 
 def test_best_toml_holds_what_was_given_and_what_was_found(tmp_path, fake_runs):

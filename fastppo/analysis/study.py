@@ -18,7 +18,7 @@ import torch
 
 from fastppo.analysis.run_data import RunData, read_run
 from fastppo.analysis.training_processes import claim_folder, ended, env_cores
-from fastppo.builders.parts import policy_spec, updates_in_c
+from fastppo.builders.parts import may_update_in_c, policy_spec
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config
 from fastppo.envs.make_envs import EnvInfo
@@ -164,7 +164,7 @@ def run_cores(config: Config, env_info: EnvInfo, device: torch.device) -> int:
     resolved = _resolve(config, env_info, device)
     policy = policy_spec(resolved, env_info, custom=False).build()
     work = resolved.minibatch_size * sum(x.numel() for x in policy.network.parameters())
-    in_c = updates_in_c(resolved, policy, device)
+    in_c = may_update_in_c(resolved, policy, device)
     return (config.threads or choose_threads(work, in_c=in_c)) + env_cores(config)
 
 

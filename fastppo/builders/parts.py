@@ -223,8 +223,8 @@ def build_curiosity(c: Config, models: Models, rollout: Rollout, world: World) -
     )
 
 
-def updates_in_c(c: Config, policy: Policy, device: torch.device) -> bool:
-    """Return whether C may compute the update of `policy`, where `auto` tries it first."""
+def may_update_in_c(c: Config, policy: Policy, device: torch.device) -> bool:
+    """Return whether the settings allow C for the update and it covers `policy`; `auto` may still choose torch."""
     asked = device.type == "cpu" and c.compile in ("auto", "fused") and c.optimizer == "adam"
     return asked and not_covered(policy) is None
 
@@ -237,7 +237,7 @@ def plan_run(
     Raises:
         ConfigError: the plan doesn't fit; the message names an n_envs that does.
     """
-    fused, programs = updates_in_c(c, models.policy, device), 0
+    fused, programs = may_update_in_c(c, models.policy, device), 0
     if device.type == "cuda" and c.compile in ("auto", "fused"):
         fused = kernel_gradient.not_fused(models.policy, _loss(c)) is None
         programs = torch.cuda.get_device_properties(device).multi_processor_count if fused else 0

@@ -22,8 +22,8 @@ from fastppo.builders.parts import (
     build_learning,
     build_models,
     build_rollout,
+    may_update_in_c,
     plan_run,
-    updates_in_c,
 )
 from fastppo.builders.resolve import resolve_config, target_of
 from fastppo.config import Config, count_iterations, known
@@ -214,7 +214,7 @@ def _set_threads(
     if c.threads is None:
         work = c.minibatch_size * models.parameters.size
         # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
-        in_c = updates_in_c(c, models.policy, device)
+        in_c = may_update_in_c(c, models.policy, device)
         threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
         c = dataclasses.replace(c, threads=threads)
         notes += choices

@@ -294,7 +294,9 @@ def check_settings(settings: Mapping[str, Any], by_keyword: Collection[str]) -> 
         ConfigError: there is no such setting, or a keyword stands for it.
     """
     if Config.from_dict(settings, "keywords").rnd:
-        raise ConfigError("rnd=True can't be honoured: each learn would begin with new networks; use fastppo.Trainer.")
+        raise ConfigError(
+            "rnd=True can't be honoured: each learn would begin with new RND networks; use fastppo.Trainer."
+        )
     for name in settings:
         if name in by_keyword or name in _BY_KEYWORD:
             raise ConfigError(f"{name}={settings[name]!r}: another keyword stands for this setting; use that one.")

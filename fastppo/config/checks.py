@@ -76,7 +76,7 @@ def _check_number(name: str, given: object, number: float, setting: Setting) -> 
         raise ConfigError(f"{name}={given!r} must be at most {bound}; nearest valid value: {bound}.")
     if setting.changes == "results" and abs(number) > MAX_FLOAT32:
         raise ConfigError(
-            f"{name}={given!r} doesn't fit a float32, which holds up to {MAX_FLOAT32}; give a smaller one."
+            f"{name}={given!r} doesn't fit a float32, which holds up to {MAX_FLOAT32} in size; give one nearer to 0."
         )
 
 

@@ -45,7 +45,7 @@ def generator(seed: int, use: str, device: torch.device, rank: int = 0, offset: 
 def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
     """Restore a generator from its `get_state()`.
 
-    States differ in size between CPU and GPU: one of the other kind of device gives the seed of a new stream.
+    A CPU's state and a GPU's differ in size. One of the other kind of device seeds a new stream with its hash.
     """
     state = state.cpu()
     if len(state) == len(generator.get_state()):

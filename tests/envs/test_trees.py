@@ -227,7 +227,9 @@ def test_a_native_version_without_the_masks_of_a_single_environment_is_refused(t
     with pytest.raises(EnvError, match=r"the vector version gives no info\["):
         trained(tmp_path, None, "native", env_id=spec.id, vectorization="native")
     trainer = trained(tmp_path, None, env_id=spec.id, vectorization="auto")
-    assert (trainer.config.vectorization, trainer.spec.obs.has_mask) == ("sync", True)
+    # sync or pool, whichever is faster here
+    assert trainer.config.vectorization != "native"
+    assert trainer.spec.obs.has_mask
 
 
 def test_mask_methods_within_a_vector_environment_are_refused(tmp_path):
