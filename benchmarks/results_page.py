@@ -359,16 +359,26 @@ def _ablation(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:
     if any(len(values(runs, row)) < len(row.seeds) for row in own):
         text += "Seeds are missing, so this decides nothing about a default yet."
     else:
-        text += " ".join(_verdict(column, improved(runs, own, base, column)[1]) for column in others)
+        text += _verdict({column: improved(runs, own, base, column)[1] for column in others})
     return ["## Value clipping", _wrapped(text), found, f"![the curves of these runs]({ABLATION})"]
 
 
-def _verdict(column: str, chance: Interval) -> str:
-    """Return what a probability of improvement over CleanRL's defaults says about a default."""
-    if chance.low <= 0.5 <= chance.high:
-        return f"Over all environments, no difference from CleanRL's defaults is found for: {COLUMNS[column]}."
-    more = "more" if chance.low > 0.5 else "less"
-    return f"Over all environments, runs return {more} than with CleanRL's defaults for: {COLUMNS[column]}."
+def _verdict(chances: Mapping[str, Interval]) -> str:
+    """Return what each column's probability of improvement over CleanRL's defaults says about a default."""
+    found: dict[str, list[str]] = {}
+    for column, chance in chances.items():
+        effect = (
+            "return more than"
+            if chance.low > 0.5
+            else "return less than"
+            if chance.high < 0.5
+            else "show no difference from"
+        )
+        found.setdefault(effect, []).append(f'"{COLUMNS[column]}"')
+    return " ".join(
+        f"Over all environments, runs with {' and with '.join(names)} {effect} runs with CleanRL's defaults."
+        for effect, names in found.items()
+    )
 
 
 def _peer(runs: Sequence[Run], rows: Sequence[learning.Row]) -> list[str]:

@@ -295,9 +295,9 @@ def complete(returns):
 @pytest.mark.parametrize(
     ("shift", "chance", "verdict"),
     [
-        (10.0, "1.00 (1.00 to 1.00)", "runs return more than with CleanRL's defaults for: no value clip."),
-        (-10.0, "0.00 (0.00 to 0.00)", "runs return less than with CleanRL's defaults for: no value clip."),
-        (0.0, "0.50 (0.", "no difference from CleanRL's defaults is found for: no value clip."),
+        (10.0, "1.00 (1.00 to 1.00)", 'runs with "no value clip" return more than runs with'),
+        (-10.0, "0.00 (0.00 to 0.00)", 'runs with "no value clip" return less than runs with'),
+        (0.0, "0.50 (0.", 'runs with "no value clip" and with "no value clip, vf_coef 1" show no difference'),
     ],
 )
 def test_a_complete_ablation_says_what_a_default_costs(shift, chance, verdict):
