@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
 import inspect
-import secrets
-import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, ClassVar, Self, cast
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastppo.builders.parts import build_models
 from fastppo.builders.resolve import resolve_config
-from fastppo.compat.archive import unpacked, write_archive
-from fastppo.compat.callbacks import Hooks, Logger, hooks_of
+from fastppo.compat.arguments import changed, config_of, read_arguments, signature_of
+from fastppo.compat.callbacks import Logger, hooks_of
 from fastppo.compat.envs import EnvSource, env_source, normalizer_of, register
-from fastppo.compat.keywords import (
-    Schedule,
-    check_settings,
-    policy_settings,
-    settings_by_keyword,
-    translate,
-    whole_minibatches,
-    whole_number,
-    without_functions,
-)
-from fastppo.config import Config
+from fastppo.compat.keywords import whole_number, without_functions
+from fastppo.compat.model_file import Facts, Models, opened, read_models, write_model
+from fastppo.compat.training import follow_steps, hand_over, run_folder, train
 from fastppo.errors import CheckpointError, ConfigError
-from fastppo.evaluation.saved_policy import SavedPolicy, load_policy
-from fastppo.monitoring.stats import Stats
+from fastppo.evaluation.saved_policy import SavedPolicy
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
 from fastppo.profiles import Profile
 from fastppo.runs.inspect_env import inspect_configured
-from fastppo.runs.model_files import load_model, model_files
 from fastppo.runs.result import Result
-from fastppo.runs.state_files import Stateful, StateSnapshot, read_state, snapshot, state_files
+from fastppo.runs.state_files import StateSnapshot, snapshot
 from fastppo.runtime.device import choose_device
 from fastppo.runtime.distributed import World
 from fastppo.trainer import Trainer
@@ -88,7 +73,7 @@ class Algorithm:
         """Give the constructor the signature of the profile's keywords."""
         super().__init_subclass__(**kwargs)
         if "profile" in vars(cls):
-            cls.__signature__ = _signature(cls.profile)
+            cls.__signature__ = signature_of(cls.profile)
 
     def __init__(self, *args: Any, **given: Any) -> None:  # noqa: ANN401 - see __signature__
         """Build the policy for an environment.
@@ -104,21 +89,10 @@ class Algorithm:
             EnvError: the environment can't be used.
         """
         bound = self.__signature__.bind(*args, **given)
-        bound.apply_defaults()
-        keywords = dict(bound.arguments)
-        own, env = keywords.pop("settings"), keywords.pop("env")
-        normalize = {name: keywords.pop(name) for name in ("normalize_obs", "normalize_rewards")}
-        policy, policy_kwargs = keywords["policy"], keywords["policy_kwargs"]
-        settings = translate(self.profile, keywords)
-        chosen = policy_settings(policy, policy_kwargs, legacy=self.legacy, recurrent=self.recurrent) | normalize
-        check_settings(own, {*settings_by_keyword(self.profile), *chosen})
-        settings |= chosen
-        settings |= {"action_masks": "auto" if self.masks else "off", "resume_envs": "restart"} | own
-        seed = keywords["seed"]
-        settings["seed"] = secrets.randbits(31) if seed is None else whole_number("seed", seed)
-        self._begin(settings, keywords["verbose"], keywords["tensorboard_log"])
-        self._functions = tuple(name for name, value in keywords.items() if callable(value) and name != "policy")
-        self._use(env_source(env))
+        arguments = read_arguments(self.profile, bound, legacy=self.legacy, recurrent=self.recurrent, masks=self.masks)
+        self._begin(arguments.settings, arguments.verbose, arguments.tensorboard_log)
+        self._functions = arguments.functions
+        self._use(env_source(arguments.env))
         self._build()
 
     def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any value
@@ -157,7 +131,7 @@ class Algorithm:
         self._lost: tuple[str, ...] = ()  # keywords that followed a function, which a file couldn't hold
         self._loaded: StateSnapshot | None = None  # the optimiser's state, from a file
         self._spec: PolicySpec
-        self._models: dict[str, nn.Module]
+        self._models: Models
         self._saved: SavedPolicy
 
     # Environments
@@ -168,7 +142,7 @@ class Algorithm:
         Raises:
             ConfigError: other spaces, or no masks where the algorithm needs them.
         """
-        config = self._config_for(source.n_envs, source.env_id)
+        config = config_of(self._settings, source.n_envs, source.env_id)
         info = inspect_configured(config, source.make_env)
         if self.masks and not info.obs_spec.has_mask:
             needed = f"{type(self).__name__} needs masks of allowed actions"
@@ -185,10 +159,6 @@ class Algorithm:
         self._source, self.n_envs, self.config, self._env_info = source, source.n_envs, config, info
         venv = source.venv
         self.observation_space, self.action_space = venv.observation_space, venv.action_space
-
-    def _config_for(self, n_envs: int, env_id: str | None = None) -> Config:
-        settings = whole_minibatches(self._settings, n_envs) | {"n_envs": n_envs}
-        return Config(**settings if env_id is None else settings | {"env_id": env_id})
 
     def get_env(self) -> Any:  # noqa: ANN401 - a VecEnv of either program
         """Return the environments as a VecEnv, whose step returns observations, rewards, dones and infos; or None."""
@@ -234,7 +204,7 @@ class Algorithm:
         models = build_models(resolved, self._env_info, None, device, World())
         self._hold(models.spec, models.saved(), device)
 
-    def _hold(self, spec: PolicySpec, models: dict[str, nn.Module], device: torch.device) -> None:
+    def _hold(self, spec: PolicySpec, models: Models, device: torch.device) -> None:
         policy = models["policy"]
         assert isinstance(policy, Policy)
         self._spec, self._models = spec, models
@@ -312,7 +282,7 @@ class Algorithm:
         if total_timesteps < 1:
             raise ConfigError(f"total_timesteps={total_timesteps} must be at least 1.")
         before, learned = 0 if reset_num_timesteps else self.num_timesteps, self._optimizer_state()
-        with self._run_dir(tb_log_name or type(self).__name__) as run_dir:
+        with run_folder(self.tensorboard_log, tb_log_name or type(self).__name__) as run_dir:
             config = dataclasses.replace(
                 self.config,
                 total_timesteps=-(-total_timesteps // batch) * batch,
@@ -322,34 +292,17 @@ class Algorithm:
             )
             trainer = Trainer(config, self._source.make_env, progress=bool(self.verbose or progress_bar))
             self.trainer = trainer
-            self._continue(trainer, learned)
-            self._schedule(trainer, before, total_timesteps)
+            self._hold(trainer.spec, hand_over(trainer, self._models, learned), trainer.device)
+            self._trainings += 1
+            planned = before + total_timesteps
+            follow_steps(trainer, self._schedules, lambda i: before + self._steps_counted(i), planned)
             self.num_timesteps = before
             for hook in hooks:
-                hook.start(self, before + total_timesteps)
-            self._iterate(trainer, hooks)
+                hook.start(self, planned)
+            train(trainer, self, hooks)
         for hook in hooks:
             hook.end()
         return self
-
-    def _iterate(self, trainer: Trainer, hooks: list[Hooks]) -> None:
-        """Run the trainer and call the hooks, until the end or until one of them stops it."""
-        before, n_steps = self.num_timesteps, self.config.batch_size // self.n_envs
-        with contextlib.closing(cast("Generator[Stats]", trainer.iterations())) as iterations:
-            for stats in iterations:
-                for hook in hooks:
-                    hook.rollout_start()
-                answers = [True]
-                for t in range(1, n_steps + 1 if hooks else 0):
-                    self.num_timesteps = before + stats.global_step - (n_steps - t) * self.n_envs
-                    answers = [hook.step() for hook in hooks]  # each is called, whatever the others return
-                    if not all(answers):
-                        break
-                self.num_timesteps = before + stats.global_step
-                answers += [hook.rollout_end() for hook in hooks]
-                self.logger.write(trainer.log)
-                if not all(answers):
-                    return
 
     @property
     def result(self) -> Result | None:
@@ -360,50 +313,9 @@ class Algorithm:
         """Return the state of the optimiser as it is now; None before any training."""
         return self._loaded if self.trainer is None else snapshot({"update": self.trainer.update})
 
-    def _continue(self, trainer: Trainer, learned: StateSnapshot | None) -> None:
-        """Give a new trainer what was learned so far, and take its policy for ours."""
-        models: dict[str, nn.Module] = {"policy": trainer.policy}
-        if trainer.reward_normalizer is not None:
-            models["rewards"] = trainer.reward_normalizer
-        for name, module in models.items():
-            with torch.no_grad():
-                saved = self._models[name].state_dict()
-                for key, value in module.state_dict().items():
-                    value.copy_(saved[key])
-        if learned is not None:
-            trainer.update.load_state_dict(learned.part("update"))
-        self._hold(trainer.spec, models, trainer.device)
-        self._trainings += 1
-
-    def _schedule(self, trainer: Trainer, before: int, total: int) -> None:
-        """Let coefficients follow the remaining progress of this program: 1 - steps / planned steps."""
-        schedules, planned = trainer.learner.schedules, before + total
-
-        def remaining(progress: float) -> float:
-            steps = before + self._steps_counted(round(progress * trainer.n_iterations))
-            return max(0.0, 1 - steps / planned)
-
-        for name, schedule in list(schedules.items()):
-            if (own := self._schedules.get(name)) is not None:
-                schedules[name] = functools.partial(_by_remaining, own, remaining)
-            else:
-                schedules[name] = functools.partial(_by_progress, schedule, remaining)
-
     def _steps_counted(self, iteration: int) -> int:
         """Return the steps that the schedules of iteration 0, 1, ... count: those of its own rollout too."""
         return (iteration + 1) * self.config.batch_size
-
-    @contextlib.contextmanager
-    def _run_dir(self, name: str) -> Iterator[Path]:
-        """Give the folder of a training: the next one in tensorboard_log, else one that is removed afterwards."""
-        if self.tensorboard_log is None:
-            with tempfile.TemporaryDirectory(prefix="fastppo-") as folder:
-                yield Path(folder) / "run"
-            return
-        number = 1
-        while (self.tensorboard_log / f"{name}_{number}").exists():
-            number += 1
-        yield self.tensorboard_log / f"{name}_{number}"
 
     # Files
 
@@ -415,23 +327,17 @@ class Algorithm:
         """
         if exclude is not None or include is not None:
             raise ConfigError("save: exclude and include can't be honoured: the file holds no Python objects.")
-        about = {
-            "algorithm": type(self).__name__,
-            "settings": {name: str(v) if isinstance(v, Path) else v for name, v in self._settings.items()},
-            "n_envs": self.n_envs,
-            "functions": self._functions,
-            "num_timesteps": self.num_timesteps,
-            "trainings": self._trainings,
-            "verbose": self.verbose,
-            "tensorboard_log": None if self.tensorboard_log is None else str(self.tensorboard_log),
-        }
-        models: dict[str, Stateful] = dict(self._models)
-        files = model_files(snapshot(models), self._spec, {"global_step": self.num_timesteps})
-        files |= state_files(0, self._optimizer_state() or StateSnapshot({}, {}), about)
-        try:
-            write_archive(path, files)
-        except OSError as error:
-            raise ConfigError(f"save: {path} can't be written ({error.strerror or error}).") from None
+        facts = Facts(
+            algorithm=type(self).__name__,
+            settings={name: str(v) if isinstance(v, Path) else v for name, v in self._settings.items()},
+            n_envs=self.n_envs,
+            functions=self._functions,
+            num_timesteps=self.num_timesteps,
+            trainings=self._trainings,
+            verbose=self.verbose,
+            tensorboard_log=None if self.tensorboard_log is None else str(self.tensorboard_log),
+        )
+        write_model(path, facts, self._spec, self._models, self._optimizer_state())
 
     @classmethod
     def load(
@@ -464,67 +370,28 @@ class Algorithm:
         if not force_reset:
             raise ConfigError("load: force_reset=False can't be honoured: training begins with new episodes.")
         model = cls.__new__(cls)
-        with unpacked(path) as folder:
-            state, about = read_state(folder, 0) or (None, {})
-            if about.get("algorithm") != cls.__name__ or state is None:
-                raise CheckpointError(f"{path} holds a {about.get('algorithm')}, not a {cls.__name__}.")
+        with opened(path, cls.__name__) as (folder, about, optimizer):
             chosen = choose_device(str(device))
             try:
-                model._restore(about, state, {**(custom_objects or {}), **kwargs}, chosen)
+                model._restore(Facts.read(about), optimizer, {**(custom_objects or {}), **kwargs}, chosen)
             except (KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
-            saved = load_policy(folder, device=str(chosen))
-            models: dict[str, nn.Module] = {"policy": saved.policy}
-            if model.config.normalize_rewards:
-                models["rewards"] = model._reward_normalizer(folder)
-        model._hold(saved.spec, models, chosen)
+            config = model.config
+            rewards = RewardNormalizer(model.n_envs, config.reward_clip) if config.normalize_rewards else None
+            model._hold(*read_models(folder, chosen, rewards), chosen)
         if env is not None:
             model.set_env(env)
         return model
 
     def _restore(
-        self, about: Mapping[str, Any], state: StateSnapshot, changes: Mapping[str, Any], device: torch.device
+        self, facts: Facts, optimizer: StateSnapshot | None, changes: Mapping[str, Any], device: torch.device
     ) -> None:
         """Set everything but the models from the content of a file and new values of keywords."""
-        settings = dict(about["settings"]) | {"device": device.type}
-        translations = {keyword.name: keyword.translate for keyword in self.profile.keywords}
-        for name, value in changes.items():
-            translation = translations.get(name)
-            if translation is None:
-                raise ConfigError(f"load: {name}={value!r} can't be changed; give another keyword of the constructor.")
-            settings |= translation(value)
-        self._begin(settings, about["verbose"], about["tensorboard_log"])
-        self._loaded = state if state.values else None
-        self.num_timesteps, self._trainings = int(about["num_timesteps"]), int(about["trainings"])
-        self._lost = tuple(name for name in about["functions"] if name not in changes)
+        settings = changed(self.profile, facts.settings | {"device": device.type}, changes)
+        self._begin(settings, facts.verbose, facts.tensorboard_log)
+        self._loaded = optimizer
+        self.num_timesteps, self._trainings = facts.num_timesteps, facts.trainings
+        self._lost = tuple(name for name in facts.functions if name not in changes)
         self._functions = (*self._lost, *(name for name, value in changes.items() if callable(value)))
-        self.n_envs = int(about["n_envs"])
-        self.config = self._config_for(self.n_envs)
-
-    def _reward_normalizer(self, folder: Path) -> nn.Module:
-        normalizer = RewardNormalizer(self.n_envs, self.config.reward_clip)
-        load_model(folder, {"rewards": normalizer})
-        return normalizer
-
-
-def _by_remaining(schedule: Schedule, remaining: Callable[[float], float], progress: float) -> float:
-    return float(schedule(remaining(progress)))
-
-
-def _by_progress(schedule: Schedule, remaining: Callable[[float], float], progress: float) -> float:
-    return float(schedule(1 - remaining(progress)))
-
-
-def _signature(profile: Profile) -> inspect.Signature:
-    """Return the signature of a constructor with the profile's keywords, and fastppo's own after them."""
-    parameter = inspect.Parameter
-    theirs = [
-        parameter(
-            keyword.name,
-            parameter.POSITIONAL_OR_KEYWORD,
-            default=parameter.empty if keyword.name in ("policy", "env") else keyword.default,
-        )
-        for keyword in profile.keywords
-    ]
-    ours = [parameter(name, parameter.KEYWORD_ONLY, default=False) for name in ("normalize_obs", "normalize_rewards")]
-    return inspect.Signature([*theirs, *ours, parameter("settings", parameter.VAR_KEYWORD)])
+        self.n_envs = facts.n_envs
+        self.config = config_of(self._settings, self.n_envs)
