@@ -94,9 +94,8 @@ class PeriodicEvaluation:
         played = self._play(stats)
         if not evaluates:
             return False
-        better = False
+        best = progress.best
         if played is not None:
-            best = progress.best
             better = math.isfinite(played.mean) and (best is None or played.mean > best)
             note = ", the best so far" if better else ""
             self._say(
@@ -104,8 +103,11 @@ class PeriodicEvaluation:
                 f"{note}{played.remark}"
             )
             if better:
-                progress.best = played.mean
-        return self._world.any(better, self._device)
+                best = played.mean
+        # every rank's writer must know of the best: if it can't be written, all write it again together
+        best = self._world.shared(lambda: best)
+        better, progress.best = best != progress.best, best
+        return better
 
     def _play(self, stats: Stats) -> Evaluation | None:
         previous, self.last_step = self.last_step, stats.global_step

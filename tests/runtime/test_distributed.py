@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.ppo.metrics import MEASURED, merge_ranks
 from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.run_dir import wait_for_folder
@@ -295,6 +297,28 @@ def test_a_shared_folder_may_appear_late(tmp_path, monkeypatch):
     waits.clear()
     assert wait_for_folder(folder)
     assert len(waits) == 3
+
+
+def test_every_process_knows_the_best_evaluation(monkeypatch):
+    """Otherwise only the main one writes a lost best checkpoint again, and waits for the others."""
+    sent = iter([7.0, 7.0])
+    monkeypatch.setattr(World, "shared", lambda self, make: next(sent))
+    evaluation = PeriodicEvaluation(
+        None,
+        None,
+        torch.device("cpu"),
+        eval_every=10,
+        eval_episodes=1,
+        eval_max_steps=1,
+        video_every=None,
+        seed=1,
+        world=World(rank=1, size=2),
+        say=print,
+    )
+    progress = SimpleNamespace(best=None)
+    assert [evaluation(SimpleNamespace(global_step=step), progress) for step in (10, 15, 20)] == [True, False, False]
+    assert progress.best == 7.0
+    assert list(sent) == []
 
 
 def test_after_a_failed_save_and_a_good_one_every_process_knows_the_checkpoint(tmp_path, monkeypatch):
