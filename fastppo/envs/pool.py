@@ -120,7 +120,6 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         self._arrays = self._shared.arrays()
         self._messages: list[str] = []
         self._info_patterns: Sequence[str] = ()
-        self._lost_workers = 0
         self._workers: list[WorkerProcess] = []
         self._finalizer = weakref.finalize(self, stop_workers, self._workers)
         for w in range(self.n_workers):
@@ -300,7 +299,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
     @property
     def failures(self) -> int:
         """Environment restarts and replaced workers so far."""
-        return self._lost_workers + int(self._arrays["failures"].sum())
+        return int(self._arrays["failures"].sum())
 
     @property
     def seeding(self) -> tuple[_Array, _Array]:
@@ -405,7 +404,7 @@ class PoolVectorEnv(VectorEnv[_Array, _Array, _Array]):
         mine = [i for part in old.parts for i in range(part.start, part.stop)]
         if not old.ready or self.failures >= self.fault_policy.restarts:
             self._fail(problem)
-        self._lost_workers += 1
+        self._arrays["failures"][mine[0]] += 1
         old.end()
         self._messages.append(f"{problem} Replaced by a new worker; the episodes of its environments are truncated.")
         restarts[mine] += 1

@@ -32,7 +32,7 @@ def layout(n: int, obs: gym.Space[Any], action: gym.Space[Any]) -> dict[str, tup
         "truncated": ((n,), np.bool_),
         "seeds": ((n,), np.int64),
         "restarts": ((n,), np.int64),  # of each environment, including those of a lost worker; part of its seed
-        "failures": ((n,), np.int64),  # of each environment
+        "failures": ((n,), np.int64),  # of each environment; a lost worker counts as one, of its first environment
     }
 
 

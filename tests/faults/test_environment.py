@@ -449,6 +449,14 @@ def test_a_lost_worker_counts_once(tmp_path):
     venv.close()
 
 
+def test_lost_workers_and_failed_environments_share_the_number_of_restarts():
+    venv = pool(4, 2, FaultPolicy(restarts=1), kind="raises", env_index=3)
+    os.kill(venv._workers[0].process.pid, signal.SIGKILL)
+    with pytest.raises(EnvError, match="environment 3 .* failed in step"):
+        drive(venv, 8)
+    assert venv.failures == 1
+
+
 def test_e2_an_error_that_has_no_text():
     venv = pool(kind="no text", env_index=3, at_step=2)
     with pytest.raises(EnvError, match="environment 3"):
