@@ -110,43 +110,44 @@ def build_run(
         env_info, seconds = _inspect_env(config, make_env, resume_from)
         if env_info.vector is not None:
             undo.callback(env_info.vector.close)
-        c, choices = resolve_config(config, env_info, device, policy=policy, world=world)
+        resolved, choices = resolve_config(config, env_info, device, policy=policy, world=world)
         notes += choices
-        n_iterations = count_iterations(c, world.size)
-        logger = build_logger(c, env_info, device, console if world.is_main else None)
-        _explain_wait(c, env_info, seconds, logger)
-        models = build_models(c, env_info, policy, device, world)
-        c = _set_threads(c, models, device, world, notes, resumed=resume_from is not None)
-        memory = plan_run(c, env_info, models, device, world, notes)
-        env = build_envs(c, env_info, device, world, notes, stream_offset=_stream_offset(resume_from))
+        n_iterations = count_iterations(resolved, world.size)
+        logger = build_logger(resolved, env_info, device, console if world.is_main else None)
+        _explain_wait(resolved, env_info, seconds, logger)
+        models = build_models(resolved, env_info, policy, device, world)
+        threads = _set_threads(resolved, models, device, world, notes, resumed=resume_from is not None)
+        memory = plan_run(resolved, env_info, models, device, world, notes)
+        env = build_envs(resolved, env_info, device, world, notes, stream_offset=_stream_offset(resume_from))
         undo.callback(env.close)
-        rollout = build_rollout(c, env, models, device, world)
-        collect, act_device = build_collector(c, env, models.policy, rollout, clock, world, notes=notes)
-        c = dataclasses.replace(c, act_device=act_device)
-        learning = build_learning(c, env, models, rollout, clock, world, n_iterations=n_iterations)
+        rollout = build_rollout(resolved, env, models, device, world)
+        collect, act_device = build_collector(resolved, env, models.policy, rollout, clock, world, notes=notes)
+        # with what building chose; at the end, with what compiling did
+        chosen = dataclasses.replace(resolved, threads=threads, act_device=act_device)
+        learning = build_learning(chosen, env, models, rollout, clock, world, n_iterations=n_iterations)
         notes += _notes_on_gae(learning)
-        evaluation = build_evaluation(c, env_info, models.policy, device, world, logger.say)
+        evaluation = build_evaluation(chosen, env_info, models.policy, device, world, logger.say)
         undo.callback(evaluation.close)
-        run_dir, lock = claim_run_dir(lambda: _run_dir(c, env_info, resume_from), world)
+        run_dir, lock = claim_run_dir(lambda: _run_dir(chosen, env_info, resume_from), world)
         if lock is not None:
             undo.callback(lock.release)
         parts = _stateful_parts(learning, collect, logger, progress)
-        notes += _notes_on_memory(c, device)
-        state = RunState(models.spec, models.saved(), parts, env, _metadata(c, env, world, device))
+        notes += _notes_on_memory(chosen, device)
+        state = RunState(models.spec, models.saved(), parts, env, _metadata(chosen, env, world, device))
         if resume_from is not None:
-            notes += _resume(resume_from, state, c, collect, world)
+            notes += _resume(resume_from, state, chosen, collect, world)
             evaluation.last_step = learning.metrics.global_step
-            _refuse_finished(run_dir, c, learning, progress, n_iterations)
-        _check_disk(run_dir, c, learning, world)
-        minibatches = n_iterations * known(c.update_epochs) * known(c.n_minibatches)
+            _refuse_finished(run_dir, chosen, learning, progress, n_iterations)
+        _check_disk(run_dir, chosen, learning, world)
+        minibatches = n_iterations * known(chosen.update_epochs) * known(chosen.n_minibatches)
         mode, compile_seconds = compile_parts(
-            c.compile, minibatches, learning.learner, collect, env, world, notes=notes, say=logger.say
+            chosen.compile, minibatches, learning.learner, collect, env, world, notes=notes, say=logger.say
         )
-        c = dataclasses.replace(c, compile=mode)
+        final = dataclasses.replace(chosen, compile=mode)
         notes += env.notes
-        state = state._replace(metadata=_metadata(c, env, world, device))
+        state = state._replace(metadata=_metadata(final, env, world, device))
         run = Run(
-            config=c,
+            config=final,
             notes=notes,
             env_info=env_info,
             clock=clock,
@@ -161,14 +162,21 @@ def build_run(
             learning=learning,
             n_iterations=n_iterations,
             progress=progress,
-            monitor=build_env_monitor(c, env, learning.metrics, world, device, logger.say),
-            info=InfoMonitor(env, c.log_info, world, logger.say),
+            monitor=build_env_monitor(final, env, learning.metrics, world, device, logger.say),
+            info=InfoMonitor(env, final.log_info, world, logger.say),
             evaluation=evaluation,
             state=state,
             run_dir=run_dir,
             lock=lock,
             saver=build_saver(
-                c, run_dir, state, world, device, logger.say, env_name=env_info.name, custom_env=make_env is not None
+                final,
+                run_dir,
+                state,
+                world,
+                device,
+                logger.say,
+                env_name=env_info.name,
+                custom_env=make_env is not None,
             ),
             resumed=resume_from is not None,
             compile_seconds=compile_seconds,
@@ -209,18 +217,18 @@ def _explain_wait(c: Config, env_info: EnvInfo, seconds: float, logger: RunLogge
 
 def _set_threads(
     c: Config, models: Models, device: torch.device, world: World, notes: list[str], *, resumed: bool
-) -> Config:
-    """Set torch's threads, and return the config with their number."""
-    if c.threads is None:
+) -> int:
+    """Set torch's threads, and return their number."""
+    threads = c.threads
+    if threads is None:
         work = c.minibatch_size * models.parameters.size
         # one number for all ranks: with others, sums round differently, and the ranks' parameters would drift apart
         in_c = may_update_in_c(c, models.policy, device)
         threads, choices = world.shared(lambda: _free_threads(work, in_c=in_c))
-        c = dataclasses.replace(c, threads=threads)
         notes += choices
-    notes += check_threads(known(c.threads), resumed=resumed)
-    set_threads(known(c.threads))
-    return c
+    notes += check_threads(threads, resumed=resumed)
+    set_threads(threads)
+    return threads
 
 
 def _stream_offset(resume_from: Path | None) -> int:
