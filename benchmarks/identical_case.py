@@ -170,7 +170,6 @@ CASES: dict[str, Case] = {
     "resumed": Case(PENDULUM, stop_after=3),
     "resumed-pool": Case({"vectorization": "pool", "workers": 2, **KL_STOP}, stop_after=3),
     "two-ranks": Case(PENDULUM, ranks=2),
-    "graph": Case({"vectorization": "tensor", "compile": "graph", **KL_STOP}, logs="losses/stop_kl"),
     "compiled": Case({"compile": "on", **KL_STOP}, logs="losses/stop_kl"),
     "compiled-box": Case({**PENDULUM, "vectorization": "tensor", "compile": "on"}),
 }

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from fastppo.runtime.graphs import RECORDERS
+from tests.cpu_graphs import record
+
 # Files that take half a minute or more, longest first: short files are left when the first worker runs out of work
 LONG = (
     "runtime/test_distributed.py",
@@ -45,7 +48,15 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick(request):
+def _graphs_on_the_cpu():
+    """Let trainings on the CPU capture their graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RECORDERS, "cpu", record)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick(request, _graphs_on_the_cpu):
     """Under --quick, skip a test at the moment it compiles or starts a process: no list or marker can be outdated."""
     if not request.config.getoption("quick"):
         yield
@@ -64,5 +75,5 @@ def _quick(request):
         patch.setattr(BaseProcess, "start", lambda _: pytest.skip("not in --quick: starts a process"))
         patch.setattr(torch._inductor, "compile", lambda *_, **__: pytest.skip("not in --quick: compiles"))
         # a recording on the CPU takes seconds, as compiling does
-        patch.setattr("fastppo.runtime.graphs._on_cpu", lambda *_: pytest.skip("not in --quick: records a graph"))
+        patch.setitem(RECORDERS, "cpu", lambda *_: pytest.skip("not in --quick: records a graph"))
         yield

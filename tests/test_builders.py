@@ -12,6 +12,8 @@ from fastppo.policies.flat_parameters import FlatParameters
 from fastppo.runtime.compile import CompileError
 from fastppo.runtime.cores import usable_cores
 from fastppo.runtime.distributed import World
+from fastppo.runtime.graphs import RECORDERS
+from tests.worlds import short
 
 
 class Parts:
@@ -124,8 +126,13 @@ def test_the_update_stays_compiled_when_acting_cannot_be():
 def test_a_requested_graph_that_cannot_be_captured_is_an_error():
     with pytest.raises(CaptureError, match="looks at values"):
         compile_parts("graph", 1, Parts(), Parts(records=False), Parts(), World(), notes=[], say=print)
-    with pytest.raises(CaptureError, match="several processes on the CPU"):
-        compile_parts("graph", 1, Parts(), Parts(), Parts(), World(0, 2), notes=[], say=print)
+
+
+def test_graphs_on_a_cpu_are_refused_before_a_run_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.delitem(RECORDERS, "cpu")  # which only the tests have
+    with pytest.raises(ConfigError, match=r"CUDA graphs, but the device is cpu; use compile=auto, fused, on or off"):
+        Trainer(short(tmp_path, run_dir=tmp_path / "run", compile="graph"))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -122,11 +122,8 @@ def _capture(parts: _Parts, *, required: bool) -> None:
     Raises:
         CaptureError: a required capture failed, on this rank or another, or that of the update.
     """
-    learner, world = parts.learner, parts.world
-    if world.size > 1 and learner.device.type == "cpu":
-        raise CaptureError("several processes on the CPU can't be captured; use compile on or off.")
-    learner.capture()
-    world.together(lambda: _capture_acting(parts, required=required), CaptureError)
+    parts.learner.capture()
+    parts.world.together(lambda: _capture_acting(parts, required=required), CaptureError)
 
 
 def _fuse(parts: _Parts, minibatches: int) -> float:

@@ -16,6 +16,7 @@ from fastppo.policies.policy_spec import default_network
 from fastppo.profiles import MEASURED
 from fastppo.runtime.device import machine_name
 from fastppo.runtime.distributed import World
+from fastppo.runtime.graphs import RECORDERS
 
 
 def resolve_config(
@@ -57,6 +58,10 @@ def resolve_config(
     if policy is not None:
         _check_own_network(config)
     _check_env(config, env_info)
+    if config.compile == "graph" and device.type not in RECORDERS:
+        raise ConfigError(
+            f"compile=graph captures CUDA graphs, but the device is {device.type}; use compile=auto, fused, on or off."
+        )
     changes: dict[str, Any] = {}
     if config.device == "auto":  # a resumed run keeps the device type; each rank chooses its own index
         changes["device"] = device.type

@@ -1,25 +1,19 @@
-"""Capture work over static tensors and replay it: CUDA graphs, and the same contract on the CPU.
+"""Capture work over static tensors as a CUDA graph, and replay it.
 
 A replay repeats tensor operations at the addresses that were captured. Python doesn't run again, so captured work must
 decide nothing on the host, read nothing back and draw no random numbers; whatever changes between replays is written
 into tensors beforehand.
-
-On the CPU a capture is the list of operations that the function made (`make_fx`). Replaying it brings no speed-up; it
-lets a test on any machine find what would break under CUDA: host reads are refused, Python doesn't run again, and
-`fresh` tensors are spoilt after each replay, so that one that isn't written again shows as NaN.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastppo.errors import CaptureError, first_line, innermost
 from fastppo.runtime.distributed import World
@@ -58,7 +52,7 @@ def capture(
         work: reads and writes tensors that stay where they are; returns tensors, or None.
         keep: tensors that `work` changes and that capturing must leave unchanged.
         fresh: tensors that are written before each replay.
-        device: of all tensors.
+        device: of all tensors; its type has a recorder in `RECORDERS`.
         pool: memory that the graph shares with others; None: its own.
         world: the ranks whose collective operations are part of `work`; None: it has none.
 
@@ -68,13 +62,7 @@ def capture(
     """
     # backward passes run in this thread: a thread of autograd's own is not part of a trace or of the debug mode
     with torch.no_grad(), torch.autograd.set_multithreading_enabled(False):
-        if device.type == "cuda":
-            return _on_cuda(work, list(keep), device, pool, world or World())
-        kept = _Kept(keep)
-        try:
-            return _attempt(lambda: _on_cpu(work, list(fresh)))
-        finally:
-            kept.restore()
+        return RECORDERS[device.type](work, list(keep), list(fresh), device, pool, world or World())
 
 
 class _Kept:
@@ -106,7 +94,12 @@ def _attempt(stage: Callable[[], Result], name: str = "") -> Result:
 
 
 def _on_cuda(
-    work: Callable[[], Result], keep: list[Tensor], device: torch.device, pool: GraphPool | None, world: World
+    work: Callable[[], Result],
+    keep: list[Tensor],
+    fresh: list[Tensor],
+    device: torch.device,
+    pool: GraphPool | None,
+    world: World,
 ) -> Callable[[], Result]:
     stream, debug_mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -159,6 +152,25 @@ def _on_cuda(
     return replay
 
 
+class Recorder(Protocol):
+    """Captures work on one type of device; see `capture` for arguments and errors."""
+
+    def __call__(
+        self,
+        work: Callable[[], Result],
+        keep: list[Tensor],
+        fresh: list[Tensor],
+        device: torch.device,
+        pool: GraphPool | None,
+        world: World,
+    ) -> Callable[[], Result]:
+        """Return the function that replays `work`."""
+
+
+# by type of device: where work can be captured
+RECORDERS: dict[str, Recorder] = {"cuda": _on_cuda}
+
+
 def _set_sync_debug_mode(mode: str | int) -> None:
     with warnings.catch_warnings():  # that the mode is a prototype; an error where warnings are errors
         warnings.filterwarnings("ignore", message="Synchronization debug mode")
@@ -181,53 +193,3 @@ def _clean_up(stream: torch.cuda.Stream, device: torch.device, handle: Any) -> N
     with contextlib.suppress(Exception), torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros((), device=device)
     torch.cuda.set_stream(stream)
-
-
-def _on_cpu(work: Callable[[], Result], fresh: list[Tensor]) -> Callable[[], Result]:
-    with _Strict():  # type: ignore[no-untyped-call]
-        operations = make_fx(lambda: work())()  # a plain function: make_fx reads the signature
-    out: list[Result] = []
-
-    def replay() -> Result:
-        with torch.no_grad():
-            result = operations()
-        if not out:
-            out.append(result)
-        elif isinstance(result, Tensor):  # like a graph, at the same address each time
-            out[0].copy_(result)  # type: ignore[attr-defined]
-        for tensor in fresh:
-            tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
-        return out[0]
-
-    return replay
-
-
-class _Strict(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses what CUDA refuses in a capture, or would freeze: results of unknown size, constants, random numbers.
-
-    It does not see .tolist() and .numpy(), which bypass torch's dispatcher.
-    """
-
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401 - an operator
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 - what it returns
-        name = func.name().removeprefix("aten::").split(".")[0]
-        if torch.Tag.dynamic_output_shape in func.tags and not _plain_index(args):
-            raise RuntimeError(f"the size of the result of {name} depends on values")
-        if torch.Tag.data_dependent_output in func.tags:
-            raise RuntimeError(f"{name} reads values on the host")
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            raise RuntimeError(f"{name} draws random numbers")
-        if name == "lift_fresh":
-            raise RuntimeError("torch.tensor(...) makes a constant on the host; make it beforehand, or with torch.full")
-        return func(*args, **(kwargs or {}))
-
-
-def _plain_index(args: Sequence[Any]) -> bool:
-    """Whether the arguments index without masks, so that the result has the size of the indices."""
-    indices = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else None
-    return indices is not None and all(x is None or x.dtype not in (torch.bool, torch.uint8) for x in indices)

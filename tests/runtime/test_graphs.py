@@ -1,4 +1,4 @@
-"""The contract of `capture` on the CPU, and training with captured graphs against training with eager code."""
+"""The contract of `capture`, by the recorder of `tests.cpu_graphs`, and training with graphs against eager code."""
 
 import dataclasses
 
