@@ -1,4 +1,4 @@
-"""A search of `fastppo tune` as a preset: its entry of `TUNED` in fastppo/profiles.py, and all its trials as data.
+"""A search of `fastppo tune` as a preset: its entry of `TUNED` in fastppo/profiles/measured.py, and its trials as data.
 
     python -m benchmarks.tuned runs/tune-Acrobot-v1 --output benchmarks/results/tune-acrobot_2core-cpu_2026-11-27.json
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "fastppo"
 # docs/architecture.md draws this table; a file may import every layer below its own
 LAYERS = {
     "errors.py": 0,
-    "profiles.py": 0,
+    "profiles": 0,
     "native": 0,
     "kernels": 0,
     "functional": 1,
