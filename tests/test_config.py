@@ -273,6 +273,10 @@ MISTAKES = {
         "learning_rate=1e+39 doesn't fit a float32, which holds up",
     ),
     "coefficient above float32": ("--vf-coef 1e300", "vf_coef=1e+300 doesn't fit a float32"),
+    "below float32": (
+        "--adam-eps 1e-46",
+        "adam_eps=1e-46 is too small for a float32, which holds numbers from 1.2e-38",
+    ),
     "negative, above float32": ("--value-clip-coef=-1e39", "value_clip_coef=-1e+39 doesn't fit a float32"),
     "schedule above float32": ("--learning-rate linear:1e39:0", "learning_rate='linear:1e39:0' doesn't fit a float32"),
     "infinite": ("--max-grad-norm inf", "max_grad_norm=inf must be a finite number"),

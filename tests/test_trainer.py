@@ -173,6 +173,17 @@ def test_filler_rows_do_not_count_in_steps_or_episodes(tmp_path):
     assert result.mean_length == 5
 
 
+def test_filler_rows_do_not_count_in_the_moments_of_observations(tmp_path):
+    def make():
+        return SyncVectorEnv([Counter] * 2, autoreset_mode=AutoresetMode.NEXT_STEP)
+
+    trainer = Trainer(short(tmp_path, n_envs=None, normalize_obs=True), make_env=make)
+    normalizer = trainer.policy.encoder.normalizer
+    start = normalizer.count.item()
+    result = trainer.run()
+    assert normalizer.count.item() - start == result.global_step == 2 * 20
+
+
 def test_the_target_return_ends_a_run_only_after_100_episodes(tmp_path):
     config = short(tmp_path, total_timesteps=16 * 200, target_return=6.4)
     trainer = Trainer(config, make_env=Counter)
@@ -329,6 +340,20 @@ def test_clipped_actions_is_the_share_of_components_outside_the_box(tmp_path):
     assert row["charts/clipped_actions"] == pytest.approx(0.25, abs=0.04)
     # the first component has no range; the mean of |a| is 0.8 of the second's 9
     assert row["charts/action_range"] == pytest.approx(0.8 / 9, abs=0.01)
+
+
+@pytest.mark.parametrize("kl_stop", ["epoch", "minibatch"])
+def test_an_update_stops_at_the_target_kl_times_its_factor(tmp_path, kl_stop):
+    ends = {}
+    for target_kl, factor in ((4e-4, 1.0), (2e-4, 2.0), (2e-4, 1.0)):
+        run_dir, changes = tmp_path / f"{target_kl}-{factor}", {"target_kl": target_kl, "kl_stop_factor": factor}
+        trainer = Trainer(
+            short(tmp_path, run_dir=run_dir, **changes, kl_stop=kl_stop, learning_rate=1e-3, update_epochs=8)
+        )
+        trainer.run()
+        ends[target_kl, factor] = trainer.update.parameters.vector
+    assert ends[4e-4, 1.0].equal(ends[2e-4, 2.0])
+    assert not ends[4e-4, 1.0].equal(ends[2e-4, 1.0])
 
 
 def test_schedules_set_the_coefficients_of_every_update(tmp_path):

@@ -132,6 +132,26 @@ for name, actions in ACTIONS.items():
     )
 
 
+class Turns(gym.Env):
+    """Ends at the third action that isn't 0, is cut after 7 steps, and draws no random numbers."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def _obs(self):
+        return np.array([self.turns, self.steps], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.turns = self.steps = 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.turns += int(action != 0)
+        self.steps += 1
+        return self._obs(), 1.0 + self.turns, self.turns == 3, self.steps == 7, {}
+
+
 class Endings(gym.Env):
     """Random observations, and episodes of 1 to 6 steps that end both ways."""
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fastppo.config.config import Config
 
 MAX_FLOAT32 = 3.4e38  # rounded down
+MIN_FLOAT32 = 1.2e-38  # of full precision, rounded up
 
 
 def check_types(config: Config, types: Mapping[str, Any]) -> None:
@@ -74,6 +75,11 @@ def _check_number(name: str, given: object, number: float, setting: Setting) -> 
     if setting.at_most is not None and number > setting.at_most:
         bound = setting.at_most
         raise ConfigError(f"{name}={given!r} must be at most {bound}; nearest valid value: {bound}.")
+    if setting.changes == "results" and 0 < abs(number) < MIN_FLOAT32:
+        raise ConfigError(
+            f"{name}={given!r} is too small for a float32, which holds numbers from {MIN_FLOAT32} in size; give a "
+            "larger one."
+        )
     if setting.changes == "results" and abs(number) > MAX_FLOAT32:
         raise ConfigError(
             f"{name}={given!r} doesn't fit a float32, which holds up to {MAX_FLOAT32} in size; give one nearer to 0."

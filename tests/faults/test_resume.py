@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import random
@@ -121,6 +122,21 @@ def test_async_restarts_its_environments_and_two_resumes_are_equal(tmp_path):
         trainer.run()
         ends.append(run_hashes(run))
     assert ends[0] == ends[1]
+
+
+def test_episodes_that_begin_at_a_resume_have_random_streams_of_their_own(tmp_path):
+    begun = []
+    for iterations in (0, 2, 3):
+        config = short(tmp_path / str(iterations), env_id="CartPole-v1", vectorization="async", **LONG)
+        if iterations:
+            interrupted(config, iterations)
+        trainer = resume(config.run_dir) if iterations else Trainer(config)
+        state = trainer.collect.state_dict() | trainer.update.state_dict()
+        begun.append([state[name].clone() for name in ("obs", "noise", "shuffles")])
+        trainer.run()
+    for first, second in itertools.combinations(begun, 2):
+        for a, b in zip(first, second, strict=True):
+            assert not a.equal(b)
 
 
 def test_exact_resume_is_refused_where_it_is_impossible(tmp_path):
