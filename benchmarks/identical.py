@@ -41,7 +41,7 @@ from benchmarks.identical_case import CASES, SETTINGS
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-6  # on parameters of compiled cases
-TIMES = re.compile(r"(time/.*|charts/(SPS|sps_\w+)|(.*\.)?seconds)")
+TIMES = re.compile(r"(time/.*|charts/(SPS|sps_\w+)|(.*[._])?seconds)")
 RESULT = ("mean_return", "mean_length", "episodes", "global_step", "iterations", "ended")
 SHOWN = 5  # differing values to name in the results
 

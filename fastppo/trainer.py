@@ -117,7 +117,7 @@ class Trainer:
         progress, clock = self.progress, self.clock
         try:
             self._open_sinks()
-            clock.start(progress.seconds, self.metrics.global_step)
+            clock.start(progress.seconds, self.metrics.global_step, progress.paused_seconds)
             self._saver.start(self.metrics.global_step, saved=self._run.resumed)
             while progress.iteration < self.n_iterations and not self._must_stop():
                 self._stage, began = "rollout", time.monotonic()
@@ -146,6 +146,8 @@ class Trainer:
                 self._add_info(stats)
                 with clock.paused():
                     best = self._evaluate(stats, progress)
+                progress.paused_seconds = clock.paused_seconds
+                stats = dataclasses.replace(stats, paused_seconds=progress.paused_seconds)
                 with clock.phase("log"):
                     stats = self.logger.write(stats)
                 with clock.phase("save"):
@@ -299,6 +301,8 @@ class Trainer:
             sps_steady=clock.sps_steady,
             sps_total=clock.sps_total,
             seconds=clock.seconds,
+            wall_seconds=clock.wall_seconds,
+            setup_seconds=clock.setup_seconds,
             compile_seconds=self.compile_seconds,
             compilations=compiling.compilations - self._compiled_before,
             phases=clock.phase_seconds(),

@@ -1,5 +1,6 @@
 """Output of the commands: in a terminal, in a pipe, in a pipe whose reader has gone, and without standard output."""
 
+import dataclasses
 import io
 import re
 import subprocess
@@ -52,6 +53,14 @@ def lines(console):
     """The printed lines without escape sequences, apart from empty ones."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     return [line.rstrip() for line in re.split("[\r\n]+", text) if line.strip()]
+
+
+def test_the_time_left_holds_evaluations_and_videos():
+    """400 of 1000 iterations took 10 s, and evaluations between them 30 s: 600 take 60 s."""
+    console = pipe()
+    sink = ConsoleSink(console, 1000)
+    sink.write(dataclasses.replace(STATS, paused_seconds=30.0))
+    assert "ETA 60s" in console.file.getvalue()
 
 
 def words(text):

@@ -16,7 +16,7 @@ from fastppo.analysis.diff import difference
 from fastppo.analysis.run_data import read_run, read_runs
 from fastppo.analysis.study import recommend
 from fastppo.cli import main, parse
-from fastppo.commands.training import _print_result
+from fastppo.commands.training import _print_result, _time_spent
 from fastppo.envs.env_info import inspect_env
 from fastppo.envs.factory import find_spec
 from fastppo.envs.make_envs import make_vec_env
@@ -326,6 +326,14 @@ def test_the_result_says_how_many_episodes_its_mean_is_of(tmp_path, capsys):
     assert f"({result.episodes} episodes)" in capsys.readouterr().out
     _print_result(Console(), dataclasses.replace(result, episodes=101), trainer.config)
     assert "(last 100 of 101 episodes)" in capsys.readouterr().out
+
+
+def test_time_spent_names_all_of_the_wall_time(tmp_path):
+    config = short(tmp_path, env_id="CartPole-v1", compile="off", eval_every=16, eval_episodes=1)
+    result = Trainer(config).run()
+    phases = dict.fromkeys(result.phases, 0.0) | {"env": 2.0, "evaluation": 4.0, "video": 1.0}
+    shown = _time_spent(dataclasses.replace(result, wall_seconds=10.0, setup_seconds=2.5, phases=phases))
+    assert shown == "10.0 s after imports: evaluation 40%  set-up 25%  env 20%  video 10%  other 5%"
 
 
 def test_verify_resume_does_not_call_restarted_environments_the_same_run(capsys):

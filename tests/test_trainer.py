@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from fastppo import Config, Trainer, evaluate, load_policy
+from fastppo import Config, Trainer, evaluate, load_policy, resume
 from fastppo.errors import CheckpointError, ConfigError, EnvError, FastPPOError
+from fastppo.evaluation.episodes import EpisodePlayer
 from fastppo.functional.losses import PPOLoss
 from fastppo.runtime import compile as compiling
 from tests import PATIENCE
@@ -150,6 +151,35 @@ def test_run_time_excludes_the_callers_work_between_iterations(tmp_path, monkeyp
     for _ in trainer.iterations():
         worked[0] += 1e6
     assert trainer.result.seconds < 1e5
+
+
+def test_evaluations_count_in_the_wall_time_and_in_no_rate_also_after_a_resume(tmp_path, monkeypatch):
+    played, now, play = [0], time.perf_counter, EpisodePlayer.__call__
+
+    def play_slowly(player, episodes):
+        played[0] += 1
+        return play(player, episodes)
+
+    monkeypatch.setattr(EpisodePlayer, "__call__", play_slowly)
+    monkeypatch.setattr(time, "perf_counter", lambda: now() + 1e6 * played[0])
+    config = short(tmp_path, eval_every=2 * 16, eval_episodes=1)  # after the second of three iterations
+    trainer = Trainer(config)
+    paused = [stats.paused_seconds for stats in trainer.iterations()]
+    result = trainer.result
+    assert [round(seconds / 1e6) for seconds in paused] == [0, 1, 1]
+    assert result.phases["evaluation"] == pytest.approx(1e6, rel=0.01)
+    assert result.phases["video"] == 0
+    assert result.seconds < 1e5
+    assert sum(result.phases.values()) + result.setup_seconds <= result.wall_seconds < 2e6
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for tag in ("time/evaluation", "eval/return_mean"):
+        assert [tag in row for row in rows] == [False, True, False]
+    assert rows[1]["time/evaluation"] == pytest.approx(1e6, rel=0.01)
+    played[0] = 0
+    again = resume(tmp_path / "run", total_timesteps=4 * 16)
+    (paused,) = [stats.paused_seconds for stats in again.iterations()]
+    assert round(paused / 1e6) == 2
+    assert again.result.wall_seconds < 2e6
 
 
 def test_episode_stats_use_raw_rewards_and_span_rollouts(tmp_path):

@@ -59,6 +59,9 @@ def test_recording_during_training_changes_no_numbers(tmp_path):
     for every in (None, 128):
         Trainer(dataclasses.replace(small, run_dir=tmp_path / str(every), video_every=every)).run()
         rows = (tmp_path / str(every) / "metrics.jsonl").read_text().splitlines()
+        assert [every is not None and json.loads(row).get("time/video", 0) > 0 for row in rows] == [
+            every is not None and 64 * i % every == 0 for i in range(1, 7)
+        ]
         lines.append([{k: v for k, v in json.loads(row).items() if "losses" in k} for row in rows])
     assert lines[0] == lines[1]
     found = EventAccumulator(str(tmp_path / "128"), size_guidance={"images": 0})

@@ -20,6 +20,7 @@ from fastppo.ppo.metrics import Metrics
 from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.run_saver import RunSaver
 from fastppo.runs.run_state import RunState
+from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
 
 
@@ -32,7 +33,13 @@ def build_logger(c: Config, env_info: EnvInfo, device: torch.device, console: Co
 
 
 def build_evaluation(
-    c: Config, env_info: EnvInfo, policy: Policy, device: torch.device, world: World, say: Callable[[str], None]
+    c: Config,
+    env_info: EnvInfo,
+    policy: Policy,
+    device: torch.device,
+    clock: Clock,
+    world: World,
+    say: Callable[[str], None],
 ) -> PeriodicEvaluation:
     """Build the periodic evaluation, with environments of its own."""
     return PeriodicEvaluation(
@@ -44,6 +51,7 @@ def build_evaluation(
         eval_episodes=c.eval_episodes,
         eval_max_steps=c.eval_max_steps,
         video_every=c.video_every,
+        clock=clock,
         world=world,
         say=say,
     )

@@ -126,7 +126,7 @@ def build_run(
         chosen = dataclasses.replace(resolved, threads=threads, act_device=act_device)
         learning = build_learning(chosen, env, models, rollout, clock, world, n_iterations=n_iterations)
         notes += _notes_on_gae(learning)
-        evaluation = build_evaluation(chosen, env_info, models.policy, device, world, logger.say)
+        evaluation = build_evaluation(chosen, env_info, models.policy, device, clock, world, logger.say)
         undo.callback(evaluation.close)
         run_dir, lock = claim_run_dir(lambda: _run_dir(chosen, env_info, resume_from), world)
         if lock is not None:

@@ -226,11 +226,11 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
     of = f"last 100 of {result.episodes:,}" if result.episodes > 100 else f"{result.episodes}"
     mean = f"{result.mean_return:.2f} ({of} episode{'s' if result.episodes > 1 else ''})"
     table.add_row("mean return", mean if result.episodes else "- (no episode ended)")
-    table.add_row("steps", f"{result.global_step:,} in {result.seconds:.1f} s, {result.iterations:,} iterations")
+    table.add_row(
+        "steps", f"{result.global_step:,} in {result.seconds:.1f} s of training, {result.iterations:,} iterations"
+    )
     table.add_row("steps per second", f"{result.sps_steady:,.0f} steady, {result.sps_total:,.0f} total")
-    whole = sum(result.phases.values()) or 1.0
-    shares = sorted(((name, s / whole) for name, s in result.phases.items()), key=lambda item: -item[1])
-    table.add_row("time spent", "  ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005))
+    table.add_row("time spent", _time_spent(result))
     compiled = f"{result.compilations} functions in {result.compile_seconds:.1f} s" if result.compilations else "no"
     if config.compile == "fused":
         language = "C" if config.device == "cpu" else "Triton"
@@ -244,6 +244,15 @@ def _print_result(console: Console, result: Result, config: Config) -> None:
         print_line(console, f"resume:      {program('fastppo')} resume {run}{allowed}", wrap=False)
     print_line(console, f"evaluate:    {program('fastppo')} eval {run} --episodes 20{allowed}", wrap=False)
     print_line(console, f"report:      {program('fastppo')} report {run}", wrap=False)
+
+
+def _time_spent(result: Result) -> str:
+    """Return the wall time of this process from set-up on, and each phase's share of it."""
+    whole, spent = result.wall_seconds, {"set-up": result.setup_seconds} | result.phases
+    spent["other"] = whole - sum(spent.values())
+    shares = sorted(((name, seconds / whole) for name, seconds in spent.items()), key=lambda item: -item[1])
+    listed = "  ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
+    return f"{whole:.1f} s after imports: {listed}"
 
 
 def _print_folder(console: Console, run_dir: Path) -> None:

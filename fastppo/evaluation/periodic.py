@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastppo.evaluation.video import VideoRecorder
 from fastppo.monitoring.stats import Stats
 from fastppo.policies.policy import Policy
 from fastppo.runs.run_state import Progress
+from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
 from fastppo.runtime.seeding import preserve_global_random_state, seed_stream
 
@@ -43,6 +44,7 @@ class PeriodicEvaluation:
         eval_episodes: int,
         eval_max_steps: int,
         video_every: int | None,
+        clock: Clock,
         world: World,
         say: Callable[[str], None],
     ) -> None:
@@ -57,6 +59,7 @@ class PeriodicEvaluation:
             eval_episodes: episodes per evaluation.
             eval_max_steps: maximum steps of each of them.
             video_every: environment steps between videos; None disables them.
+            clock: times evaluations and videos.
             world: the ranks that train together; the main one evaluates.
             say: prints a line about each evaluation, and when recording fails.
 
@@ -65,6 +68,7 @@ class PeriodicEvaluation:
         """
         self._eval_every, self._episodes, self._video_every = eval_every, eval_episodes, video_every
         self._seed, self._world, self._device, self._say, self.last_step = seed, world, device, say, 0
+        self._clock = clock
         self._player: EpisodePlayer | None = None
         self._recorder: VideoRecorder | None = None
         with contextlib.ExitStack() as undo:
@@ -114,7 +118,8 @@ class PeriodicEvaluation:
         with preserve_global_random_state():
             if self._recorder is not None and _due(self._video_every, previous, self.last_step):
                 try:
-                    stats.images["video/episode"] = self._recorder.record_episode(self._seed).gif()
+                    with self._timed("video", stats):
+                        stats.images["video/episode"] = self._recorder.record_episode(self._seed).gif()
                 except ENV_ERRORS as error:  # whatever it is, it must not stop the training
                     self._say(f"{str(error).rstrip('.')}. Video recording is off from here on.")
                     recorder, self._recorder = self._recorder, None
@@ -122,12 +127,21 @@ class PeriodicEvaluation:
                         recorder.close()
             if self._player is None or not _due(self._eval_every, previous, self.last_step):
                 return None
-            played = self._player(self._episodes)
+            with self._timed("evaluation", stats):
+                played = self._player(self._episodes)
         mean_length = sum(played.lengths) / len(played.lengths)
         stats.scalars.update(
             {"eval/return_mean": played.mean, "eval/return_std": played.std, "eval/length_mean": mean_length}
         )
         return played
+
+    @contextlib.contextmanager
+    def _timed(self, name: str, stats: Stats) -> Iterator[None]:
+        """Count the body in the phase `name`, and log its seconds in the row of this iteration."""
+        before = self._clock.phase_seconds()[name]
+        with self._clock.phase(name):
+            yield
+        stats.scalars[f"time/{name}"] = self._clock.phase_seconds()[name] - before
 
     def close(self) -> None:
         """Close the environments."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from fastppo.monitoring.health_rules import HealthFinding
 from fastppo.monitoring.update_samples import UpdateSample
 from fastppo.ppo.metrics import MASKED, Metrics
-from fastppo.runtime.clock import Clock
+from fastppo.runtime.clock import PHASES, Clock
 
 MAX_RETURNS = 32  # episode returns logged per row
 
@@ -26,6 +26,7 @@ class Stats:
         mean_return: mean return of the last 100 episodes (fewer at first); NaN before the first ends.
         episodes: episodes completed so far.
         seconds: seconds of training so far.
+        paused_seconds: seconds of evaluations, videos and the caller's own code between iterations so far.
         sps: steps per second over the last iterations.
         kl: mean approximate KL divergence (k3) of this update.
         stop: why the update stopped early, or "".
@@ -51,6 +52,7 @@ class Stats:
     sample: UpdateSample | None = None
     findings: list[HealthFinding] = dataclasses.field(default_factory=list)
     images: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    paused_seconds: float = 0.0
 
 
 class Statistics:
@@ -112,7 +114,7 @@ class Statistics:
             "charts/sps_steady": clock.sps_steady,
             "charts/reward_per_step": reward_per_step,
             **{f"charts/{name}": value for name, value in shown.items()},
-            **{f"time/{phase}": seconds for phase, seconds in elapsed.items()},
+            **{f"time/{phase}": elapsed[phase] for phase in PHASES},
         }
         if self._box_actions:
             scalars["charts/clipped_actions"] = clipped

@@ -21,10 +21,14 @@ class Result:
         ended: "finished", "target" (target_return was reached) or "interrupted".
         sps_steady: steps per second without the first iteration.
         sps_total: steps per second, setup included.
-        seconds: of training.
-        compile_seconds: of compiling, a part of setup.
+        seconds: of training, also before a resume; without set-up, evaluations and videos.
+        wall_seconds: from the start of set-up to the end, with evaluations, videos and the caller's own code; of a
+            resumed run since the resume.
+        setup_seconds: the part of wall_seconds before the first iteration.
+        compile_seconds: of compiling, a part of set-up.
         compilations: functions that were compiled, all before the first iteration.
-        phases: seconds in each phase.
+        phases: seconds in each phase of the iterations, in evaluations and in videos; of a resumed run since the
+            resume.
         run_dir: the run folder.
         unsaved: why the last save failed; None: everything is saved.
     """
@@ -38,6 +42,8 @@ class Result:
     sps_steady: float
     sps_total: float
     seconds: float
+    wall_seconds: float
+    setup_seconds: float
     compile_seconds: float
     compilations: int
     phases: dict[str, float]

@@ -32,11 +32,13 @@ class Progress:
         iteration: completed iterations.
         seconds: seconds of training.
         best: best mean return of an evaluation; None before the first.
+        paused_seconds: seconds of evaluations, videos and the caller's own code between iterations.
     """
 
     iteration: int = 0
     seconds: float = 0.0
     best: float | None = None
+    paused_seconds: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fields by name."""
@@ -46,6 +48,7 @@ class Progress:
         """Restore in place from `state_dict()`."""
         self.iteration, self.seconds = int(saved["iteration"]), float(saved["seconds"])
         self.best = None if saved["best"] is None else float(saved["best"])
+        self.paused_seconds = float(saved.get("paused_seconds", 0.0))  # absent in earlier checkpoints
 
 
 class RunState(NamedTuple):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 # `rollout` stands for env, act and store where they are captured as one graph and can't be timed apart
 PHASES = ("env", "act", "store", "rollout", "advantages", "update", "log", "save")
+BETWEEN = ("evaluation", "video")  # between iterations: in no rate, but in the wall time
 WINDOW = 10  # iterations in `sps_window`
 
 
@@ -36,43 +37,47 @@ class Clock:
 
     Four rates count real environment steps per wall second, over rollout, update and logging:
     cumulative (since `start`), window (last 10 iterations), steady (without the first iteration, which includes warm-up
-    and compilation) and total (since construction, so including set-up).
+    and compilation) and total (since construction, so including set-up). None counts pauses.
 
     Attributes:
         wait: called at the end of each phase, such as torch.cuda.synchronize, to count GPU work in the phase that
             started it; this costs speed. None: a phase counts host time, and GPU work counts where the host waits for
             it.
+        setup_seconds: wall seconds from construction to `start`; 0 before it.
     """
 
     def __init__(self) -> None:
         """Start counting set-up time."""
         self.wait: Callable[[], None] | None = None
-        self._phases = {name: _Phase(self) for name in PHASES}
+        self.setup_seconds = 0.0
+        self._phases = {name: _Phase(self) for name in (*PHASES, *BETWEEN)}
         self._lapped = 0.0
         self._made = time.perf_counter()
         self._begun = self._made
-        self._paused = 0.0
+        self._paused = self._paused_before = 0.0
         # (seconds, steps) at the end of each of the last iterations
         self._ticks: deque[tuple[float, int]] = deque([(0.0, 0)], maxlen=WINDOW + 1)
         self._start = (0.0, 0)
         self._first: tuple[float, int] | None = None
 
-    def start(self, seconds: float = 0.0, steps: int = 0) -> None:
+    def start(self, seconds: float = 0.0, steps: int = 0, paused: float = 0.0) -> None:
         """End set-up, and reset the phases that ran in it for compilation or capture.
 
         Args:
             seconds: training time before a resume; the cumulative rate alone counts it.
             steps: environment steps before a resume; likewise.
+            paused: seconds of pauses before a resume.
         """
-        self._start = (seconds, steps)
+        self._start, self._paused_before = (seconds, steps), paused
         self._ticks.append(self._start)
         self._ticks.popleft()
-        self._begun = time.perf_counter() - seconds
+        now = time.perf_counter()
+        self.setup_seconds, self._begun = now - self._made, now - seconds
         for phase in self._phases.values():
             phase.total = 0.0
 
     def phase(self, name: str) -> _Phase:
-        """Return a context manager that adds its time to the phase `name`, one of PHASES."""
+        """Return a context manager that adds its time to the phase `name`, one of PHASES or BETWEEN."""
         return self._phases[name]
 
     def begin_laps(self) -> None:
@@ -95,7 +100,7 @@ class Clock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the body from all rates: the caller's own code between iterations."""
+        """Exclude the body from all rates: evaluations, videos and the caller's own code between iterations."""
         begin = time.perf_counter()
         try:
             yield
@@ -106,6 +111,16 @@ class Clock:
     def seconds(self) -> float:
         """Wall seconds from `start` to the last tick, without pauses."""
         return self._ticks[-1][0]
+
+    @property
+    def paused_seconds(self) -> float:
+        """Wall seconds of the pauses so far, with those before a resume."""
+        return self._paused_before + self._paused
+
+    @property
+    def wall_seconds(self) -> float:
+        """Wall seconds since construction, with set-up and pauses."""
+        return time.perf_counter() - self._made
 
     @property
     def sps_cumulative(self) -> float:

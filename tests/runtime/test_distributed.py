@@ -15,6 +15,7 @@ from fastppo.evaluation.periodic import PeriodicEvaluation
 from fastppo.ppo.metrics import MEASURED, merge_ranks
 from fastppo.runs.checkpoint_writer import CheckpointWriter
 from fastppo.runs.run_dir import wait_for_folder
+from fastppo.runtime.clock import Clock
 from fastppo.runtime.distributed import World
 from tests import PATIENCE
 
@@ -327,6 +328,7 @@ def test_every_process_knows_the_best_evaluation(monkeypatch):
         eval_max_steps=1,
         video_every=None,
         seed=1,
+        clock=Clock(),
         world=World(rank=1, size=2),
         say=print,
     )

@@ -77,7 +77,8 @@ def compact(number: int) -> str:
 
 def _progress_text(stats: Stats, sps: str) -> str:
     """Return speed, time left and learning figures."""
-    left = stats.seconds / stats.iteration * (stats.n_iterations - stats.iteration)
+    spent = stats.seconds + stats.paused_seconds  # evaluations and videos also take the time that is left
+    left = spent / stats.iteration * (stats.n_iterations - stats.iteration)
     eta = f"{left / 3600:.1f}h" if left >= 3600 else f"{left / 60:.0f}m" if left >= 100 else f"{left:.0f}s"
     mean = f"return {stats.mean_return:.1f}"
     if math.isnan(stats.mean_return):  # no episode has ended, and perhaps none ever will
