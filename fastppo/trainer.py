@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import functools
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from torch import nn
@@ -29,6 +29,17 @@ from fastppo.runs.run_dir import is_folder
 from fastppo.runtime import compile as compiling
 from fastppo.runtime.console import progress_console
 from fastppo.runtime.signals import StopSignals
+
+
+class _Stage(enum.Enum):
+    """Where training is, and so what is left to save if it ends there."""
+
+    BETWEEN = enum.auto()  # two iterations: everything is as of the last one
+    ROLLOUT = enum.auto()  # what is learned is as of the last iteration, the environments are further
+    ABANDONED = enum.auto()  # the same: a stop was wanted, and the rest of the rollout would have taken long
+    UPDATE = enum.auto()  # what is learned belongs to no iteration: no checkpoint
+    FAILING = enum.auto()  # one of several ranks failed: no checkpoint, which needs all ranks
+    LEAVING = enum.auto()  # the second signal: nothing
 
 
 class Trainer:
@@ -93,7 +104,7 @@ class Trainer:
         self._watch_envs, self._add_info, self._evaluate, self._saver = run.monitor, run.info, run.evaluation, run.saver
         self.run_dir, self.compile_seconds = run.run_dir, run.compile_seconds
         self._signals: StopSignals | None = None
-        self._stage: Literal["between", "rollout", "abandoned", "update", "failing", "leaving"] = "between"
+        self._stage = _Stage.BETWEEN
         self._update_seconds = 0.0  # of the last iteration
         self._begun = False
         self.stop_requested = False
@@ -119,15 +130,15 @@ class Trainer:
             self._open_sinks()
             clock.start(progress.seconds, self.metrics.global_step, progress.paused_seconds)
             self._saver.start(self.metrics.global_step, saved=self._run.resumed)
-            while progress.iteration < self.n_iterations and not self._must_stop():
-                self._stage, began = "rollout", time.monotonic()
+            while not self._complete() and not self._must_stop():
+                self._stage, began = _Stage.ROLLOUT, time.monotonic()
                 self.learner.anneal(progress.iteration / self.n_iterations)
                 complete = self.collect(functools.partial(self._abandons, began))
                 if self.world.any(not complete, self.device):
-                    self._stage = "abandoned"
+                    self._stage = _Stage.ABANDONED
                     self.logger.say("stopped within a rollout, which would take long: its steps are discarded")
                     break
-                self._stage, updating = "update", time.monotonic()
+                self._stage, updating = _Stage.UPDATE, time.monotonic()
                 sampled = self._sampler.due(progress.iteration + 1)
                 measured = self.learner(on_epoch=self._sampler.measure if sampled else None)
                 with clock.phase("update"):
@@ -141,7 +152,7 @@ class Trainer:
                     self.metrics.count(metrics)
                     stats = self._statistics(progress.iteration, metrics, self.learner.coef_values, sample)
                     progress.seconds = stats.seconds
-                self._stage = "between"
+                self._stage = _Stage.BETWEEN
                 self._watch_envs(stats)
                 self._add_info(stats)
                 with clock.paused():
@@ -155,14 +166,12 @@ class Trainer:
                         self._saver.checkpoint(stats.global_step, progress.best if best else None)
                 with clock.paused():
                     yield stats
-                if self.metrics.episodes.reached(target_of(self.config)):
-                    break
         except KeyboardInterrupt:
-            self._stage = "leaving"  # the second signal: leave without saving
+            self._stage = _Stage.LEAVING  # the second signal: leave without saving
             raise
         except Exception:
             if self.world.size > 1:  # a checkpoint needs all ranks, and the others don't know of this error
-                self._stage = "failing"
+                self._stage = _Stage.FAILING
             raise
         finally:
             self._finish()
@@ -222,6 +231,12 @@ class Trainer:
 
     def _sample(self) -> UpdateSample:
         return self._sampler.sample(self.progress.iteration, self.learner.coefs, self.learner.rewards)
+
+    def _reached(self) -> bool:
+        return self.metrics.episodes.reached(target_of(self.config))
+
+    def _complete(self) -> bool:
+        return self._reached() or self.progress.iteration >= self.n_iterations
 
     def _stop_wanted(self) -> bool:
         return self.stop_requested or (self._signals is not None and self._signals.received is not None)
@@ -287,17 +302,17 @@ class Trainer:
         """Save a checkpoint if the last iteration is complete; then the model and the result, unless leaving."""
         clock, episodes = self.clock, self.metrics.episodes
         # an error in a rollout leaves the learned state as of the last iteration; before the first, nothing is learned
-        if self._stage in ("between", "abandoned") or (self._stage == "rollout" and self.progress.iteration):
-            self._saver.last_checkpoint(self.metrics.global_step, env_lost=self._stage != "between")
+        learned = self._stage is _Stage.ROLLOUT and self.progress.iteration > 0
+        if learned or self._stage in (_Stage.BETWEEN, _Stage.ABANDONED):
+            self._saver.last_checkpoint(self.metrics.global_step, env_lost=self._stage is not _Stage.BETWEEN)
         self._saver.wait()
-        reached, complete = episodes.reached(target_of(self.config)), self.progress.iteration == self.n_iterations
         self.result = Result(
             mean_return=episodes.mean_return,
             mean_length=episodes.mean_length,
             episodes=episodes.count,
             global_step=self.metrics.global_step,
             iterations=self.progress.iteration,
-            ended="target" if reached else "finished" if complete else "interrupted",
+            ended="target" if self._reached() else "finished" if self._complete() else "interrupted",
             sps_steady=clock.sps_steady,
             sps_total=clock.sps_total,
             seconds=clock.seconds,
@@ -309,6 +324,10 @@ class Trainer:
             run_dir=self.run_dir,
             unsaved=self._saver.failure,
         )
-        if self.world.is_main and self._stage != "leaving" and (trouble := self._saver.save_result(self.result)):
+        if (
+            self.world.is_main
+            and self._stage is not _Stage.LEAVING
+            and (trouble := self._saver.save_result(self.result))
+        ):
             self.result = dataclasses.replace(self.result, unsaved=trouble)
             self.logger.say(f"{trouble}.")

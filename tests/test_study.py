@@ -175,11 +175,20 @@ def test_a_folder_holds_one_study(tmp_path):
         begin_study(plan, BASE, tmp_path / "run" / "config.json" / "x")
 
 
-def test_a_run_killed_before_its_result_runs_again(tmp_path):
+def test_a_run_killed_before_its_result_is_not_trained_again(tmp_path):
     plan = plan_study(dataclasses.replace(BASE, target_return=1e5, total_timesteps=1024), (4,), 1, "batch", tmp_path)
     assert [error for _, error in run_each(plan.configs, 1)] == [None]
-    (tmp_path / "runs" / "n4-seed1" / "result.json").unlink()
+    run = tmp_path / "runs" / "n4-seed1"
+    before, rows = json.loads((run / "result.json").read_text()), (run / "metrics.jsonl").read_text()
+    (run / "result.json").unlink()
     assert [error for _, error in run_each(plan.configs, 1)] == [None]
+    after = json.loads((run / "result.json").read_text())
+    for name in ("mean_return", "episodes", "global_step", "iterations", "ended"):
+        assert after[name] == before[name], name
+    assert before["seconds"] <= after["seconds"] + 1.0
+    assert [row for row in rows.splitlines() if "charts" in row] == [
+        row for row in (run / "metrics.jsonl").read_text().splitlines() if "charts" in row
+    ]
 
 
 def test_runs_end_at_the_target_and_failures_are_reported(tmp_path):

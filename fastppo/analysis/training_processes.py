@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 from fastppo.config import SETTINGS, Config, shown
 from fastppo.envs.pool import count_workers
-from fastppo.errors import ConfigError, FastPPOError, FinishedError
+from fastppo.errors import ConfigError, FastPPOError
 from fastppo.runtime.cores import processes, usable_cores
 from fastppo.runtime.files import exclusive, write_json
 from fastppo.runtime.signals import exit_on_sigterm
@@ -201,12 +200,7 @@ def _train(config: Config) -> None:
     from fastppo.trainer import Trainer
 
     run = resumable_run(config)
-    try:
-        trainer = Trainer(config, progress=False) if run is None else continue_run(config, run)
-    except FinishedError:  # killed between its last checkpoint and its result: its time to the target is unknown
-        assert run is not None
-        shutil.rmtree(run)
-        trainer = Trainer(config, progress=False)
+    trainer = Trainer(config, progress=False) if run is None else continue_run(config, run)
     trainer.run()
 
 

@@ -44,6 +44,7 @@ from fastppo.runs.checkpoint import clean_up
 from fastppo.runs.inspect_env import inspect_configured
 from fastppo.runs.model_files import read_spec
 from fastppo.runs.restore import restore
+from fastppo.runs.result import recorded_step
 from fastppo.runs.run_dir import RunLock, claim_run_dir, create_run_dir
 from fastppo.runs.run_saver import RunSaver
 from fastppo.runs.run_state import Part, Progress, RunState, run_metadata
@@ -137,7 +138,8 @@ def build_run(
         if resume_from is not None:
             notes += _resume(resume_from, state, chosen, collect, world)
             evaluation.last_step = learning.metrics.global_step
-            _refuse_finished(run_dir, chosen, learning, progress, n_iterations)
+            if world.shared(lambda: recorded_step(run_dir)) == learning.metrics.global_step:
+                _refuse_finished(run_dir, chosen, learning, progress, n_iterations)
         _check_disk(run_dir, chosen, learning, world)
         minibatches = n_iterations * known(chosen.update_epochs) * known(chosen.n_minibatches)
         mode, compile_seconds = compile_parts(
@@ -318,6 +320,11 @@ def _run_dir(c: Config, env_info: EnvInfo, resume_from: Path | None) -> Path:
 
 
 def _refuse_finished(run_dir: Path, c: Config, learning: Learning, progress: Progress, n_iterations: int) -> None:
+    """Refuse a run that has ended; one killed before it wrote its result goes on, and writes it.
+
+    Raises:
+        FinishedError: it has reached its target or its planned steps.
+    """
     steps, target = learning.metrics.global_step, target_of(c)
     if learning.metrics.episodes.reached(target):
         raise FinishedError(f"{run_dir} has reached its target of {target} after {steps:,} steps.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -54,3 +55,11 @@ class Result:
         """Return JSON-able values; NaN and infinities become None."""
         values = dataclasses.asdict(self) | {"run_dir": str(self.run_dir)}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def recorded_step(run_dir: Path) -> int | None:
+    """Return the environment steps of the result in a run folder; None if there is no result."""
+    try:
+        return int(json.loads((run_dir / "result.json").read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

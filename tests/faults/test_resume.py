@@ -184,6 +184,26 @@ def test_a_finished_run_is_resumed_only_with_more_steps(tmp_path):
     assert resume(config.run_dir, total_timesteps=1024).run().global_step == 1024
 
 
+@pytest.mark.parametrize("target", [None, 5.0])
+def test_a_run_killed_before_its_result_writes_it_and_takes_no_step(tmp_path, target):
+    settings = {"n_envs": 4, "n_steps": 64, "total_timesteps": 4 * 64 * 16, "target_return": target}
+    config = short(tmp_path, env_id="CartPole-v1", **settings)
+    first = Trainer(config).run()
+    assert first.ended == ("finished" if target is None else "target")
+    assert (first.iterations < 16) == (target is not None)
+    hashes = run_hashes(config.run_dir)
+    path = config.run_dir / "result.json"
+    earlier = json.loads(path.read_text()) | {"global_step": 256, "ended": "interrupted"}  # of a stop before
+    for content in (None, json.dumps(earlier), "{"):
+        path.unlink() if content is None else path.write_text(content)
+        again = resume(config.run_dir).run()
+        for name in ("mean_return", "mean_length", "episodes", "global_step", "iterations", "ended"):
+            assert getattr(again, name) == getattr(first, name), name
+        assert run_hashes(config.run_dir) == hashes
+        with pytest.raises(FinishedError):
+            resume(config.run_dir)
+
+
 def test_c1_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     interrupted(config, 2)
