@@ -67,7 +67,7 @@ def test_each_step_takes_the_rate_that_its_minibatch_gives(kl_stop, limit):
     for watch in (True, False):
         policy = make_policy()
         update = adaptive_update(policy, n_minibatches=4, update_epochs=4, kl_stop=kl_stop)
-        given, rates, inner = iter(kls), [], update._gradient
+        given, rates, inner = iter(kls), [], update._step.gradient
 
         def made_up(*arguments, given=given, inner=inner):
             gradient, kl = inner(*arguments), next(given)
@@ -75,12 +75,14 @@ def test_each_step_takes_the_rate_that_its_minibatch_gives(kl_stop, limit):
             figures[EXACT_KL] = figures[PPOLoss.diagnostics.index("approx_kl")] = kl
             return Gradient(gradient.flat, figures, gradient.n_rows)
 
-        def step(state, *rest, update=update, made_up=made_up, rates=rates):
+        take = functools.partial(update._step._update, gradient_fn=made_up)
+
+        def step(state, *rest, update=update, take=take, rates=rates):
             ended = state.kl_limit == -math.inf
-            functools.partial(update._bound, gradient_fn=made_up)(state, *rest)
+            take(state, *rest)
             rates.append((update.adapted["learning_rate"].item(), bool(ended)))
 
-        update._step = step
+        update._step._take = step
         report = dict(zip(update.report_names, learn(update, make_batch(policy), limit, watch).tolist(), strict=True))
         expected, rate = [], START
         for i, ((_, ended), kl) in enumerate(zip(rates, kls, strict=False)):
@@ -100,7 +102,7 @@ def test_the_step_after_a_kl_has_the_new_rate():
     policy = make_policy()
     batch = make_batch(policy)  # exact KL 0 in the first minibatch, above 0 in the second
     update = adaptive_update(policy, n_minibatches=2, update_epochs=1)
-    moved, inner = [], update._step
+    moved, inner = [], update._step._take
 
     def step(*arguments):
         before = update.parameters.vector.clone()
@@ -111,7 +113,7 @@ def test_the_step_after_a_kl_has_the_new_rate():
         inner(*arguments)
         moved.append((update.parameters.vector - before).abs().max().item())
 
-    update._step = step
+    update._step._take = step
     learn(update, batch)
     assert moved == pytest.approx([START, 1.5 * START], rel=0.02)
 
@@ -163,7 +165,7 @@ def test_a_run_logs_its_rate_and_resumes_it_bit_for_bit(tmp_path):
     assert all(abs(x - round(x)) < 1e-3 for x in powers), "no bound is reached"
     interrupted(short(tmp_path, **RUN, run_dir=tmp_path / "parted"), 4)
     resumed = resume(tmp_path / "parted")
-    rule = resumed.update._bound.keywords["adapt_rate"]
+    rule = resumed.update._step._update.keywords["adapt_rate"]
     assert rule(torch.tensor(0.01), torch.tensor(0.004)).item() == pytest.approx(0.01), (
         "between half of 0.005 and twice"
     )

@@ -46,7 +46,7 @@ def gpu(monkeypatch):
     for name, task in {HALL["env_id"]: HallTask, **dict.fromkeys(ACTIONS, SumTask)}.items():
         monkeypatch.setitem(TASKS, name, task)
     triton(monkeypatch, gae_doubling)
-    for module in ("ppo.learner", "ppo.update", "ppo.curiosity", "policies.actors", "builders.compiling"):
+    for module in ("ppo.learner", "ppo.minibatch_step", "ppo.curiosity", "policies.actors", "builders.compiling"):
         monkeypatch.setattr(f"fastppo.{module}.compile_graph", lambda fn, example: fn)
     with fake, torch.autograd.set_multithreading_enabled(False):  # a CPU build of torch has no thread for a GPU
         yield fake

@@ -222,7 +222,7 @@ def test_the_weight_follows_the_mean_kl_of_the_last_epoch_up_to_the_stop(kl_stop
         batch, _ = make_batch("gaussian", policy)
         batch = batch._replace(params=policy(batch.obs).params.detach(), logprobs=logprobs_now(policy, batch))
         update = make_update(policy, "penalty", update_epochs=6, kl_stop=kl_stop)
-        kls, inner = [], update._gradient.__call__
+        kls, inner = [], update._step.gradient.__call__
 
         def spy(*arguments, kls=kls, inner=inner, update=update):
             gradient = inner(*arguments)
@@ -230,7 +230,7 @@ def test_the_weight_follows_the_mean_kl_of_the_last_epoch_up_to_the_stop(kl_stop
                 kls.append(gradient.diagnostics[PPOLoss.diagnostics.index("exact_kl")].item())
             return gradient
 
-        update._step = functools.partial(update._bound, gradient_fn=spy)
+        update._step._take = functools.partial(update._step._update, gradient_fn=spy)
         report = dict(zip(update.report_names, learn(update, batch, limit, watch, learning_rate=0.02), strict=True))
         expected = np.mean(kls[(len(kls) - 1) // PARTS * PARTS :])
         assert report["stopped"] == (limit < math.inf)
@@ -333,7 +333,8 @@ def test_a_kl_that_is_not_a_number_does_not_count():
     batch, _ = make_batch("gaussian", policy)
     batch = batch._replace(params=policy(batch.obs).params.detach(), logprobs=logprobs_now(policy, batch))
     update = make_update(policy, "penalty", update_epochs=1)
-    index, inner, kls = PPOLoss.diagnostics.index("exact_kl"), update._gradient.__call__, [math.nan, 0.25, 0.5, 0.75]
+    index, inner = PPOLoss.diagnostics.index("exact_kl"), update._step.gradient.__call__
+    kls = [math.nan, 0.25, 0.5, 0.75]
     assert len(kls) == PARTS
     left = iter(kls)
 
@@ -341,7 +342,7 @@ def test_a_kl_that_is_not_a_number_does_not_count():
         gradient = inner(*arguments)
         return gradient._replace(diagnostics=gradient.diagnostics.index_fill(0, torch.tensor(index), next(left)))
 
-    update._step = functools.partial(update._bound, gradient_fn=made_up)
+    update._step._take = functools.partial(update._step._update, gradient_fn=made_up)
     learn(update, batch)
     assert update._last_kl.item() == pytest.approx(0.5)
     assert update.adapted["kl_coef"].item() == pytest.approx(2 * START)

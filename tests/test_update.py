@@ -208,8 +208,8 @@ def test_each_epoch_draws_a_new_permutation():
     policy = make_policy()
     update = make_update(policy, update_epochs=3, n_minibatches=1)
     seen = []
-    inner = update._step
-    update._step = lambda state, minibatch, *rest: (
+    inner = update._step._take
+    update._step._take = lambda state, minibatch, *rest: (
         seen.append(minibatch.rows.tolist()) or inner(state, minibatch, *rest)
     )
     learn(update, make_batch(policy), coefficients(), math.inf)
@@ -225,7 +225,7 @@ def test_a_large_kl_stops_the_update_and_means_cover_only_its_steps(kl_stop, wat
     batch = batch._replace(logprobs=logprobs_now(policy, batch))
     update = make_update(policy, update_epochs=10, kl_stop=kl_stop)
     steps, ran = [], []
-    inner = update._step
+    inner = update._step._take
 
     def spy(*arguments):
         before = update.parameters.vector.clone()
@@ -234,7 +234,7 @@ def test_a_large_kl_stops_the_update_and_means_cover_only_its_steps(kl_stop, wat
         if not torch.equal(before, update.parameters.vector):
             steps.append(update.state.sums[REPORT.index("grad_norm")].item())
 
-    update._step = spy
+    update._step._take = spy
     update.prepare(B, 0.02)
     stats = named(update.run(batch, coefficients(learning_rate=0.1), watch=watch))
     assert stats["epochs_run"] <= 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from fastppo.policies.native_mlp import describe, not_covered
 from fastppo.policies.policy import FORBIDDEN, Policy
 from fastppo.ppo.minibatches import Minibatch
 from fastppo.ppo.packed_rows import PackedRows
-from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState
+from fastppo.ppo.update_step import Gradient, LossGradient, PackedGradient, UpdateState
 from fastppo.runtime.compile import CompileError
 
 
@@ -149,22 +148,6 @@ def fuse_gradient(
 
 
 _EXAMPLE_ROWS = 97
-
-
-class PackedGradient(Protocol):
-    """The interface of `LossGradient`: packs a batch and differentiates the loss of a minibatch."""
-
-    @property
-    def constants(self) -> tuple[Tensor, ...]:
-        """See `LossGradient`."""
-
-    def pack(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Pack `batch` for minibatches."""
-
-    def __call__(
-        self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
-    ) -> Gradient:
-        """Return the gradient of the mean loss of `minibatch` at `params` [P]."""
 
 
 @torch.no_grad()

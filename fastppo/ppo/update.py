@@ -23,14 +23,14 @@ from fastppo.policies.policy import Policy
 from fastppo.ppo import fused_gradient, kernel_gradient
 from fastppo.ppo.fused_gradient import FusedGradient
 from fastppo.ppo.kernel_gradient import KernelGradient
+from fastppo.ppo.minibatch_step import MinibatchStep
 from fastppo.ppo.minibatches import Minibatch, Shuffle
-from fastppo.ppo.update_step import Gradient, LossGradient, UpdateState, from_rank_sum, to_rank_sum, update_step
-from fastppo.runtime.compile import CompileError, compile_graph
+from fastppo.ppo.update_step import LossGradient, UpdateState, update_step
+from fastppo.runtime.compile import CompileError
 from fastppo.runtime.distributed import World
 from fastppo.runtime.graphs import GraphPool, capture
 from fastppo.runtime.seeding import restore_generator
 
-Step = Callable[[UpdateState, Minibatch, Coefficients, tuple[Tensor, ...]], None]
 # (rows [M, B], scales [M, 2], coefs, watch) of one epoch
 Epoch = Callable[[Tensor, Tensor, Coefficients, bool], None]
 # (rows [E, M, B], scales [E, M, 2], coefs) of several epochs, until the KL stops the update
@@ -118,10 +118,8 @@ class PPOUpdate:
             policy, parameters, loss, scale_advantages=normalize == "minibatch", segment_length=shuffle.segment_length
         )
         self.trained = loss_gradient.trained
-        self._gradient: LossGradient | FusedGradient | KernelGradient = loss_gradient
-        self._on_gpu = vector.device.type == "cuda"
-        self._optimizer = optimizer
-        self._bound = functools.partial(
+        self._on_gpu, self._optimizer = vector.device.type == "cuda", optimizer
+        update = functools.partial(
             update_step,
             optimizer=optimizer,
             kl_index=loss.diagnostics.index("approx_kl"),
@@ -129,10 +127,8 @@ class PPOUpdate:
             adapt_rate=None if adaptive_rate is None else adaptive_rate.rule,
             sum_exact_kl=adaptive_kl_coef is not None,
         )
-        self._adapts_rate = adaptive_rate is not None
-        self._step: Step = self._eager_step()
-        # what `capture` captures, and what runs
-        self._launched_epoch: Epoch = self._run_epoch
+        # how a minibatch, an epoch and, where one call can, all epochs run: `compile`, `fuse`, `capture` replace these
+        self._step = MinibatchStep(loss_gradient, len(loss.diagnostics), self.world, update)
         self._epoch: Epoch = self._run_epoch
         self._all_epochs: Epochs | None = None
 
@@ -144,35 +140,8 @@ class PPOUpdate:
         """
         if reason := self.policy.uncompilable():
             raise CompileError(reason)
-        data = self.pack(batch)
-        rows = torch.arange(len(batch.logprobs) // self.shuffle.n_minibatches, device=self.state.sums.device)
-        minibatch, constants = Minibatch(self.state.sums.new_zeros(2), rows, data), self._gradient.constants
-        if self.world.size == 1:
-            self._step = compile_graph(self._step, (self.state, minibatch, coefs, constants))
-            return
-        # the sum over ranks lies between two graphs
-        n_params, n_diagnostics = self.parameters.vector.numel(), len(self.loss.diagnostics)
-
-        def compile_halves() -> tuple[Callable[..., Tensor], Callable[..., None]]:
-            gradient = compile_graph(
-                lambda *arguments: to_rank_sum(self._gradient(*arguments)),
-                (self.state.params, minibatch, coefs, constants),
-            )
-            tail = compile_graph(
-                lambda state, total, coefs: self._bound(
-                    state, total, coefs, (), gradient_fn=lambda *_: from_rank_sum(total, n_params)
-                ),
-                (self.state, self.state.sums.new_zeros(n_params + n_diagnostics + 1), coefs),
-            )
-            return gradient, tail
-
-        # compiled and eager code round differently: with both, the ranks' parameters would drift apart
-        gradient, tail = self.world.together(compile_halves, CompileError)
-
-        def step(state: UpdateState, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]) -> None:
-            tail(state, self.world.sum_(gradient(state.params, minibatch, coefs, constants)), coefs)
-
-        self._step = step
+        n_rows = len(batch.logprobs) // self.shuffle.n_minibatches
+        self._step.compile(self.state, self.pack(batch), n_rows, coefs)
 
     def not_fused(self) -> str | None:
         """Return why `fuse` can't be used, or None."""
@@ -206,29 +175,32 @@ class PPOUpdate:
                 )
             return fused_gradient.fuse_gradient(*parts, scale_advantages=scaled, fillers=fillers, threads=parallel)
 
-        self._gradient = gradient = self.world.together(fused, CompileError)
-        self._step = self._eager_step()
+        gradient = self.world.together(fused, CompileError)
+        self._step.use(gradient)
         adam_eps = self._optimizer.adam_eps
-        if self.world.size > 1 or adam_eps is None or self._adapts_rate:
-            return
+        if self.world.size == 1 and adam_eps is not None and "learning_rate" not in self.adapted:
+            self._fuse_epochs(gradient, adam_eps)
+
+    def _fuse_epochs(self, gradient: FusedGradient | KernelGradient, adam_eps: float) -> None:
+        """Run whole epochs, with Adam, in C or by kernels."""
         exact_kl = self._adaptive_kl_coef is not None
         if isinstance(gradient, FusedGradient):
             limit, last_kl = self._epoch_limit if self.kl_stop == "epoch" else None, self._last_kl if exact_kl else None
-            all_epochs = functools.partial(
+            in_c = functools.partial(
                 gradient.run_epochs, self.state, adam_eps=adam_eps, epoch_limit=limit, last_kl=last_kl
             )
 
             def epoch(rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
-                all_epochs(rows.unsqueeze(0), scales.unsqueeze(0), coefs)
+                in_c(rows.unsqueeze(0), scales.unsqueeze(0), coefs)
 
-            self._all_epochs, self._epoch = all_epochs, epoch
+            self._epoch, self._all_epochs = epoch, in_c
             return
 
         def launched(rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
             gradient.run_epoch(self.state, rows, scales, coefs, adam_eps=adam_eps, exact_kl=exact_kl)
             self._end_epoch()
 
-        self._launched_epoch = self._epoch = launched
+        self._epoch = launched
 
     def capture(self, coefs: Coefficients, pool: GraphPool) -> None:
         """Capture an epoch over the batch of the last `begin`; every later epoch replays it, with these `coefs`.
@@ -237,8 +209,9 @@ class PPOUpdate:
             CaptureError: the capture failed.
         """
         rows, scales = self.shuffle.orders[0].clone(), self._scales[0].clone()
+        launched = self._epoch
         replay = capture(
-            lambda: self._launched_epoch(rows, scales, coefs, False),
+            lambda: launched(rows, scales, coefs, False),
             keep=self.kept(),
             fresh=[rows, scales],
             device=rows.device,
@@ -340,11 +313,12 @@ class PPOUpdate:
         """Return the gradient [P] of the first minibatch drawn by `prepare`, at the current parameters."""
         data, scales = self._lay_out(batch)
         minibatch = Minibatch(scales[0, 0], self.shuffle.orders[0, 0], data)
-        return self._gradient(self.state.params, minibatch, coefs, self._gradient.constants).flat
+        gradient = self._step.gradient
+        return gradient(self.state.params, minibatch, coefs, gradient.constants).flat
 
     def step(self, minibatch: Minibatch, coefs: Coefficients) -> None:
         """Take one step on a minibatch of a packed batch."""
-        self._step(self.state, minibatch, coefs, self._gradient.constants)
+        self._step(self.state, minibatch, coefs)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all that the next update needs, without the parameters.
@@ -375,7 +349,7 @@ class PPOUpdate:
 
     def pack(self, batch: Batch) -> tuple[Tensor, ...]:
         """Pack `batch` for minibatches."""
-        return self._gradient.pack(batch)
+        return self._step.gradient.pack(batch)
 
     def scales(self, batch: Batch) -> Tensor:
         """Return mean and divisor of the advantages of each minibatch drawn by `prepare`, [E, M, 2]."""
@@ -390,16 +364,6 @@ class PPOUpdate:
         if self.normalize == "batch":
             batch = batch._replace(advantages=normalize_advantages(batch.advantages, batch.valid, self.world.pool))
         return self.pack(batch), self.scales(batch)
-
-    def _eager_step(self) -> Step:
-        return functools.partial(self._bound, gradient_fn=self._gradient if self.world.size == 1 else self._summed)
-
-    def _summed(
-        self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
-    ) -> Gradient:
-        """The gradient over the rows of all ranks: gradient and diagnostics are summed in one go."""
-        total = self.world.sum_(to_rank_sum(self._gradient(params, minibatch, coefs, constants)))
-        return from_rank_sum(total, params.numel())
 
     def _run_epoch(self, rows: Tensor, scales: Tensor, coefs: Coefficients, watch: bool) -> None:
         """Take a step on each minibatch: `rows` [M, B], `scales` [M, 2]; `watch` as for `run_epochs`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -126,6 +126,26 @@ def update_step(
     stop_kl = torch.where(within | stopped_before, state.stop_kl, kl)
     kl_limit = torch.where(within, limit, -math.inf)
     state.write(UpdateState(params, optimizer_state, sums, kl_limit, stop_kl, skipped), take)
+
+
+class PackedGradient(Protocol):
+    """Packs a batch and differentiates the loss of a minibatch: `LossGradient`, or what stands in for it.
+
+    Attributes:
+        constants: frozen parameters and buffers that the gradient reads; a compiled gradient takes them as arguments.
+    """
+
+    @property
+    def constants(self) -> tuple[Tensor, ...]:
+        """See above."""
+
+    def pack(self, batch: Batch) -> tuple[Tensor, ...]:
+        """Pack `batch` for minibatches."""
+
+    def __call__(
+        self, params: Tensor, minibatch: Minibatch, coefs: Coefficients, constants: tuple[Tensor, ...]
+    ) -> Gradient:
+        """Return the gradient of the mean loss of `minibatch` at `params` [P]."""
 
 
 class LossGradient:

@@ -74,7 +74,7 @@ def train(folder, name, **settings):
     trainer.run()
     return trainer, {
         "compile": trainer.config.compile,
-        "kernels": isinstance(trainer.update._gradient, KernelGradient),
+        "kernels": isinstance(trainer.update._step.gradient, KernelGradient),
         "notes": [note for note in trainer.notes if "fused" in note or "compile" in note or "kernel" in note],
         "launched by Python": sorted(set(OnFakeGPU.launches)),
     }
@@ -85,7 +85,7 @@ def runs(folder):
     patch = pytest.MonkeyPatch()
     gpu = GPU(count=1)
     gpu.install(patch)
-    for module in ("ppo.learner", "ppo.update", "ppo.curiosity", "policies.actors", "builders.compiling"):
+    for module in ("ppo.learner", "ppo.minibatch_step", "ppo.curiosity", "policies.actors", "builders.compiling"):
         patch.setattr(f"fastppo.{module}.compile_graph", lambda fn, example: fn)
     for module, names in KERNELS.items():
         for name in names:

@@ -52,7 +52,7 @@ def run(case, kernel, *, change=None, compares=False, **shape):
                 patch.setattr(kernel_gradient, "in_each_precision", lambda _: None)
             update.fuse(batch, 2)
         assert all(map(torch.equal, before, update.kept())), "it changes no state"
-        assert isinstance(update._gradient, KernelGradient)
+        assert isinstance(update._step.gradient, KernelGradient)
     report = learn(update, batch, coefs, case["limit"])
     return update.state.params.clone(), report, update.state_dict()
 
