@@ -5,7 +5,7 @@ rows from gather to gradient without leaving the chip, and keeps the sum of its 
 these sums in a fixed order, so equal calls give equal bits. `take_step` is `fastppo.ppo.update_step.update_step` with
 Adam: one program decides, then every parameter is stepped. Nothing is read on the host.
 
-The definitions are those of `fastppo.functional.losses`, `distributions`, `bounded_distributions` and `adam`.
+`losses.py` has the loss of a block of rows; Adam's definition is that of `fastppo.functional.adam`.
 """
 
 from __future__ import annotations
@@ -21,30 +21,21 @@ from torch import Tensor
 from fastppo.kernels.layers import (
     Precision,
     activate,
-    bound_log_std,
     dense,
     item,
     load_bias,
     load_weight,
     load_weight_as_stored,
     padded,
-    sigmoid,
     slope,
-    softplus,
-    tanh,
     weight_places,
 )
+from fastppo.kernels.losses import ACTOR_FIGURES, N_ACTOR_FIGURES, act_loss, is_finite, load_columns, value_loss
 
 # After the gradient of the parameters, a program's sums hold those of diagnostics and the number of rows that count
 N_DIAGNOSTICS, N_FIGURES = 7, 8
 _VALUE_LOSS = tl.constexpr(1)
 _FIGURES, _COUNT = tl.constexpr(N_FIGURES), tl.constexpr(N_DIAGNOSTICS)
-_ACTOR_FIGURES = tl.constexpr((0, 2, 3, 4, 5, 6, 7))  # policy loss, entropy, the KLs, clip fraction, count
-_N_ACTOR_FIGURES = tl.constexpr(7)
-_FORBIDDEN = tl.constexpr(-1e8)  # logit of an action that the mask forbids
-_LOWEST_LOG_PROB = tl.constexpr(-1e9)
-_LARGEST_BIT_LOGIT = tl.constexpr(1e3)
-_NODES = tl.constexpr(64)  # of the squashed Gaussian's quadrature, from -5 to 5 standard deviations
 _REDUCE_BLOCK, _REDUCE_ROWS, _STEP_BLOCK = 128, 32, 1024
 
 
@@ -121,214 +112,6 @@ class State(NamedTuple):
     skipped: Tensor
 
 
-@triton.constexpr_function
-def _begin(nvec, component):
-    return sum(nvec[:component])
-
-
-@triton.jit
-def _is_finite(x):
-    return tl.abs(x) < float("inf")  # False for NaN
-
-
-@triton.jit
-def _expm1_minus_x(x):
-    """Return exp(x) - 1 - x, never negative: by its series near 0, where the difference would lose all digits."""
-    series = 1.0 / 40320.0
-    series = series * x + 1.0 / 5040.0
-    series = series * x + 1.0 / 720.0
-    series = series * x + 1.0 / 120.0
-    series = series * x + 1.0 / 24.0
-    series = series * x + 1.0 / 6.0
-    series = (series * x + 0.5) * x * x
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
-
-
-@triton.jit
-def _load_columns(at, first, n: tl.constexpr, rows):
-    """Return n columns from `first` on of the rows [B] whose addresses are `at`, a padded tile [B, n]."""
-    k = tl.arange(0, padded(n))
-    return tl.load(at[:, None] + first + k[None, :], mask=rows[:, None] & (k < n)[None, :], other=0.0)
-
-
-@triton.jit
-def _log_softmax(x, choices):
-    most = tl.max(tl.where(choices, x, float("-inf")), 1)
-    shifted = x - most[:, None]
-    return shifted - tl.log(tl.sum(tl.where(choices, tl.exp(shifted), 0.0), 1))[:, None]
-
-
-@triton.jit
-def _at_least(x, low):
-    return tl.where(x < low, low, x)  # NaN stays NaN
-
-
-@triton.jit
-def _log_tanh_derivative(u):
-    return 2.0 * (0.69314718 - u - softplus(-2.0 * u))
-
-
-@triton.jit
-def _expected_log_tanh_derivative(mean, std):
-    """Return the expected log(1 - tanh(u)^2) of u = mean + std z, and its derivatives by mean and std."""
-    total, first, second = tl.zeros_like(mean), tl.zeros_like(mean), tl.zeros_like(mean)
-    weights = 0.0
-    for i in range(_NODES):
-        z = -5.0 + i * (10.0 / (_NODES - 1))
-        weight = tl.exp(-0.5 * z * z)
-        u = mean + std * z
-        curve = -2.0 * tanh(u) * weight
-        weights += weight
-        total += weight * _log_tanh_derivative(u)
-        first += curve
-        second += curve * z
-    return total / weights, first / weights, second / weights
-
-
-@triton.jit
-def _surrogate(logprob, at, rows, mean, divisor, clip, COLUMNS: tl.constexpr, LOSS: tl.constexpr):
-    """Return logratio, surrogate, and the gradient of minus the surrogate by the log-probability, [B] each."""
-    logratio = logprob - tl.load(at + COLUMNS.logprob, mask=rows, other=0.0)
-    ratio = tl.exp(logratio)
-    advantage = (tl.load(at + COLUMNS.advantage, mask=rows, other=0.0) - mean) / divisor
-    surrogate = ratio * advantage
-    by_logprob = -surrogate
-    if LOSS.clips:
-        low, high = 1.0 - clip, 1.0 + clip
-        clipped = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio)) * advantage
-        lower = surrogate > clipped  # False for NaN
-        surrogate, by_logprob = tl.where(lower, clipped, surrogate), tl.where(lower, 0.0, by_logprob)
-    # so that the minibatch is skipped, as by torch
-    return logratio, surrogate, tl.where(_is_finite(ratio), by_logprob, float("nan"))
-
-
-@triton.jit
-def _value_loss(v, old, target, limit, LOSS: tl.constexpr):
-    """Return the loss of the values v [B], and its derivative."""
-    error = v - target
-    loss, gradient = 0.5 * error * error, error
-    if LOSS.value_clip != "off":
-        limit = tl.where(limit < 0, float("inf"), limit)
-        step = v - old
-        kept = tl.where(step > limit, limit, tl.where(step < -limit, -limit, step))
-        clipped_error = old + kept - target
-        clipped = 0.5 * clipped_error * clipped_error
-        clipped_gradient = tl.where((step > limit) | (step < -limit), 0.0, clipped_error)
-        if LOSS.value_clip == "max":
-            # equal losses share the gradient, as torch.maximum divides it
-            both = tl.where(clipped == loss, 0.5 * (error + clipped_gradient), gradient)
-            larger = clipped > loss  # False for NaN
-            loss, gradient = tl.where(larger, clipped, loss), tl.where(larger, clipped_gradient, both)
-        else:
-            loss, gradient = clipped, clipped_gradient
-    return loss, gradient
-
-
-@triton.jit
-def _act_loss(
-    outs,
-    parameters,
-    at,
-    rows,
-    mean,
-    divisor,
-    clip,
-    ent_coef,
-    kl_coef,
-    NETWORK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    LOSS: tl.constexpr,
-    N: tl.constexpr,
-):
-    """Evaluate the distribution and the policy's loss of a block of rows.
-
-    Returns:
-        The gradients by the heads' outputs [B, N], of a Gaussian by means and log standard deviations; the figures of
-        each row, [B] each, in the order of _ACTOR_FIGURES.
-    """
-    k = tl.arange(0, padded(N))
-    real = (k < N)[None, :]
-    x = outs[0]
-    old = _load_columns(at, COLUMNS.old, N, rows)
-    if NETWORK.distribution == "categorical":
-        allowed = real
-        if COLUMNS.mask >= 0:
-            allowed = real & (_load_columns(at, COLUMNS.mask, N, rows) > 0)
-            x = tl.where(allowed, x, _FORBIDDEN)
-        logp, old_logp, entropies = tl.zeros_like(x), tl.zeros_like(x), tl.zeros_like(x)
-        entropy = tl.zeros_like(mean + tl.sum(x, 1))
-        chosen = k[None, :] < tl.zeros_like(x)
-        for c in tl.static_range(len(NETWORK.nvec)):
-            place = k - _begin(NETWORK.nvec, c)
-            choices = ((place >= 0) & (place < NETWORK.nvec[c]))[None, :]
-            logp = tl.where(choices, _log_softmax(x, choices), logp)
-            old_logp = tl.where(choices, _log_softmax(old, choices), old_logp)
-            terms = tl.where(choices, tl.exp(logp) * _at_least(logp, _LOWEST_LOG_PROB), 0.0)
-            own = -tl.sum(terms, 1)
-            entropy += own
-            entropies = tl.where(choices, own[:, None], entropies)
-            action = tl.load(at + COLUMNS.action + c, mask=rows, other=0.0).to(tl.int32)
-            chosen = chosen | (choices & (place[None, :] == action[:, None]))
-        p, old_p = tl.where(real, tl.exp(logp), 0.0), tl.where(real, tl.exp(old_logp), 0.0)
-        logprob = tl.sum(tl.where(chosen, logp, 0.0), 1)
-        logp, old_logp = _at_least(logp, _LOWEST_LOG_PROB), _at_least(old_logp, _LOWEST_LOG_PROB)
-        kl = tl.sum(old_p * (old_logp - logp), 1)
-        logratio, surrogate, by_logprob = _surrogate(logprob, at, rows, mean, divisor, clip, COLUMNS, LOSS)
-        d = by_logprob[:, None] * (tl.where(chosen, 1.0, 0.0) - p) + ent_coef * p * (logp + entropies)
-        if LOSS.penalizes:
-            d += kl_coef * (p - old_p)
-        gradients = (tl.where(allowed, d, 0.0),)
-    elif NETWORK.distribution == "bernoulli":
-        edge: tl.constexpr = _LARGEST_BIT_LOGIT
-        inside = real & ((x > edge) | (x < -edge) == 0)
-        x = tl.where(x > edge, edge, _at_least(x, -edge))
-        old = tl.where(old > edge, edge, _at_least(old, -edge))
-        p, old_p = sigmoid(x), sigmoid(old)
-        bit = _load_columns(at, COLUMNS.action, N, rows) > 0
-        soft = softplus(x)
-        logprob = tl.sum(tl.where(real, -tl.where(bit, softplus(-x), soft), 0.0), 1)
-        entropy = tl.sum(tl.where(real, soft - x * p, 0.0), 1)
-        kl = tl.sum(tl.where(real, old_p * (old - x) - softplus(old) + soft, 0.0), 1)
-        logratio, surrogate, by_logprob = _surrogate(logprob, at, rows, mean, divisor, clip, COLUMNS, LOSS)
-        d = by_logprob[:, None] * (tl.where(bit, 1.0, 0.0) - p) + ent_coef * x * p * (1.0 - p)
-        if LOSS.penalizes:
-            d += kl_coef * (p - old_p)
-        gradients = (tl.where(inside, d, 0.0),)
-    else:
-        if NETWORK.log_std is None:
-            raw = outs[1]
-        else:
-            raw = tl.load(parameters + NETWORK.log_std + k, mask=k < N, other=0.0)[None, :]
-        log_std, by_raw = bound_log_std(raw)
-        old_log_std, _ = bound_log_std(_load_columns(at, COLUMNS.old + N, N, rows))
-        inverse = tl.exp(-log_std)
-        action = _load_columns(at, COLUMNS.action, N, rows)
-        z, shift = (action - x) * inverse, (old - x) * inverse
-        spread = tl.exp(2.0 * (old_log_std - log_std))
-        logprobs = -0.5 * z * z - log_std - 0.91893853
-        entropies = tl.zeros_like(x) + log_std + 1.41893853
-        entropy_by_mean, entropy_by_log_std = tl.zeros_like(x), tl.zeros_like(x) + 1.0
-        if NETWORK.distribution == "squashed":
-            logprobs -= _log_tanh_derivative(action)
-            std = tl.exp(log_std)
-            part, entropy_by_mean, by_std = _expected_log_tanh_derivative(x, std + tl.zeros_like(x))
-            entropies += part
-            entropy_by_log_std += by_std * std
-        logprob = tl.sum(tl.where(real, logprobs, 0.0), 1)
-        entropy = tl.sum(tl.where(real, entropies, 0.0), 1)
-        kl = tl.sum(tl.where(real, log_std - old_log_std + 0.5 * (spread + shift * shift - 1.0), 0.0), 1)
-        logratio, surrogate, by_logprob = _surrogate(logprob, at, rows, mean, divisor, clip, COLUMNS, LOSS)
-        d_mean = by_logprob[:, None] * z * inverse - ent_coef * entropy_by_mean
-        d_log_std = by_logprob[:, None] * (z * z - 1.0) - ent_coef * entropy_by_log_std
-        if LOSS.penalizes:
-            d_mean -= kl_coef * shift * inverse
-            d_log_std += kl_coef * (1.0 - spread - shift * shift)
-        gradients = (tl.where(real, d_mean, 0.0), tl.where(real, d_log_std * by_raw, 0.0))
-    beyond = _expm1_minus_x(logratio)
-    is_clipped = tl.where(tl.abs(beyond + logratio) > clip, 1.0, 0.0)
-    return gradients, (-surrogate, entropy, -logratio, beyond, kl, is_clipped, tl.zeros_like(kl) + 1.0)
-
-
 @triton.jit
 def _run_trunk(
     parameters,
@@ -366,7 +149,7 @@ def _run_trunk(
     n_own: tl.constexpr = item(TRUNK.heads, 0).n_out
     log_std_gradient = tl.zeros([padded(n_own)], tl.float32)
     figures = ()
-    for i in tl.static_range(_N_ACTOR_FIGURES):
+    for i in tl.static_range(N_ACTOR_FIGURES):
         figures = figures + (tl.zeros([BLOCK], tl.float32),)
     value_losses = tl.zeros([BLOCK], tl.float32)
 
@@ -377,7 +160,7 @@ def _run_trunk(
         at = data + tl.load(order + place, mask=rows, other=0) * COLUMNS.width
         if COLUMNS.valid >= 0:
             rows = rows & (tl.load(at + COLUMNS.valid, mask=rows, other=0.0) != 0)
-        x = _load_columns(at, 0, TRUNK.features, rows)
+        x = load_columns(at, 0, TRUNK.features, rows)
         inputs, before = (x,), ()
         for i in tl.static_range(depth):
             weight, bias = load_weight(parameters, item(TRUNK.layers, i)), load_bias(parameters, item(TRUNK.layers, i))
@@ -391,7 +174,7 @@ def _run_trunk(
 
         gradients = ()
         if TRUNK.acts:
-            by_params, found = _act_loss(
+            by_params, found = act_loss(
                 outs, parameters, at, rows, mean, divisor, clip, ent_coef, kl_coef, NETWORK, COLUMNS, LOSS, n_own
             )
             for i in tl.static_range(n_actor_heads):
@@ -399,7 +182,7 @@ def _run_trunk(
             if NETWORK.log_std is not None:
                 log_std_gradient += tl.sum(tl.where(rows[:, None], by_params[1], 0.0), 0)
             more = ()
-            for i in tl.static_range(_N_ACTOR_FIGURES):
+            for i in tl.static_range(N_ACTOR_FIGURES):
                 more = more + (figures[i] + tl.where(rows, found[i], 0.0),)
             figures = more
         if TRUNK.values:
@@ -407,7 +190,7 @@ def _run_trunk(
             v = tl.sum(tl.where(column, outs[n_heads - 1], 0.0), 1)
             old = tl.load(at + COLUMNS.old_value, mask=rows, other=0.0)
             target = tl.load(at + COLUMNS.target, mask=rows, other=0.0)
-            loss, by_value = _value_loss(v, old, target, value_clip, LOSS)
+            loss, by_value = value_loss(v, old, target, value_clip, LOSS)
             value_losses += tl.where(rows, loss, 0.0)
             by_value = tl.where(rows, value_coef * by_value, 0.0)
             gradients = gradients + (tl.where(column, by_value[:, None], 0.0),)
@@ -442,8 +225,8 @@ def _run_trunk(
         if NETWORK.log_std is not None:
             o = tl.arange(0, padded(n_own))
             tl.store(to + NETWORK.log_std + o, log_std_gradient, mask=o < n_own)
-        for i in tl.static_range(_N_ACTOR_FIGURES):
-            tl.store(to + NETWORK.size + _ACTOR_FIGURES[i], tl.sum(figures[i], 0))
+        for i in tl.static_range(N_ACTOR_FIGURES):
+            tl.store(to + NETWORK.size + ACTOR_FIGURES[i], tl.sum(figures[i], 0))
     if TRUNK.values:
         tl.store(to + NETWORK.size + _VALUE_LOSS, tl.sum(value_losses, 0))
 
@@ -530,7 +313,7 @@ def _decide(
         total += tl.load(squares + k, mask=k < n_squares, other=0.0)
     norm = tl.sqrt(tl.sum(total, 0))
     kl, limit = tl.load(gradient + SIZE + KL), tl.load(kl_limit)
-    finite, stopped = _is_finite(norm), limit == float("-inf")
+    finite, stopped = is_finite(norm), limit == float("-inf")
     within = (kl <= limit) | (limit == float("inf"))  # False for NaN
     take = within & finite
     scale = tl.minimum(tl.load(max_norm) / (norm + 1e-6), 1.0)
