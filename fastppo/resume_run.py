@@ -12,11 +12,13 @@ from torch import nn
 
 from fastppo.config import CHOSEN_AT_START, Config
 from fastppo.envs.make_envs import Maker
-from fastppo.errors import ConfigError
+from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
 from fastppo.runs.open_run import open_run, read_config
 from fastppo.runs.run_dir import RunLock, check_run_folder, find_run, is_folder
+from fastppo.runs.state_files import read_json
 from fastppo.runtime.console import print_line, progress_console
+from fastppo.runtime.cores import processes
 from fastppo.trainer import Trainer
 
 
@@ -34,7 +36,8 @@ def resume(
 
     Args:
         run: the run folder.
-        total_timesteps: environment steps in total; None: as planned. Schedules stretch over the new total.
+        total_timesteps: environment steps in total, at least one iteration more than the run has; None: as planned.
+            Schedules stretch over the new total.
         make_env: makes one environment; needed if the run used a `make_env`.
         policy: your own network; needed if the run trained one.
         console: shows progress; None: as `progress` says.
@@ -53,6 +56,7 @@ def resume(
     config = open_run(path, make_env, allow_import)
     changes: dict[str, Any] = {"run_dir": run_dir, "init_from": None}
     if total_timesteps is not None:
+        _check_total(run_dir, path, config, total_timesteps)
         changes["total_timesteps"] = total_timesteps
     console = progress_console(progress) if console is None else console
     return _resume_from(dataclasses.replace(config, **changes), path, problems, console, make_env, policy)
@@ -82,6 +86,27 @@ def continue_run(config: Config, run_dir: Path, console: Console | None = None) 
         measured |= {"workers": before.workers, "half_batches": before.half_batches}
     config = dataclasses.replace(config, **measured, run_dir=run_dir, init_from=None)
     return _resume_from(config, path, problems, console)
+
+
+def _check_total(run_dir: Path, checkpoint: Path, config: Config, total_timesteps: int) -> None:
+    """Check that the new total leaves an iteration to train; an iteration is one rollout on each process.
+
+    Raises:
+        ConfigError: it is too small.
+    """
+    path, batch = checkpoint / "state-0.json", config.batch_size * processes()
+    saved = read_json(path)
+    try:
+        rollouts = int(saved["values"]["progress"]["iteration"]) * int(saved["about"]["world_size"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be understood ({type(error).__name__}: {error}).") from None
+    done = round(rollouts / processes())  # as `restore` counts them
+    smallest = (done + 1) * batch
+    if isinstance(total_timesteps, (int, float)) and total_timesteps < smallest:
+        raise ConfigError(
+            f"total_timesteps={total_timesteps:,} leaves nothing to train: {run_dir} has {done:,} iterations of "
+            f"{batch:,} steps, and the total counts these; nearest valid value: {smallest:,}."
+        )
 
 
 def _clean_up_unless_locked(run_dir: Path) -> None:

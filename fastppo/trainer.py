@@ -167,7 +167,12 @@ class Trainer:
                 with clock.paused():
                     yield stats
         except KeyboardInterrupt:
-            self._stage = _Stage.LEAVING  # the second signal: leave without saving
+            # the second signal, or an update that is half done: leave without saving. Otherwise Ctrl-C in the caller's
+            # own loop, or an environment raised it: save as after an error
+            if self._stage == _Stage.UPDATE or (self._signals is not None and self._signals.received is not None):
+                self._stage = _Stage.LEAVING
+            elif self.world.size > 1:
+                self._stage = _Stage.FAILING
             raise
         except Exception:
             if self.world.size > 1:  # a checkpoint needs all ranks, and the others don't know of this error

@@ -1,10 +1,13 @@
 """Output of the commands: in a terminal, in a pipe, in a pipe whose reader has gone, and without standard output."""
 
 import dataclasses
+import importlib
 import io
 import re
 import subprocess
 import sys
+import tomllib
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -53,6 +56,20 @@ def lines(console):
     """The printed lines without escape sequences, apart from empty ones."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     return [line.rstrip() for line in re.split("[\r\n]+", text) if line.strip()]
+
+
+def test_ctrl_c_during_imports_ends_with_one_line(monkeypatch, capsys):
+    with open("pyproject.toml", "rb") as file:
+        assert tomllib.load(file)["project"]["scripts"]["fastppo"] == "fastppo.__main__:main"
+
+    def interrupt(name, *_):
+        if name == "fastppo.cli":
+            raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "fastppo.cli")
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=interrupt), *sys.meta_path])
+    assert importlib.import_module("fastppo.__main__").main() == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_the_time_left_holds_evaluations_and_videos():

@@ -222,6 +222,12 @@ def test_tensor_environments_are_refused():
         Config(vectorization="tensor", log_info=("success",))
 
 
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_name_is_refused(empty):
+    with pytest.raises(ConfigError, match="log_info holds an empty name; name keys of info"):
+        Config(log_info=("success", empty))
+
+
 def test_keys_without_end_take_no_memory_without_end():
     sums = InfoSums(["wanted"], 1)
     for k in range(3000):

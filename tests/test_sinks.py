@@ -19,7 +19,7 @@ from fastppo.monitoring.health_rules import HealthFinding, RunTraits
 from fastppo.monitoring.run_logger import RunLogger
 from fastppo.monitoring.sinks.console import ConsoleSink
 from fastppo.monitoring.sinks.records import crc32c, record
-from fastppo.monitoring.sinks.trackers import ThrottledSink
+from fastppo.monitoring.sinks.trackers import ThrottledSink, check_trackers
 from fastppo.monitoring.stats import Stats
 from tests import PATIENCE
 
@@ -190,6 +190,23 @@ def test_a_missing_library_is_refused_before_the_run_starts(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="pip install 'fastppo\\[mlflow\\]'"):
         Trainer(dataclasses.replace(SMALL, run_dir=tmp_path / "run", track=("mlflow",)))
     assert not (tmp_path / "run").exists()
+
+
+def test_wandb_without_a_login_is_refused_before_the_run_starts(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    from fastppo.errors import ConfigError
+
+    def login():
+        raise wandb.errors.UsageError("No API key configured.")
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(wandb, "login", login)
+    config = dataclasses.replace(SMALL, run_dir=tmp_path / "run", track=("wandb",))
+    with pytest.raises(ConfigError, match=r"track wandb: No API key configured; .* WANDB_MODE=offline logs to files"):
+        Trainer(config)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "1")  # the main process alone logs
+    check_trackers(["wandb"])
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 255, 256, 257, 700])

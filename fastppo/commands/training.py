@@ -117,8 +117,6 @@ class Resume:
     def __call__(self) -> int:
         """Resume, and return the exit status, as `train` does."""
         check_run_folder(self.run)
-        if self.total_timesteps is not None and self.total_timesteps < 1:
-            raise ConfigError(f"total_timesteps={self.total_timesteps} must be at least 1; nearest valid value: 1.")
         from fastppo.resume_run import resume
 
         return _run(

@@ -224,6 +224,8 @@ def _check_stepping(config: Config) -> None:
         raise ConfigError(
             "act_device=cpu with vectorization=tensor: these environments run on the training device; leave it out."
         )
+    if not all(key.strip() for key in config.log_info):
+        raise ConfigError("log_info holds an empty name; name keys of info, such as success or 'terms/*'.")
     if config.log_info and config.vectorization == "tensor":
         raise ConfigError(
             "log_info with vectorization=tensor: these environments give no info; use sync, pool or async, or leave it "

@@ -24,6 +24,7 @@ from fastppo.envs.sync import SerialVectorEnv
 from fastppo.envs.vec_env import env_seeds
 from fastppo.errors import ConfigError, EnvError
 from fastppo.runtime.seeding import seed_stream
+from tests.envs.worlds import Counter
 from tests.faults.test_resume import fastppo
 from tests.faults.worlds import FaultEnv, Growing, Numbered, makers, odd
 from tests.worlds import short
@@ -426,6 +427,27 @@ def test_p1_p2_a_worker_that_is_lost_between_two_rollouts(tmp_path, how):
     assert trainer.result.ended == "finished"
     assert stats.scalars["charts/env_restarts"] == 1
     assert trainer.env.venv.seeding[1].sum() == 2
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+def test_a_keyboard_interrupt_of_an_environment_saves_all_whole_iterations(tmp_path, own_loop):
+    class Closed(Counter):
+        taken = -(10**6)  # the probes before the training take steps too
+
+        def step(self, action):
+            Closed.taken += 1
+            if Closed.taken == 3 * 16 + 5:
+                raise KeyboardInterrupt
+            return super().step(action)
+
+    trainer = Trainer(short(tmp_path, total_timesteps=16 * 8), make_env=Closed)
+    Closed.taken = 0
+    with pytest.raises(KeyboardInterrupt):
+        list(trainer.iterations()) if own_loop else trainer.run()
+    assert (trainer.result.ended, trainer.result.iterations) == ("interrupted", 3)
+    resumed = resume(tmp_path / "run", make_env=Closed)
+    assert resumed.progress.iteration == 3
+    assert resumed.run().ended == "finished"
 
 
 def test_p1_without_restarts_everything_learned_is_saved(tmp_path):

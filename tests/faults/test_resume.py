@@ -204,6 +204,21 @@ def test_a_run_killed_before_its_result_writes_it_and_takes_no_step(tmp_path, ta
             resume(config.run_dir)
 
 
+@pytest.mark.parametrize(("processes", "smallest"), [(1, 64 * 5), (2, 64 * 2 * 3)])
+def test_a_total_that_leaves_nothing_to_train_is_refused_with_the_smallest_one(
+    tmp_path, monkeypatch, processes, smallest
+):
+    config = short(tmp_path, env_id="CartPole-v1", **LONG)
+    interrupted(config, 4)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for total in (0, 1, smallest - 1):
+        expected = f"total_timesteps={total} leaves nothing to .* valid value: {smallest}\\."
+        with pytest.raises(ConfigError, match=expected):
+            resume(config.run_dir, total_timesteps=total)
+    if processes == 1:
+        assert resume(config.run_dir, total_timesteps=smallest).run().global_step == smallest
+
+
 def test_c1_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path):
     config = short(tmp_path, env_id="CartPole-v1", **LONG)
     interrupted(config, 2)

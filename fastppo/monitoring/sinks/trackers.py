@@ -17,8 +17,10 @@ import numpy as np
 from fastppo.errors import ConfigError, first_line
 from fastppo.monitoring.sinks.sink import Sink
 from fastppo.monitoring.stats import Stats
+from fastppo.runtime.distributed import is_main_process
 
 _SECONDS = 5.0  # between two writes; one takes 40 ms in a local MLflow store
+_WITHOUT_LOGIN = ("offline", "disabled", "dryrun")  # values of WANDB_MODE
 
 Tracker = Literal["wandb", "mlflow"]
 
@@ -164,11 +166,21 @@ def check_trackers(names: Iterable[str]) -> None:
     """Check, before a run starts, that the trackers can be used.
 
     Raises:
-        ConfigError: a library is missing, or the MLflow store can't be reached.
+        ConfigError: a library is missing, the MLflow store can't be reached, or there is no valid login at Weights &
+            Biases.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"track {name} needs its library: pip install 'fastppo[{name}]'.")
+        if name == "wandb" and is_main_process() and os.environ.get("WANDB_MODE") not in _WITHOUT_LOGIN:
+            import wandb
+
+            try:
+                wandb.login()  # in a terminal it asks for a key
+            except Exception as error:  # its own classes
+                raise ConfigError(
+                    f"track wandb: {first_line(error).rstrip('.')}; without a login, WANDB_MODE=offline logs to files."
+                ) from None
         if name == "mlflow":
             try:
                 _mlflow_client().search_experiments(max_results=1)
