@@ -70,6 +70,42 @@ def _whole_numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructo
     )
 
 
+@_REGISTRY.primitive_rule
+def _lists_of_whole_numbers(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Parse a command's own lists of integers, such as the n_envs of a study."""
+    if info.type != tuple[int, ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[INT ...]",
+        instance_from_str=lambda arguments: tuple(map(_whole_number, arguments)),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: list(map(str, value)),
+    )
+
+
+@_REGISTRY.primitive_rule
+def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    if info.type is not float:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="NUMBER",
+        instance_from_str=lambda arguments: _number(arguments[0]),
+        is_instance=lambda value: isinstance(value, (int, float)),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number, such as 5 or 0.5") from None
+
+
 def _whole_number(text: str) -> int:
     with contextlib.suppress(ValueError):
         return int(text)
@@ -143,7 +179,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
     """Return the command that the arguments ask for, ready to call.
 
     Raises:
-        ConfigError: no such command, or the file that --config names can't be used.
+        ConfigError: no such command, an empty argument, or the file that --config names can't be used.
         SystemExit: the parser refused the arguments, or printed help.
     """
     name, *rest = arguments or ("",)
@@ -153,6 +189,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], int]:
     if name not in COMMANDS:
         raise ConfigError(_no_command(name))
     kind = COMMANDS[name]
+    _check_filled(name, rest)
     # the parser sees the flags of this command alone, so that a typo suggests no other command's
     default = form(_defaults(kind, rest)) if issubclass(kind, SettingsCommand) else None
     parsed: Any = tyro.cli(
@@ -197,6 +234,20 @@ def _no_command(name: str) -> str:
     return f"there is no command {name!r}; " + (f"did you mean {near[0]}?" if near else f"use one of {names}.")
 
 
+def _check_filled(command: str, arguments: Sequence[str]) -> None:
+    """Refuse empty arguments, as unset variables of a shell are; an empty path would be the working folder.
+
+    Raises:
+        ConfigError: an argument is empty.
+    """
+    for before, argument in itertools.pairwise([command, *arguments]):
+        name, equals, value = argument.partition("=")
+        if not argument or (name.startswith("--") and equals and not value):
+            flagged = name or (before if before.startswith("-") and "=" not in before else "")
+            what = f"{flagged} has an empty value" if flagged else f"{command}: an argument is empty"
+            raise ConfigError(f"{what}, as from a variable that is not set; give a value, or leave it out.")
+
+
 def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
     """Return the defaults of the flags: the file that --config names over the profile, or the command's own."""
     file, profile = _given(arguments, "--config"), _given(arguments, "--profile", "--preset")
@@ -207,7 +258,7 @@ def _defaults(kind: type[_Settings], arguments: Sequence[str]) -> _Settings:
     if profile is not None:
         values = {name: value for name, value in values.items() if name not in ("profile", "preset")}
         values["profile"] = profile
-    config = Config.from_dict(values, str(path))
+    config = Config.from_dict(values, "--profile" if path is None else str(path))
     typed = {flag(a.partition("=")[0].lstrip("-")) for a in arguments}
     for imported in config.imported:
         name = imported.partition(" ")[0]
@@ -242,9 +293,13 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
 
     `--num-envs 4` becomes `--n-envs 4`; `--anneal-lr` and `--no-anneal-lr` become `--anneal-lr True` and
     `--anneal-lr False`, because tyro demands a value for a switch that may also be None.
+
+    Raises:
+        ConfigError: a value follows a switch that takes none.
     """
     aliases = {flag(alias): flag(name) for alias, name in ALIASES.items()}
     switches = {flag(name) for name, hint in TYPES.items() if hint == bool | None}
+    bare = {flag(name) for name, hint in TYPES.items() if hint is bool}
     out: list[str] = []
     for i, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
@@ -252,14 +307,13 @@ def _normalise(arguments: Sequence[str]) -> list[str]:
         following = arguments[i + 1] if i + 1 < len(arguments) else "--"
         if plain in aliases:
             out.append(aliases[plain] + equals + value)
-        elif argument == name and plain in switches and following.lower() not in ("true", "false"):
+        elif argument == name and plain in switches and following.startswith("-"):
             out += [plain, "True"]
-        elif argument == name and plain in switches:
-            out.append(plain)
+        elif plain in bare and (equals or not following.startswith("-")):
+            given = value if equals else following
+            raise ConfigError(f"{plain} takes no value, but {given!r} follows; give {plain} or --no-{plain[2:]}.")
         elif argument == name and plain.startswith("--no-") and flag(plain[5:]) in switches:
             out += [flag(plain[5:]), "False"]
-        elif out and out[-1] in switches and argument.lower() in ("true", "false"):
-            out.append(argument.capitalize())
         else:
             out.append(argument)
     return out

@@ -47,6 +47,20 @@ def cause_line(error: BaseException) -> str:
     return f"{name if text == name else f'{name}: {text}'}{place}"
 
 
+def kind_of(value: object) -> str:
+    """Return what `value` is, with its article: "an int", "the class Network", "None"."""
+    if value is None:
+        return "None"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    return with_article(type(value).__name__)
+
+
+def with_article(name: str) -> str:
+    """Return a noun with "a" or "an"."""
+    return f"{'an' if name[:1] in 'aeioAEIO' else 'a'} {name}"
+
+
 def innermost(error: BaseException) -> BaseException:
     """Return the error that a chain of errors began with, such as the one that a failed clean-up replaced."""
     while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:

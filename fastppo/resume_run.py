@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from fastppo.config import CHOSEN_AT_START, Config
+from fastppo.config import CHOSEN_AT_START, Config, as_path
 from fastppo.envs.make_envs import Maker
 from fastppo.errors import CheckpointError, ConfigError
 from fastppo.runs.checkpoint import clean_up, list_checkpoints, newest_checkpoint
@@ -49,7 +49,7 @@ def resume(
         CheckpointError: no checkpoint can be used.
         ConfigError, EnvError: see their texts.
     """
-    run_dir = Path(run)
+    run_dir = as_path(run, "run")
     check_run_folder(run_dir)
     _clean_up_unless_locked(run_dir)
     path, problems = newest_checkpoint(run_dir)

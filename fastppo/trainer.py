@@ -15,13 +15,14 @@ from torch import nn
 
 from fastppo.builders.resolve import target_of
 from fastppo.builders.run import build_run
-from fastppo.config import Config
+from fastppo.config import Config, as_path
 from fastppo.envs.make_envs import Maker
-from fastppo.errors import ConfigError, EnvError, FastPPOError
+from fastppo.errors import ConfigError, EnvError, FastPPOError, kind_of
 from fastppo.monitoring.open_sinks import open_sinks
 from fastppo.monitoring.sinks.trackers import check_trackers
 from fastppo.monitoring.stats import Stats
 from fastppo.monitoring.update_samples import UpdateSample
+from fastppo.runs.checkpoint import is_checkpoint
 from fastppo.runs.checkpoint_writer import LONG_ITERATION
 from fastppo.runs.nan_dump import save_nan_dump
 from fastppo.runs.result import Result
@@ -90,7 +91,11 @@ class Trainer:
             CheckpointError: the checkpoint can't be used.
         """
         if not isinstance(config, Config):
-            raise ConfigError(f"Trainer takes a Config, not {type(config).__name__}: Trainer(Config(env_id=...)).")
+            raise ConfigError(f"Trainer takes a Config, not {kind_of(config)}: Trainer(Config(env_id=...)).")
+        if console is not None and not isinstance(console, Console):
+            raise ConfigError(f"console is {kind_of(console)}; give a rich.console.Console, or progress=True.")
+        if resume_from is not None and not is_checkpoint(resume_from := as_path(resume_from, "resume_from")):
+            raise ConfigError(f"resume_from={resume_from} is no checkpoint of a run; call fastppo.resume(run) instead.")
         check_trackers(config.track)
         self._compiled_before = compiling.compilations
         console = progress_console(progress) if console is None else console
@@ -212,10 +217,14 @@ class Trainer:
             value: a number, or a tensor or array of one.
 
         Raises:
-            ValueError: fastppo itself logs `tag`.
+            ValueError: fastppo itself logs `tag`, or `value` is not one number.
             RuntimeError: the loop has yielded no iteration yet, or has ended.
         """
-        self.logger.log(tag, float(value))
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last by a tensor of several numbers
+            raise ValueError(f"the value of {tag!r} is {kind_of(value)}; give one number.") from None
+        self.logger.log(tag, number)
 
     def save(self, path: Path | str) -> None:
         """Save the policy as it is now into the folder `path`, for `load_policy`, `evaluate` and `init_from`.
@@ -225,7 +234,7 @@ class Trainer:
         Raises:
             ConfigError: `path` is the folder of a run or a checkpoint, or can't be written.
         """
-        folder = Path(path)
+        folder = as_path(path, "path")
         if is_folder(folder) and any((folder / name).exists() for name in ("run.json", "state-0.json")):
             raise ConfigError(f"save: {folder} holds a run or a checkpoint, whose files would be lost; name another.")
         if self.world.is_main:

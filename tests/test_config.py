@@ -322,7 +322,7 @@ MISTAKES = {
     "no config file": ("--config {tmp}/nothing.toml", "can't be read (No such file or directory)"),
     "config no TOML": ("--config {tmp}/bad.toml", "not TOML"),
     "unknown key": ("--config {tmp}/run.toml", "unknown setting 'n_env'; did you mean n_envs?"),
-    "wrong type": ("--config {tmp}/type.toml", "n_envs='8' must be int"),
+    "wrong type": ("--config {tmp}/type.toml", "n_envs='8' must be a whole number"),
     "wrong choice": (
         "--config {tmp}/choice.toml",
         "value_clip='maxi' must be off or max or clipped_only; did you mean max?",
@@ -341,10 +341,27 @@ MISTAKES = {
         "--config {tmp}/import.toml --env_id nowhere:X-v0",
         "No module named 'nowhere'",
     ),
+    "group of settings": (
+        "--config {tmp}/group.toml",
+        "group.toml: [train] is a table, but settings have no groups; put",
+    ),
+    "file with a wrong value": ("--config {tmp}/type.toml", "type.toml: n_envs='8' must be a whole number"),
+    "file with an empty path": ("--config {tmp}/path.toml", "path.toml: run_dir='' is an empty path; name a file or"),
+    "wrong widths": (
+        "--hidden-sizes 64 a",
+        "hidden_sizes=(64, 'a') must be a list of whole numbers: [64, 64], or 64 64",
+    ),
+    "switch": ("--anneal-lr maybe", "anneal_lr='maybe' must be True or False."),
+    "switch with equals sign": ("--anneal-lr=maybe", "anneal_lr='maybe' must be True or False."),
+    "switch in small letters": ("--anneal-lr=true --gamma 2", "gamma=2.0 must be at most 1"),
+    "switch without value": ("--rnd true", "--rnd takes no value, but 'true' follows; give --rnd or --no-rnd."),
+    "list of choices": ("--track tensorboard", "track=('tensorboard',) must be a list of wandb or mlflow"),
+    "capital letters": ("--network MLP", "must be auto or mlp or cnn; did you mean mlp?"),
+    "empty path": ("--run-dir=", "--run-dir has an empty value, as from a variable that is not set"),
     "unknown flag": ("--n-env 3", "Perhaps you meant"),
     "alias": ("--num-envs 0", "n_envs=0 must be at least 1"),
     "alias with equals sign": ("--num-envs=0", "n_envs=0 must be at least 1"),
-    "flag's type": ("--n-envs many", "n_envs='many' must be int"),
+    "flag's type": ("--n-envs many", "n_envs='many' must be a whole number"),
     "flag's choice": ("--vectorization syn", "pool or native or envpool or tensor; did you mean sync?"),
     "optional flag's choice": ("--value-clip maxi", "must be off or max or clipped_only; did you mean max?"),
 }
@@ -378,6 +395,8 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
         "bad": "n_envs = ",
         "type": 'n_envs = "8"',
         "choice": 'value_clip = "maxi"',
+        "group": "[train]\nn_envs = 3",
+        "path": 'run_dir = ""',
     }
     for name, text in (files | {"twice": "n_envs = 3\nnum_envs = 4"}).items():
         (tmp_path / f"{name}.toml").write_text(text)
@@ -405,6 +424,11 @@ def test_every_mistake_gets_one_clear_line_and_exit_status_2(mistake, said, tmp_
         (["study", "--n-minibatches", "3"], "n_minibatches=3 does not divide the batch of 512"),
         (["study", "--seeds", "0"], "seeds=0 must be at least 1"),
         (["study", "--n-envs", "4", "0"], "n_envs=0 must be at least 1"),
+        *(([command, ""], f"{command}: an argument is empty") for command in ("eval", "resume", "export", "report")),
+        (["train", "--run-dir", ""], "--run-dir has an empty value, as from a variable that is not set; give a value"),
+        (["export", "run", "-o", ""], "-o has an empty value"),
+        (["study", "--n-envs", "4", "a"], "'a' is not a whole number, such as 1000 or 1e6"),
+        (["bench", "--seconds", "x"], "'x' is not a number, such as 5 or 0.5"),
         (["study", "--jobs", "many"], "'many' is not a whole number"),
         (["eval", "nowhere", "--episodes", "0"], "episodes=0 must be at least 1"),
         (["eval"], "Missing from fastppo eval"),
@@ -525,9 +549,9 @@ def test_help_fits_80_columns_and_groups_the_settings(command, capsys, monkeypat
 
 
 def test_python_gets_the_same_errors_as_exceptions():
-    with pytest.raises(ConfigError, match="n_envs='8' must be int"):
+    with pytest.raises(ConfigError, match="n_envs='8' must be a whole number"):
         Config(n_envs="8")
-    with pytest.raises(ConfigError, match="n_envs=True must be int"):
+    with pytest.raises(ConfigError, match="n_envs=True must be a whole number"):
         Config(n_envs=True)
     with pytest.raises(ValueError, match="at most 1"):
         Config(gamma=2)

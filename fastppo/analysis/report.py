@@ -19,8 +19,9 @@ from fastppo.analysis.figures import (
 from fastppo.analysis.html import Figures, heading, items, page, paragraphs, table
 from fastppo.analysis.run_data import RunData, read_runs
 from fastppo.analysis.update_section import update_section
-from fastppo.config import shown
+from fastppo.config import as_path, shown
 from fastppo.errors import ConfigError
+from fastppo.runs.run_dir import check_output
 
 _SUMMARY = (  # column title, tag, format
     ("mean return", "mean_return", ".2f"),
@@ -40,7 +41,8 @@ def report(run_dirs: Sequence[Path | str], output: Path | str) -> list[RunData]:
     """
     if not run_dirs:
         raise ConfigError("report got no run; pass one or several run folders.")
-    folders, output = [Path(run_dir) for run_dir in run_dirs], Path(output)
+    folders, output = [as_path(run_dir, "run_dirs") for run_dir in run_dirs], as_path(output, "output")
+    check_output(output, "report")
     for i, folder in enumerate(folders):
         if folder.resolve() in {other.resolve() for other in folders[:i]}:
             raise ConfigError(f"report got {folder} twice; pass each run once.")

@@ -61,7 +61,7 @@ def form(command: Config) -> Form:
             metavar=None if fields is own else placeholder(name) or None,
             prefix_name=fields is own,
         )
-        if fields is not own and (spec := _scalar(plain, placeholder(name))) is not None:
+        if fields is not own and (spec := _lenient(plain, placeholder(name))) is not None:
             data.append(spec)
         fields[name] = Annotated[plain, argument, *data]  # a command's own annotations win over ours
     for section, fields in sections.items():
@@ -71,20 +71,34 @@ def form(command: Config) -> Form:
     return _make(type(command).__name__, own, values)
 
 
-def _scalar(hint: object, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Return how to read a setting that is one number, choice, text or path; None for other settings.
+def _lenient(hint: object, metavar: str) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Return how to read a setting that is one number, choice, text, path or switch with a value, or a list.
 
-    Text that is none of these goes to `Config` as it is, whose messages are one line and name valid values.
+    Text that is none of these goes to `Config` as it is, whose messages are one line and name valid values. None for
+    other settings: switches without a value, and those with functions of their own.
     """
+    if get_origin(hint) is tuple:
+        of = _lenient(get_args(hint)[0], "")
+        assert of is not None, "lists hold numbers, choices or text"
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs="*",
+            metavar=metavar,
+            instance_from_str=lambda arguments: tuple(of.instance_from_str([text]) for text in arguments),
+            is_instance=lambda _: True,
+            str_from_instance=lambda value: list(map(str, value)),
+        )
     union = get_origin(hint) in (types.UnionType, typing.Union)
     options = set(get_args(hint)) if union else {hint}
-    if not all(x in (int, float, str, Path, types.NoneType) or get_origin(x) is Literal for x in options):
+    kinds = (int, float, str, Path, types.NoneType, *((bool,) if union else ()))
+    if not all(x in kinds or get_origin(x) is Literal for x in options):
         return None
     numbers = [kind for kind in (int, float) if kind in options] + ([float] if int in options else [])
 
     def read(text: str) -> object:
         if text == "None" and types.NoneType in options:
             return None
+        if bool in options and text.lower() in ("true", "false"):
+            return text.lower() == "true"
         for kind in numbers:
             with contextlib.suppress(ValueError):
                 return kind(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, kind_of
 
 
 class IterationLocals(dict[str, Any]):
@@ -136,7 +136,7 @@ def hooks_of(callback: Any) -> list[Hooks]:  # noqa: ANN401 - what a script give
     if callable(callback):
         return [FunctionHooks(callback)]
     raise ConfigError(
-        f"callback is a {type(callback).__name__}; give a function of (locals, globals), an object with on_step, or a "
+        f"callback is {kind_of(callback)}; give a function of (locals, globals), an object with on_step, or a "
         "list of these."
     )
 
@@ -163,7 +163,7 @@ class Logger:
             self.name_to_value[key] = number = float(value)
         except (TypeError, ValueError):
             raise ConfigError(
-                f"logger.record({key!r}): fastppo logs numbers, not a {type(value).__name__}; write it by "
+                f"logger.record({key!r}): fastppo logs numbers, not {kind_of(value)}; write it by "
                 "torch.utils.tensorboard yourself."
             ) from None
         if exclude is None or "tensorboard" not in exclude:

@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 from fastppo.compat.keywords import whole_number
 from fastppo.envs.factory import EnvFactory, build
 from fastppo.envs.make_envs import Maker
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, kind_of
 from fastppo.spaces.packing import MASK_KEY
 
 _Array = np.ndarray[Any, Any]
@@ -220,7 +220,7 @@ def env_source(env: Any) -> EnvSource:  # noqa: ANN401 - what a script gives
     if isinstance(env, VecEnv) or _is_sb3_vec_env(env):
         return EnvSource(env.num_envs, lambda: TrainingEnv(env), lambda: env)
     raise ConfigError(
-        f"env is a {type(env).__name__}; give an id, a Gymnasium environment or a VecEnv, or train on it by "
+        f"env is {kind_of(env)}; give an id, a Gymnasium environment or a VecEnv, or train on it by "
         "fastppo.Trainer(config, make_env)."
     )
 

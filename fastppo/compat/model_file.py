@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fastppo.compat.archive import unpacked, write_archive
-from fastppo.errors import CheckpointError, ConfigError
+from fastppo.errors import CheckpointError, ConfigError, with_article
 from fastppo.evaluation.saved_policy import load_policy
 from fastppo.policies.normalizers import RewardNormalizer
 from fastppo.policies.policy_spec import PolicySpec
@@ -97,7 +97,8 @@ def opened(path: str | Path | IO[bytes], algorithm: str) -> Iterator[tuple[Path,
     with unpacked(path) as folder:
         state, about = read_state(folder, 0) or (None, {})
         if about.get("algorithm") != algorithm or state is None:
-            raise CheckpointError(f"{path} holds a {about.get('algorithm')}, not a {algorithm}.")
+            held = with_article(str(about["algorithm"])) if "algorithm" in about else "no model of fastppo.compat"
+            raise CheckpointError(f"{path} holds {held}, not {with_article(algorithm)}.")
         yield folder, about, state if state.values else None
 
 

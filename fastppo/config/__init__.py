@@ -19,6 +19,7 @@ from fastppo.config.defaults import count_iterations as count_iterations
 from fastppo.config.defaults import fill_defaults as fill_defaults
 from fastppo.config.flag_types import EnvKwargs as EnvKwargs
 from fastppo.config.flag_types import TargetReturn as TargetReturn
+from fastppo.config.plain_values import as_path as as_path
 from fastppo.config.plain_values import load_toml as load_toml
 from fastppo.config.schedules import parse_adaptive_rate as parse_adaptive_rate
 from fastppo.config.schedules import parse_schedule as parse_schedule

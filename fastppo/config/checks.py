@@ -39,7 +39,7 @@ def check_types(config: Config, types: Mapping[str, Any]) -> None:
         if not accepts(value, hint):
             near = ""
             if isinstance(value, str):
-                match = difflib.get_close_matches(value, choices(hint), n=1)
+                match = difflib.get_close_matches(value.lower(), choices(hint), n=1)
                 near = f"; did you mean {match[0]}?" if match else ""
             raise ConfigError(f"{name}={value!r} must be {describe(hint)}{near or '.'}")
 
@@ -90,7 +90,7 @@ def check_texts(config: Config) -> None:
     """Check the settings that are names and lists.
 
     Raises:
-        ConfigError: a wrapper, folder, run name or device that can't be one, or an MLP without layers.
+        ConfigError: a wrapper, run name or device that can't be one, or an MLP without layers.
     """
     if not config.hidden_sizes:
         raise ConfigError("hidden_sizes=[] must name at least one layer, such as 64 64.")
@@ -102,9 +102,6 @@ def check_texts(config: Config) -> None:
             )
     if config.name != Path(config.name).name or config.name.startswith(".") or "\0" in config.name or not config.name:
         raise ConfigError(f"name={config.name!r} must be a plain folder name, without '/', '..' or a leading dot.")
-    for name in ("run_dir", "init_from"):
-        if "\0" in str(getattr(config, name)):
-            raise ConfigError(f"{name}={str(getattr(config, name))!r} holds a null character, which no path can.")
     device = config.device.split(":")
     if (
         device[0] not in ("auto", "cpu", "cuda")

@@ -28,6 +28,48 @@ from fastppo.errors import ConfigError
 from fastppo.profiles import ProfileName, profile_settings
 
 
+def _by_name(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return `values` under the names of settings; keys may be aliases and have dashes.
+
+    Raises:
+        ConfigError: an unknown key, or a setting that is given twice; the text names `source`.
+    """
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        plain = str(key).replace("-", "_")
+        name = ALIASES.get(plain, plain)
+        if name not in SETTINGS and isinstance(value, Mapping):
+            raise ConfigError(
+                f"{source}: [{key}] is a table, but settings have no groups; put its lines at the top, without [{key}]."
+            )
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name.lower(), [*SETTINGS, *ALIASES], n=1)
+            hint = f"did you mean {near[0]}?" if near else "see `fastppo train --help` for the settings."
+            raise ConfigError(f"{source}: unknown setting {key!r}; {hint}")
+        if name in given:
+            raise ConfigError(f"{source}: {name} is given twice, once under an alias; keep one.")
+        given[name] = value
+    return given
+
+
+def _take_aliases_and_profiles(cls: type[Config]) -> type[Config]:
+    """Let the constructor of `cls` take the aliases of settings, and set what a profile sets and nothing else gives."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: Config, *args: Any, **values: Any) -> None:  # noqa: ANN401 - values of settings
+        given = _by_name(values, "Config")
+        fields = list(SETTINGS)[len(args) :]
+        profile = profile_settings(given.get("profile"))
+        # `fill_defaults` fills the settings that are None by default
+        closed = {name: value for name, value in profile.items() if name in fields and DEFAULTS[name] is not None}
+        make(self, *args, **closed | given)
+
+    cls.__init__ = init  # type: ignore[method-assign]
+    return cls
+
+
+@_take_aliases_and_profiles
 @dataclasses.dataclass(frozen=True)
 class Config:
     """The settings of one run. `fill_defaults` fills the fields that are None.
@@ -370,7 +412,7 @@ class Config:
     def __post_init__(self) -> None:
         """Convert paths and whole numbers, check each field, and those combinations whose fields are given."""
         for name, hint in TYPES.items():
-            object.__setattr__(self, name, from_plain(getattr(self, name), hint))
+            object.__setattr__(self, name, from_plain(name, getattr(self, name), hint))
         check_types(self, TYPES)
         check_ranges(self, SETTINGS)
         check_texts(self)
@@ -414,17 +456,11 @@ class Config:
         Raises:
             ConfigError: an unknown key (with the nearest known one), or anything the constructor refuses.
         """
-        given: dict[str, Any] = {}
-        for key, value in values.items():
-            name = ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
-            if name not in SETTINGS:
-                near = difflib.get_close_matches(name, [*SETTINGS, *ALIASES], n=1)
-                hint = f"did you mean {near[0]}?" if near else "see `fastppo train --help` for the settings."
-                raise ConfigError(f"{source}: unknown setting {key!r}; {hint}")
-            if name in given:
-                raise ConfigError(f"{source}: {name} is given twice, once under an alias; keep one.")
-            given[name] = value
-        return cls(**given)
+        given = _by_name(values, source)
+        try:
+            return cls(**given)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
 
     @property
     def imported(self) -> list[str]:
@@ -434,33 +470,12 @@ class Config:
         return found + ([f"wrappers {' '.join(others)}"] if others else [])
 
 
-def _take_aliases_and_profiles(cls: type[Config]) -> None:
-    """Let the constructor of `cls` take the aliases of settings, and set what a profile sets and nothing else gives."""
-    make = cls.__init__
-
-    @functools.wraps(make)
-    def init(self: Config, *args: Any, **values: Any) -> None:  # noqa: ANN401 - values of settings
-        for alias, name in ALIASES.items():
-            if alias in values:
-                if name in values:
-                    raise ConfigError(f"{name} is given twice, once under its alias {alias}; keep one.")
-                values[name] = values.pop(alias)
-        fields = [field.name for field in dataclasses.fields(cls)][len(args) :]
-        profile = profile_settings(values.get("profile"))
-        # `fill_defaults` fills the settings that are None by default
-        closed = {name: value for name, value in profile.items() if name in fields and DEFAULTS[name] is not None}
-        make(self, *args, **closed | values)
-
-    cls.__init__ = init  # type: ignore[method-assign]
-
-
 TYPES = typing.get_type_hints(Config)
 SETTINGS: dict[str, Setting] = {
     name: next(data for data in hint.__metadata__ if isinstance(data, Setting))
     for name, hint in typing.get_type_hints(Config, include_extras=True).items()
 }
 ALIASES = {setting.alias: name for name, setting in SETTINGS.items() if setting.alias}
-_take_aliases_and_profiles(Config)
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 SCHEDULED = tuple(name for name, setting in SETTINGS.items() if setting.scheduled)
 CHOSEN_AT_START = tuple(name for name, setting in SETTINGS.items() if setting.chosen_at_start)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import numbers
+import os
 import tomllib
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, kind_of
+
+_NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path"}
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -26,15 +29,40 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: not TOML ({error}).") from None
 
 
-def from_plain(value: object, hint: object) -> object:
-    """Return a value of TOML, JSON or Python as the type that Config uses."""
+def as_path(given: object, name: str) -> Path:
+    """Return a path that the user gave as `name`, as text or a path.
+
+    Raises:
+        ConfigError: it is another object, empty text, which would silently be the working folder, or text that no path
+            can be.
+    """
+    try:
+        text = os.fspath(given)  # type: ignore[call-overload]
+    except TypeError:
+        text = None
+    if not isinstance(text, str):
+        example = ", such as its run_dir" if hasattr(given, "run_dir") else ""
+        raise ConfigError(f"{name} is {kind_of(given)}; give a path, as text or pathlib.Path{example}.")
+    if not text:
+        raise ConfigError(f"{name}='' is an empty path; name a file or folder ('.' is the working folder).")
+    if "\0" in text:
+        raise ConfigError(f"{name}={text!r} holds a null character, which no path can; leave it out.")
+    return Path(text)
+
+
+def from_plain(name: str, value: object, hint: object) -> object:
+    """Return a value of TOML, JSON or Python for the setting `name` as the type that Config uses.
+
+    Raises:
+        ConfigError: as `as_path`.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, list) and origin is tuple:
         value = tuple(value)
     if isinstance(value, tuple) and origin is tuple:
-        return tuple(from_plain(item, args[0]) for item in value)
-    if isinstance(value, str) and Path in args:
-        return Path(value)
+        return tuple(from_plain(name, item, args[0]) for item in value)
+    if Path in args and value is not None:
+        return as_path(value, name)
     if int in (hint, *args) and isinstance(value, float) and value.is_integer():  # 1e6 is a float in TOML and Python
         return int(value)
     if isinstance(value, (bool, int, float)):
@@ -80,7 +108,7 @@ def describe(hint: object) -> str:
     if origin is Literal:
         return " or ".join(map(str, args))
     if origin is tuple:
-        return f"a list of {describe(args[0])}"
+        return f"a list of {'whole numbers: [64, 64], or 64 64 as a flag' if args[0] is int else describe(args[0])}"
     if origin is dict:
         return 'a table of keyword arguments, as JSON: {"gravity": 9.81}'
-    return "a path" if hint is Path else "text" if hint is str else str(getattr(hint, "__name__", hint))
+    return _NOUNS[typing.cast("type", hint)]

@@ -22,7 +22,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 
 from fastppo.envs.pack_observation import PackObservation, sample_action
-from fastppo.errors import ENV_ERRORS, ConfigError, EnvStartError, FastPPOError, cause_line, first_line
+from fastppo.errors import ENV_ERRORS, ConfigError, EnvStartError, FastPPOError, cause_line, first_line, kind_of
 from fastppo.spaces.packing import PackedSpace
 
 MakeEnv = Callable[[], "gym.Env[Any, Any]"]
@@ -302,7 +302,7 @@ def check_maker(name: str, make: object) -> None:
     """
     if not callable(make):
         raise ConfigError(
-            f"{name} is a {type(make).__name__}; it must be a function that makes an environment, "
+            f"{name} is {kind_of(make)}; it must be a function that makes an environment, "
             "such as lambda: gymnasium.make('CartPole-v1')."
         )
 

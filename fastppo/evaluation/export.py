@@ -22,16 +22,18 @@ import io
 import logging
 import warnings
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fastppo.config import as_path
 from fastppo.errors import ConfigError, first_line
 from fastppo.evaluation.saved_policy import load_policy
 from fastppo.policies.memory import RecurrentNetwork
 from fastppo.policies.policy import Policy
 from fastppo.policies.policy_spec import PolicySpec
+from fastppo.runs.run_dir import check_output
 from fastppo.runtime.files import replace_file
 from fastppo.spaces.actions import ToEnv
 from fastppo.spaces.leaves import ObsLeaf
@@ -159,13 +161,14 @@ def export_policy(
 
     Raises:
         CheckpointError: there is no saved model.
-        ConfigError: the network can't be exported, the file can't be written, or a library is missing.
+        ConfigError: the network can't be exported, the file can't be written or holds a run, or a library is missing.
     """
+    if kind not in get_args(Format):
+        raise ConfigError(f"export: format={kind!r} must be {' or '.join(get_args(Format))}.")
     saved = load_policy(run, policy)
     module = ExportedPolicy(saved.policy, saved.spec).eval()
-    path = Path(output or Path(run) / f"policy.{kind}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"export: {path} can't be written (there is no folder {path.parent}).")
+    path = as_path(run, "run") / f"policy.{kind}" if output is None else as_path(output, "output")
+    check_output(path, "export")
     if kind == "onnx":
         _check_onnx()
     log = logging.getLogger("torch.onnx")

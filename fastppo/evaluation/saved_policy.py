@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastppo.config import Config
+from fastppo.config import Config, as_path
 from fastppo.envs.make_envs import EnvInfo, Maker, make_vec_env
-from fastppo.errors import CheckpointError, ConfigError, EnvError
+from fastppo.errors import CheckpointError, ConfigError, EnvError, kind_of
 from fastppo.evaluation.episodes import EpisodePlayer, Evaluation, begin_episode
 from fastppo.evaluation.video import Video, VideoRecorder, check_video_name, choose_renderers
 from fastppo.policies.policy import Policy, PolicyState
@@ -185,7 +186,7 @@ def _as_state(given: Any, like: PolicyState) -> PolicyState:  # noqa: ANN401 - w
         parts = [torch.as_tensor(part) for part in given]
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"state is a {type(given).__name__}; give the one that the last call returned, or None for new episodes."
+            f"state is {kind_of(given)}; give the one that the last call returned, or None for new episodes."
         ) from None
     if len(parts) != len(like):  # of another policy, as its shapes show
         return tuple(parts)
@@ -205,7 +206,7 @@ def load_policy(run: Path | str, policy: nn.Module | None = None, device: str = 
         CheckpointError: there is no saved model, or it doesn't fit.
         ConfigError: the run trained your own network and `policy` isn't given, or the other way round.
     """
-    folder, torch_device = Path(run), choose_device(device)
+    folder, torch_device = as_path(run, "run"), choose_device(device)
     spec, _ = read_spec(folder)
     if policy is not None and spec.network != "custom":
         raise ConfigError(f"{folder} holds fastppo's own network, network={spec.network}; leave policy out.")
@@ -254,7 +255,7 @@ def evaluate(
     for name, value in (("episodes", episodes), ("max_steps", max_steps)):
         if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
             raise ConfigError(f"{name}={value!r} must be a whole number, at least 1.")
-    saved, env_info, config = _open(Path(run), seed, make_env, policy, allow_import, best)
+    saved, env_info, config = _open(as_path(run, "run"), seed, make_env, policy, allow_import, best)
     n = env_info.vector.num_envs if env_info.vector else min(episodes, 8)
     env, stream = make_vec_env(env_info, n, "sync"), seed_stream(seed, "eval")
     player = EpisodePlayer(
@@ -292,10 +293,10 @@ def record_video(
     Raises:
         ConfigError, EnvError, CheckpointError: see their texts.
     """
-    output = Path(output)
+    output = as_path(output, "output")
     check_video_name(output)
     choose_renderers()
-    saved, env_info, _ = _open(Path(run), seed, make_env, policy, allow_import, best)
+    saved, env_info, _ = _open(as_path(run, "run"), seed, make_env, policy, allow_import, best)
     noise = None if deterministic else saved._generator
     specs = saved.spec.obs, saved.spec.action
     recorder = VideoRecorder(env_info, lambda: begin_episode(saved.policy, *specs, saved.device, noise))
@@ -321,5 +322,8 @@ def _open(
     env_info = inspect_configured(config, make_env)
     env_info.obs_spec = env_info.obs_spec.read_as(saved.spec.obs)
     if (env_info.obs_spec, env_info.action_spec) != (saved.spec.obs, saved.spec.action):
-        raise ConfigError(f"{config.env_id} has other spaces than the policy in {folder}; give its make_env.")
+        here = dataclasses.replace(saved.spec, obs=env_info.obs_spec, action=env_info.action_spec)
+        differing = "; ".join(here.differences(saved.spec)) or "their bounds differ"
+        whose = "its make_env" if make_env is None else "the make_env that it was trained with"
+        raise ConfigError(f"{env_info.name} has other spaces than the policy in {folder} ({differing}); give {whose}.")
     return saved, env_info, config

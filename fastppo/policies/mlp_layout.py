@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastppo.errors import kind_of
 from fastppo.functional.bounded_distributions import SquashedGaussian
 from fastppo.functional.distributions import Bernoulli, Categorical, Distribution, Gaussian, MultiCategorical
 from fastppo.policies.mlp import ACTIVATIONS, MLP
@@ -121,7 +122,7 @@ def not_laid_out(policy: Policy) -> str | None:
     if policy.has_memory:
         return "the policy has memory"
     if type(mlp) is not MLP:
-        return f"the network is a {type(mlp).__name__}, not the MLP"
+        return f"the network is {kind_of(mlp)}, not the MLP"
     if policy.bf16:
         return "precision is bf16"
     if type(distribution) not in _KINDS:

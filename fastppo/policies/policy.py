@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastppo.errors import ConfigError, first_line
+from fastppo.errors import ConfigError, first_line, kind_of
 from fastppo.functional.distributions import Distribution
 from fastppo.functional.losses import ActionEvaluation
 from fastppo.policies.check_memory import check_memory
@@ -83,8 +83,11 @@ class Policy(nn.Module):
         """Combine the parts and check the network on two rows.
 
         Raises:
-            ConfigError: the network's outputs are not (params [B, P], value [B]), or differ between identical calls.
+            ConfigError: the network is no module, or its outputs are not (params [B, P], value [B]), hold a NaN or
+                differ between identical calls.
         """
+        if not isinstance(network, nn.Module):
+            raise ConfigError(f"policy is {kind_of(network)}; give an instance of torch.nn.Module.")
         super().__init__()
         self.encoder = encoder
         self.network = network
@@ -242,6 +245,10 @@ class Policy(nn.Module):
                 f"network {name} returned {' and '.join(map(str, found))} for 2 observations; "
                 f"it must return distribution parameters (2, {expected}) and values (2,)."
             )
+        if any(part.isnan().any() for part in out):
+            at = next((at for at, weights in self.network.named_parameters() if weights.isnan().any()), None)
+            why = "look for a division by 0 or a logarithm in it" if at is None else f"its parameter {at} holds a NaN"
+            raise ConfigError(f"network {name} returns NaN for observations from 0 to 1; {why}.")
         if not all(map(torch.equal, out, again)):
             raise ConfigError(
                 f"network {name} gives different outputs for equal observations; remove dropout or noise."

@@ -107,7 +107,12 @@ def clean_up(run_dir: Path, resumed_at: int | None = None) -> None:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the run's checkpoint folders, earliest first."""
-    return sorted(p for p in _entries(run_dir / "checkpoints") if _NAME.fullmatch(p.name) and p.is_dir())
+    return sorted(filter(is_checkpoint, _entries(run_dir / "checkpoints")))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether `path` is the folder of a checkpoint, by its name."""
+    return _NAME.fullmatch(path.name) is not None and path.is_dir()
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -100,6 +100,20 @@ def check_run_folder(folder: Path) -> None:
     raise CheckpointError(f"{folder} is not a run folder ({why}); {hint}")
 
 
+def check_output(path: Path, work: str) -> None:
+    """Check that `work`, such as "export", can write a file to `path`, before the work is done.
+
+    Raises:
+        ConfigError: it is a folder, there is no folder for it, or it is a file of a run, which would be lost.
+    """
+    if is_folder(path):
+        raise ConfigError(f"{work}: {path} is a folder; name a file in it.")
+    if not is_folder(path.parent):
+        raise ConfigError(f"{work}: {path} can't be written (there is no folder {path.parent}).")
+    if path.exists() and (_RUN_FILE.fullmatch(path.name) or path.name.startswith("state-")):
+        raise ConfigError(f"{work}: {path} is a file that runs keep, which would be lost; name another.")
+
+
 class RunLock:
     """A lock that gives a run folder one trainer at a time; the kernel releases it when the process ends."""
 

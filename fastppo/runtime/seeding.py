@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastppo.errors import ConfigError
+from fastppo.errors import ConfigError, kind_of
 
 # One stream per purpose, so that drawing more from one never shifts another
 _STREAMS = ("envs", "weights", "noise", "shuffle", "eval", "rnd")
@@ -27,9 +27,11 @@ def seed_stream(seed: int, use: str, rank: int = 0, offset: int = 0) -> np.rando
         offset: iteration from which a resumed run draws from new streams; 0 for the original ones.
 
     Raises:
-        ConfigError: a negative seed.
+        ConfigError: a negative seed, or one that is no whole number.
         ValueError: unknown `use`.
     """
+    if not isinstance(seed, (int, np.integer)):
+        raise ConfigError(f"seed is {kind_of(seed)}; give a whole number, at least 0.")
     if seed < 0:
         raise ConfigError(f"seed={seed} must be at least 0; nearest valid value: 0.")
     key = (rank, offset) if offset else (rank,) if rank else ()

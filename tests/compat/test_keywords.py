@@ -224,7 +224,7 @@ def test_arguments_of_the_policy_that_cannot_be_honoured(algorithm, kwargs, mess
             lambda: PPO(torch.nn.Linear, "CartPole-v1"),
             "policy='Linear' must be .*; for a network of your own, give fast",
         ),
-        (lambda: PPO("MlpPolicy", 3), "env is a int; give an id, a Gymnasium environment or a VecEnv"),
+        (lambda: PPO("MlpPolicy", 3), "env is an int; give an id, a Gymnasium environment or a VecEnv"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", n_steps=100), "rows don't divide the rollout of 100 .*: 50, 100"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", clip_coef=0.1), "clip_coef=0.1: another keyword stands for this"),
         (lambda: PPO("MlpPolicy", "CartPole-v1", n_envs=4), "n_envs=4: another keyword stands for this"),

@@ -100,7 +100,7 @@ def test_a_function_is_called_once_per_iteration():
 
     model = PPO("MlpPolicy", "CartPole-v1", **SMALL).learn(320, callback)
     assert (len(seen), model.num_timesteps) == (2, 64)
-    with pytest.raises(ConfigError, match="callback is a int; give a function"):
+    with pytest.raises(ConfigError, match="callback is an int; give a function"):
         model.learn(32, 3)
 
 
