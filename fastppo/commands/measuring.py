@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from fastppo.commands.console import open_console, print_checks
+from fastppo.commands.flags import flag
 from fastppo.commands.settings import SettingsCommand, default_folder
 from fastppo.config import Config, TargetReturn
 from fastppo.errors import ConfigError
@@ -57,7 +58,7 @@ class Bench(SettingsCommand):
     def points(self) -> list[Config]:
         """Return the checked settings of each point."""
         if not 0 < self.seconds < math.inf:
-            raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough on an idle machine.")
+            raise ConfigError(f"seconds={self.seconds} must be finite and greater than 0; 5 is enough when idle.")
         if not self.n_envs:
             raise ConfigError("--n-envs needs at least one value, such as 1 8 64.")
         if not self.vectorization:
@@ -65,7 +66,7 @@ class Bench(SettingsCommand):
         pool = {"workers": self.workers, "half_batches": self.half_batches}
         for name, value in pool.items():
             if value and "pool" not in self.vectorization:
-                raise ConfigError(f"{name} needs the pool; add pool to --vectorization, or leave --{name} out.")
+                raise ConfigError(f"{name} needs the pool; add pool to --vectorization, or leave {flag(name)} out.")
         no_pool = {"workers": None, "half_batches": False}
 
         def _pool(n: int) -> dict[str, Any]:
@@ -148,7 +149,7 @@ class Doctor:
             print_line(open_console(), f"{folder}: {clear_cache()} compiled libraries deleted", wrap=False)
             return 0
         if not 0 < self.seconds < math.inf:
-            raise ConfigError(f"seconds={self.seconds} must be greater than 0; 5 is enough.")
+            raise ConfigError(f"seconds={self.seconds} must be finite and greater than 0; 5 is enough.")
         from fastppo.envs.factory import find_spec
 
         find_spec(self.env_id)
