@@ -56,7 +56,8 @@ def resume(
     config = open_run(path, make_env, allow_import)
     changes: dict[str, Any] = {"run_dir": run_dir, "init_from": None}
     if total_timesteps is not None:
-        _check_total(run_dir, path, config, total_timesteps)
+        if total_timesteps != config.total_timesteps:  # a command that is repeated is no mistake
+            _check_total(run_dir, path, config, total_timesteps)
         changes["total_timesteps"] = total_timesteps
     console = progress_console(progress) if console is None else console
     return _resume_from(dataclasses.replace(config, **changes), path, problems, console, make_env, policy)

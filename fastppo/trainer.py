@@ -40,7 +40,7 @@ class _Stage(enum.Enum):
     ABANDONED = enum.auto()  # the same: a stop was wanted, and the rest of the rollout would have taken long
     UPDATE = enum.auto()  # what is learned belongs to no iteration: no checkpoint
     FAILING = enum.auto()  # one of several ranks failed: no checkpoint, which needs all ranks
-    LEAVING = enum.auto()  # the second signal: nothing
+    LEAVING = enum.auto()  # the second signal, or Ctrl-C in an update: nothing
 
 
 class Trainer:

@@ -217,6 +217,8 @@ def test_a_total_that_leaves_nothing_to_train_is_refused_with_the_smallest_one(
             resume(config.run_dir, total_timesteps=total)
     if processes == 1:
         assert resume(config.run_dir, total_timesteps=smallest).run().global_step == smallest
+        with pytest.raises(FinishedError, match="is complete"):  # a command that is repeated is no mistake
+            resume(config.run_dir, total_timesteps=smallest)
 
 
 def test_c1_a_checkpoint_of_another_run_is_refused_with_the_differences(tmp_path):
