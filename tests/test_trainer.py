@@ -571,7 +571,7 @@ def replace(path, old, new):
 
 
 def test_the_trainer_rejects_a_config_or_make_env_of_the_wrong_type(tmp_path):
-    with pytest.raises(ConfigError, match="takes a Config, not str"):
+    with pytest.raises(ConfigError, match="takes a Config, not a str"):
         Trainer("CartPole-v1")
     with pytest.raises(ConfigError, match="must be a function that makes an environment"):
         Trainer(short(tmp_path), make_env=Counter())
