@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from fastppo.builders.resolve import target_of
 from fastppo.builders.run import build_run
@@ -207,7 +207,7 @@ class Trainer:
         """Stop after the current iteration, or within its rollout if that would take longer than 10 seconds."""
         self.stop_requested = True
 
-    def log(self, tag: str, value: float) -> None:
+    def log(self, tag: str, value: float | Tensor) -> None:
         """Log a figure of your own in the `iterations()` loop, at the step of the iteration that was yielded last.
 
         It is written to every sink: TensorBoard, metrics.jsonl, trackers.
@@ -221,7 +221,7 @@ class Trainer:
             RuntimeError: the loop has yielded no iteration yet, or has ended.
         """
         try:
-            number = float(value)
+            number = float(value.detach() if isinstance(value, Tensor) else value)
         except (TypeError, ValueError, RuntimeError):  # the last by a tensor of several numbers
             raise ValueError(f"the value of {tag!r} is {kind_of(value)}; give one number.") from None
         self.logger.log(tag, number)

@@ -9,6 +9,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
 import fastppo
 from fastppo import Config, ConfigError, Trainer, resume
@@ -245,7 +246,7 @@ def test_own_figures_reach_every_sink_and_the_run_data(tmp_path):
     with pytest.raises(RuntimeError, match="works in the loop"):
         trainer.log("custom/x", 1.0)
     for stats in trainer.iterations():
-        trainer.log("custom/success", 10 * stats.iteration)
+        trainer.log("custom/success", torch.tensor(10.0 * stats.iteration, requires_grad=True))  # without a warning
         for tag in ("success", "losses/own"):
             with pytest.raises(ValueError, match="must be GROUP/NAME"):
                 trainer.log(tag, 1.0)
