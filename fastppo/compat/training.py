@@ -52,7 +52,7 @@ def hand_over(
     Args:
         trainer: before its first iteration.
         learned: the policy and, if rewards are normalised, their normaliser.
-        optimizer: state of the optimiser; None: it starts anew.
+        optimizer: state of the optimiser; None: a new optimiser.
     """
     models: dict[str, nn.Module] = {"policy": trainer.policy}
     if trainer.reward_normalizer is not None:
